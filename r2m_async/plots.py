@@ -24,6 +24,7 @@ from r2m_async.run_directory import read_metrics, read_records
 
 Records = Sequence[Mapping[str, Any]]
 
+LINE_STYLES = ("-", "--", ":", "-.")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, told apart by all readers."""
 GREY = "#8a8a8a"
@@ -150,7 +151,8 @@ def stages_figure(trace: Records, num_steps: int = NUM_TRACED_STEPS) -> Figure:
 
 
 def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
-    """Proxy above gold, each against step and against KL: a thin line per seed, a thick one for their mean.
+    """Proxy above gold, each against step and against KL: a thick line for the mean over seeds and, where there are no
+    more labels than colours, a thin one per seed.
 
     The mean against step ends where the shortest run ends. Against KL, all steps of a label's seeds are pooled, cut
     into bins of equally many steps and averaged: the reward at matched KL.
@@ -159,10 +161,10 @@ def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
     rows = REWARDS if _has(everything, "reward/gold") else REWARDS[:1]
     figure, axes = grid(len(rows), 2)
     for (by_step, by_kl), (key, _, axis_label) in zip(axes, rows, strict=True):
-        for (label, seeds), color in zip(runs.items(), color_cycle(len(runs)), strict=True):
-            thin, thick = {"color": color, "lw": 0.7, "alpha": 0.45}, {"color": color, "lw": 2.2}
+        for (label, seeds), drawn in zip(runs.items(), line_cycle(len(runs)), strict=True):
+            thin, thick = drawn | {"lw": 0.7, "alpha": 0.45}, drawn | {"lw": 2.2}
             curves = [(column(seed, "step"), column(seed, "kl/sequence"), column(seed, key)) for seed in seeds]
-            for step, kl, reward in curves:
+            for step, kl, reward in curves if len(runs) <= len(COLORS) else ():
                 by_step.plot(step, reward, **thin)
                 by_kl.plot(*binned(kl, reward), **thin)
             num_seeds = f"{len(seeds)} seed" + "s" * (len(seeds) != 1)
@@ -179,10 +181,10 @@ def best_of_n_figure(results: Mapping[str, Any]) -> Figure:
     """Gains of proxy and gold over one sample against KL, a line per reward model with its standard error."""
     figure, [axes] = grid(1, 2)
     for panel, key in zip(axes, ("proxy", "gold"), strict=True):
-        for (model, curves), color in zip(results["models"].items(), color_cycle(len(results["models"])), strict=True):
+        for (model, curves), drawn in zip(results["models"].items(), line_cycle(len(results["models"])), strict=True):
             values, errors = np.array(curves[key]), np.nan_to_num(np.array(curves[f"{key}_se"], dtype=float))
-            panel.plot(results["kl"], values, color=color, marker=".", label=Path(model).name)
-            panel.fill_between(results["kl"], values - errors, values + errors, color=color, alpha=0.2, lw=0)
+            panel.plot(results["kl"], values, marker=".", label=Path(model).name, **drawn)
+            panel.fill_between(results["kl"], values - errors, values + errors, color=drawn["color"], alpha=0.12, lw=0)
         panel.set_ylabel(f"{key} reward of the best of n,\nless that of one sample")
         panel.set_xlabel("KL = log n - (n - 1) / n (nats)")
     legend_above(figure, axes[0])
@@ -248,6 +250,11 @@ def _other(interval: Mapping[str, Any]) -> tuple[str, str]:
 
 def color_cycle(number: int) -> list[str]:
     return [COLORS[place % len(COLORS)] for place in range(number)]
+
+
+def line_cycle(number: int) -> list[dict[str, str]]:
+    """Colours and line styles that tell so many lines apart: the colours drawn through, then dashed, dotted, dash-dotted."""
+    return [{"color": color, "ls": LINE_STYLES[at // len(COLORS) % 4]} for at, color in enumerate(color_cycle(number))]
 
 
 def grid(num_rows: int, num_columns: int) -> tuple[Figure, np.ndarray]:

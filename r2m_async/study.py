@@ -303,7 +303,7 @@ def compare(study: Study, runs: Sequence[StudyRun], out: Path) -> dict[str, dict
 
 
 def summary(steps: Sequence[dict[str, Any]], kl_levels: Sequence[float]) -> dict[str, float]:
-    """Of one run: gold where its KL first reached each level (NaN if never), its peak, the area, and how the run ended.
+    """Of one run: gold where its KL first reached each level (NaN if never), its peak, the area, how it ended and when.
 
     The area is the mean of gold over KL from 0 to the highest level, by the trapezoid rule; NaN if the run did not reach it.
     """
@@ -322,6 +322,7 @@ def summary(steps: Sequence[dict[str, Any]], kl_levels: Sequence[float]) -> dict
         "gold_end": float(gold[-1]),
         "kl_end": float(kl[-1]),
         "proxy_end": float(_smooth(column(steps, "reward/mean"))[-1]),
+        "seconds": float(steps[-1]["time/since_start"]),
     }
 
 

@@ -208,8 +208,8 @@ def accuracies_of(run: Path, evaluations: list[dict]) -> dict[str, float]:
 def steps_of(kl: list[float], gold: list[float]) -> list[dict]:
     """Every point five times over, so that smoothing leaves it as it is at its last."""
     return [
-        {"kl/sequence": k, "reward/gold": g, "reward/mean": 2 * g}
-        for k, g in zip(kl, gold, strict=True)
+        {"kl/sequence": k, "reward/gold": g, "reward/mean": 2 * g, "time/since_start": 3.0 * at}
+        for at, (k, g) in enumerate(zip(kl, gold, strict=True))
         for _ in range(5)
     ]
 
@@ -220,6 +220,7 @@ def test_gold_is_told_at_matched_kl_at_its_peak_and_over_the_area():
     assert told["gold_peak"] == pytest.approx(3.0)
     assert told["gold_area"] == pytest.approx((0.5 * 2 * 1 + 0.5 * 2 * (1 + 3)) / 4, rel=1e-3)
     assert (told["gold_end"], told["kl_end"], told["proxy_end"]) == pytest.approx((2.0, 5.0, 4.0))
+    assert told["seconds"] == 9.0
 
 
 def test_a_run_that_did_not_reach_a_level_has_no_gold_there_and_no_area_up_to_it():

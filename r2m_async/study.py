@@ -12,8 +12,9 @@
       golden: {config: ../reward_model/pretrained.yaml, set: {optimizer.epochs: 3}}
 
 OUT/runs/<labels>-seed<n> is a run directory, there only once it is whole, and OUT/reward_models/<name>-seed<n> one of
-`r2m reward-model train`: the command can be stopped and started again. OUT gets table.md, results.json and comparison.png. Comparing at equal steps flatters whatever learns slowest, so the table leads
-with the gold reward at matched KL, its peak, and the area under gold against KL.
+`r2m reward-model train`: the command can be stopped and started again. A run leaves its last checkpoint, for `r2m export`
+(`checkpoint.at_end`). OUT gets table.md, results.json and comparison.png. Comparing at equal steps flatters whatever learns
+slowest, so the table leads with the gold reward at matched KL, its peak, and the area under gold against KL.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], li
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except ValidationError as error:
         told = [
-            f"{path}: {'.'.join(map(str, one['loc']))}: {one['msg']}; got {one['input']!r}" for one in error.errors()
+            f"{path}: {'.'.join(map(str, one['loc']))}: {one['msg']}; got {one['input']!r}"
+            + " (YAML reads it as a number or a truth value; put it in quotes)" * (one["loc"][-1:] == ("[key]",))
+            for one in error.errors()
         ]
         raise ConfigError("\n".join(told)) from None
     reward_models = _reward_models(path, study, out)
@@ -264,6 +267,7 @@ def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
     from r2m_async.launch import Ring
     from r2m_async.policy_model import one_thread
     from r2m_async.run_directory import RunDirectory
+    from r2m_async.training import keep_checkpoint
 
     config, building = R2MConfig.from_dict(tree), directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
@@ -275,6 +279,7 @@ def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
             metrics = ring.step()
             run.write_step(metrics)
         run.write_evaluations(ring.drain())
+        keep_checkpoint(ring, run.path)
     building.rename(directory)
     return metrics["time/since_start"]
 

@@ -32,11 +32,11 @@ def train(config: R2MConfig) -> Path:
                     run.write_evaluations(ring.controller.evaluations)
                     live.update(metrics, ring.controller.evaluations)
                     if not ring.finished:
-                        _checkpoint(ring, run.path)
+                        keep_checkpoint(ring, run.path)
                 run.write_evaluations(ring.drain())
                 run.write_trace(ring.controller.take_trace())
                 live.update({}, ring.controller.evaluations)
-                _checkpoint(ring, run.path)  # last, for it may fill the disk: by now all else is written
+                keep_checkpoint(ring, run.path)  # last, for it may fill the disk: by now all else is written
     plot_run(run.path)
     return run.path
 
@@ -52,7 +52,7 @@ def _naming_the_last_checkpoint(run: Path) -> Iterator[None]:
         raise
 
 
-def _checkpoint(ring: Ring, run: Path) -> None:
+def keep_checkpoint(ring: Ring, run: Path) -> None:
     """Every `checkpoint.every` steps, and at the end under `checkpoint.at_end`; the newest `checkpoint.keep` stay."""
     checkpoint, step = ring.config.checkpoint, ring.controller.schedule.policy_version
     regular = checkpoint.every is not None and step % checkpoint.every == 0

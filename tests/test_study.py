@@ -18,6 +18,7 @@ from scipy import stats
 from r2m_async import reference
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError
+from r2m_async.export import export
 from r2m_async.intervals import interval
 from r2m_async.run_directory import read_metrics
 from r2m_async.study import accuracies, read_study, run_study, summary
@@ -68,6 +69,7 @@ def test_the_studies_that_ship_can_be_read():
         ({"set": {"head.variannt": "r2m"}}, r"vanilla-rloo: head.variannt: no such key; did you mean head.variant\?"),
         ({"set": {"steps": 3}}, "vanilla-rloo: steps: no such key"),
         ({"base": "absent.yaml"}, "absent.yaml: cannot be read"),
+        ({"grid": {"lr": {1.5e-4: {}}}}, r"grid.lr.0.00015.\[key\]: Input .* got 0.00015 \(.*put it in quotes"),
     ],
 )
 def test_what_is_wrong_in_a_study_is_told_before_anything_runs(study_file, changes, message):
@@ -98,10 +100,16 @@ def test_a_study_runs_what_is_missing_and_its_runs_are_the_ones_of_their_configs
     after = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("metrics.jsonl")}
     assert after.keys() == before.keys()
     assert [path.parent.name for path in before if before[path] != after[path]] == ["r2m-seed5"]
-    assert json.loads((out / "results.json").read_text()) == results
+    assert without_seconds(json.loads((out / "results.json").read_text())) == without_seconds(results)
+    export(out / "runs" / "r2m-seed5", tmp_path / "exported")
+    assert (tmp_path / "exported" / "policy" / "config.json").exists()
 
     with pytest.raises(ConfigError, match="vanilla-seed3 is a run of another config; remove it, or name another OUT"):
         run_study(study_file(grid=grid, set={"run.num_steps": 3}), out)
+
+
+def without_seconds(results: dict) -> dict:
+    return {cell: {key: value for key, value in row.items() if key != "seconds"} for cell, row in results.items()}
 
 
 @pytest.fixture

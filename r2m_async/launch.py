@@ -300,15 +300,10 @@ def _policy_rank(rank: int, host: str, port: int) -> Make:
 
 
 def _head_learner(config: R2MConfig, workload: Workload) -> HeadLearner:
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     from r2m_async.head_model import build_head
-    from r2m_async.reward_model import scoring_head
+    from r2m_async.reward_model import classifier_skeleton, scoring_head
 
-    with torch.device("meta"):  # the shape of phi without the backbone; its weights come with `start`
-        skeleton = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(workload.reward_model))
-    phi = scoring_head(skeleton).to_empty(device="cpu")
+    phi = scoring_head(classifier_skeleton(workload.reward_model)).to_empty(device="cpu")  # its weights come with `start`
     head = build_head(phi, workload.reward_hidden_size, workload.policy_hidden_size, config)
     return HeadLearner(head, config)  # on the CPU: one small update per step, and no GPU memory beside a learner's
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
@@ -77,14 +78,39 @@ def load_classifier(path: str | Path, **how: Any) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(path, **how)
-    rest = Path(path) / "reward_head.safetensors"
-    if rest.is_file():
-        first = model.score.weight
-        head = two_layer_head(first.shape[1], first.shape[0])
-        head.load_state_dict(load_file(rest) | {"0.weight": first.detach()})
-        model.score, model.num_labels = head.to(first.dtype), 1
-        model.config.num_labels = 1
+    first, rest = model.score.weight, _second_layer(path)
+    if rest:
+        _give_two_layers(model)
+        model.score.load_state_dict(load_file(rest) | {"0.weight": first.detach()})
+        model.score.to(first.dtype)
     return model
+
+
+def classifier_skeleton(path: str | Path) -> PreTrainedModel:
+    """What `load_classifier` returns, without its weights: on the meta device."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(path))
+        if _second_layer(path):
+            _give_two_layers(model)
+    return model
+
+
+def _second_layer(path: str | Path) -> str | None:
+    """The file that `save_classifier` leaves beside a model whose head has two layers."""
+    return cached_file(
+        path,
+        "reward_head.safetensors",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _give_two_layers(model: PreTrainedModel) -> None:
+    width, hidden_size = model.score.weight.shape
+    model.score = two_layer_head(hidden_size, width)
+    model.config.num_labels = model.num_labels = 1
 
 
 def save_classifier(model: PreTrainedModel, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:

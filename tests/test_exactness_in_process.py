@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from r2m_async import reference
 from r2m_async.launch import Ring
+from r2m_async.reward_model import load_classifier, save_classifier, two_layer_head
 
 pytestmark = pytest.mark.models
 
@@ -138,6 +140,16 @@ def test_with_exact_lag_ppo_and_its_critic_are_the_references_with_the_same_dela
 
 def test_in_bfloat16_the_critic_is_the_references_bit_for_bit_too(ppo):
     assert_same_bits(ppo.model(dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("variant", ["r2m", "vanilla"])
+def test_a_reward_model_with_a_head_of_two_layers_is_a_start_as_any_other(tiny_config, tmp_path, variant):
+    model = load_classifier(tiny_config.reward.model)
+    torch.manual_seed(0)
+    model.score = two_layer_head(model.config.hidden_size, 24)
+    save_classifier(model, tmp_path / "grm")
+    AutoTokenizer.from_pretrained(tiny_config.reward.model).save_pretrained(tmp_path / "grm")
+    assert_same_bits(tiny_config.reward(model=str(tmp_path / "grm")).head(variant=variant))
 
 
 def test_another_seed_gives_other_weights(tiny_config):

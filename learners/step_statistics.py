@@ -99,11 +99,18 @@ def _mismatch_metrics(mismatch_N: Tensor) -> dict[str, float]:
 
 
 def batch_metrics(
-    mask: Tensor, old: Tensor, reference: Tensor, advantages: Tensor, trajectories: Sequence[Trajectory]
+    mask: Tensor,
+    behaviour: Tensor,
+    old: Tensor,
+    reference: Tensor,
+    advantages: Tensor,
+    trajectories: Sequence[Trajectory],
 ) -> dict[str, float]:
     """KL of pi_old to the reference (k3 per token, and the mean difference that R2M's Fig. 5 plots) and lengths.
 
-    `mask` and the log-probabilities are [B, T], `advantages` [B] or [B, T].
+    `kl/behaviour` is that of the policies that sampled: what belongs to the step's rewards where they are older than pi_old,
+    for the samples of one policy do not measure another's KL. `mask` and the log-probabilities are [B, T], `advantages`
+    [B] or [B, T].
     """
     difference = (old - reference).masked_fill(~mask, 0)
     k3 = ((-difference).expm1() + difference).masked_fill(~mask, 0)
@@ -111,6 +118,7 @@ def batch_metrics(
     finished = [trajectory.finish_reason == "stop" for trajectory in trajectories]
     return {
         "kl/sequence": difference.sum(1).mean().item(),
+        "kl/behaviour": (behaviour - reference).masked_fill(~mask, 0).sum(1).mean().item(),
         "kl/token": (difference.sum() / mask.sum()).item(),
         "kl/k3": (k3.sum() / mask.sum()).item(),
         "policy/entropy_estimate": (-old.sum() / mask.sum()).item(),

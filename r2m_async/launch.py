@@ -303,7 +303,9 @@ def _head_learner(config: R2MConfig, workload: Workload) -> HeadLearner:
     from r2m_async.head_model import build_head
     from r2m_async.reward_model import classifier_skeleton, scoring_head
 
-    phi = scoring_head(classifier_skeleton(workload.reward_model)).to_empty(device="cpu")  # its weights come with `start`
+    phi = scoring_head(classifier_skeleton(workload.reward_model)).to_empty(
+        device="cpu"
+    )  # its weights come with `start`
     head = build_head(phi, workload.reward_hidden_size, workload.policy_hidden_size, config)
     return HeadLearner(head, config)  # on the CPU: one small update per step, and no GPU memory beside a learner's
 

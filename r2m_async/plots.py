@@ -72,7 +72,7 @@ def reward_figure(steps: Records, evaluations: Records) -> Figure:
     evaluated = column(evaluations, "step")
     for (by_step, by_kl), (key, name, label) in zip(axes, rows, strict=True):
         line(by_step, steps, key, COLORS[0], label="training rollouts")
-        by_kl.plot(kl, column(steps, key), "o", color=COLORS[0], ms=3, alpha=0.5, mew=0)
+        by_kl.plot(samples_kl(steps), column(steps, key), "o", color=COLORS[0], ms=3, alpha=0.5, mew=0)
         judges = {name: (COLORS[1], "held-out prompts")}
         if name == "proxy":
             judges["frozen"] = (GREY, "held-out prompts, reward model as it came")
@@ -163,7 +163,7 @@ def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
     for (by_step, by_kl), (key, _, axis_label) in zip(axes, rows, strict=True):
         for (label, seeds), drawn in zip(runs.items(), line_cycle(len(runs)), strict=True):
             thin, thick = drawn | {"lw": 0.7, "alpha": 0.45}, drawn | {"lw": 2.2}
-            curves = [(column(seed, "step"), column(seed, "kl/sequence"), column(seed, key)) for seed in seeds]
+            curves = [(column(seed, "step"), samples_kl(seed), column(seed, key)) for seed in seeds]
             for step, kl, reward in curves if len(runs) <= len(COLORS) else ():
                 by_step.plot(step, reward, **thin)
                 by_kl.plot(*binned(kl, reward), **thin)
@@ -197,6 +197,14 @@ def best_of_n_figure(results: Mapping[str, Any]) -> Figure:
 def column(records: Records, key: str) -> np.ndarray:
     """One metric of all records, NaN where a record lacks it."""
     return np.array([record.get(key, np.nan) for record in records], dtype=float)
+
+
+def samples_kl(records: Records) -> np.ndarray:
+    """KL to the reference of the policies that sampled each step, to which its rewards belong.
+
+    Of runs from before `kl/behaviour` was written it is pi_old's, the same where both staleness bounds are 0.
+    """
+    return np.array([record.get("kl/behaviour", record.get("kl/sequence", np.nan)) for record in records], dtype=float)
 
 
 def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

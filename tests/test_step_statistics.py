@@ -1,10 +1,12 @@
 """What a step reports of its ratios, by hand, over ranks, epochs and policy ages."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from learners.step_statistics import StepStatistics, unit_statistics
+from learners.step_statistics import StepStatistics, batch_metrics, unit_statistics
 from r2m_async.config import R2MConfig
 from r2m_async.objectives import PolicyLoss
 
@@ -98,3 +100,18 @@ def test_the_effective_sample_size_is_of_what_importance_sampling_leans_on(leans
 def test_without_units_all_is_zero():
     nothing = torch.zeros(0)
     assert set(unit_statistics(nothing, nothing, nothing, nothing, False).values()) == {0.0}
+
+
+def test_the_kl_of_what_was_sampled_is_that_of_the_policies_that_sampled_it():
+    mask = torch.tensor([[True, True], [True, False]])
+    behaviour, old, reference = (
+        torch.tensor(rows)
+        for rows in (
+            [[-1.0, -2.0], [-3.0, 9.0]],
+            [[-1.5, -2.5], [-2.0, 8.0]],
+            [[-2.0, -2.0], [-5.0, 7.0]],
+        )
+    )
+    told = batch_metrics(mask, behaviour, old, reference, torch.zeros(2), [SimpleNamespace(finish_reason="stop")] * 2)
+    assert told["kl/behaviour"] == pytest.approx((1.0 + 0.0 + 2.0) / 2)
+    assert told["kl/sequence"] == pytest.approx((0.5 - 0.5 + 3.0) / 2)

@@ -135,9 +135,9 @@ def test_a_variant_moves_the_policy_and_of_the_head_what_it_trains(path, tiny, p
     assert moved(policy, trained)
     phi = {name for name in head.tensors if name.startswith(SCORING_HEAD)}
     attention = set(head.tensors) - phi
-    expected = {"vanilla": set(), "r2m_no_train": set(), "iterative_head": phi}.get(path.stem, phi | attention)
-    assert moved(head, updated) == expected
-    assert bool(attention) == (path.stem not in ("vanilla", "iterative_head"))
+    of_the_head = {"vanilla": set(), "pretrained_rm": set(), "r2m_no_train": set(), "iterative_head": phi}
+    assert moved(head, updated) == of_the_head.get(path.stem, phi | attention)
+    assert bool(attention) == (path.stem not in ("vanilla", "pretrained_rm", "iterative_head"))
 
 
 @pytest.mark.ring

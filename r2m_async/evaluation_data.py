@@ -8,13 +8,13 @@ BSR (Sec. 2.2) asks what a reward model learnt by taking it to prompts, and to w
 
 Four responses to a prompt each, ranked by the language's gold reward. The embedded preferences pair the policy's samples
 on all training prompts; `in_domain` has new ones of those, where BSR keeps two of four responses back. The other
-writers stand in for its four unseen models: each writes one response to every prompt, with faults of its own kind.
+writers stand in for its four unseen models: each writes one response to every prompt, now and then with a fault of its kind.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,39 +123,51 @@ def _styles(record: Record, side: str) -> tuple[str, ...]:
     return tuple(styles)
 
 
-# The other writers. Each is now good, now bad: its style alone does not give its rank away.
+# The other writers: natural text, in which some sentences have a fault of the writer's kind. Style alone gives no rank away.
+
+FAULTY = 0.2
+"""Of the sentences. With faults in most of them every reward model's tau is about 0, and none can be told from another."""
 
 
 def _careless(prompt: str, rng: random.Random) -> Response:
-    """Words dropped, doubled or replaced in many sentences."""
-    return Response(text=f" {sample_response(prompt, rng, noise=rng.random())}", finished=True)
+    """Words dropped, doubled or replaced."""
+    return Response(text=f" {sample_response(prompt, rng, noise=FAULTY)}", finished=True)
 
 
 def _ornate(prompt: str, rng: random.Random) -> Response:
-    """An adjective for every noun and an adverb for every verb, of either tone."""
-    tone, noun = topic(prompt)
-    words: list[str] = []
-    for _ in range(rng.randint(1, 4)):
-        for named in (noun if rng.random() < 0.6 else rng.choice(NOUNS), rng.choice(NOUNS)):
-            adjectives = ADJECTIVES[tone if rng.random() < 0.7 else rng.choice(tuple(ADJECTIVES))]
-            words += [rng.choice(DETERMINERS), rng.choice(adjectives), named, rng.choice(VERBS)]
-        words[-1:] = [rng.choice(ADVERBS), END]
-    return Response(text=f" {' '.join(words)}", finished=True)
+    """An adjective for every noun and an adverb for the verb, of either tone."""
+    return _joined(_ornate_sentence(prompt, rng) if rng.random() < FAULTY else one for one in _natural(prompt, rng))
 
 
 def _repeating(prompt: str, rng: random.Random) -> Response:
     """Says its sentences again."""
-    sentences = [f"{one.strip()} {END}" for one in sample_response(prompt, rng).split(END) if one.strip()]
-    again = [one for one in sentences for _ in range(rng.choice((1, 1, 2, 3)))]
-    return Response(text=f" {' '.join(again)}", finished=True)
+    return _joined(again for one in _natural(prompt, rng) for again in [one] * (1 + (rng.random() < FAULTY)))
 
 
 def _wandering(prompt: str, rng: random.Random) -> Response:
-    """Often on another prompt's topic, often cut off."""
-    about = prompt if rng.random() < 0.4 else rng.choice(prompts(NUM_HELD_OUT_PROMPTS, 0, held_out=True))
+    """Now and then on another prompt's topic, or cut off."""
+    about = rng.choice(prompts(NUM_HELD_OUT_PROMPTS, 0, held_out=True)) if rng.random() < FAULTY else prompt
     words = sample_response(about, rng).split()
-    kept = len(words) if rng.random() < 0.4 else rng.randint(1, len(words))
+    kept = rng.randint(1, len(words)) if rng.random() < FAULTY else len(words)
     return Response(text=f" {' '.join(words[:kept])}", finished=kept == len(words))
+
+
+def _natural(prompt: str, rng: random.Random) -> list[str]:
+    """Sentences."""
+    return [f"{one.strip()} {END}" for one in sample_response(prompt, rng).split(END) if one.strip()]
+
+
+def _ornate_sentence(prompt: str, rng: random.Random) -> str:
+    tone, noun = topic(prompt)
+    words: list[str] = []
+    for named in (noun if rng.random() < 0.6 else rng.choice(NOUNS), rng.choice(NOUNS)):
+        adjectives = ADJECTIVES[tone if rng.random() < 0.7 else rng.choice(tuple(ADJECTIVES))]
+        words += [rng.choice(DETERMINERS), rng.choice(adjectives), named, rng.choice(VERBS)]
+    return " ".join([*words[:-1], rng.choice(ADVERBS), END])
+
+
+def _joined(sentences: Iterable[str]) -> Response:
+    return Response(text=f" {' '.join(sentences)}", finished=True)
 
 
 OTHER_WRITERS: tuple[Callable[[str, random.Random], Response], ...] = (_careless, _ornate, _repeating, _wandering)

@@ -189,7 +189,7 @@ def test_no_other_writer_is_always_the_best_or_the_worst():
     )
     first, last = (np.bincount(golds.argsort(1)[:, place], minlength=4) / len(golds) for place in (-1, 0))
     assert first.max() < 0.6 and last.max() < 0.6 and min(first.min(), last.min()) > 0.02
-    assert (golds.max(0) > 2).all() and (golds.min(0) < 0.5).all() and (golds.std(0) > 0.5).all()
+    assert (golds.max(0) > 2).all() and (golds.min(0) < 0.7).all() and (golds.std(0) > 0.5).all()
 
 
 @pytest.mark.models

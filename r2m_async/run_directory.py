@@ -133,6 +133,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return metrics
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The file is there whole or not at all, however this ends."""
+    building = path.with_name(f".{path.name}.partial")
+    building.write_text(text, encoding="utf-8")
+    building.rename(path)
+
+
 def write_results(out: Path, results: Mapping[str, Any], table: str) -> None:
     """OUT/results.json and OUT/table.md."""
     out.mkdir(parents=True, exist_ok=True)

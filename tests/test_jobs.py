@@ -1,0 +1,93 @@
+"""Jobs in processes: one that is killed fails alone, and Ctrl-C ends them all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from r2m_async.jobs import WorkerProcesses, failures, wait_for
+
+# Jobs: imported by the processes that do them.
+
+
+def seconds(number: float) -> float:
+    time.sleep(number)
+    return number
+
+
+def end(how: str) -> float:
+    if how == "exits":
+        os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse(reason: str) -> float:
+    raise ValueError(reason)
+
+
+def begin(name: str) -> float:
+    """A long job that first leaves its process's number."""
+    written = Path(f".{name}")
+    written.write_text(str(os.getpid()))
+    written.rename(f"{name}.begun")
+    return seconds(600)
+
+
+def test_a_job_whose_process_is_killed_fails_alone_and_leaves_its_reason(tmp_path):
+    told: list[str] = []
+    with WorkerProcesses(2) as processes:
+        jobs = {
+            "good": (seconds, 0.5),
+            "exits": (end, "exits"),
+            "killed": (end, "killed"),
+            "wrong": (refuse, "too bad"),
+        }
+        jobs |= {f"late-{number}": (seconds, 0.1) for number in range(4)}
+        work = {processes.submit(*job): tmp_path / name for name, job in jobs.items()}
+        assert sorted(wait_for(work, told.append)) == ["exits", "killed", "wrong"]
+        reasons = failures(work.values())
+        lost = "ChildProcessError: its process ended: out of memory?"
+        assert reasons == {"exits": lost, "killed": lost, "wrong": "ValueError: too bad"}
+        assert len(told) == 8 and f"exits failed: {lost}" in told
+        again = {processes.submit(seconds, 0.0): tmp_path / name for name in reasons}
+        assert wait_for(again, told.append) == [] and failures(work.values()) == {}
+
+
+def test_a_worker_keeps_its_process_from_job_to_job():
+    with WorkerProcesses(1) as processes:
+        first, *others = [processes.submit(os.getpid).result() for _ in range(3)]
+        assert others == [first] * 2 and first != os.getpid()
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["as_a_terminal_does", "to_the_command_alone"])
+def test_ctrl_c_cancels_what_waits_and_ends_what_runs(tmp_path, to_all):
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path\n"
+        "from r2m_async.jobs import WorkerProcesses, wait_for\n"
+        "from test_jobs import begin\n"
+        "with WorkerProcesses(2) as processes:\n"
+        "    wait_for({processes.submit(begin, str(number)): Path(str(number)) for number in range(6)}, print)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE
+    )
+    until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
+    running = [int(path.read_text()) for path in tmp_path.glob("*.begun")]
+    (os.killpg if to_all else os.kill)(command.pid, signal.SIGINT)
+    errors = command.communicate(timeout=30)[1]
+    assert command.returncode == -signal.SIGINT and errors.count(b"Traceback") == 1
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in running))
+    assert len(list(tmp_path.glob("*.begun"))) == 2
+
+
+def until(condition, limit=120.0):
+    end_of_wait = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end_of_wait, "did not come true in time"
+        time.sleep(0.05)

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from r2m_async.evaluation_data import RankedPrompt, Response, ranked
 from r2m_async.prompts import Record, load_records
-from r2m_async.run_directory import markdown_table, write_results
+from r2m_async.run_directory import markdown_table, write_results, write_whole
 
 if TYPE_CHECKING:
     from r2m_async.embedded import EmbeddedModels
@@ -145,7 +145,7 @@ def write_pool(pool: Sequence[RankedPrompt], path: Path) -> None:
         }
         for one in pool
     ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _list(record: Record, key: str, value: Any, kind: type, length: int | None = None) -> list[Any]:
@@ -207,7 +207,7 @@ def write_best_of_n(results: Mapping[str, Any], out: Path) -> str:
 
     told = table(results)
     write_results(out, results, told)
-    plot_best_of_n(results, out / "best_of_n.png")
+    plot_best_of_n(results, out / "best_of_n.png", band="se")
     return told
 
 

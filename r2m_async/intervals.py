@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+COUNTS = ("num_seeds", "num_planned")
+"""Of a row: seeds that there is a result of, and those that the study has."""
+
 
 def interval(values: Sequence[float]) -> dict[str, float | int | None]:
     """Mean and half the width of its 95 % interval by Student's t over the values that are numbers; None without enough."""
@@ -20,18 +23,34 @@ def interval(values: Sequence[float]) -> dict[str, float | int | None]:
     return {"mean": statistics.fmean(known) if known else None, "half_width": half, "count": len(known)}
 
 
+def seeds_row(ones: Sequence[Mapping[str, float]], num_planned: int) -> dict[str, Any]:
+    """The `interval` of every key that any of `ones`, a seed's values each, has; and COUNTS."""
+    keys = dict.fromkeys(key for one in ones for key in one)
+    row = {key: interval([one.get(key, float("nan")) for one in ones]) for key in keys}
+    return row | {"num_seeds": len(ones), "num_planned": num_planned}
+
+
+def paired_row(
+    ones: Mapping[int, Mapping[str, float]], others: Mapping[int, Mapping[str, float]], num_planned: int
+) -> dict[str, Any]:
+    """The `seeds_row` of the differences `ones` - `others`, both by seed, at the seeds and keys that both have."""
+    differences = [
+        {key: value - others[seed][key] for key, value in one.items() if key in others[seed]}
+        for seed, one in ones.items()
+        if seed in others
+    ]
+    return seeds_row(differences, num_planned)
+
+
 def seeds_table(results: Mapping[str, Mapping[str, Any]], digits: int = 2) -> str:
-    """Markdown of `interval`s: a row per label; a number of seeds in brackets where not all of them have the value."""
-    if not results:
-        return "nothing has ended\n"
-    keys = [key for key in next(iter(results.values())) if key != "num_seeds"]
+    """Markdown of `seeds_row`s by label: a column per key of any, blank where a row lacks it; a number of seeds in brackets
+    where not all that there is a result of have the value."""
+    keys = list(dict.fromkeys(key for row in results.values() for key in row if key not in COUNTS))
     lines = ["| | " + " | ".join([*keys, "seeds"]) + " |", "|---" * (len(keys) + 2) + "|"]
-    for cell, row in results.items():
-        lines.append(
-            f"| {cell} | "
-            + " | ".join([*(_entry(row[key], row["num_seeds"], digits) for key in keys), str(row["num_seeds"])])
-            + " |"
-        )
+    for label, row in results.items():
+        num, planned = (row[count] for count in COUNTS)
+        entries = [_entry(row[key], num, digits) if key in row else "" for key in keys]
+        lines.append("| " + " | ".join([label, *entries, f"{num} of {planned}" if num < planned else str(num)]) + " |")
     return "\n".join(lines) + "\n"
 
 

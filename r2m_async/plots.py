@@ -59,9 +59,9 @@ def compare_runs(directories: Mapping[str, Sequence[Path]], out: Path) -> Path:
     return save(comparison_figure(runs), out)
 
 
-def plot_best_of_n(results: Mapping[str, Any], out: Path) -> Path:
-    """Writes `best_of_n_figure` of `best_of_n.measure_best_of_n`'s results."""
-    return save(best_of_n_figure(results), out)
+def plot_best_of_n(results: Mapping[str, Any], out: Path, *, band: str) -> Path:
+    """Writes `best_of_n_figure`."""
+    return save(best_of_n_figure(results, band=band), out)
 
 
 def reward_figure(steps: Records, evaluations: Records) -> Figure:
@@ -177,12 +177,15 @@ def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
     return figure
 
 
-def best_of_n_figure(results: Mapping[str, Any]) -> Figure:
-    """Gains of proxy and gold over one sample against KL, a line per reward model with its standard error."""
+def best_of_n_figure(results: Mapping[str, Any], *, band: str) -> Figure:
+    """Gains of proxy and gold over one sample against KL, a line per reward model of `results["models"]`.
+
+    band: the number on either side of a line that is shaded: `se`, as `best_of_n.measure_best_of_n` has it, or `half_width`.
+    """
     figure, [axes] = grid(1, 2)
     for panel, key in zip(axes, ("proxy", "gold"), strict=True):
         for (model, curves), drawn in zip(results["models"].items(), line_cycle(len(results["models"])), strict=True):
-            values, errors = np.array(curves[key]), np.nan_to_num(np.array(curves[f"{key}_se"], dtype=float))
+            values, errors = np.array(curves[key]), np.nan_to_num(np.array(curves[f"{key}_{band}"], dtype=float))
             panel.plot(results["kl"], values, marker=".", label=Path(model).name, **drawn)
             panel.fill_between(results["kl"], values - errors, values + errors, color=drawn["color"], alpha=0.12, lw=0)
         panel.set_ylabel(f"{key} reward of the best of n,\nless that of one sample")

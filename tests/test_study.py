@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,9 +20,12 @@ from r2m_async import reference
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
-from r2m_async.intervals import interval
-from r2m_async.run_directory import read_metrics
-from r2m_async.study import accuracies, read_study, run_study, summary
+from r2m_async.intervals import interval, seeds_row, seeds_table
+from r2m_async.plots import best_of_n_figure
+from r2m_async.reward_study import summary as reward_summary
+from r2m_async.run_directory import append_records, read_metrics
+from r2m_async.study import read_study, run_study
+from r2m_async.study_results import accuracies, area_to_kl, compare_cells, summary
 
 GRID = {
     "variant": {"vanilla": {"head.variant": "vanilla"}, "r2m": {"head.variant": "r2m", "head.lr": 2e-5}},
@@ -69,6 +73,11 @@ def test_the_studies_that_ship_can_be_read():
         ({"set": {"head.variannt": "r2m"}}, r"vanilla-rloo: head.variannt: no such key; did you mean head.variant\?"),
         ({"set": {"steps": 3}}, "vanilla-rloo: steps: no such key"),
         ({"base": "absent.yaml"}, "absent.yaml: cannot be read"),
+        (
+            {"against": ["vanilla"]},
+            "against: 'vanilla' is no cell of it; its cells are vanilla-rloo, vanilla-grpo, r2m-rloo",
+        ),
+        ({"best_of_n": {"prompts": 300}}, "best_of_n.prompts: Input should be less than or equal to 200; got 300"),
         ({"grid": {"lr": {1.5e-4: {}}}}, r"grid.lr.0.00015.\[key\]: Input .* got 0.00015 \(.*put it in quotes"),
     ],
 )
@@ -80,11 +89,12 @@ def test_what_is_wrong_in_a_study_is_told_before_anything_runs(study_file, chang
 @pytest.mark.models
 def test_a_study_runs_what_is_missing_and_its_runs_are_the_ones_of_their_configs(study_file, tmp_path, capsys):
     grid = {"variant": GRID["variant"]}
-    path, out, told = study_file(grid=grid), tmp_path / "out", []
+    path, out, told = study_file(grid=grid, against=["vanilla"]), tmp_path / "out", []
     assert run_study(path, out, workers=2, tell=told.append) == [], told
     assert told[0] == "4 runs, 0 there already" and len(told) == 5
     results = json.loads((out / "results.json").read_text())
-    assert set(results) == {"vanilla", "r2m"} and results["r2m"]["num_seeds"] == 2
+    assert set(results["cells"]) == {"vanilla", "r2m"} and results["cells"]["r2m"]["num_seeds"] == 2
+    assert results["failed"] == {} and set(results["against"]["vanilla"]) == {"r2m"}
     assert (out / "comparison.png").stat().st_size > 10_000
 
     (run,) = [run for run in read_study(path, out)[2] if run.name == "r2m-seed5"]
@@ -108,8 +118,16 @@ def test_a_study_runs_what_is_missing_and_its_runs_are_the_ones_of_their_configs
         run_study(study_file(grid=grid, set={"run.num_steps": 3}), out)
 
 
+def test_at_least_one_run_goes_on_at_a_time(study_file, tmp_path, capsys):
+    for workers in ("0", "-1"):
+        assert main(["study", str(study_file()), str(tmp_path / "out"), "--workers", workers]) == 2
+        assert f"--workers is {workers}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def without_seconds(results: dict) -> dict:
-    return {cell: {key: value for key, value in row.items() if key != "seconds"} for cell, row in results.items()}
+    cells = results["cells"].items()
+    return results | {"cells": {cell: {key: row[key] for key in row if key != "seconds"} for cell, row in cells}}
 
 
 @pytest.fixture
@@ -131,8 +149,11 @@ def with_reward_models(study_file, tiny, tmp_path):
 
 
 @pytest.mark.models
-def test_reward_models_are_trained_once_per_seed_and_their_runs_start_from_them(with_reward_models, tmp_path):
+def test_reward_models_are_trained_once_per_seed_and_their_runs_start_from_them(
+    with_reward_models, tmp_path, monkeypatch
+):
     out, told = tmp_path / "out", []
+    (out / "reward_models" / "further-seed3").mkdir(parents=True)  # killed before it had written its config
     assert run_study(with_reward_models(seeds=[3, 5]), out, workers=2, tell=told.append) == [], told
     assert told[:2] == ["4 runs, 0 there already", "2 reward models, 0 there already"]
     first = [
@@ -145,7 +166,8 @@ def test_reward_models_are_trained_once_per_seed_and_their_runs_start_from_them(
     assert config["reward"]["model"] == str(out / "reward_models" / "further-seed5" / "seed-5" / "model")
 
     told.clear()
-    assert run_study(with_reward_models(seeds=[3, 5]), out, workers=1, tell=told.append) == []
+    monkeypatch.chdir(tmp_path)
+    assert run_study(with_reward_models(seeds=[3, 5]), Path("out"), workers=1, tell=told.append) == []
     assert told == ["4 runs, 4 there already", "2 reward models, 2 there already"]
     with pytest.raises(ConfigError, match="further-seed3 is a run of another config"):
         run_study(with_reward_models(seeds=[3, 5], reward_models={"further": {"config": "reward.yaml"}}), out)
@@ -159,21 +181,32 @@ def test_a_reward_model_that_the_study_lacks_or_cannot_configure_is_told(with_re
         read_study(with_reward_models(reward_models=wrong), Path())
 
 
+def test_an_ensemble_is_no_runs_start_and_shares_no_member_with_that_of_another_seed(with_reward_models):
+    several = {"further": {"config": "reward.yaml", "set": {"ensemble.size": 3}}}
+    with pytest.raises(ConfigError, match="'trained:further' has ensemble.size 3: a run starts from one reward model"):
+        read_study(with_reward_models(seeds=[3, 6], reward_models=several), Path())
+    alone = {"reward_models": several, "grid": {}}
+    with pytest.raises(ConfigError, match="seeds 3 and 5: .*ensemble.size 3, .*space the seeds by 3 or more"):
+        read_study(with_reward_models(seeds=[9, 5, 3], **alone), Path())
+    assert len(read_study(with_reward_models(seeds=[9, 6, 3], **alone), Path())[1]) == 3
+
+
 @pytest.mark.models
-def test_a_study_that_is_killed_takes_its_runs_with_it(study_file, tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+def test_a_study_that_is_killed_takes_its_runs_with_it(study_file, tmp_path, by):
     path, out = study_file(set={"run.num_steps": 10_000}, seeds=[1]), tmp_path / "out"
-    study = subprocess.Popen(
-        [sys.executable, "-m", "r2m_async.cli", "study", path, out, "--workers", "1"], cwd=tmp_path
-    )
+    command = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command += "from r2m_async.cli import main; sys.exit(main(sys.argv[1:]))"
+    study = subprocess.Popen([sys.executable, "-c", command, "study", path, out, "--workers", "1"], cwd=tmp_path)
     metrics = wait_for(lambda: next((out / "runs").glob(".*.partial/metrics.jsonl"), None))
     wait_for(lambda: len(metrics.read_text().splitlines()) > 1)
     assert tmp_path in working_directories()
-    study.kill()
-    study.wait()
+    study.send_signal(by)
+    assert study.wait(timeout=120) == (130 if by == signal.SIGINT else -by)
     wait_for(lambda: tmp_path not in working_directories(), seconds=30)
 
 
-def wait_for(condition, seconds=120.0):
+def wait_for(condition, seconds=300.0):
     """What it gives once that is true."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -193,11 +226,34 @@ def working_directories() -> set[Path]:
 
 @pytest.mark.models
 def test_a_run_that_fails_is_told_and_the_others_go_on(study_file, tmp_path):
-    grid = {"gold": {"good": {}, "bad": {"evaluation.gold": "math:sqrt"}}}  # which takes one argument
+    (tmp_path / "moody.py").write_text(
+        "from pathlib import Path\n"
+        "def gold(prompt, text, finished):\n"
+        "    return float(Path(__file__).with_name('mood').read_text())\n"
+    )
+    grid = {"gold": {"bad": {"evaluation.gold": "moody:gold"}, "good": {}}}
     path, out, told = study_file(grid=grid, seeds=[1]), tmp_path / "out", []
+    reason = f"FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path / 'mood'}'"
     assert run_study(path, out, workers=1, tell=told.append) == ["bad-seed1"]
-    assert any(line.startswith("bad-seed1 failed: ") for line in told)
-    assert list(json.loads((out / "results.json").read_text())) == ["good"]
+    assert f"bad-seed1 failed: {reason}" in told
+    assert (out / "runs" / "bad-seed1.failed").read_text().strip() == reason
+    results = json.loads((out / "results.json").read_text())
+    assert results["failed"] == {"bad-seed1": reason}
+    assert results["cells"]["bad"] == {"num_seeds": 0, "num_planned": 1} and results["cells"]["good"]["num_seeds"] == 1
+    assert table_rows(out)["bad"][-1] == "0 of 1" and table_rows(out)["good"][-1] == "1"
+
+    (tmp_path / "mood").write_text("1.5")
+    assert run_study(path, out, workers=1, tell=told.append) == []
+    assert not (out / "runs" / "bad-seed1.failed").exists()
+    results = json.loads((out / "results.json").read_text())
+    assert results["failed"] == {} and results["cells"]["bad"]["gold_end"]["mean"] == 1.5
+
+
+def table_rows(out: Path) -> dict[str, list[str]]:
+    """Of the first table, by label."""
+    lines = (out / "table.md").read_text().split("\n\n")[0].splitlines()[2:]
+    entries = [[entry.strip() for entry in line.strip("|").split("|")] for line in lines]
+    return {label: rest for label, *rest in entries}
 
 
 def test_the_heads_accuracy_is_that_of_the_last_evaluation(tmp_path):
@@ -213,38 +269,138 @@ def accuracies_of(run: Path, evaluations: list[dict]) -> dict[str, float]:
     return accuracies(run)
 
 
-def steps_of(kl: list[float], gold: list[float]) -> list[dict]:
+def steps_of(kl: list[float], gold: list[float], key: str = "kl/sequence") -> list[dict]:
     """Every point five times over, so that smoothing leaves it as it is at its last."""
     return [
-        {"kl/sequence": k, "reward/gold": g, "reward/mean": 2 * g, "time/since_start": 3.0 * at}
+        {key: k, "reward/gold": g, "reward/mean": 2 * g, "time/since_start": 3.0 * at}
         for at, (k, g) in enumerate(zip(kl, gold, strict=True))
         for _ in range(5)
     ]
 
 
 def test_gold_is_told_at_matched_kl_at_its_peak_and_over_the_area():
-    told = summary(steps_of([0, 2, 4, 5], [0.0, 1.0, 3.0, 2.0]), (1, 4))
+    told = summary(steps_of([0, 2, 4, 5], [0.0, 1.0, 3.0, 2.0]), (1, 4), 4.0)
     assert told["gold_at_kl_1"] == pytest.approx(0.5) and told["gold_at_kl_4"] == pytest.approx(3.0)
     assert told["gold_peak"] == pytest.approx(3.0)
-    assert told["gold_area"] == pytest.approx((0.5 * 2 * 1 + 0.5 * 2 * (1 + 3)) / 4, rel=1e-3)
+    assert told["gold_area"] == pytest.approx((0.5 * 2 * 1 + 0.5 * 2 * (1 + 3)) / 4)
     assert (told["gold_end"], told["kl_end"], told["proxy_end"]) == pytest.approx((2.0, 5.0, 4.0))
     assert told["seconds"] == 9.0
 
 
-def test_a_run_that_did_not_reach_a_level_has_no_gold_there_and_no_area_up_to_it():
-    told = summary(steps_of([0, 2, 4, 5], [0.0, 1.0, 3.0, 2.0]), (4, 8))
+def test_a_run_that_did_not_reach_a_level_has_no_gold_there():
+    told = summary(steps_of([0, 2, 4, 5], [0.0, 1.0, 3.0, 2.0]), (4, 8), 3.0)
     assert told["gold_at_kl_4"] == pytest.approx(3.0)
-    assert math.isnan(told["gold_at_kl_8"]) and math.isnan(told["gold_area"])
+    assert math.isnan(told["gold_at_kl_8"])
+    assert told["gold_area"] == pytest.approx((0.5 * 2 * 1 + 0.5 * 1 * (1 + 2)) / 3)
+
+
+def test_the_area_goes_to_the_highest_kl_that_every_run_passed_or_to_the_highest_level():
+    runs = [steps_of([0, 2, 9], [0.0, 1.0, 2.0]), steps_of([0, 5, 3], [0.0, 1.0, 2.0])]
+    assert area_to_kl(runs, (1, 8)) == pytest.approx(5) and area_to_kl(runs, (1, 4)) == 4
+    unknown = steps_of([0, 1], [math.nan, math.nan])
+    assert area_to_kl([*runs, unknown], (8,)) == pytest.approx(5) and math.isnan(area_to_kl([unknown], (8,)))
 
 
 def test_where_kl_falls_back_its_first_passage_counts():
-    told = summary(steps_of([0, 4, 1, 6], [0.0, 4.0, 100.0, 6.0]), (1, 4))
+    told = summary(steps_of([0, 4, 1, 6], [0.0, 4.0, 100.0, 6.0]), (1, 4), 4.0)
     assert told["gold_at_kl_1"] == pytest.approx(1.0) and told["gold_at_kl_4"] == pytest.approx(4.0)
 
 
 def test_a_run_that_never_leaves_the_reference_has_no_area():
-    told = summary(steps_of([0, 0.1], [1.0, 1.0]), (1,))
+    told = summary(steps_of([0, 0], [1.0, 1.0]), (1,), 0.0)
     assert math.isnan(told["gold_at_kl_1"]) and math.isnan(told["gold_area"]) and told["gold_peak"] == 1.0
+
+
+def test_a_fast_runs_gold_starts_at_the_reference_with_its_first_step():
+    """The first smoothed point is the mean of KL 0, 2, 4, 6, 8 and of the golds: at KL 4."""
+    steps = [{"kl/sequence": 2.0 * at, "reward/gold": float(at**2), "time/since_start": 0.0} for at in range(5)]
+    told = summary(steps, (0.0, 1.0, 4.0), 4.0)
+    assert told["gold_at_kl_0"] == 0.0
+    assert told["gold_at_kl_1"] == pytest.approx(6 / 4) and told["gold_at_kl_4"] == pytest.approx(6.0)
+    assert told["gold_area"] == pytest.approx(3.0)
+    assert math.isnan(summary([{**steps[0], "reward/gold": math.nan}, *steps[1:]], (1.0,), 4.0)["gold_at_kl_1"])
+
+
+def test_steps_without_a_number_are_left_out():
+    steps = steps_of([0, 2, 4], [0.0, 1.0, 3.0])
+    for wrong in ({"kl/sequence": math.nan}, {"reward/gold": math.inf}, {"kl/sequence": -math.inf}):
+        told = summary([*steps[:7], steps[7] | wrong, *steps[7:]], (2, 4), 4.0)
+        assert told == pytest.approx(summary(steps, (2, 4), 4.0))
+    for lost in ("kl/sequence", "reward/gold"):
+        told = summary([step | {lost: math.nan} for step in steps], (2,), 4.0)
+        assert all(math.isnan(told[key]) for key in ("gold_at_kl_2", "gold_peak", "gold_area", "gold_end"))
+        assert told["seconds"] == 6.0
+
+
+def test_kl_is_that_of_the_policy_that_sampled_where_a_run_has_it():
+    steps = [step | {"kl/sequence": 77.0} for step in steps_of([0, 2, 4], [0.0, 1.0, 3.0], key="kl/behaviour")]
+    assert summary(steps, (2, 4), 4.0) == pytest.approx(summary(steps_of([0, 2, 4], [0.0, 1.0, 3.0]), (2, 4), 4.0))
+
+
+@pytest.fixture
+def runs_of(tmp_path):
+    """`runs_of(cell, {seed: gold})`: run directories whose gold is 0 at KL 0 and that at KL 4; not there for None."""
+
+    def write(cell: str, golds: dict[int, float | None], kl: float = 4.0, accuracy: float | None = None):
+        paths = {}
+        for seed, gold in golds.items():
+            paths[seed] = tmp_path / "runs" / f"{cell}-seed{seed}"
+            if gold is not None:
+                paths[seed].mkdir(parents=True)
+                steps = [{"step": at} | step for at, step in enumerate(steps_of([0, kl], [0.0, gold]), 1)]
+                append_records(paths[seed] / "metrics.jsonl", steps)
+                append_records(paths[seed] / "evaluation.jsonl", [{"proxy_accuracy": accuracy}] if accuracy else [])
+        return paths
+
+    return write
+
+
+def test_cells_are_compared_seed_by_seed_with_those_named(runs_of, tmp_path):
+    cells = {
+        "base": runs_of("base", {1: 1.0, 2: 5.0, 3: 3.0, 4: 9.0}, accuracy=0.5),
+        "more": runs_of("more", {1: 2.0, 2: 6.5, 3: 4.5, 4: None}, accuracy=0.75),
+        "bare": runs_of("bare", {1: 1.0, 2: 5.0, 3: None, 4: None}),
+    }
+    compare_cells(cells, (4.0, 8.0), ["base", "more"], tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (list(results), results["area_to_kl"]) == (["cells", "against", "area_to_kl", "failed"], pytest.approx(4.0))
+    assert [list(results["against"][baseline]) for baseline in results["against"]] == [
+        ["more", "bare"],
+        ["base", "bare"],
+    ]
+    told = results["against"]["base"]["more"]
+    assert (told["num_seeds"], told["num_planned"]) == (3, 4)
+    assert told["gold_end"] == pytest.approx(interval([1.0, 1.5, 1.5]))
+    assert told["gold_at_kl_4"] == pytest.approx(told["gold_end"]) and told["gold_at_kl_8"]["count"] == 0
+    assert told["gold_area"]["mean"] == pytest.approx(told["gold_end"]["mean"] / 2)
+    assert told["accuracy_end"]["mean"] == pytest.approx(0.25)
+    assert not {"seconds", "kl_end", "proxy_end", "accuracy_frozen"} & set(told)
+    assert "accuracy_end" not in results["against"]["base"]["bare"]
+    assert results["cells"]["base"]["gold_end"]["half_width"] > 4 > 1 > told["gold_end"]["half_width"]
+
+    table = (tmp_path / "table.md").read_text()
+    assert "KL from 0 to 4, which" in table and table.count("\n## Less ") == 2
+    assert table_rows(tmp_path)["more"][-1] == "3 of 4" and table_rows(tmp_path)["base"][-1] == "4"
+    assert "" in table_rows(tmp_path)["bare"] and "" not in table_rows(tmp_path)["base"]
+
+
+def test_the_area_of_all_cells_goes_equally_far(runs_of, tmp_path):
+    cells = {"slow": runs_of("slow", {1: 1.0}, kl=2.0), "fast": runs_of("fast", {1: 4.0}, kl=8.0)}
+    compare_cells(cells, (1.0, 8.0), [], tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["area_to_kl"] == pytest.approx(2.0)
+    assert [results["cells"][cell]["gold_area"]["mean"] for cell in cells] == pytest.approx([0.5, 0.5])
+
+
+def test_a_table_has_the_columns_of_all_rows():
+    rows = {"none": seeds_row([], 2), "a": seeds_row([{"x": 1.0}], 2), "b": seeds_row([{"y": 2.0, "x": 3.0}], 1)}
+    assert seeds_table(rows).splitlines() == [
+        "| | x | y | seeds |",
+        "|---|---|---|---|",
+        "| none |  |  | 0 of 2 |",
+        "| a | 1.00 |  | 1 of 2 |",
+        "| b | 3.00 | 2.00 | 1 |",
+    ]
 
 
 def test_intervals_are_students():
@@ -264,6 +420,7 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
         "reward_models": {
             "bt": {"config": "bt.yaml"},
             "bsr": {"config": "bt.yaml", "set": {"loss.bsr": "squared_mean"}},
+            "lost": {"config": "bt.yaml", "set": {"data.preferences": str(tmp_path / "absent.jsonl")}},
         },
         "evaluate": True,
         "best_of_n": {"n": 6, "prompts": 3},
@@ -288,25 +445,71 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
     path, out, told = tmp_path / "study.yaml", tmp_path / "out", []
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     monkeypatch.setattr("r2m_async.embedded.embedded_models", lambda: little_embedded)  # whose samples are the pool
-    assert run_study(path, out, workers=2, tell=told.append) == [], told
+    assert sorted(run_study(path, out, workers=2, tell=told.append)) == ["lost-seed2", "lost-seed4"], told
     results = json.loads((out / "reward_models" / "results.json").read_text())
-    assert list(results["models"]) == list(results["best_of_n"]["models"]) == ["bt", "bsr"]
+    assert list(results["models"]) == ["bt", "bsr", "lost"] and list(results["best_of_n"]["models"]) == ["bt", "bsr"]
     assert (
         results["models"]["bsr"]["num_seeds"] == 2 and (out / "reward_models" / "best_of_n.png").stat().st_size > 5000
     )
+    assert table_rows(out / "reward_models")["lost"][-1] == "0 of 2"
+    assert set(results["failed"]) == {"lost-seed2", "lost-seed4"} and "absent.jsonl" in results["failed"]["lost-seed2"]
+    assert (out / "reward_models" / "lost-seed4.failed").read_text().strip() == results["failed"]["lost-seed4"]
 
+    folder = "best_of_n-n6-prompts3-seed0"
     ones = [
-        json.loads((out / "reward_models" / f"bt-seed{seed}" / "best_of_n" / "results.json").read_text())
-        for seed in (2, 4)
+        json.loads((out / "reward_models" / f"bt-seed{seed}" / folder / "results.json").read_text()) for seed in (2, 4)
     ]
     gold = [next(iter(one["models"].values()))["gold"] for one in ones]
     assert results["models"]["bt"]["bon_gold"]["mean"] == pytest.approx((gold[0][-1] + gold[1][-1]) / 2)
-    assert results["best_of_n"]["models"]["bt"]["gold"] == pytest.approx(np.mean(gold, 0))
+    told_gold = results["best_of_n"]["models"]["bt"]
+    assert told_gold["gold"] == pytest.approx(np.mean(gold, 0))
+    assert told_gold["gold_half_width"] == pytest.approx(
+        [interval(of_n)["half_width"] for of_n in zip(*gold, strict=True)]
+    )
     assert results["models"]["bt"]["bon_gold_peak"]["mean"] == pytest.approx((max(gold[0]) + max(gold[1])) / 2)
     assert "| bsr | " in (out / "reward_models" / "table.md").read_text()
 
     told.clear()
-    shutil.rmtree(out / "reward_models" / "bt-seed4" / "best_of_n")  # as if it had been stopped there
+    del study["reward_models"]["lost"]
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    shutil.rmtree(out / "reward_models" / "bt-seed4" / folder)  # as if it had been stopped there
     assert run_study(path, out, workers=1, tell=told.append) == []
     assert told[:2] == ["0 runs, 0 there already", "4 reward models, 3 there already"]
-    assert json.loads((out / "reward_models" / "results.json").read_text()) == results
+    del results["models"]["lost"]
+    assert json.loads((out / "reward_models" / "results.json").read_text()) == results | {"failed": {}}
+
+    told.clear()
+    path.write_text(yaml.safe_dump(study | {"best_of_n": {"n": 4, "prompts": 2}}, sort_keys=False))
+    assert run_study(path, out, workers=1, tell=told.append) == []
+    assert told[1] == "4 reward models, 0 there already"
+    changed = json.loads((out / "reward_models" / "results.json").read_text())
+    assert changed["best_of_n"]["ns"][-1] == 4 and changed["models"]["bt"]["bon_gold"]["count"] == 2
+    assert {pool.name for pool in out.glob("pool*")} == {"pool-n6-prompts3-seed0.jsonl", "pool-n4-prompts2-seed0.jsonl"}
+
+
+def test_the_effective_rank_is_compared_in_domain_and_with_that_of_training_pairs(tmp_path):
+    ranks = {
+        "training pairs": 2.0,
+        "in_domain": 3.0,
+        "prompt_disjoint": 4.0,
+        "response_disjoint": 5.0,
+        "mutual_disjoint": 7.0,
+    }
+    results = {
+        "pairs": None,
+        "splits": {"in_domain": {"accuracy": 0.5, "tau": 0.25}},
+        "states": {name: {"effective_rank": rank, "norm_dispersion": 0.5} for name, rank in ranks.items()},
+    }
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results))
+    told = reward_summary(tmp_path, {"evaluation": "evaluation"})
+    assert (told["erank_gain"], told["erank_over_training"]) == (2.0, 5.0)
+
+
+@pytest.mark.parametrize("band", ["se", "half_width"])
+def test_best_of_n_is_drawn_with_the_band_that_is_asked_for(band):
+    curves = {"proxy": [0.0, 1.0], f"proxy_{band}": [0.0, 0.5], "gold": [0.0, -1.0], f"gold_{band}": [None, 0.25]}
+    figure = best_of_n_figure({"kl": [0.0, 1.0], "models": {"bt": curves}}, band=band)
+    for axes, (low, high) in zip(figure.axes, ((0.0, 1.5), (-1.25, 0.0)), strict=True):
+        drawn = axes.collections[0].get_paths()[0].vertices[:, 1]
+        assert (drawn.min(), drawn.max()) == (low, high)

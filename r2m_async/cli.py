@@ -361,12 +361,14 @@ def _policy_states(parsed: argparse.Namespace) -> int:
 def _best_of_n(parsed: argparse.Namespace) -> int:
     from r2m_async.best_of_n import embedded_pool, load_pool, measure_best_of_n, write_best_of_n, write_pool
     from r2m_async.embedded import embedded_models
+    from r2m_async.language import check_held_out
     from r2m_async.policy_model import one_thread
 
-    parsed.out.mkdir(parents=True, exist_ok=True)
     if parsed.pool is not None:
         pool = load_pool(parsed.pool)
     else:
+        check_held_out("--prompts", parsed.prompts)
+        parsed.out.mkdir(parents=True, exist_ok=True)
         with one_thread():
             pool = embedded_pool(embedded_models(), parsed.seed, parsed.prompts, parsed.samples or parsed.n)
         write_pool(pool, parsed.out / "pool.jsonl")

@@ -11,6 +11,8 @@ Pure Python. Gold is what a reward model stands in for: evaluation reads it, tra
 import random
 from itertools import product
 
+from r2m_async.errors import ConfigError
+
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -57,6 +59,15 @@ def prompts(num: int, seed: int, *, held_out: bool = False) -> list[str]:
         kind = "held-out" if held_out else "training"
         raise ValueError(f"prompts(num={num}): there are {len(pool)} {kind} prompts; ask for 0 to {len(pool)}")
     return random.Random(seed).sample(pool, num)
+
+
+def check_held_out(key: str, num: int) -> None:
+    """Raises ConfigError unless `num`, the user's `key`, is 1 to NUM_HELD_OUT_PROMPTS."""
+    if not 1 <= num <= NUM_HELD_OUT_PROMPTS:
+        raise ConfigError(
+            f"{key} is {num}: the embedded language has {NUM_HELD_OUT_PROMPTS} held-out prompts; "
+            f"give 1 to {NUM_HELD_OUT_PROMPTS}"
+        )
 
 
 def topic(prompt: str) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from r2m_async import reward_metrics
 from r2m_async.errors import ConfigError
 from r2m_async.evaluation_data import NUM_STYLES, RankedPrompt, StyledPrompt, embedded_splits, load_rm_bench
 from r2m_async.export import RewardScorer, initial_policy_of, is_export
+from r2m_async.language import check_held_out
 from r2m_async.policy_model import one_thread, settled
 from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
 from r2m_async.pretraining import score
@@ -64,7 +65,7 @@ class EvaluationSources:
     embedded: bool | None = None
     """The four splits. None: for a run on the embedded preferences, and for the embedded reward model."""
     num_prompts: int = 200
-    """Per split."""
+    """Per split, 1 to 200."""
     initial_policy: str | None = None
     """Of an export: the policy that its run started from, HF name, directory or `embedded`. None: as the export names it."""
     max_tokens: int | None = None
@@ -140,6 +141,7 @@ def evaluate(
     training, pairs = _pairs(ensemble, sources.pairs, is_run)
     splits: Mapping[str, Sequence[RankedPrompt]] = {}
     if of_language if sources.embedded is None else sources.embedded:
+        check_held_out("--prompts", sources.num_prompts)
         splits = embedded_splits(embedded or _embedded_models(), sources.seed, sources.num_prompts)
     styled = () if sources.rm_bench is None else load_rm_bench(sources.rm_bench)
     if not (pairs or splits or styled):

@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import combinations, permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +155,30 @@ def test_bon_on_the_embedded_language_leaves_its_files_and_repeats_from_its_pool
     again = ["bon", "embedded", "--n", "8", "--pool", str(out / "pool.jsonl"), "--out", str(tmp_path / "again")]
     assert main(again) == 0
     assert (tmp_path / "again" / "results.json").read_bytes() == (out / "results.json").read_bytes()
+
+
+def test_more_prompts_than_there_are_are_refused_before_anything_is_built(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embedded, "embedded_models", lambda: pytest.fail("built"))
+    for num in (0, 300):
+        assert main(["bon", "embedded", "--prompts", str(num), "--out", str(tmp_path / "bon")]) == 2
+        assert (
+            f"--prompts is {num}: the embedded language has 200 held-out prompts; give 1 to 200"
+            in capsys.readouterr().err
+        )
+    assert not (tmp_path / "bon").exists()
+
+
+def test_a_pool_is_written_whole_or_not_at_all(pool_file, tmp_path, monkeypatch):
+    def interrupted(path, text, **options):
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    pool = load_pool(pool_file)
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_pool(pool, tmp_path / "interrupted.jsonl")
+    assert not (tmp_path / "interrupted.jsonl").exists()
 
 
 @pytest.mark.models

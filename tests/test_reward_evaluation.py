@@ -232,6 +232,12 @@ def test_a_run_is_evaluated_on_all_that_belongs_to_it(runs, tmp_path, capsys):
     assert (out / "evaluation.png").stat().st_size > 20_000
     assert main([*arguments, "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "results.json").read_bytes() == (out / "results.json").read_bytes()
+    for num in (0, 201):
+        assert main(["reward-model", "eval", str(run), "--prompts", str(num), "--out", str(tmp_path / "none")]) == 2
+        assert (
+            f"--prompts is {num}: the embedded language has 200 held-out prompts; give 1 to" in capsys.readouterr().err
+        )
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.models

@@ -41,6 +41,8 @@ class Answer:
 class JudgedText:
     """One answered turn as a judge finds it."""
 
+    place: str
+    """File and line."""
     key: Hashable
     """The same for one prompt in every file of a format."""
     turn: int
@@ -150,6 +152,7 @@ def read_outputs(path: str | Path, prompts: str | Path | None = None) -> Outputs
 def _alpaca_text(record: Record) -> JudgedText:
     instruction, output = record.response("instruction"), _answer(record, "output", record.field("output"))
     return JudgedText(
+        place=record.place,
         key=instruction,
         turn=1,
         prompt=(("user", instruction),),
@@ -168,6 +171,7 @@ def _tldr_text(record: Record) -> JudgedText:
         response = _answer(record, "summary", record.field("summary"))
         response = f" {response}" if isinstance(content, str) else response
     return JudgedText(
+        place=record.place,
         key=content,
         turn=1,
         prompt=content,
@@ -214,6 +218,7 @@ def _mt_bench_texts(record: Record, question: Question) -> list[JudgedText]:
         conversation = (*conversation, ("user", said))
         texts.append(
             JudgedText(
+                place=record.place,
                 key=question.record["question_id"],
                 turn=turn,
                 prompt=conversation,

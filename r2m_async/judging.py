@@ -131,7 +131,7 @@ def judge(
         the policy's feedback), or `module:attr`, f(prompt_text, response_text, finished) -> float, as `evaluation.gold`.
     against: answers to the same prompts, or `reference`; more prompts than `outputs` has are left out.
     prompts: MT-Bench's questions.
-    Raises ConfigError and DataError.
+    Raises ConfigError, also for a judge that fails or whose reward is not finite, and DataError.
     """
     ours = read_outputs(outputs, prompts)
     if not ours.texts:
@@ -178,11 +178,12 @@ def judge(
 
 class _Scorer:
     def __init__(self, judge: str, max_tokens: int | None) -> None:
+        self._name = judge
         self._gold = self._judge = None
         if ":" in judge and not Path(judge).exists():
             from r2m_async.plugins import named_function
 
-            self._gold, self._name = named_function(judge, "--judge"), judge
+            self._gold = named_function(judge, "--judge")
         else:
             from r2m_async.reward_evaluation import Judge, load_ensemble
 
@@ -193,21 +194,37 @@ class _Scorer:
         return self._judge.num_cut if self._judge else 0
 
     def rewards(self, texts: Sequence[JudgedText]) -> np.ndarray:
-        """[N]"""
+        """[N], finite"""
+        rewards = self._model_rewards(texts) if self._judge else np.array([self._gold_reward(text) for text in texts])
+        for text, reward in zip(texts, rewards, strict=True):
+            if not np.isfinite(reward):
+                raise ConfigError(
+                    f"--judge {self._name}: its reward for {_answer_of(text)} is {reward}, which compares with none; "
+                    f"correct the judge, or name another"
+                )
+        return rewards
+
+    def _model_rewards(self, texts: Sequence[JudgedText]) -> np.ndarray:
         from r2m_async.policy_model import one_thread
 
-        if self._judge is not None:
-            with one_thread():
-                return self._judge.rewards([(text.prompt, text.response, text.finished) for text in texts])
-        return np.array([self._gold_reward(text) for text in texts])
+        assert self._judge is not None
+        with one_thread():
+            return self._judge.rewards([(text.prompt, text.response, text.finished) for text in texts])
 
     def _gold_reward(self, text: JudgedText) -> float:
         assert self._gold is not None
         prompt = text.prompt if isinstance(text.prompt, str) else "\n".join(said for _, said in text.prompt)
         try:
             return float(self._gold(prompt, text.response, text.finished))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"--judge {self._name}: cannot judge the answer to {prompt[:60]!r}: {error}") from error
+        except Exception as error:  # the user's program may raise anything
+            raise ConfigError(
+                f"--judge {self._name}: cannot judge {_answer_of(text)}: {type(error).__name__}: {error}; correct the "
+                f"judge, or give it the answers it is for"
+            ) from error
+
+
+def _answer_of(text: JudgedText) -> str:
+    return f"the answer to {text.instruction[:60]!r} ({text.place})"
 
 
 def _of_one(texts: Sequence[JudgedText], rewards: np.ndarray) -> dict[str, Any]:
@@ -259,6 +276,7 @@ def _reference(text: JudgedText) -> JudgedText:
             f"--against {REFERENCE}: the answer to {text.instruction[:60]!r} has no reference_summary; name a file of answers"
         )
     return JudgedText(
+        place=text.place,
         key=text.key,
         turn=text.turn,
         prompt=text.prompt,
@@ -303,6 +321,7 @@ def write_judgement(judged: tuple[dict[str, Any], list[dict[str, Any]], list[dic
     write_results(out, results, told)
     (out / "rewards.jsonl").unlink(missing_ok=True)
     append_records(out / "rewards.jsonl", records)
+    (out / "annotations.json").unlink(missing_ok=True)
     if compared:
         text = json.dumps(compared, indent=2, ensure_ascii=False) + "\n"
         (out / "annotations.json").write_text(text, encoding="utf-8")

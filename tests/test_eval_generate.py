@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHARED_DATA, WORDS, save_tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from r2m_async import offline_generation
 from r2m_async.answer_files import Answer, read_outputs, write_answers
@@ -135,15 +136,20 @@ def test_prompts_are_turns_or_raw_text(files, policy):
     assert read("tldr", chat=True) == "<user>POST: the old river sings\n\nTL;DR:\n<assistant>"
 
 
-def test_the_stored_prompt_files_are_read_whole_where_they_are():
-    names = {"alpaca_eval": "alpaca_eval_prompts", "mt_bench": "mt_bench_questions", "tldr": "tldr_prompts"}
-    paths = {form: SHARED_DATA / f"{name}.jsonl" for form, name in names.items()}
-    loaded = {form: load_questions(path, form) for form, path in paths.items() if path.is_file()}
-    counts = {"alpaca_eval": 805, "mt_bench": 80, "tldr": 900}
-    assert all(len(questions) == counts[form] for form, questions in loaded.items())
-    assert [one.record["question_id"] for one in loaded.get("mt_bench", ())] in ([], list(range(81, 161)))
-    for question in loaded.get("tldr", ()):
-        assert str(question.content).endswith("TL;DR:") and question.record["reference_summary"]
+@pytest.mark.parametrize(
+    ("form", "name", "count"),
+    [("alpaca_eval", "alpaca_eval_prompts", 805), ("mt_bench", "mt_bench_questions", 80), ("tldr", "tldr_prompts", 900)],
+)
+def test_the_stored_prompt_files_are_read_whole_where_they_are(form, name, count):
+    path = SHARED_DATA / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    questions = load_questions(path, form)
+    assert len(questions) == count
+    if form == "mt_bench":
+        assert [one.record["question_id"] for one in questions] == list(range(81, 161))
+    if form == "tldr":
+        assert all(str(one.content).endswith("TL;DR:") and one.record["reference_summary"] for one in questions)
 
 
 @pytest.mark.parametrize(
@@ -484,8 +490,46 @@ def test_a_program_judges_by_its_name(tmp_path):
     with pytest.raises(ConfigError, match="no callable 'gold_rewar'; did you mean 'gold_reward'"):
         judge(path, "r2m_async.language:gold_rewar")
     path = lines_of(tmp_path / "other.jsonl", [{"prompt": "POST", "response": "a"}])
-    with pytest.raises(ConfigError, match=r"cannot judge the answer to 'POST': not a prompt of the embedded language"):
+    with pytest.raises(
+        ConfigError, match=r"cannot judge the answer to 'POST' \(.*other.jsonl, line 1\): ValueError: not a prompt of the"
+    ):
         judge(path, "r2m_async.language:gold_reward")
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("of_a_table", r"cannot judge the answer to 'two' \(.*, line 2\): KeyError: 'b'; correct the judge"),
+        ("not_a_number", r"its reward for the answer to 'two' \(.*, line 2\) is nan, which compares with none; correct"),
+    ],
+)
+def test_a_judge_that_fails_is_told_with_the_first_answer_that_it_cannot_judge(tmp_path, capsys, program, message):
+    answers = [{"prompt": prompt, "response": text} for prompt, text in (("one", "a"), ("two", "b"), ("three", "b"))]
+    path = lines_of(tmp_path / "answers.jsonl", answers)
+    arguments = ["--judge", f"{__name__}:{program}", "--against", str(path), "--out", str(tmp_path / "out")]
+    assert main(["eval", "judge", str(path), *arguments]) == 2
+    assert re.search(rf"^r2m: --judge {__name__}:{program}: {message}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_whose_reward_is_nan_is_told(tiny, tmp_path):
+    broken = AutoModelForSequenceClassification.from_pretrained(tiny("llama", True))
+    with torch.no_grad():
+        broken.score.weight.fill_(math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(tiny("llama", True)).save_pretrained(tmp_path / "broken")
+    path = lines_of(tmp_path / "answers.jsonl", [{"prompt": "one", "response": "a"}])
+    with pytest.raises(ConfigError, match=r"broken: its reward for the answer to 'one' \(.*, line 1\) is nan"):
+        judge(path, str(tmp_path / "broken"))
+
+
+def test_annotations_of_an_earlier_comparison_do_not_outlive_it(tmp_path):
+    path = lines_of(tmp_path / "answers.jsonl", [{"prompt": "one", "response": "a"}])
+    out = tmp_path / "out"
+    arguments = ["eval", "judge", str(path), "--judge", f"{__name__}:length_of", "--out", str(out)]
+    assert main([*arguments, "--against", str(path)]) == 0 and (out / "annotations.json").is_file()
+    assert main(arguments) == 0
+    assert sorted(one.name for one in out.iterdir()) == ["results.json", "rewards.jsonl", "table.md"]
 
 
 def test_answers_that_cannot_be_compared_are_refused(tmp_path, answered):
@@ -516,3 +560,11 @@ def test_answers_that_cannot_be_compared_are_refused(tmp_path, answered):
 
 def length_of(prompt, response, finished):
     return len(response)
+
+
+def of_a_table(prompt, response, finished):
+    return {"a": 1.0}[response]
+
+
+def not_a_number(prompt, response, finished):
+    return 1.0 if response == "a" else math.nan

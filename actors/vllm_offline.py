@@ -42,6 +42,7 @@ class OfflineVLLM:
             max_model_len=options.context,
             max_num_seqs=num_sequences,
             tensor_parallel_size=options.tensor_parallel,
+            enable_prefix_caching=False,  # a resumed command has to compute what this one had in its cache
             worker_cls="actors.vllm_worker.EngineWorker",
             **on_cpu,
         )

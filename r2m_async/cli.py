@@ -181,7 +181,9 @@ def _add_eval(commands: Any) -> None:
     generate.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="(default vllm)")
     generate.add_argument("--name", metavar="GENERATOR", help="the model's name in the file (default: MODEL's)")
     generate.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: the format's)")
-    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="per turn (default 2048, 1024, TL;DR 50)")
+    generate.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="per turn (default 2048, 1024, TL;DR 50; or what fits)"
+    )
     generate.add_argument("--max-prompt-tokens", type=int, metavar="N", help="(default: as the prompts need)")
     generate.add_argument(
         "--chat", action=argparse.BooleanOptionalAction, help="turns or raw text (default: TL;DR raw)"

@@ -39,7 +39,7 @@ class GenerationSettings:
     temperature: float | None = None
     """None: the format's, in MT-Bench the category's. Zero is greedy. Top-p, top-k and penalties are never used."""
     max_new_tokens: int | None = None
-    """Per turn; None: DEFAULT_NEW_TOKENS."""
+    """Per turn; None: DEFAULT_NEW_TOKENS, or what the model's positions leave after the longest first prompt."""
     max_prompt_tokens: int | None = None
     """None: as many as there are, within the model's context."""
     chat: bool | None = None
@@ -320,22 +320,16 @@ def _options(
     dtype: str,
 ) -> GeneratorOptions:
     """With room for the longest prompt and what may follow it. Raises DataError for a first prompt that has none."""
-    new_tokens = settings.max_new_tokens or DEFAULT_NEW_TOKENS[settings.format]
     lengths = [len(_read(one, tokenizer)) for one in questions]
+    for question, length in zip(questions, lengths, strict=True):
+        _check_fits(question, length, settings, limit)
+    new_tokens = settings.max_new_tokens or _default_new_tokens(settings.format, max(lengths), limit)
     needed = 0
     for question, length in zip(questions, lengths, strict=True):
         later = [len(tokenizer(text)["input_ids"]) + new_tokens + _TEMPLATE_TOKENS for text in question.later_turns]
         needed = max(needed, length + sum(later))
     context = (settings.max_prompt_tokens or needed) + new_tokens
     context = context if limit is None else min(context, limit)
-    for question, length in zip(questions, lengths, strict=True):
-        if length > context - new_tokens:
-            longest = settings.max_prompt_tokens
-            given = f"--max-prompt-tokens is {longest}" if longest else f"the model has {limit} positions"
-            raise DataError(
-                f"{question.place}: the prompt has {length} tokens where {given} and --max-new-tokens {new_tokens}: "
-                f"{max(context - new_tokens, 0)} are left; lower --max-new-tokens, or use another model or file"
-            )
     return GeneratorOptions(
         path=path,
         tokenizer=tokenizer,
@@ -345,6 +339,33 @@ def _options(
         dtype=dtype,
         tensor_parallel=settings.tensor_parallel,
     )
+
+
+def _default_new_tokens(form: Format, longest: int, limit: int | None) -> int:
+    """The format's, or what fits after `longest` prompt tokens, which is told."""
+    wanted = DEFAULT_NEW_TOKENS[form]
+    if limit is None or longest + wanted <= limit:
+        return wanted
+    print(
+        f"--max-new-tokens is {limit - longest}, not the {wanted} of {form}: the longest prompt has {longest} tokens and "
+        f"the model {limit} positions"
+    )
+    return limit - longest
+
+
+def _check_fits(question: Question, length: int, settings: GenerationSettings, limit: int | None) -> None:
+    has = f"{question.place}: the prompt has {length} tokens"
+    if settings.max_prompt_tokens is not None and length > settings.max_prompt_tokens:
+        raise DataError(
+            f"{has} and --max-prompt-tokens is {settings.max_prompt_tokens}; raise it, leave it out, or shorten the prompt"
+        )
+    if limit is not None and length >= limit:
+        raise DataError(f"{has} and the model {limit} positions, which leave none to answer; use another model or file")
+    if limit is not None and settings.max_new_tokens is not None and length + settings.max_new_tokens > limit:
+        raise DataError(
+            f"{has}, the model {limit} positions, and --max-new-tokens is {settings.max_new_tokens}; lower that to at most "
+            f"{limit - length}, or use another model or file"
+        )
 
 
 def _read(question: Question, tokenizer: Any) -> list[int]:

@@ -138,7 +138,11 @@ def test_prompts_are_turns_or_raw_text(files, policy):
 
 @pytest.mark.parametrize(
     ("form", "name", "count"),
-    [("alpaca_eval", "alpaca_eval_prompts", 805), ("mt_bench", "mt_bench_questions", 80), ("tldr", "tldr_prompts", 900)],
+    [
+        ("alpaca_eval", "alpaca_eval_prompts", 805),
+        ("mt_bench", "mt_bench_questions", 80),
+        ("tldr", "tldr_prompts", 900),
+    ],
 )
 def test_the_stored_prompt_files_are_read_whole_where_they_are(form, name, count):
     path = SHARED_DATA / f"{name}.jsonl"
@@ -241,19 +245,25 @@ def test_tldr_keeps_the_text_as_generated_beside_the_summary(policy, files, tmp_
 
 
 @pytest.mark.models
-def test_an_interrupted_command_ends_with_the_answers_of_one_that_was_not(policy, files, tmp_path, monkeypatch):
-    settings = settings_of("mt_bench", batch=2, temperature=1.0)
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.ring)])
+def test_an_interrupted_command_ends_with_the_answers_of_one_that_was_not(policy, files, tmp_path, monkeypatch, engine):
+    generator = TransformersGenerator
+    if engine == "vllm":
+        from actors.vllm_offline import OfflineVLLM as generator
+    settings = settings_of("mt_bench", batch=2, temperature=1.0, engine=engine)
     whole = read_back(generate_answers(policy, files["mt_bench"], tmp_path / "whole", settings))
-    generate, calls = TransformersGenerator.generate, []
+    generate, calls = generator.generate, []
 
     def fails_at_the_fourth(self, requests):
         calls.append(len(requests))
         if len(calls) == 4:
             raise InterruptedError
+        if engine == "vllm":
+            assert not self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
         return generate(self, requests)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersGenerator, "generate", fails_at_the_fourth)
+        patch.setattr(generator, "generate", fails_at_the_fourth)
         with pytest.raises(InterruptedError):
             generate_answers(policy, files["mt_bench"], tmp_path / "cut", settings)
     partial = tmp_path / "cut" / "model_answer" / ".walker.jsonl.partial"
@@ -263,10 +273,13 @@ def test_an_interrupted_command_ends_with_the_answers_of_one_that_was_not(policy
         file.write('{"texts": ["half a li')
     with pytest.raises(ConfigError, match=r"partial: was begun with seed = 0 and now it is 1; repeat the command"):
         generate_answers(
-            policy, files["mt_bench"], tmp_path / "cut", settings_of("mt_bench", batch=2, seed=1, temperature=1.0)
+            policy,
+            files["mt_bench"],
+            tmp_path / "cut",
+            settings_of("mt_bench", batch=2, seed=1, temperature=1.0, engine=engine),
         )
     calls.clear()
-    monkeypatch.setattr(TransformersGenerator, "generate", fails_at_the_fourth)
+    monkeypatch.setattr(generator, "generate", fails_at_the_fourth)
     done = generate_answers(policy, files["mt_bench"], tmp_path / "cut", settings)
     assert without_time(read_back(done)) == without_time(whole) and calls == [2, 2] and not partial.exists()
 
@@ -298,13 +311,51 @@ def test_what_does_not_fit_is_refused_first_and_cut_later(policy, files, tmp_pat
         return generate(self, requests)
 
     monkeypatch.setattr(TransformersGenerator, "generate", watched)
-    with pytest.raises(DataError, match=r"line 1: the prompt has \d+ tokens where --max-prompt-tokens is 3 and"):
-        generate_answers(policy, files["alpaca_eval"], tmp_path, settings_of("alpaca_eval", max_prompt_tokens=3))
-    with pytest.raises(DataError, match=r"the model has 1024 positions and --max-new-tokens 1020: 4 are left"):
-        generate_answers(policy, files["alpaca_eval"], tmp_path, settings_of("alpaca_eval", max_new_tokens=1020))
+    longest = "wind " * 1030
+    long = lines_of(tmp_path / "long.jsonl", [{"instruction": "the old river"}, {"instruction": longest}])
+    for path, options, message in (
+        (
+            files["alpaca_eval"],
+            {"max_prompt_tokens": 3},
+            r"line 1: .* \d+ tokens and --max-prompt-tokens is 3; raise it",
+        ),
+        (
+            files["alpaca_eval"],
+            {"max_new_tokens": 1020},
+            r"1024 positions, and --max-new-tokens is 1020; lower that to at",
+        ),
+        (
+            long,
+            {"max_new_tokens": 12},
+            r"line 2: .* and the model 1024 positions, which leave none to answer; use another",
+        ),
+        (long, {"max_prompt_tokens": 1, "max_new_tokens": 1020}, r"line 1: .* and --max-prompt-tokens is 1; raise it"),
+    ):
+        with pytest.raises(DataError, match=message):
+            generate_answers(policy, path, tmp_path, settings_of("alpaca_eval", **options))
     generate_answers(policy, files["mt_bench"], tmp_path, settings_of("mt_bench", max_prompt_tokens=50))
     assert "4 conversations were longer than 50 tokens and lost their beginning" in capsys.readouterr().out
     assert max(lengths) == 50
+
+
+@pytest.mark.models
+def test_the_default_of_new_tokens_is_what_the_model_leaves_after_the_longest_prompt(
+    policy, tmp_path, capsys, monkeypatch
+):
+    told, generate = [], TransformersGenerator.generate
+
+    def watched(self, requests):
+        told.extend(answers := generate(self, requests))
+        return answers
+
+    monkeypatch.setattr(TransformersGenerator, "generate", watched)
+    prompts = lines_of(tmp_path / "prompts.jsonl", [{"instruction": "the old river"}, {"instruction": "wind " * 500}])
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    longest = max(len(policy_reads(one.content, tokenizer)[1]) for one in load_questions(prompts, "alpaca_eval"))
+    left = f"--max-new-tokens is {1024 - longest}, not the 2048 of alpaca_eval: the longest prompt has {longest} tokens"
+    generate_answers(policy, prompts, tmp_path / "out", settings_of("alpaca_eval", max_new_tokens=None))
+    assert left in capsys.readouterr().out
+    assert max(len(one.token_ids) for one in told) == 1024 - longest
 
 
 @pytest.mark.models
@@ -491,7 +542,8 @@ def test_a_program_judges_by_its_name(tmp_path):
         judge(path, "r2m_async.language:gold_rewar")
     path = lines_of(tmp_path / "other.jsonl", [{"prompt": "POST", "response": "a"}])
     with pytest.raises(
-        ConfigError, match=r"cannot judge the answer to 'POST' \(.*other.jsonl, line 1\): ValueError: not a prompt of the"
+        ConfigError,
+        match=r"cannot judge the answer to 'POST' \(.*other.jsonl, line 1\): ValueError: not a prompt of the",
     ):
         judge(path, "r2m_async.language:gold_reward")
 
@@ -500,7 +552,10 @@ def test_a_program_judges_by_its_name(tmp_path):
     ("program", "message"),
     [
         ("of_a_table", r"cannot judge the answer to 'two' \(.*, line 2\): KeyError: 'b'; correct the judge"),
-        ("not_a_number", r"its reward for the answer to 'two' \(.*, line 2\) is nan, which compares with none; correct"),
+        (
+            "not_a_number",
+            r"its reward for the answer to 'two' \(.*, line 2\) is nan, which compares with none; correct",
+        ),
     ],
 )
 def test_a_judge_that_fails_is_told_with_the_first_answer_that_it_cannot_judge(tmp_path, capsys, program, message):

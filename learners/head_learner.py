@@ -59,7 +59,8 @@ class HeadLearner:
         for term in head_losses(self._head, groups, step, self._config):
             (term.loss / len(groups)).backward()
             terms.append(term)
-        self._optimizer.step()
+        if any(term.teaches for term in terms):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._held.follow()
         return {

@@ -487,11 +487,7 @@ class R2MConfig(ConfigTree):
                 f"rollouts.group_size is {rollouts.group_size} and head.variant is {self.head.variant!r}: the head learns "
                 f"from the best and the worst of a group; use at least 2, or variant 'vanilla'"
             )
-        if self.head.hold != "none" and not self.trains_head:
-            raise ValueError(
-                f"head.hold is {self.head.hold!r} and head.variant is {self.head.variant!r}: that head does not move; leave "
-                f"it out, or use variant 'r2m'"
-            )
+        self._check_head()
         if self.learner.warmup >= self.run.num_steps:
             raise ValueError(
                 f"learner.warmup is {self.learner.warmup} and run.num_steps is {self.run.num_steps}: the learning rate "
@@ -509,6 +505,21 @@ class R2MConfig(ConfigTree):
                 "model.policy is 'from_scratch' and data.prompts is 'embedded': use model.policy 'embedded'"
             )
         return self
+
+    def _check_head(self) -> None:
+        head, defaults = self.head, type(self.head).model_fields
+        for key in ("hold", "pair_source"):
+            if getattr(head, key) != defaults[key].default and not self.trains_head:
+                raise ValueError(
+                    f"head.{key} is {getattr(head, key)!r} and head.variant is {head.variant!r}: that head does not move; "
+                    f"leave it out, or use variant 'r2m'"
+                )
+        for key, of in (("hold_weight", ("divergence", "bsr")), ("hold_decay", ("average",))):
+            if getattr(head, key) != defaults[key].default and head.hold not in of:
+                raise ValueError(
+                    f"head.{key} is {getattr(head, key)} and head.hold is {head.hold!r}: it is an option of hold "
+                    f"{' and '.join(map(repr, of))}; use {'one of them' if len(of) > 1 else 'that'}, or leave it out"
+                )
 
     def _check_learner(self) -> None:
         learner = self.learner

@@ -86,17 +86,19 @@ class HeadTerms:
     hold: Tensor
     """The penalty of `head.hold` in `loss`, weight included."""
     agrees: Tensor
-    """bool; the frozen reward model, too, ranks the highest of the head's rewards above the lowest."""
+    """bool; the frozen reward model, too, ranks the pair's chosen response above its rejected one."""
+    teaches: Tensor
+    """bool; False for a group that `hold: agreement` leaves out. A step of such groups alone does not move the head."""
 
 
 def head_losses(head: nn.Module, groups: Sequence[HeadGroup], step: int, config: R2MConfig) -> Iterator[HeadTerms]:
     """Group by group, so that one graph is alive at a time: rewards by the present head on the refreshed feedback."""
-    mean = None
+    step_rewards = None
     if config.head.hold == "bsr":
         with torch.no_grad():
-            mean = torch.stack([_refreshed_rewards(head, one, step, config).mean() for one in groups]).mean()
+            step_rewards = [_refreshed_rewards(head, one, step, config) for one in groups]
     for group in groups:
-        yield _head_terms(_refreshed_rewards(head, group, step, config), group, mean, config)
+        yield _head_terms(_refreshed_rewards(head, group, step, config), group, step_rewards, config)
 
 
 def _refreshed_rewards(head: nn.Module, group: HeadGroup, step: int, config: R2MConfig) -> Tensor:
@@ -104,22 +106,32 @@ def _refreshed_rewards(head: nn.Module, group: HeadGroup, step: int, config: R2M
     return head_rewards(head, group.embeddings.rte, states, omega_of(step, config))
 
 
-def _head_terms(rewards: Tensor, group: HeadGroup, mean: Tensor | None, config: R2MConfig) -> HeadTerms:
-    """`mean`: of all rewards of the step, for BSR: the groups' penalties have the mean square and its gradient."""
+def _head_terms(
+    rewards: Tensor, group: HeadGroup, step_rewards: Sequence[Tensor] | None, config: R2MConfig
+) -> HeadTerms:
+    """`step_rewards`: of all the step's groups, for BSR."""
     hold, weight = config.head.hold, config.head.hold_weight
     frozen = group.embeddings.frozen_rewards.to(rewards.device)
     pairs = {"refreshed": None, "annotated": group.annotated.model_rewards.to(rewards.device), "frozen": frozen}
     of_pairs = pairs[config.head.pair_source]
     grebt = grebt_terms(rewards[None], config.head.alpha, None if of_pairs is None else of_pairs[None])
-    agrees = frozen[rewards.argmax()] > frozen[rewards.argmin()]
+    chooses = rewards if of_pairs is None else of_pairs
+    agrees = frozen[chooses.argmax()] > frozen[chooses.argmin()]
+    teaches = agrees | (hold != "agreement")
     penalty, loss = torch.zeros((), device=rewards.device), grebt.loss
     if hold == "divergence":
         penalty = weight * preference_divergence(rewards[None], frozen[None])
-    elif mean is not None:
-        penalty = weight * (2 * mean * rewards.mean() - mean.square())
-    elif hold == "agreement":
-        loss = loss * agrees
-    return HeadTerms(loss=loss + penalty, grebt=grebt, hold=penalty.detach(), agrees=agrees)
+    elif step_rewards is not None:
+        penalty = weight * _mean_square_share(rewards, step_rewards)
+    return HeadTerms(loss=loss * teaches + penalty, grebt=grebt, hold=penalty.detach(), agrees=agrees, teaches=teaches)
+
+
+def _mean_square_share(rewards: Tensor, step_rewards: Sequence[Tensor]) -> Tensor:
+    """One group's share in the square of the mean of all of `step_rewards`, whose groups may be of different size: the
+    mean of these shares over groups is that square, and has its gradient."""
+    every = torch.cat(list(step_rewards))
+    mean, rewards_per_group = every.mean(), len(every) / len(step_rewards)
+    return 2 * mean * rewards.sum() / rewards_per_group - mean.square()
 
 
 class HeldHead:

@@ -181,9 +181,12 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
                     annotated=rewards[index],
                 )
                 head_groups.append(group)
+            taught = False
             for terms in head_losses(head, head_groups, step, config):  # 17-19
                 (terms.loss / len(head_groups)).backward()
-            head_optimizer.step()  # 20
+                taught = taught or bool(terms.teaches)
+            if taught:
+                head_optimizer.step()  # 20
             head_optimizer.zero_grad(set_to_none=True)
             held.follow()
 

@@ -1,12 +1,15 @@
 """The ring in one process against the reference: every claim of exactness that needs no Ray, in seconds."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from actors import reward_annotator
 from r2m_async import reference
 from r2m_async.launch import Ring
-from r2m_async.reward_model import load_classifier, save_classifier, two_layer_head
+from r2m_async.reward_model import embed_group, load_classifier, save_classifier, two_layer_head
 
 pytestmark = pytest.mark.models
 
@@ -69,6 +72,25 @@ def test_every_way_to_hold_the_head_is_the_references_bit_for_bit_and_not_the_pa
     assert_same_bits(held)
     theirs, ours = (reference.train(config).head.tensors for config in (free, held))
     assert any(not torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+def test_steps_whose_groups_all_disagree_leave_the_head_as_it_is(tiny_config, monkeypatch):
+    def tied_after_the_first_step(model, tokenizer, group, config):
+        embeddings = embed_group(model, tokenizer, group, config)
+        first = group.ticket.group_id < config.rollouts.prompts_per_step
+        frozen = torch.zeros_like(embeddings.frozen_rewards)
+        return embeddings if first else dataclasses.replace(embeddings, frozen_rewards=frozen)
+
+    for module in (reference, reward_annotator):
+        monkeypatch.setattr(module, "embed_group", tied_after_the_first_step)
+    config = tiny_config.head(hold="agreement", pair_source="frozen", omega_horizon=3)
+    assert_same_bits(config)
+    after = [
+        reference.train(config.run(num_steps=steps).head(lr=lr)).head.tensors
+        for steps, lr in ((1, 1e-3), (3, 1e-3), (1, 2e-3))
+    ]
+    assert all(torch.equal(after[0][name], tensor) for name, tensor in after[1].items())
+    assert any(not torch.equal(after[1][name], tensor) for name, tensor in after[2].items())
 
 
 @pytest.mark.parametrize("pair_source", ["annotated", "frozen"])

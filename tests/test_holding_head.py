@@ -2,11 +2,14 @@
 
 import math
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 
+from learners.head_learner import HeadLearner
 from r2m_async import R2MConfig
+from r2m_async.config import HeadSection
 from r2m_async.errors import ConfigError
 from r2m_async.head_model import HeldHead, head_losses
 from r2m_async.head_objectives import grebt, preference_divergence
@@ -15,29 +18,29 @@ from r2m_async.trajectories import GroupRewards, HeadGroup, RewardEmbeddings
 RTE = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]], [[0.5, 2.0], [1.0, -1.0], [0.0, 0.5]]])
 
 
-def groups_of(frozen_rewards):
-    """Two groups whose RTEs are RTE's; annotated rewards run backwards."""
+def groups_of(frozen_rewards, sizes=(3, 3)):
+    """Two groups whose RTEs are RTE's, cut to `sizes`; annotated rewards run backwards."""
     return [
         HeadGroup(
             embeddings=RewardEmbeddings(
                 group_id=index,
-                rte=rte,
+                rte=rte[:size],
                 greedy_rte=None,
-                bonus=torch.zeros(3),
+                bonus=torch.zeros(size),
                 greedy_bonus=None,
-                frozen_rewards=torch.tensor(frozen),
+                frozen_rewards=torch.tensor(frozen[:size]),
             ),
             feedback=None,
             annotated=GroupRewards(
                 group_id=index,
-                rewards=torch.zeros(3),
-                model_rewards=torch.tensor([3.0, 2.0, 1.0]),
+                rewards=torch.zeros(size),
+                model_rewards=torch.tensor([3.0, 2.0, 1.0][:size]),
                 greedy_reward=None,
                 head_version=0,
                 omega=1.0,
             ),
         )
-        for index, (rte, frozen) in enumerate(zip(RTE, frozen_rewards, strict=True))
+        for index, (rte, frozen, size) in enumerate(zip(RTE, frozen_rewards, sizes, strict=True))
     ]
 
 
@@ -81,13 +84,15 @@ def test_under_divergence_its_weight_times_it_joins_eq_7():
     assert torch.allclose(ours, gradient([2 * grebt(rewards, 0.3), preference_divergence(rewards, frozen)], head))
 
 
-def test_under_bsr_the_square_of_the_steps_mean_reward_joins_eq_7_with_its_gradient():
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 2)])
+def test_under_bsr_the_square_of_the_steps_mean_reward_joins_eq_7_with_its_gradient(sizes):
     head, rewards = head_and_rewards()
-    terms = list(head_losses(head, groups_of(AGREEING), 0, config_with(hold="bsr", hold_weight=3.0)))
-    penalty = 3.0 * rewards.mean().square()
+    terms = list(head_losses(head, groups_of(AGREEING, sizes), 0, config_with(hold="bsr", hold_weight=3.0)))
+    groups = [of_group[None, :size] for of_group, size in zip(rewards, sizes, strict=True)]
+    penalty = 3.0 * torch.cat(groups, 1).mean().square()
     assert sum(term.hold for term in terms).item() / 2 == pytest.approx(penalty.item())
     ours = gradient([term.loss for term in terms], head)
-    assert torch.allclose(ours, gradient([2 * grebt(rewards, 0.3), 2 * penalty], head), atol=1e-6)
+    assert torch.allclose(ours, gradient([*(grebt(one, 0.3) for one in groups), 2 * penalty], head), atol=1e-6)
 
 
 def test_under_agreement_a_group_whose_pair_the_frozen_model_turns_round_teaches_nothing():
@@ -97,6 +102,32 @@ def test_under_agreement_a_group_whose_pair_the_frozen_model_turns_round_teaches
     assert [bool(term.agrees) for term in terms] == [True, False]
     ours = gradient([term.loss for term in terms], head)
     assert torch.allclose(ours, gradient([grebt(rewards[:1], 0.3)], head))
+
+
+@pytest.mark.parametrize(
+    ("source", "agreeing"), [("refreshed", [True, True]), ("annotated", [False, True]), ("frozen", [True, True])]
+)
+def test_agreement_is_on_the_pair_that_is_taught(source, agreeing):
+    """The head's best against its worst is, of the groups, (2, 0) and (0, 1); annotated rewards' is (0, 2) in both."""
+    head, rewards = head_and_rewards()
+    config = config_with(hold="agreement", pair_source=source)
+    terms = list(head_losses(head, groups_of(AGREEING), 0, config))
+    assert [bool(term.agrees) for term in terms] == [bool(term.teaches) for term in terms] == agreeing
+    pairs = torch.tensor([[3.0, 2.0, 1.0]]) if source == "annotated" else torch.tensor(AGREEING)
+    taught = [grebt(rewards[row : row + 1], 0.3, pairs[row % len(pairs)][None]) for row in (0, 1) if agreeing[row]]
+    assert torch.allclose(gradient([term.loss for term in terms], head), gradient(taught, head))
+
+
+def test_a_step_without_agreement_does_not_move_the_head_by_its_momentum():
+    head, _ = head_and_rewards()
+    learner = HeadLearner(head, config_with(hold="agreement", lr=0.1))
+    weights = []
+    for step, frozen in enumerate((AGREEING, [[0.2, 0.1, 0.0], [0.0, 0.0, 0.0]], AGREEING)):
+        groups = groups_of(frozen)
+        report, _ = learner.update(step, [one.embeddings for one in groups], None, [one.annotated for one in groups])
+        weights.append(head.scoring_head.weight.detach().clone())
+        assert report.metrics["head/agreement"] == (0.0 if step == 1 else 1.0)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
 @pytest.mark.parametrize(("source", "pair"), [("refreshed", (2, 0)), ("annotated", (0, 2)), ("frozen", (1, 2))])
@@ -127,5 +158,20 @@ def test_without_it_the_trained_head_itself_scores():
 
 @pytest.mark.parametrize("variant", ["vanilla", "r2m_no_train"])
 def test_a_head_that_does_not_move_needs_no_hold(variant):
-    with pytest.raises(ConfigError, match=f"head.hold is 'bsr' and head.variant is '{variant}'.*leave it out"):
-        R2MConfig.from_dict({"head": {"variant": variant, "hold": "bsr"}})
+    for key, value in (("hold", "bsr"), ("pair_source", "frozen")):
+        with pytest.raises(ConfigError, match=f"head.{key} is '{value}' and head.variant is '{variant}'.*leave it out"):
+            R2MConfig.from_dict({"head": {"variant": variant, key: value}})
+
+
+@pytest.mark.parametrize("hold", get_args(HeadSection.model_fields["hold"].annotation))
+def test_keys_of_another_hold_are_refused(hold):
+    for key, value, of in (("hold_weight", 2.0, ("divergence", "bsr")), ("hold_decay", 0.5, ("average",))):
+        if hold in of:
+            assert getattr(config_with(hold=hold, **{key: value}).head, key) == value
+            continue
+        named = " and ".join(map(repr, of))
+        message = (
+            f"^head.{key} is {value} and head.hold is '{hold}': it is an option of hold {named}; use .* leave it out"
+        )
+        with pytest.raises(ConfigError, match=message):
+            config_with(hold=hold, **{key: value})

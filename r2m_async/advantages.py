@@ -188,10 +188,21 @@ def _checked(
         where = bad.nonzero()[0].tolist()
         raise ConfigError(
             f"advantage {estimator.name} must be finite on response tokens{what}, got {result[tuple(where)].item()} at "
-            f"{where} and {int(bad.sum())} such values of {int(counted.sum())}; "
-            f"{'the rewards' if inputs.rewards.isfinite().all() else 'not all rewards'} it was given are finite"
+            f"{where} and {int(bad.sum())} such values of {int(counted.sum())}; {_not_finite(inputs)}"
         )
     return result.detach().masked_fill(~counted, 0)
+
+
+def _not_finite(inputs: AdvantageInputs) -> str:
+    """Which of the inputs are not finite, in words."""
+    found = [] if inputs.rewards.isfinite().all() else ["rewards"]
+    if inputs.greedy_rewards is not None and not inputs.greedy_rewards.isfinite().all():
+        found.append("greedy_rewards")
+    for name in ("values", "logprobs", "ref_logprobs"):
+        tokens = getattr(inputs, name)
+        if tokens is not None and not tokens[inputs.response_mask].isfinite().all():
+            found.append("the critic's values" if name == "values" else name)
+    return f"not all {' and '.join(found)} it was given are finite" if found else "all that it was given is finite"
 
 
 @register_advantage("rloo")

@@ -265,10 +265,8 @@ def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
 
 def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     """Models that are not on this machine are named, not downloaded: the rest is checked without them."""
-    from transformers import AutoConfig
-
     from r2m_async.advantages import check_options, get_advantage
-    from r2m_async.workload import BUILT_HERE, check_engine, check_estimator, check_functions
+    from r2m_async.workload import check_engine, check_estimator, check_functions
 
     estimator = get_advantage(config.advantage.name)
     check_options(estimator, config.advantage.options)
@@ -279,24 +277,42 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     print(config.to_yaml(), end="")
     print(f"# step: {responses} responses, {config.objective.epochs * config.objective.num_minibatches} policy updates")
     print(f"# policy age at most {config.scheduling.max_policy_age}, head age at most {config.scheduling.max_head_age}")
-    sizes = []
-    unchecked = []
-    for key, name in (("model.policy", config.model.policy), ("reward.model", config.reward.model)):
-        if name in BUILT_HERE:
-            print(f"# {key}: {name} is built by `r2m train`")
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            sizes.append(AutoConfig.from_pretrained(name, local_files_only=True).hidden_size)
-            continue
-        unchecked.append(key)
-        print(f"# {key}: {name} is not on this machine: it and the bytes of its states were not checked")
-    if len(sizes) == 2:
-        group_bytes = config.group_bytes(*sizes, estimator.needs_greedy)
+    sizes, unchecked = _check_models(config)
+    if {"model.policy", "reward.model"} <= sizes.keys():
+        group_bytes = config.group_bytes(sizes["model.policy"], sizes["reward.model"], estimator.needs_greedy)
         config.check_queue(group_bytes)
         steps = config.queue.max_bytes / (group_bytes * config.rollouts.prompts_per_step)
         print(f"# queue: at most {group_bytes} bytes a group; max_bytes holds {steps:.1f} whole steps")
     print(f"# ok, but for {' and '.join(unchecked)}, not checked" if unchecked else "# ok")
     return 0
+
+
+def _check_models(config: R2MConfig) -> tuple[dict[str, int], list[str]]:
+    """Hidden sizes of the models that are here, by key, and the keys of what could not be checked."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from r2m_async.workload import BUILT_HERE, check_critic
+
+    policy, critic = config.model.policy, config.critic.model
+    sizes, unchecked = {}, []
+    for key, name in (("model.policy", policy), ("reward.model", config.reward.model), ("critic.model", critic)):
+        if name is None:
+            continue
+        if name in BUILT_HERE and key != "critic.model":
+            print(f"# {key}: {name} is built by `r2m train`")
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            sizes[key] = AutoConfig.from_pretrained(name, local_files_only=True).hidden_size
+            continue
+        unchecked.append(key)
+        more = "" if key == "critic.model" else " and the bytes of its states"
+        print(f"# {key}: {name} is not on this machine: it{more} {'were' if more else 'was'} not checked")
+    if critic is not None and {"model.policy", "critic.model"} <= sizes.keys():
+        check_critic(critic, policy, AutoTokenizer.from_pretrained(policy))
+    elif "critic.model" in sizes:
+        unchecked.append("critic.model")
+        print(f"# critic.model: whether {critic} reads the tokens of model.policy was not checked")
+    return sizes, unchecked
 
 
 def _train_reward_model(parsed: argparse.Namespace) -> int:

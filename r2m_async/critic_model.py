@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.policy_model import PassInputs, by_response, microbatches, response_mask, settled
+from r2m_async.reward_model import second_layer
 from r2m_async.trajectories import Trajectory
 
 
@@ -48,11 +49,21 @@ class ValueModel(nn.Module):
         return self.classifier.score(states_XD[places_N]).squeeze(-1).float()
 
 
+def check_one_layer(path: str) -> None:
+    """Raises ConfigError for a reward model with a head of two layers, which transformers takes for many labels."""
+    if second_layer(path):
+        raise ConfigError(
+            f"critic.model is {path!r}: its head has two layers, and a critic's is linear; name a reward model that was "
+            f"trained with head.layers 1, or leave critic.model out"
+        )
+
+
 def load_critic(path: str, config: R2MConfig) -> ValueModel:
     """The model at `path` (HF name or directory) in the policy's dtype, on the device, in eval mode.
 
-    A head of one label that it has is kept: the usual start from a reward model. Any other critic gets a head of zeros:
-    all values are 0 at first, so that the first step's advantages hold rewards and no noise of a head drawn at random.
+    A linear head of one label that it has is kept: the usual start from a reward model; one of two layers is refused. Any
+    other critic gets a head of zeros: all values are 0 at first, so that the first step's advantages hold rewards and no
+    noise of a head drawn at random. Raises ConfigError.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -67,6 +78,7 @@ def load_critic(path: str, config: R2MConfig) -> ValueModel:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"critic: {path!r} cannot be loaded as one: {error}; name another in critic.model") from None
+    check_one_layer(path)
     head = getattr(classifier, "score", None)
     if not isinstance(head, nn.Linear):
         raise ConfigError(

@@ -31,6 +31,8 @@ from r2m_async.trajectories import RewardEmbeddings, Trajectory, TrajectoryGroup
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SECOND_LAYER = "reward_head.safetensors"
+
 
 def reward_token_embeddings(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[B, D_m]: the last hidden state, after the final norm, at the token whose logit is the model's reward.
@@ -78,7 +80,7 @@ def load_classifier(path: str | Path, **how: Any) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(path, **how)
-    first, rest = model.score.weight, _second_layer(path)
+    first, rest = model.score.weight, second_layer(path)
     if rest:
         _give_two_layers(model)
         model.score.load_state_dict(load_file(rest) | {"0.weight": first.detach()})
@@ -92,16 +94,16 @@ def classifier_skeleton(path: str | Path) -> PreTrainedModel:
 
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(path))
-        if _second_layer(path):
+        if second_layer(path):
             _give_two_layers(model)
     return model
 
 
-def _second_layer(path: str | Path) -> str | None:
+def second_layer(path: str | Path) -> str | None:
     """The file that `save_classifier` leaves beside a model whose head has two layers."""
     return cached_file(
         path,
-        "reward_head.safetensors",
+        SECOND_LAYER,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
@@ -126,7 +128,7 @@ def save_classifier(model: PreTrainedModel, directory: Path, weights: Mapping[st
     plain.load_state_dict(weights, assign=True)
     plain.save_pretrained(directory)
     if isinstance(model.score, nn.Sequential):
-        save_file(rest, directory / "reward_head.safetensors")
+        save_file(rest, directory / SECOND_LAYER)
 
 
 def load_reward_model(path: str, config: R2MConfig) -> PreTrainedModel:

@@ -152,13 +152,17 @@ def check_estimator(estimator: Estimator, config: R2MConfig) -> None:
 
 
 def check_critic(critic: str, policy: str, tokenizer: Any) -> None:
-    """Raises ConfigError if the model cannot be loaded or reads other tokens than the policy, whose tokenizer this is.
+    """Raises ConfigError if the model cannot be loaded, or taken, or reads other tokens than the policy, whose tokenizer
+    this is.
 
     Tokenizers may differ in tokens that one of them lacks, as those of a family's sizes and versions do.
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    from r2m_async.critic_model import check_one_layer
+
     _hidden_size("critic.model", critic)
+    check_one_layer(critic)
     try:
         own = AutoTokenizer.from_pretrained(critic).get_vocab()
     except (OSError, ValueError) as error:

@@ -99,6 +99,21 @@ def test_check_refuses_a_queue_below_one_step_and_an_estimator_that_cannot_be(ca
     assert "advantage.options.epsilon is unknown to grpo" in err
 
 
+@pytest.mark.models
+def test_check_looks_at_the_critics_model_as_at_the_others(capsys, tiny, tiny_file, tmp_path):
+    gae = ["advantage.name=gae", "objective.ratio=token"]
+    err = mistake(capsys, "check", tiny_file, *gae, f"critic.model={tiny('llama', True)}")
+    assert "critic.model is" in err and "their tokenizers differ" in err
+    assert main(["check", tiny_file, *gae, f"critic.model={tiny('qwen2', False)}"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "# ok"
+    assert main(["check", tiny_file, *gae, "critic.model=no/where"]) == 0
+    out = capsys.readouterr().out
+    assert "# critic.model: no/where is not on this machine: it was not checked" in out and "# queue: " in out
+    assert out.splitlines()[-1] == "# ok, but for critic.model, not checked"
+    assert main(["check", QUICKSTART, *gae, f"critic.model={tiny('qwen2', False)}"]) == 0
+    assert "reads the tokens of model.policy was not checked" in capsys.readouterr().out
+
+
 # plan
 
 

@@ -17,6 +17,7 @@ from r2m_async.critic_model import load_critic, proximal_values, response_values
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.launch import Ring
 from r2m_async.policy_model import load_policy, load_weights, named_weights, response_mask
+from r2m_async.reward_model import save_classifier, two_layer_head
 from r2m_async.workload import resolve
 
 pytestmark = pytest.mark.models
@@ -371,6 +372,32 @@ def test_a_critic_with_another_tokenizer_or_none_is_refused(config, tiny, tmp_pa
         path.unlink()
     with pytest.raises(ConfigError, match=r"^critic\.model: .* has no tokenizer that can be loaded"):
         resolve(config.critic(model=without))
+
+
+def test_a_critic_with_a_head_of_two_layers_is_refused_and_not_silently_given_zeros(config, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    policy = config.model.policy
+    model = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)
+    model.score = two_layer_head(model.config.hidden_size, 8)
+    save_classifier(model, tmp_path)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(tmp_path)
+    message = r"^critic\.model is .*: its head has two layers, and a critic's is linear; name a reward model .* leave"
+    with pytest.raises(ConfigError, match=message):
+        load_critic(str(tmp_path), config)
+    with pytest.raises(ConfigError, match=message):
+        resolve(config.critic(model=str(tmp_path)))
+
+
+def test_values_that_are_not_finite_are_named_and_not_the_rewards(config):
+    learner = learner_of(config)
+    with torch.no_grad():
+        learner._critic.backend.policy.classifier.score.weight.fill_(torch.nan)
+    named = (
+        r"gae must be finite on response tokens .*, got nan at .*; not all the critic's values it was given are finite"
+    )
+    with pytest.raises(ConfigError, match=named):
+        learn(learner, range(1))
 
 
 def test_a_critic_of_another_architecture_with_the_policys_tokenizer_trains(config, tmp_path):

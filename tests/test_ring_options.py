@@ -7,11 +7,13 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from actors.reward_annotator import RewardAnnotator
 from actors.rollout_actor import RolloutActor
 from actors.transformers_engine import TransformersEngine
 from r2m_async import reference
@@ -21,7 +23,7 @@ from r2m_async.head_model import build_head, score_group
 from r2m_async.launch import Ring
 from r2m_async.policy_model import load_policy
 from r2m_async.reward_model import embed_group, load_reward_model, scoring_head
-from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup
+from r2m_async.trajectories import Prompt, RewardEmbeddings, Ticket, Trajectory, TrajectoryGroup, Weights
 from r2m_async.workload import resolve
 
 pytestmark = pytest.mark.models
@@ -306,6 +308,33 @@ def test_gold_is_reported_and_trains_nothing(tiny_config):
         assert watched.pop("gold_se") > 0
         assert all(0 <= watched.pop(f"{name}_accuracy") <= 1 for name in ("proxy", "frozen"))
         assert watched == plain
+
+
+def test_the_shares_of_pairs_ranked_as_gold_ranks_them_are_the_heads_and_the_frozen_models(tiny_config):
+    """Of the three pairs of a group, and of two groups, by hand: gold falls with every response."""
+    config = tiny_config.head(variant="iterative_head").evaluation(gold="own_functions:gold")
+    head = torch.nn.Module()
+    head.scoring_head = torch.nn.Linear(1, 1, bias=False)
+    annotator = RewardAnnotator(SimpleNamespace(device=torch.device("cpu")), None, head, config)
+    group = group_of(("four", 4, "stop"), ("two", 4, "stop"), ("", 4, "stop"))
+    proxies, frozen = ([3.0, 2.0, 1.0], [1.0, 3.0, 2.0]), ([1.0, 2.0, 3.0], [0.0, 5.0, 1.0])
+    embeddings = [
+        RewardEmbeddings(
+            group_id=4,
+            rte=torch.tensor(proxy)[:, None],
+            greedy_rte=None,
+            bonus=torch.zeros(3),
+            greedy_bonus=None,
+            frozen_rewards=torch.tensor(own),
+        )
+        for proxy, own in zip(proxies, frozen, strict=True)
+    ]
+    weights = Weights(version=3, tensors={"scoring_head.weight": torch.tensor([[1.0]])})
+    (report,) = annotator.judge(3, weights, [group, group], embeddings, [None, None])
+    told = report.metrics
+    assert (told["proxy"], told["frozen"], told["gold"]) == (2, 2, pytest.approx(1000.5 + 7 / 3))
+    assert told["proxy_accuracy"] == pytest.approx(4 / 6)
+    assert told["frozen_accuracy"] == pytest.approx(1 / 6)
 
 
 # Bad records, bad numbers

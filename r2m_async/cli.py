@@ -115,6 +115,7 @@ def _add_reward_model(commands: Any) -> None:
         "--out", type=Path, metavar="DIR", help="where results go (default: RUN/evaluation, else evaluation/MODEL)"
     )
     evaluate.add_argument("--pairs", metavar="FILE", help="pairs in place of those that the run held out")
+    evaluate.add_argument("--split", metavar="NAME", help="of --pairs that are an HF data set (default: the run's)")
     evaluate.add_argument(
         "--initial-policy", metavar="NAME", help="that an export's run started from, where the export does not name it"
     )
@@ -139,6 +140,7 @@ def _add_policy_states(commands: Any) -> None:
     states = commands.add_parser("policy-states", help=text, description=text)
     states.add_argument("policy", metavar="POLICY", help="an HF name or directory, an OUT of `export`, or `embedded`")
     states.add_argument("--pairs", metavar="FILE", help="as `data.preferences` (default for `embedded`: its own)")
+    states.add_argument("--split", metavar="NAME", help="of --pairs that are an HF data set (default train)")
     states.add_argument(
         "--reward-model", metavar="RUN_OR_MODEL", help="as of `reward-model eval` (default: an export's own)"
     )
@@ -342,8 +344,10 @@ def _resume_reward_model(parsed: argparse.Namespace) -> int:
 def _evaluate_reward_model(parsed: argparse.Namespace) -> int:
     from r2m_async.reward_evaluation import EvaluationSources, evaluate, write_evaluation
 
+    _check_split(parsed)
     sources = EvaluationSources(
         pairs=parsed.pairs,
+        split=parsed.split,
         initial_policy=parsed.initial_policy,
         rm_bench=parsed.rm_bench,
         embedded=parsed.embedded,
@@ -359,13 +363,20 @@ def _evaluate_reward_model(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _check_split(parsed: argparse.Namespace) -> None:
+    if parsed.split is not None and parsed.pairs is None:
+        raise ConfigError(f"--split {parsed.split}: is a split of --pairs, which is not given; give both or neither")
+
+
 def _policy_states(parsed: argparse.Namespace) -> int:
     from r2m_async.policy_states import PolicySources, policy_states, write_policy_states
 
+    _check_split(parsed)
     sources = PolicySources(
         policy=parsed.policy,
         later=tuple(parsed.later),
         pairs=parsed.pairs,
+        split=parsed.split,
         reward_model=parsed.reward_model,
         max_tokens=parsed.max_tokens,
         seed=parsed.seed,

@@ -296,6 +296,9 @@ class DataSection(Section):
     on_bad_record: Literal["error", "skip"] = "error"
     prompt_field: str = "prompt"
     split: str = "train"
+    """Of HF datasets."""
+    eval_split: str | None = None
+    """Of `eval`; None: `split`."""
 
 
 class EvaluationSection(Section):
@@ -498,6 +501,7 @@ class R2MConfig(ConfigTree):
                 f"scheduling.overage is 'mask' and advantage.name is {self.advantage.name!r}: it normalises over the whole "
                 f"batch, which cut groups leave in parts of different size; use overage 'wait' or 'drop'"
             )
+        check_held_out(self.data, "prompts")
         if self.reward.model == "from_scratch" and self.data.preferences is None:
             raise ValueError("reward.model is 'from_scratch' and data.preferences is not set: name a JSONL of pairs")
         if self.model.policy == "from_scratch" and self.data.prompts == "embedded":
@@ -558,6 +562,23 @@ class R2MConfig(ConfigTree):
                 f"learner.offload is {learner.offload!r} and run.device is 'cpu': all lies in the CPU's memory already; use "
                 f"offload 'none'"
             )
+
+
+def check_held_out(data: Any, key: str) -> None:
+    """Raises ValueError if `data.eval` is what data.`key` trains on, or a split is named of no `data.eval`."""
+    if data.eval is None and data.eval_split is not None:
+        raise ValueError(
+            f"data.eval_split is {data.eval_split!r} and data.eval is None: it is a split of data.eval; name the data set "
+            f"there, too, or leave it out"
+        )
+    if data.eval is None or data.eval != getattr(data, key):
+        return
+    if data.eval_split in (None, data.split) or Path(data.eval).is_file():
+        raise ValueError(
+            f"data.eval and data.{key} are both {data.eval!r}, with data.split {data.split!r} and data.eval_split "
+            f"{data.eval_split!r}: what trains would be held out; name another split of an HF dataset in data.eval_split, or "
+            f"another source, or leave data.eval out"
+        )
 
 
 def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class PolicySources:
     """Policies that it became, whose states of the same texts are compared with its own."""
     pairs: str | None = None
     """As `data.preferences`. None: for `embedded` the held-out pairs of its language."""
+    split: str | None = None
+    """Of `pairs` that are an HF data set; None: the default of `data.split`."""
     reward_model: str | None = None
     """As of `reward-model eval`. None: an export's or the embedded one; for any other policy there is no Fig. 2."""
     max_tokens: int | None = None
@@ -128,7 +130,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def _pairs(sources: PolicySources, config: RewardModelConfig) -> Sequence[ScoredPair]:
     if sources.pairs is not None:
-        pairs = given_pairs(sources.pairs, config)
+        pairs = given_pairs(sources.pairs, config, sources.split)
     elif sources.policy == "embedded":
         pairs = load_preference_data(config).held_out
     else:

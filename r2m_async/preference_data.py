@@ -80,21 +80,24 @@ def load_preference_data(config: RewardModelConfig) -> PreferenceData:
         files = embedded_preferences()
         held_out_source = held_out_source or str(files.held_out)
         preferences = str(files.training if preferences == "embedded" else files.golden)
-    pairs, skipped = _load(preferences, config)
+    pairs, skipped = _load(preferences, data.split, config)
     if held_out_source is None:
         training, held_out = split_by_prompt(pairs, data.held_out, config.run.seed)
     else:
-        training, (held_out, more) = pairs, _load(held_out_source, config)
+        training, (held_out, more) = pairs, _load(held_out_source, data.eval_split or data.split, config)
         skipped = {reason: skipped.get(reason, 0) + more.get(reason, 0) for reason in {**skipped, **more}}
     return PreferenceData(
         training=with_label_noise(training, data.label_noise, config.run.seed), held_out=held_out, skipped=skipped
     )
 
 
-def given_pairs(source: str, config: RewardModelConfig) -> tuple[ScoredPair, ...]:
-    """All pairs of `source`, as `data.preferences`, to measure on: none held back, none flipped. Raises `DataError`."""
-    given = config.loss(preference="bt").data(preferences=source, eval=None, held_out=0.0, label_noise=0.0)
-    return load_preference_data(given).training
+def given_pairs(source: str, config: RewardModelConfig, split: str | None = None) -> tuple[ScoredPair, ...]:
+    """All pairs of `source`, as `data.preferences`, to measure on: none held back, none flipped. Raises `DataError`.
+
+    split: of an HF data set; None means the config's `data.split`.
+    """
+    read = {"preferences": source, "split": split or config.data.split, "eval": None, "eval_split": None}
+    return load_preference_data(config.loss(preference="bt").data(**read, held_out=0.0, label_noise=0.0)).training
 
 
 def split_by_prompt(
@@ -146,7 +149,7 @@ def _tokenized_text(tokenizer: Any, prompt: Content, response: str, finished: bo
     return TokenizedText(token_ids=tuple(read), prompt_len=max(1, shared - (len(whole) - len(read))))
 
 
-def _load(source: Source, config: RewardModelConfig) -> tuple[tuple[ScoredPair, ...], dict[str, int]]:
+def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[ScoredPair, ...], dict[str, int]]:
     data, scored = config.data, config.loss.preference == "bt_margin"
 
     def parse(record: Record) -> ScoredPair:
@@ -159,7 +162,7 @@ def _load(source: Source, config: RewardModelConfig) -> tuple[tuple[ScoredPair, 
             margin=_score(record, "chosen_score") - _score(record, "rejected_score") if scored else None,
         )
 
-    return load_records(source, data.split, parse, data.on_bad_record)
+    return load_records(source, split, parse, data.on_bad_record)
 
 
 def _score(record: Record, key: str) -> float:

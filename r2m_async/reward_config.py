@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from r2m_async.config import ConfigTree, LoRA, Section
+from r2m_async.config import ConfigTree, LoRA, Section, check_held_out
 
 
 class RunSection(Section):
@@ -98,6 +98,9 @@ class DataSection(Section):
     on_bad_record: Literal["error", "skip"] = "error"
     prompt_field: str = "prompt"
     split: str = "train"
+    """Of HF data sets."""
+    eval_split: str | None = None
+    """Of `eval`; None: `split`."""
 
 
 class EvaluationSection(Section):
@@ -145,6 +148,7 @@ class RewardModelConfig(ConfigTree):
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         model, head, loss = self.model, self.head, self.loss
+        check_held_out(self.data, "preferences")
         if model.frozen and model.lora is not None:
             raise ValueError("model.frozen is True and model.lora is set: a frozen backbone has no adapters; use one")
         if model.frozen and loss.regularizer is not None:

@@ -61,6 +61,8 @@ class EvaluationSources:
 
     pairs: str | None = None
     """As `data.preferences`. None: for a run the pairs that it held out, and its training pairs for their states."""
+    split: str | None = None
+    """Of `pairs` that are an HF data set. None: the run's `data.split`, or that section's default."""
     rm_bench: Path | None = None
     embedded: bool | None = None
     """The four splits. None: for a run on the embedded preferences, and for the embedded reward model."""
@@ -138,7 +140,7 @@ def evaluate(
     ensemble = load_ensemble(model, sources.max_tokens, embedded)
     is_run = (Path(model) / "config.yaml").is_file()
     of_language = model == "embedded" or (is_run and ensemble.config.data.preferences.startswith("embedded"))
-    training, pairs = _pairs(ensemble, sources.pairs, is_run)
+    training, pairs = _pairs(ensemble, sources, is_run)
     splits: Mapping[str, Sequence[RankedPrompt]] = {}
     if of_language if sources.embedded is None else sources.embedded:
         check_held_out("--prompts", sources.num_prompts)
@@ -323,11 +325,11 @@ def _embedded_models() -> EmbeddedModels:
 
 
 def _pairs(
-    ensemble: RewardEnsemble, pairs: str | None, is_run: bool
+    ensemble: RewardEnsemble, sources: EvaluationSources, is_run: bool
 ) -> tuple[Sequence[ScoredPair], Sequence[ScoredPair]]:
     """Training pairs, where they are known, and held-out ones."""
-    if pairs is not None:
-        return (), given_pairs(pairs, ensemble.config)
+    if sources.pairs is not None:
+        return (), given_pairs(sources.pairs, ensemble.config, sources.split)
     if not is_run:
         return (), ()
     data = load_preference_data(ensemble.config.loss(preference="bt"))  # margins are not read

@@ -283,7 +283,7 @@ def _prompts(config: R2MConfig, tokenizer: object) -> tuple[tuple[Prompt, ...], 
     loaded = load_prompts(data.prompts, **options)
     skipped = Counter(loaded.skipped)
     if data.eval is not None and held:
-        others = load_prompts(data.eval, **options, limit=held)
+        others = load_prompts(data.eval, **options | {"split": data.eval_split or data.split}, limit=held)
         if len(others.prompts) < held:
             raise ConfigError(
                 f"evaluation.num_prompts is {held} and data.eval has {len(others.prompts)} usable prompts: lower it"

@@ -9,10 +9,11 @@ import torch
 import torch.multiprocessing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from r2m_async.cli import main
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep
 from r2m_async.policy_model import one_thread
-from r2m_async.preference_data import load_preference_data, tokenized
+from r2m_async.preference_data import given_pairs, load_preference_data, tokenized
 from r2m_async.pretraining import score
 from r2m_async.reward_model import load_classifier, load_reward_model, save_classifier, scoring_head
 from r2m_async.reward_trainee import RewardTrainee
@@ -341,7 +342,7 @@ def test_the_pairs_of_a_prompt_are_held_out_together(config):
 
 @pytest.mark.parametrize("form", ["saved", "parquet"])
 def test_preferences_come_from_hf_data_sets_as_from_jsonl(config, tmp_path, form):
-    """One that `datasets` saved, of which `data.split` is taken, and a directory of Parquet, as the hub has them."""
+    """One that `datasets` saved, of which splits are taken, and a directory of Parquet, as the hub has them."""
     import datasets
 
     rows = [json.loads(line) for line in Path(config.data.preferences).read_text(encoding="utf-8").splitlines()]
@@ -361,6 +362,64 @@ def test_preferences_come_from_hf_data_sets_as_from_jsonl(config, tmp_path, form
     loaded = load_preference_data(config.data(preferences=str(tmp_path / "hf"), split="validation"))
     assert loaded == load_preference_data(config.data(preferences=str(tmp_path / "same.jsonl")))
     assert loaded.training[0].prompt[0][0] == "user" and len(loaded.training) + len(loaded.held_out) == 40
+    hf = config.data(preferences=str(tmp_path / "hf"))
+    both = load_preference_data(hf.data(eval=str(tmp_path / "hf"), eval_split="validation"))
+    assert both.training == given_pairs_with_margins(hf) and len(both.training) == 8
+    assert both.held_out == given_pairs_with_margins(hf.data(split="validation"))
+    other = load_preference_data(hf.data(eval=str(tmp_path / "same.jsonl"), split="validation"))
+    assert other.held_out == other.training == both.held_out
+    plain = config.loss(preference="bt")
+    assert given_pairs(str(tmp_path / "hf"), plain, "validation") == given_pairs(str(tmp_path / "same.jsonl"), plain)
+    of_run = plain.data(eval="somewhere", eval_split="else", split="validation")
+    assert given_pairs(str(tmp_path / "hf"), of_run) == given_pairs(str(tmp_path / "same.jsonl"), plain)
+
+
+def given_pairs_with_margins(config):
+    return load_preference_data(config.data(held_out=0.0)).training
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"eval": "HF"},
+            "data.eval and data.preferences are both 'HF', with data.split 'train' and .* None: what trains",
+        ),
+        (
+            {"eval": "HF", "split": "a", "eval_split": "a"},
+            "data.eval and data.preferences are both 'HF', .* 'a' and data.eval_split 'a': .* name another split",
+        ),
+        (
+            {"eval_split": "a"},
+            "data.eval_split is 'a' and data.eval is None: .* name the data set there, too, or leave",
+        ),
+    ],
+)
+def test_held_out_pairs_that_are_the_training_pairs_are_refused(config, data, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        config.data(preferences="HF", **data)
+    with pytest.raises(ConfigError, match=f"^{message.replace('preferences', 'prompts')}"):
+        R2MConfig().data(prompts="HF", **data)
+    file = config.data.preferences
+    with pytest.raises(ConfigError, match="what trains would be held out"):
+        config.data(eval=file, eval_split="test")
+
+
+def test_the_commands_take_a_split_of_their_pairs(config, tiny, tmp_path, monkeypatch, capsys):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in Path(config.data.preferences).read_text(encoding="utf-8").splitlines()]
+    splits = {"train": datasets.Dataset.from_list(rows[:8]), "test": datasets.Dataset.from_list(rows[8:13])}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "hf"))
+    for command, model in (("reward-model eval", tiny("llama", True)), ("policy-states", tiny("llama", False))):
+        run = [*command.split(), model, "--out", str(tmp_path / "out")]
+        for split, count in (([], 8), (["--split", "test"], 5)):
+            assert main([*run, "--pairs", str(tmp_path / "hf"), *split]) == 0
+            results = json.loads((tmp_path / "out" / "results.json").read_text())
+            assert (results["num_pairs"] if "num_pairs" in results else results["pairs"]["num"]) == count
+        assert main([*run, "--split", "test"]) == 2
+        assert "--split test: is a split of --pairs, which is not given" in capsys.readouterr().err
 
 
 def test_the_margin_is_the_difference_of_the_datas_scores(config):

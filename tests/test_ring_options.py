@@ -291,6 +291,18 @@ def test_evaluation_prompts_are_held_back_from_training(tiny_config, prompts_fil
         resolve(tiny_config.evaluation(every=1, num_prompts=42))
 
 
+def test_held_out_prompts_are_another_split_of_the_same_data_set(tiny_config, tmp_path):
+    import datasets
+
+    words = {"train": ["the river", "a stone"], "test": ["old wind", "warm wind"]}
+    splits = {name: datasets.Dataset.from_dict({"prompt": prompts}) for name, prompts in words.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "hf"))
+    config = tiny_config.evaluation(every=1, num_prompts=2)
+    workload = resolve(config.data(prompts=str(tmp_path / "hf"), eval=str(tmp_path / "hf"), eval_split="test"))
+    assert [one.text for one in workload.prompts] == words["train"]
+    assert [one.text for one in workload.eval_prompts] == words["test"]
+
+
 def test_gold_is_reported_and_trains_nothing(tiny_config):
     config = tiny_config.evaluation(every=3, num_prompts=3)
     policy, head, steps, evaluations, _ = run_ring(config)

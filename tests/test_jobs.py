@@ -77,10 +77,13 @@ def test_ctrl_c_cancels_what_waits_and_ends_what_runs(tmp_path, to_all):
     command = subprocess.Popen(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE
     )
-    until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
-    running = [int(path.read_text()) for path in tmp_path.glob("*.begun")]
-    (os.killpg if to_all else os.kill)(command.pid, signal.SIGINT)
-    errors = command.communicate(timeout=30)[1]
+    try:
+        until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
+        running = [int(path.read_text()) for path in tmp_path.glob("*.begun")]
+        (os.killpg if to_all else os.kill)(command.pid, signal.SIGINT)
+        errors = command.communicate(timeout=30)[1]
+    finally:
+        command.kill()
     assert command.returncode == -signal.SIGINT and errors.count(b"Traceback") == 1
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in running))
     assert len(list(tmp_path.glob("*.begun"))) == 2

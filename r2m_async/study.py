@@ -223,11 +223,10 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
         for config in {run.config.run(seed=0).to_yaml(): run.config for run in missing}.values():
             with contextlib.suppress(ConfigError, DataError):  # which its runs will tell
                 resolve(config)  # builds what runs share, once
+        places = [out / "runs" / run.name for run in missing]
         running = {
-            processes.submit(_run, run.config.to_dict(), out / "runs" / run.name, study.in_process): out
-            / "runs"
-            / run.name
-            for run in missing
+            processes.submit(_run, run.config.to_dict(), place, study.in_process): place
+            for run, place in zip(missing, places, strict=True)
         }
         failed += wait_for(running, tell)
     if runs:

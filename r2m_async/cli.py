@@ -114,7 +114,9 @@ def _add_reward_model(commands: Any) -> None:
     evaluate.add_argument(
         "--out", type=Path, metavar="DIR", help="where results go (default: RUN/evaluation, else evaluation/MODEL)"
     )
-    evaluate.add_argument("--pairs", metavar="FILE", help="pairs in place of those that the run held out")
+    evaluate.add_argument(
+        "--pairs", metavar="FILE", help="pairs in place of those that the run held out; `embedded`: held-out ones"
+    )
     evaluate.add_argument("--split", metavar="NAME", help="of --pairs that are an HF data set (default: the run's)")
     evaluate.add_argument(
         "--initial-policy", metavar="NAME", help="that an export's run started from, where the export does not name it"

@@ -70,11 +70,14 @@ class PreferenceData:
     """Reason -> records left out."""
 
 
+EMBEDDED = ("embedded", "embedded_golden")
+
+
 def load_preference_data(config: RewardModelConfig) -> PreferenceData:
     """What `data` names. Raises `DataError` for what cannot be read or used, and where nothing is left to train on."""
     data = config.data
     preferences, held_out_source = data.preferences, data.eval
-    if preferences in ("embedded", "embedded_golden"):
+    if preferences in EMBEDDED:
         from r2m_async.embedded_preferences import embedded_preferences
 
         files = embedded_preferences()
@@ -94,10 +97,12 @@ def load_preference_data(config: RewardModelConfig) -> PreferenceData:
 def given_pairs(source: str, config: RewardModelConfig, split: str | None = None) -> tuple[ScoredPair, ...]:
     """All pairs of `source`, as `data.preferences`, to measure on: none held back, none flipped. Raises `DataError`.
 
+    Of the embedded preferences it is those of held-out prompts.
     split: of an HF data set; None means the config's `data.split`.
     """
     read = {"preferences": source, "split": split or config.data.split, "eval": None, "eval_split": None}
-    return load_preference_data(config.loss(preference="bt").data(**read, held_out=0.0, label_noise=0.0)).training
+    data = load_preference_data(config.loss(preference="bt").data(**read, held_out=0.0, label_noise=0.0))
+    return data.held_out if source in EMBEDDED else data.training
 
 
 def split_by_prompt(

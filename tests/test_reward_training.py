@@ -3,6 +3,7 @@
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -467,3 +468,15 @@ def test_settings_of_loss_by_name_are_those_of_the_function():
 def test_the_bits_depend_on_the_seed_alone(config):
     weights = [weights_of(trained(config.run(seed=seed), steps=2)[0]) for seed in (3, 3, 4)]
     assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
+
+
+def test_pairs_of_the_embedded_language_to_measure_on_are_the_held_out_ones(config, tmp_path, monkeypatch):
+    rows = Path(config.data.preferences).read_text(encoding="utf-8").splitlines(keepends=True)
+    parts = {"training": rows[:4], "golden": rows[4:8], "held_out": rows[8:11]}
+    for name, part in parts.items():
+        (tmp_path / name).write_text("".join(part))
+    files = SimpleNamespace(**{name: tmp_path / name for name in parts})
+    monkeypatch.setattr("r2m_async.embedded_preferences.embedded_preferences", lambda: files)
+    for name in ("embedded", "embedded_golden"):
+        assert given_pairs(name, config) == given_pairs(str(files.held_out), config)
+    assert len(given_pairs("embedded", config)) == 3

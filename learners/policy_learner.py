@@ -215,8 +215,9 @@ class PolicyLearner:
                 if critic:
                     self._count(critic.update(passes, rows), critic, batch, "the norm of the critic's gradient")
         metrics = statistics.metrics(backend.total, batch.old - batch.behaviour, batch.ages) | {"policy/lr": lr}
-        told = (batch.mask, batch.behaviour, batch.old, batch.reference, advantages, batch.trajectories)
-        metrics |= batch_metrics(*told)
+        metrics |= batch_metrics(
+            batch.mask, batch.behaviour, batch.old, batch.reference, advantages, batch.trajectories
+        )
         metrics |= critic.metrics() if critic else {}
         if not self._config.reads_feedback:
             return metrics, None

@@ -80,8 +80,8 @@ def load_classifier(path: str | Path, **how: Any) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(path, **how)
-    first, rest = model.score.weight, second_layer(path)
-    if rest:
+    if rest := second_layer(path):
+        first = model.score.weight
         _give_two_layers(model)
         model.score.load_state_dict(load_file(rest) | {"0.weight": first.detach()})
         model.score.to(first.dtype)

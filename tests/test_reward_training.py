@@ -8,7 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from r2m_async.cli import main
 from r2m_async.config import R2MConfig
@@ -480,3 +486,10 @@ def test_pairs_of_the_embedded_language_to_measure_on_are_the_held_out_ones(conf
     for name in ("embedded", "embedded_golden"):
         assert given_pairs(name, config) == given_pairs(str(files.held_out), config)
     assert len(given_pairs("embedded", config)) == 3
+
+
+def test_a_classifier_without_a_score_head_is_told_and_not_a_traceback(tmp_path):
+    bert = BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    BertForSequenceClassification(bert).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ConfigError, match="`score` head and one label, got BertForSequenceClassification"):
+        scoring_head(load_classifier(tmp_path / "bert"))

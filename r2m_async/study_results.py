@@ -6,7 +6,7 @@ and the area under gold against KL. Cells share their seeds: `against` takes dif
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ def area_to_kl(runs: Sequence[Steps], kl_levels: Sequence[float]) -> float:
 
 
 def summary(steps: Steps, kl_levels: Sequence[float], to_kl: float) -> dict[str, float]:
-    """Of one run: gold where its KL first reached each level (NaN if never), its peak, the area, how it ended and when.
+    """Of one run: gold where its KL first reached each level (NaN if never), its peak, the area, how it ended, how unstable
+    it was at its worst (effective sample size and gradient norm, as smoothed) and when it ended.
 
     The area is the mean of gold over KL from 0 to `to_kl`, by the trapezoid rule.
     """
@@ -102,6 +103,8 @@ def summary(steps: Steps, kl_levels: Sequence[float], to_kl: float) -> dict[str,
         "gold_end": _last(gold),
         "kl_end": _last(_smooth(_finite(samples_kl(steps)))),
         "proxy_end": _last(_smooth(_finite(column(steps, "reward/mean")))),
+        "ess_min": _extreme(np.min, steps, "policy/effective_sample_size"),
+        "grad_norm_max": _extreme(np.max, steps, "policy/grad_norm"),
         "seconds": float(steps[-1]["time/since_start"]),
     }
 
@@ -136,6 +139,11 @@ def _known(steps: Steps) -> np.ndarray:
 
 def _finite(values: np.ndarray) -> np.ndarray:
     return values[np.isfinite(values)]
+
+
+def _extreme(of: Callable[[np.ndarray], Any], steps: Steps, key: str) -> float:
+    values = _smooth(_finite(column(steps, key)))
+    return float(of(values)) if len(values) else float("nan")
 
 
 def _last(values: np.ndarray) -> float:

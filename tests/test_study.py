@@ -269,10 +269,13 @@ def accuracies_of(run: Path, evaluations: list[dict]) -> dict[str, float]:
     return accuracies(run)
 
 
+STABLE = {"policy/effective_sample_size": 1.0, "policy/grad_norm": 0.5}
+
+
 def steps_of(kl: list[float], gold: list[float], key: str = "kl/sequence") -> list[dict]:
     """Every point five times over, so that smoothing leaves it as it is at its last."""
     return [
-        {key: k, "reward/gold": g, "reward/mean": 2 * g, "time/since_start": 3.0 * at}
+        {key: k, "reward/gold": g, "reward/mean": 2 * g, "time/since_start": 3.0 * at} | STABLE
         for at, (k, g) in enumerate(zip(kl, gold, strict=True))
         for _ in range(5)
     ]
@@ -285,6 +288,19 @@ def test_gold_is_told_at_matched_kl_at_its_peak_and_over_the_area():
     assert told["gold_area"] == pytest.approx((0.5 * 2 * 1 + 0.5 * 2 * (1 + 3)) / 4)
     assert (told["gold_end"], told["kl_end"], told["proxy_end"]) == pytest.approx((2.0, 5.0, 4.0))
     assert told["seconds"] == 9.0
+
+
+def test_stability_is_the_worst_of_five_step_means():
+    """Steps 0..5: effective sample sizes 1, .9, .8, .7, .6, .1; gradient norms 5, 4, 3, 2, 1, 0."""
+    sizes = [1.0, 0.9, 0.8, 0.7, 0.6, 0.1]
+    steps = [
+        step | {"policy/effective_sample_size": size, "policy/grad_norm": 5.0 - at}
+        for at, (step, size) in enumerate(zip(steps_of([0, 1], [0.0, 1.0]), sizes, strict=False))
+    ]
+    told = summary(steps, (1,), 1.0)
+    assert told["ess_min"] == pytest.approx(3.1 / 5) and told["grad_norm_max"] == pytest.approx(15 / 5)
+    bare = [{key: step[key] for key in step if key not in STABLE} for step in steps]
+    assert math.isnan(summary(bare, (1,), 1.0)["ess_min"])
 
 
 def test_a_run_that_did_not_reach_a_level_has_no_gold_there():

@@ -42,6 +42,32 @@ def paired_row(
     return seeds_row(differences, num_planned)
 
 
+def differences(
+    values: Mapping[str, Mapping[int, Mapping[str, float]]], num_planned: Mapping[str, int], against: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """By baseline, those of `against` that are labels of `values`, then by any other label: their `paired_row`.
+
+    values: by label, seed and key; num_planned: by label.
+    """
+    return {
+        baseline: {
+            label: paired_row(ones, values[baseline], num_planned[label])
+            for label, ones in values.items()
+            if label != baseline
+        }
+        for baseline in against
+        if baseline in values
+    }
+
+
+def differences_tables(paired: Mapping[str, Mapping[str, Any]], digits: int = 2) -> str:
+    """A section of markdown for every baseline of `differences`."""
+    return "".join(
+        f"\n## Less {baseline}\n\nDifferences seed by seed: their mean and its 95 % interval.\n\n{seeds_table(rows, digits)}"
+        for baseline, rows in paired.items()
+    )
+
+
 def seeds_table(results: Mapping[str, Mapping[str, Any]], digits: int = 2) -> str:
     """Markdown of `seeds_row`s by label: a column per key of any, blank where a row lacks it; a number of seeds in brackets
     where not all that there is a result of have the value."""

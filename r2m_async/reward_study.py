@@ -1,6 +1,6 @@
 """The reward models of a study, each evaluated as it is trained, and what they say together.
 
-OUT/reward_models/table.md          means over seeds with 95 % intervals
+OUT/reward_models/table.md          means over seeds with 95 % intervals, and differences seed by seed
 OUT/reward_models/results.json      the same, with best-of-n, and what failed with its reason
 OUT/reward_models/best_of_n.png     where the study asks for it
 """
@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from r2m_async.intervals import interval, seeds_row, seeds_table
+from r2m_async.intervals import differences, differences_tables, interval, seeds_row, seeds_table
 from r2m_async.jobs import failures
 from r2m_async.run_directory import write_results, write_whole
 
@@ -46,21 +46,31 @@ def is_measured(directory: Path, parts: Parts) -> bool:
     return all((directory / folder / "results.json").is_file() for folder in parts.values())
 
 
-def compare_reward_models(models: Mapping[str, Sequence[Path]], parts: Parts, out: Path) -> None:
-    """Writes OUT's files: a row for every name, of those of its directories, one per seed, that are measured."""
-    there = {name: [one for one in paths if is_measured(one, parts)] for name, paths in models.items()}
-    rows = {name: seeds_row([summary(one, parts) for one in paths], len(models[name])) for name, paths in there.items()}
-    results: dict[str, Any] = {"models": rows}
+def compare_reward_models(
+    models: Mapping[str, Mapping[int, Path]], parts: Parts, against: Sequence[str], out: Path
+) -> None:
+    """Writes OUT's files: a row for every name, of those of its directories, by seed, that are measured; and the
+    differences from `against`, of which names that are no reward model's are left out."""
+    there = {
+        name: {seed: one for seed, one in ones.items() if is_measured(one, parts)} for name, ones in models.items()
+    }
+    summaries = {name: {seed: summary(one, parts) for seed, one in ones.items()} for name, ones in there.items()}
+    planned = {name: len(ones) for name, ones in models.items()}
+    rows = {name: seeds_row(list(ones.values()), planned[name]) for name, ones in summaries.items()}
+    paired = differences(summaries, planned, against)
+    results: dict[str, Any] = {"models": rows, "against": paired}
     if "best_of_n" in parts and any(there.values()):
         from r2m_async.plots import plot_best_of_n
 
-        measured = {name: [_results(one / parts["best_of_n"]) for one in paths] for name, paths in there.items()}
+        measured = {name: [_results(one / parts["best_of_n"]) for one in ones.values()] for name, ones in there.items()}
         first = next(one for ones in measured.values() for one in ones)
         curves = {name: _curves(list(map(_gains, ones))) for name, ones in measured.items() if ones}
         results["best_of_n"] = {"ns": first["ns"], "kl": first["kl"], "models": curves}
         plot_best_of_n(results["best_of_n"], out / "best_of_n.png", band="half_width")
-    results["failed"] = failures(one for name, paths in models.items() for one in paths if one not in there[name])
-    write_results(out, results, seeds_table(results["models"], digits=3))
+    results["failed"] = failures(
+        one for name, ones in models.items() for seed, one in ones.items() if seed not in there[name]
+    )
+    write_results(out, results, seeds_table(rows, digits=3) + differences_tables(paired, digits=3))
 
 
 def summary(directory: Path, parts: Parts) -> dict[str, float]:

@@ -10,7 +10,7 @@
         pretrained_rm: {head.variant: vanilla, reward.model: "trained:golden"}
     reward_models:                      # those that `trained:NAME` stands for, each trained with the seed of its run
       golden: {config: ../reward_model/pretrained.yaml, set: {optimizer.epochs: 3}}
-    against: [vanilla]                  # cells that all others are compared with, seed by seed
+    against: [vanilla]                  # cells or reward models that all others are compared with, seed by seed
 
 OUT/runs/<labels>-seed<n> is a run directory, there only once it is whole, and OUT/reward_models/<name>-seed<n> one of
 `r2m reward-model train`: the command can be stopped and started again. A run leaves its last checkpoint, for `r2m export`
@@ -81,7 +81,7 @@ class Study(BaseModel):
     """The reward models, as `r2m reward-model eval` does."""
     best_of_n: BestOfN | None = None
     against: tuple[str, ...] = ()
-    """Cells."""
+    """Cells, reward models, or names of both."""
     kl_levels: tuple[float, ...] = Field((1.0, 2.0, 4.0, 8.0), min_length=1)
     """Nats per response."""
     in_process: bool = True
@@ -131,9 +131,10 @@ def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], li
     runs = _runs(path, study, reward_models)
     cells = dict.fromkeys(run.cell for run in runs)
     for baseline in study.against:
-        if baseline not in cells:
+        if baseline not in cells and baseline not in study.reward_models:
             raise ConfigError(
-                f"{path}: against: {baseline!r} is no cell of it; its cells are {', '.join(cells) or 'none'}"
+                f"{path}: against: {baseline!r} is no cell of it and no reward model; its cells are "
+                f"{', '.join(cells) or 'none'}, its reward models {', '.join(study.reward_models) or 'none'}"
             )
     return study, list(reward_models.values()), runs
 
@@ -251,7 +252,7 @@ def _train_reward_models(
         if not (_is_there(one.directory, one.config) and one.model.is_dir() and is_measured(one.directory, parts))
     ]
     tell(f"{len(models)} reward models, {len(models) - len(missing)} there already")
-    samples, by_name = out / f"pool-{best_of_n.label}.jsonl", defaultdict(list)
+    samples = out / f"pool-{best_of_n.label}.jsonl"
     if missing:
         with contextlib.suppress(ConfigError, DataError):  # which its training will tell
             load_preference_data(missing[0].config)  # builds what trainings share, once
@@ -264,10 +265,11 @@ def _train_reward_models(
         for one in missing
     }
     failed = wait_for(work, tell)
-    for one in models:
-        by_name[one.name].append(one.directory)
     if parts:
-        compare_reward_models(by_name, parts, out / "reward_models")
+        by_name: dict[str, dict[int, Path]] = defaultdict(dict)
+        for one in models:
+            by_name[one.name][one.config.run.seed] = one.directory
+        compare_reward_models(by_name, parts, study.against, out / "reward_models")
     return failed
 
 

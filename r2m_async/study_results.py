@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from r2m_async.intervals import paired_row, seeds_row, seeds_table
+from r2m_async.intervals import differences, differences_tables, seeds_row, seeds_table
 from r2m_async.jobs import failures
 from r2m_async.plots import column, compare_runs, samples_kl
 from r2m_async.run_directory import read_metrics, read_records, write_results
@@ -32,7 +32,7 @@ def compare_cells(
     """Writes OUT's files.
 
     cells: by name, then by seed, a run's directory, which is there if the run was done to its end.
-    against: cells that each of the others is compared with seed by seed.
+    against: those of them that are cells are compared with each of the others, seed by seed.
     """
     there = {cell: {seed: path for seed, path in runs.items() if path.exists()} for cell, runs in cells.items()}
     steps = {path: read_metrics(path / "metrics.jsonl") for runs in there.values() for path in runs.values()}
@@ -48,14 +48,7 @@ def compare_cells(
         }
         for cell, ones in summaries.items()
     }
-    paired = {
-        baseline: {
-            cell: paired_row(ones, compared[baseline], len(cells[cell]))
-            for cell, ones in compared.items()
-            if cell != baseline
-        }
-        for baseline in against
-    }
+    paired = differences(compared, {cell: len(runs) for cell, runs in cells.items()}, against)
     failed = failures(path for runs in cells.values() for path in runs.values() if path not in steps)
     results = {"cells": rows, "against": paired, "area_to_kl": to_kl, "failed": failed}
     write_results(out, results, _table(rows, paired, to_kl))
@@ -64,16 +57,11 @@ def compare_cells(
 
 
 def _table(rows: Mapping[str, Any], paired: Mapping[str, Mapping[str, Any]], to_kl: float) -> str:
-    parts = [seeds_table(rows)]
-    if np.isfinite(to_kl):
-        parts.append(
-            f"`gold_area`: the mean of gold over KL from 0 to {to_kl:.3g}, which is the highest level, or the highest KL "
-            f"that every run passed if that is less.\n"
-        )
-    for baseline, differences in paired.items():
-        parts.append(f"## Less {baseline}\n\nDifferences of runs of one seed: their mean and its 95 % interval.\n")
-        parts.append(seeds_table(differences))
-    return "\n".join(parts)
+    area = (
+        f"\n`gold_area`: the mean of gold over KL from 0 to {to_kl:.3g}, which is the highest level, or the highest KL "
+        f"that every run passed if that is less.\n"
+    )
+    return seeds_table(rows) + area * bool(np.isfinite(to_kl)) + differences_tables(paired)
 
 
 def area_to_kl(runs: Sequence[Steps], kl_levels: Sequence[float]) -> float:

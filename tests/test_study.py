@@ -75,7 +75,7 @@ def test_the_studies_that_ship_can_be_read():
         ({"base": "absent.yaml"}, "absent.yaml: cannot be read"),
         (
             {"against": ["vanilla"]},
-            "against: 'vanilla' is no cell of it; its cells are vanilla-rloo, vanilla-grpo, r2m-rloo",
+            "against: 'vanilla' is no cell of it and no reward model; its cells are vanilla-rloo, vanilla-grpo, r2m-rloo",
         ),
         ({"best_of_n": {"prompts": 300}}, "best_of_n.prompts: Input should be less than or equal to 200; got 300"),
         ({"grid": {"lr": {1.5e-4: {}}}}, r"grid.lr.0.00015.\[key\]: Input .* got 0.00015 \(.*put it in quotes"),
@@ -440,6 +440,7 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
         },
         "evaluate": True,
         "best_of_n": {"n": 6, "prompts": 3},
+        "against": ["bt"],
     }
     pairs = [
         {
@@ -483,7 +484,12 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
         [interval(of_n)["half_width"] for of_n in zip(*gold, strict=True)]
     )
     assert results["models"]["bt"]["bon_gold_peak"]["mean"] == pytest.approx((max(gold[0]) + max(gold[1])) / 2)
-    assert "| bsr | " in (out / "reward_models" / "table.md").read_text()
+    table = (out / "reward_models" / "table.md").read_text()
+    assert "| bsr | " in table and "\n## Less bt\n" in table
+    less = results["against"]["bt"]
+    assert set(less) == {"bsr", "lost"} and less["bsr"]["bon_gold"]["count"] == 2 and less["lost"]["num_seeds"] == 0
+    means = [results["models"][name]["bon_gold"]["mean"] for name in ("bsr", "bt")]
+    assert less["bsr"]["bon_gold"]["mean"] == pytest.approx(means[0] - means[1])
 
     told.clear()
     del study["reward_models"]["lost"]
@@ -491,7 +497,7 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
     shutil.rmtree(out / "reward_models" / "bt-seed4" / folder)  # as if it had been stopped there
     assert run_study(path, out, workers=1, tell=told.append) == []
     assert told[:2] == ["0 runs, 0 there already", "4 reward models, 3 there already"]
-    del results["models"]["lost"]
+    del results["models"]["lost"], less["lost"]
     assert json.loads((out / "reward_models" / "results.json").read_text()) == results | {"failed": {}}
 
     told.clear()

@@ -110,9 +110,16 @@ def ages_figure(steps: Records, config: R2MConfig) -> Figure:
 
 
 def loss_figure(steps: Records) -> Figure:
-    """Policy loss, head loss (where a head learns) and KL, one above the other."""
-    labels = {"policy/loss": "policy loss", "head/loss": "head loss", "kl/sequence": "KL (nats per response)"}
-    shown = [key for key in labels if key != "head/loss" or _has(steps, key)]
+    """Policy loss, head loss (where a head learns), the critic's and what it explains (where there is one), and KL, one
+    above the other."""
+    labels = {
+        "policy/loss": "policy loss",
+        "head/loss": "head loss",
+        "critic/loss": "critic loss",
+        "critic/explained_variance": "explained variance",
+        "kl/sequence": "KL (nats per response)",
+    }
+    shown = [key for key in labels if key in ("policy/loss", "kl/sequence") or _has(steps, key)]
     figure, axes = grid(len(shown), 1)
     for [panel], key in zip(axes, shown, strict=True):
         line(panel, steps, key, COLORS[0])

@@ -232,7 +232,7 @@ def test_ages_are_drawn_under_the_bounds_of_the_config(config):
     assert lines(head)["scheduling.max_head_age = 1"][1] == [1, 1] and policy.get_ylim()[1] > 2
 
 
-def test_a_frozen_head_has_no_loss_panel():
+def test_a_frozen_head_has_no_loss_panel_and_a_critic_has_two():
     steps = [step_metrics(step) for step in (1, 2)]
     frozen = [{key: value for key, value in step.items() if key != "head/loss"} for step in steps]
     assert [axes.get_ylabel() for axes in loss_figure(steps).axes] == [
@@ -240,6 +240,9 @@ def test_a_frozen_head_has_no_loss_panel():
         "head loss",
         "KL (nats per response)",
     ]
+    with_critic = [step | {"critic/loss": 0.5, "critic/explained_variance": 0.1} for step in frozen]
+    labels = [axes.get_ylabel() for axes in loss_figure(with_critic).axes]
+    assert labels == ["policy loss", "critic loss", "explained variance", "KL (nats per response)"]
     policy, kl = loss_figure(frozen).axes
     assert list(policy.get_lines()[0].get_ydata()) == [-0.5, -1.0] and list(kl.get_lines()[0].get_ydata()) == [3, 6]
 

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from r2m_async.config import R2MConfig
-
-NODE_ADDRESS = "R2M_NODE_ADDRESS"
-"""Environment variable: this machine's address as the rollout actors' machines know it."""
+from r2m_async.stages import NODE_ADDRESS
 
 
 class WeightSender:

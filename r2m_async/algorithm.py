@@ -25,7 +25,8 @@ from ray.tune import Checkpoint, PlacementGroupFactory
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.launch import Ring, gpu_share
+from r2m_async.launch import Ring
+from r2m_async.ray_stages import gpu_share
 from r2m_async.workload import resolve
 
 RING = "ring"

@@ -7,7 +7,7 @@
                    +-------------------------------+-> head loop: update ----+ head weights
 
 Data moves right, versions move left. Every loop is a coroutine that calls stages (`stages.Stage`) and tells the
-`Schedule` what happened; it hands payloads on without reading them. The same controller runs over Ray (launch.py),
+`Schedule` what happened; it hands payloads on without reading them. The same controller runs over Ray (ray_stages.py),
 in one process (tests) and on a virtual clock (simulator.py).
 """
 

@@ -14,6 +14,9 @@ from typing import Any, Protocol
 
 from r2m_async.codec import decode, encode
 
+NODE_ADDRESS = "R2M_NODE_ADDRESS"
+"""Environment variable of a stage's process: the address of its machine as the other stages' machines know it."""
+
 
 def produces(num_payloads: int, shares: tuple[int, ...] = ()) -> Callable[[Callable], Callable]:
     """Marks a stage method: it returns `(report, *payloads)` with this many payloads.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learners.shares import rank_microbatches, shares
-from r2m_async import launch
+from r2m_async import ray_stages
 from r2m_async.errors import NonFiniteStep, StageLost
 from r2m_async.policy_model import microbatches
 from r2m_async.trajectories import Trajectory
@@ -69,9 +69,11 @@ def test_one_rank_makes_the_passes_of_all_trajectories_in_their_order():
 
 def test_what_the_ranks_return_of_a_payload_is_put_together_in_the_order_of_groups():
     one, two, three = (SimpleNamespace(group_id=group_id) for group_id in (1, 2, 3))
-    packed = launch._filled([7, {launch._PLACE: [0, 1, 2]}, {launch._PLACE: 3}], [(one, three), None, (two,), "x"])
+    packed = ray_stages._filled(
+        [7, {ray_stages._PLACE: [0, 1, 2]}, {ray_stages._PLACE: 3}], [(one, three), None, (two,), "x"]
+    )
     assert packed == [7, (one, two, three), "x"]
-    assert launch._filled({launch._PLACE: [0, 1]}, [None, None]) is None
+    assert ray_stages._filled({ray_stages._PLACE: [0, 1]}, [None, None]) is None
 
 
 async def failing(error: Exception, after: asyncio.Event | None = None, then: asyncio.Event | None = None) -> None:
@@ -84,7 +86,7 @@ async def failing(error: Exception, after: asyncio.Event | None = None, then: as
 
 def outcome_of(*ranks) -> None:
     async def call() -> None:
-        await launch._ended([asyncio.create_task(rank) for rank in ranks])
+        await ray_stages._ended([asyncio.create_task(rank) for rank in ranks])
 
     asyncio.run(call())
 
@@ -102,6 +104,6 @@ def test_a_lost_rank_is_what_failed_even_if_the_ranks_it_left_alone_speak_first(
 
 
 def test_a_rank_that_fails_alone_is_not_waited_for_by_the_others_for_ever(monkeypatch):
-    monkeypatch.setattr(launch, "_LAST_WORDS", 0.01)
+    monkeypatch.setattr(ray_stages, "_LAST_WORDS", 0.01)
     with pytest.raises(NonFiniteStep, match="step 3"):
         outcome_of(failing(NonFiniteStep("step 3")), asyncio.Event().wait())

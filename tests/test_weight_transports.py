@@ -15,8 +15,9 @@ from r2m_async.codec import decode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
-from r2m_async.launch import Ring, gpu_share, placed
+from r2m_async.launch import Ring
 from r2m_async.policy_model import load_policy
+from r2m_async.ray_stages import gpu_share, placed
 from r2m_async.weight_digest import tensor_digest
 
 

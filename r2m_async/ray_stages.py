@@ -1,0 +1,379 @@
+"""Stages in Ray processes: GPUs for each, calls and payloads across, deaths and restarts.
+
+A stage in a Ray process is called through `_Process.call`: arguments and results cross as `codec` buffers, payloads as
+object references that the driver owns, so they survive the process that made them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from r2m_async.codec import decode, encode
+from r2m_async.config import R2MConfig
+from r2m_async.errors import ConfigError, DataError, StageLost, StepFailed, WeightMismatch
+from r2m_async.stages import NODE_ADDRESS
+from r2m_async.workload import Workload
+
+RESTART_TIMEOUT = 300.0
+"""Seconds in which Ray must bring a dead rollout actor back."""
+
+Make: TypeAlias = Callable[[R2MConfig, Workload], Any]
+MakeRank: TypeAlias = Callable[[int, str, int], Make]
+"""Of a rank, and of the host and port of the store at which the ranks meet."""
+
+
+class RayProcesses:
+    """The stages' processes, and Ray itself if it was started here.
+
+    `gpus` is the share of each stage that has one (`gpu_share`); `config` has what depends on it (`placed`).
+    """
+
+    def __init__(self, config: R2MConfig) -> None:
+        import ray
+
+        self._launched: list[RayStage | RayGang] = []
+        self._started_ray = not ray.is_initialized()
+        if self._started_ray:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+            ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        available = ray.cluster_resources().get("GPU", 0.0)
+        self.gpus = gpu_share(config, available)
+        self.config = placed(config, self.gpus, available)
+
+    def stage(
+        self,
+        name: str,
+        stage_class: type,
+        make: Make,
+        workload: Workload,
+        num_gpus: float,
+        restarts: bool = False,
+        deadline: float | None = None,
+    ) -> RayStage:
+        """A stage in a process of its own, which Ray starts anew if it may restart; `deadline` as of `RayStage`."""
+        options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": -1 if restarts else 0}
+        stage = RayStage(name, stage_class, make, self.config, workload, deadline, options)
+        self._launched.append(stage)
+        return stage
+
+    def gang(self, name: str, stage_class: type, make_rank: MakeRank, workload: Workload, num_gpus: float) -> RayGang:
+        """A stage of `learner.num_ranks` processes, each with so many GPUs."""
+        options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0}
+        gang = RayGang(name, stage_class, make_rank, self.config, workload, options)
+        self._launched.append(gang)
+        return gang
+
+    def close(self) -> None:
+        import ray
+
+        for stage in self._launched:
+            stage.kill()
+        if self._started_ray:
+            ray.shutdown()
+
+
+def ray_bytes() -> dict[str, Callable]:
+    """The `to_bytes` and `from_bytes` of stages in Ray processes."""
+    import numpy as np
+    import ray
+
+    return {
+        "to_bytes": lambda reference: bytes(ray.get(reference)),
+        "from_bytes": lambda data: ray.put(np.frombuffer(data, np.uint8)),
+    }
+
+
+def gpu_share(config: R2MConfig, available: float) -> float:
+    """GPUs of each annotator and each rank of the policy learner and of a rollout actor: one, or equal parts of what there is.
+
+    Raises ConfigError if a stage of several ranks would get parts of GPUs.
+    """
+    rollouts = config.rollouts
+    users = rollouts.num_actors * rollouts.tensor_parallel + config.reward.replicas + config.learner.num_ranks
+    if config.run.device == "cpu" or available == 0:
+        return 0.0
+    if available >= users:
+        return 1.0
+    for key, num_ranks in (
+        ("rollouts.tensor_parallel", rollouts.tensor_parallel),
+        ("learner.num_ranks", config.learner.num_ranks),
+    ):
+        if num_ranks > 1:
+            raise ConfigError(
+                f"{key} is {num_ranks}, which needs whole GPUs: {users} for the run, and the cluster has {available:g}; "
+                f"lower rollouts.num_actors or {key.partition('.')[2]}"
+            )
+    return int(100 / math.ceil(users / available)) / 100  # so that the parts fill whole GPUs
+
+
+def placed(config: R2MConfig, gpus: float, available: float) -> R2MConfig:
+    """The config with what depends on each stage's share of the cluster's GPUs: `weights.transport: auto`, vLLM's memory.
+
+    Raises ConfigError for a transport that these GPUs do not have, and if what lies in the CPU's memory already were to move there.
+    """
+    shares_one = 0 < gpus < 1 and available == 1
+    possible = {"nccl": gpus >= 1, "ipc": shares_one}
+    if not possible.get(config.weights.transport, True):
+        raise ConfigError(
+            f"weights.transport is {config.weights.transport!r}, and each stage has {gpus:g} of the cluster's {available:g} "
+            f"GPUs: nccl needs a GPU for each, ipc one GPU for all; use auto"
+        )
+    if not gpus and config.learner.offload != "none":
+        raise ConfigError(
+            f"learner.offload is {config.learner.offload!r} and the run has no GPU to take a load off: use offload 'none'"
+        )
+    vllm = config.rollouts.engine == "vllm"
+    if config.weights.transport == "auto":
+        direct = [name for name, there in possible.items() if there and vllm and config.scheduling.lag == "bounded"]
+        config = config.weights(transport=direct[0] if direct else "object_store")
+    if vllm and 0 < gpus < 1:
+        memory = {"gpu_memory_utilization": round(0.9 * gpus, 3)}
+        config = config.rollouts(engine_options=memory | config.rollouts.engine_options)
+    return config
+
+
+class _Process:
+    """A stage inside its Ray actor."""
+
+    def __init__(self, make: Make, config: R2MConfig, workload: Workload) -> None:
+        import ray
+        import torch
+
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)
+        os.environ[NODE_ADDRESS] = ray.util.get_node_ip_address()
+        self._mistake: ConfigError | None = None
+        try:
+            self._stage = make(config, workload)
+        except ConfigError as error:  # told when asked: one that is raised here is Ray's to report, with a traceback
+            self._mistake = error
+            return
+        self._opaque = getattr(self._stage, "opaque", False)
+
+    def pid(self) -> int:
+        """Raises ConfigError if the stage could not be made."""
+        if self._mistake:
+            raise self._mistake
+        return os.getpid()
+
+    def call(self, method: str, packed: bytes, *payloads: Any) -> Any:
+        """`packed` are the arguments with places where payloads go; returns (report, *payloads) as buffers."""
+        import numpy as np
+
+        items = payloads if self._opaque else [decode(payload) for payload in payloads]
+        report, *results = getattr(self._stage, method)(*_filled(decode(packed), items))
+        if not self._opaque:
+            results = [np.frombuffer(encode(result), np.uint8) for result in results]
+        report = bytes(encode(report))
+        return (report, *results) if results else report
+
+
+_CHANNELS = ("open_channel", "connect", "send")
+"""Methods of the policy learner by which it sends weights itself."""
+_CONCURRENT = {"generate": "generate", "weights": "weights"} | dict.fromkeys(("abort", *_CHANNELS), "control")
+"""Methods that run beside a stage's other work, and the group of threads each runs in."""
+
+
+class RayStage:
+    """The controller's side of a `_Process`."""
+
+    def __init__(
+        self,
+        name: str,
+        stage_class: type,
+        make: Make,
+        config: R2MConfig,
+        workload: Workload,
+        deadline: float | None,
+        options: dict[str, Any],
+    ) -> None:
+        """`deadline`: seconds for a call, after which the process counts as hung, is killed and lost."""
+        import ray
+
+        self.name = name
+        self._deadline = deadline
+        groups = {"control": 1, "weights": 1, "generate": config.rollouts.concurrent_groups}
+        remote = ray.remote(concurrency_groups=groups)(_Process)
+        self._actor = remote.options(**options).remote(make, config, workload)
+        self._stage_class = stage_class
+        self._started = False
+
+    async def call(self, method: str, *args: Any) -> tuple[Any, ...]:
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
+
+        payloads: list[Any] = []
+        packed = bytes(encode(_emptied(list(args), payloads)))
+        num_payloads = getattr(self._stage_class, method).num_payloads
+        options = {"num_returns": 1 + num_payloads}
+        if method in _CONCURRENT:
+            options["concurrency_group"] = _CONCURRENT[method]
+        try:
+            if not self._started:  # the deadline is for calls, not for starting
+                await self.pid()
+                self._started = True
+            references = self._actor.call.options(**options).remote(method, packed, *payloads)
+            report, *results = references if num_payloads else [references]
+            async with asyncio.timeout(self._deadline):
+                return decode(await report), *results
+        except (ActorDiedError, ActorUnavailableError) as error:
+            raise StageLost(self.name, f"{self.name} was lost during {method}: {error}") from error
+        except TimeoutError:
+            self.kill(restart=True)
+            raise StageLost(
+                self.name, f"{self.name} did not finish {method} within {self._deadline} s (rollouts.hang_after)"
+            ) from None
+        except RayTaskError as error:
+            if isinstance(error.cause, ConfigError | DataError | StepFailed):
+                raise error.cause from None  # the user's: its message says it all
+            if isinstance(error.cause, WeightMismatch):
+                raise WeightMismatch(f"{self.name}: {error.cause}") from None
+            if isinstance(error.cause, StageLost):  # a process of its own, which it cannot do without
+                self.kill(restart=True)
+                raise StageLost(self.name, f"{self.name}: {error.cause}") from None
+            raise
+        except ObjectLostError as error:
+            raise StageLost(None, f"a payload for {self.name}.{method} was lost with its process: {error}") from error
+
+    async def restart(self) -> None:
+        from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+        try:
+            async with asyncio.timeout(RESTART_TIMEOUT):
+                while True:
+                    try:
+                        await self.pid()
+                        return
+                    except ActorUnavailableError:
+                        await asyncio.sleep(0.2)
+        except (ActorDiedError, TimeoutError) as error:
+            raise StageLost(self.name, f"{self.name} will not come back: {error or RESTART_TIMEOUT}") from error
+
+    async def pid(self) -> int:
+        """Of the process that runs the stage now."""
+        return await self._actor.pid.remote()
+
+    def kill(self, restart: bool = False) -> None:
+        import ray
+
+        ray.kill(self._actor, no_restart=not restart)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """One payload in parts, as the ranks of a gang made it (`stages.produces`)."""
+
+    references: tuple[Any, ...]
+
+
+class RayGang:
+    """The controller's side of a policy learner of several ranks: one stage, of a process for each.
+
+    Every call goes to all ranks with the same arguments, because each meets the others in it; what rank 0 returns is
+    the stage's answer. One lost rank is a lost stage: the others cannot go on, nor begin anew in the same process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stage_class: type,
+        make_rank: MakeRank,
+        config: R2MConfig,
+        workload: Workload,
+        options: dict[str, Any],
+    ) -> None:
+        import ray
+        import torch
+
+        self.name = name
+        self._stage_class = stage_class
+        self._rank_0_publishes = config.learner.zero_stage < 3  # it has whole weights
+        host = ray.util.get_node_ip_address()
+        self._store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.ranks = tuple(
+            RayStage(
+                f"{name}-{rank}", stage_class, make_rank(rank, host, self._store.port), config, workload, None, options
+            )
+            for rank in range(config.learner.num_ranks)
+        )
+
+    async def call(self, method: str, *args: Any) -> tuple[Any, ...]:
+        if method in _CHANNELS or (method == "weights" and self._rank_0_publishes):
+            return await self.ranks[0].call(method, *args)
+        calls = [asyncio.create_task(rank.call(method, *args)) for rank in self.ranks]
+        try:
+            await _ended(calls)
+        finally:
+            for call in calls:
+                call.cancel()
+        (report, *payloads), *others = (call.result() for call in calls)
+        for place in getattr(self._stage_class, method).shares:
+            payloads[place] = _Shares((payloads[place], *(other[1 + place] for other in others)))
+        return report, *payloads
+
+    async def restart(self) -> None:
+        raise StageLost(self.name, f"{self.name} will not come back: its ranks are not started again one by one")
+
+    async def pid(self) -> int:
+        """Of the process of rank 0."""
+        return await self.ranks[0].pid()
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+
+
+_LAST_WORDS = 10.0
+"""Seconds that other ranks have, once one failed, to fail too: what made it fail may be the loss of one of them."""
+
+
+async def _ended(calls: list[asyncio.Task]) -> None:
+    """Waits for all ranks' calls, or raises why not: the loss of a rank before what its death did to the others."""
+    pending, failures = set(calls), []
+    while pending and not any(isinstance(failure, StageLost) for failure in failures):
+        done, pending = await asyncio.wait(
+            pending, timeout=_LAST_WORDS if failures else None, return_when=asyncio.FIRST_EXCEPTION
+        )
+        if not done:
+            break
+        failures += [failure for call in done if (failure := call.exception())]
+    if failures:
+        raise min(failures, key=lambda failure: not isinstance(failure, StageLost))
+
+
+_PLACE = "payload of this call"
+
+
+def _emptied(value: Any, payloads: list[Any]) -> Any:
+    """The value with every object reference moved to `payloads`, a place left where it was."""
+    import ray
+
+    if isinstance(value, ray.ObjectRef):
+        payloads.append(value)
+        return {_PLACE: len(payloads) - 1}
+    if isinstance(value, _Shares):
+        payloads.extend(value.references)
+        return {_PLACE: list(range(len(payloads) - len(value.references), len(payloads)))}
+    if isinstance(value, list):
+        return [_emptied(item, payloads) for item in value]
+    return value
+
+
+def _filled(value: Any, payloads: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {_PLACE}:
+        place = value[_PLACE]
+        return _merged([payloads[one] for one in place]) if isinstance(place, list) else payloads[place]
+    if isinstance(value, list):
+        return [_filled(item, payloads) for item in value]
+    return value
+
+
+def _merged(parts: list[tuple[Any, ...] | None]) -> tuple[Any, ...] | None:
+    """What the ranks returned of one payload, in the order of groups."""
+    there = [part for part in parts if part is not None]
+    return tuple(sorted(itertools.chain(*there), key=lambda one: one.group_id)) if there else None

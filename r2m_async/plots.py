@@ -187,14 +187,19 @@ def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
 def best_of_n_figure(results: Mapping[str, Any], *, band: str) -> Figure:
     """Gains of proxy and gold over one sample against KL, a line per reward model of `results["models"]`.
 
-    band: the number on either side of a line that is shaded: `se`, as `best_of_n.measure_best_of_n` has it, or `half_width`.
+    band: the number on either side of a line that is shaded where each has its own colour: `se`, as `best_of_n.measure_best_of_n` has it, or
+    `half_width`.
     """
     figure, [axes] = grid(1, 2)
+    shaded = len(results["models"]) <= len(COLORS)  # the bands of more would hide the lines
     for panel, key in zip(axes, ("proxy", "gold"), strict=True):
         for (model, curves), drawn in zip(results["models"].items(), line_cycle(len(results["models"])), strict=True):
             values, errors = np.array(curves[key]), np.nan_to_num(np.array(curves[f"{key}_{band}"], dtype=float))
             panel.plot(results["kl"], values, marker=".", label=Path(model).name, **drawn)
-            panel.fill_between(results["kl"], values - errors, values + errors, color=drawn["color"], alpha=0.12, lw=0)
+            if shaded:
+                panel.fill_between(
+                    results["kl"], values - errors, values + errors, color=drawn["color"], alpha=0.12, lw=0
+                )
         panel.set_ylabel(f"{key} reward of the best of n,\nless that of one sample")
         panel.set_xlabel("KL = log n - (n - 1) / n (nats)")
     legend_above(figure, axes[0])

@@ -34,9 +34,10 @@ def train_and_measure(config: str, directory: Path, parts: Parts, pool: Path, ma
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / "config.yaml", config)
     resume(directory)
-    if "evaluation" in parts:
+    missing = {part: folder for part, folder in parts.items() if not is_measured(directory, {part: folder})}
+    if "evaluation" in missing:
         write_evaluation(evaluate(str(directory)), directory / parts["evaluation"])
-    if "best_of_n" in parts:
+    if "best_of_n" in missing:
         results = measure_best_of_n([str(directory)], load_pool(pool), max_n=max_n)
         write_best_of_n(results, directory / parts["best_of_n"])
     return time.monotonic() - began
@@ -78,7 +79,8 @@ def summary(directory: Path, parts: Parts) -> dict[str, float]:
 
     `norm_dispersion` is std / mean of the states' norms in domain (BSR Fig. 3), `erank_gain` the effective rank on responses
     of other generators less that in domain, `erank_over_training` that on prompts and generators which training has not
-    seen less that on training pairs (BSR Table 1). Best-of-n in gains over one sample.
+    seen less that on training pairs (BSR Table 1). Best-of-n in gains over one sample; `bon_gold_lost` from the n with the
+    most gold to the largest.
     """
     told: dict[str, float] = {}
     if "evaluation" in parts:
@@ -94,7 +96,13 @@ def summary(directory: Path, parts: Parts) -> dict[str, float]:
             told["erank_over_training"] = rank["mutual_disjoint"] - rank["training pairs"]
     if "best_of_n" in parts:
         curves = _gains(_results(directory / parts["best_of_n"]))
-        told |= {"bon_proxy": curves["proxy"][-1], "bon_gold": curves["gold"][-1], "bon_gold_peak": max(curves["gold"])}
+        last, peak = curves["gold"][-1], max(curves["gold"])
+        told |= {
+            "bon_proxy": curves["proxy"][-1],
+            "bon_gold": last,
+            "bon_gold_peak": peak,
+            "bon_gold_lost": peak - last,
+        }
     return told
 
 

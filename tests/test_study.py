@@ -17,6 +17,7 @@ import yaml
 from scipy import stats
 
 from r2m_async import reference
+from r2m_async.best_of_n import load_pool
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
@@ -77,6 +78,7 @@ def test_the_studies_that_ship_can_be_read():
             {"against": ["vanilla"]},
             "against: 'vanilla' is no cell of it and no reward model; its cells are vanilla-rloo, vanilla-grpo, r2m-rloo",
         ),
+        ({"best_of_n": {"n": 9, "samples": 8}}, "best_of_n: .*samples is 8: the best of n = 9 needs as many at least"),
         ({"best_of_n": {"prompts": 300}}, "best_of_n.prompts: Input should be less than or equal to 200; got 300"),
         ({"grid": {"lr": {1.5e-4: {}}}}, r"grid.lr.0.00015.\[key\]: Input .* got 0.00015 \(.*put it in quotes"),
     ],
@@ -439,7 +441,7 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
             "lost": {"config": "bt.yaml", "set": {"data.preferences": str(tmp_path / "absent.jsonl")}},
         },
         "evaluate": True,
-        "best_of_n": {"n": 6, "prompts": 3},
+        "best_of_n": {"n": 6, "samples": 8, "prompts": 3},
         "against": ["bt"],
     }
     pairs = [
@@ -472,7 +474,8 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
     assert set(results["failed"]) == {"lost-seed2", "lost-seed4"} and "absent.jsonl" in results["failed"]["lost-seed2"]
     assert (out / "reward_models" / "lost-seed4.failed").read_text().strip() == results["failed"]["lost-seed4"]
 
-    folder = "best_of_n-n6-prompts3-seed0"
+    folder = "best_of_n-n6-samples8-prompts3-seed0"
+    assert {len(one.responses) for one in load_pool(out / "pool-n6-samples8-prompts3-seed0.jsonl")} == {8}
     ones = [
         json.loads((out / "reward_models" / f"bt-seed{seed}" / folder / "results.json").read_text()) for seed in (2, 4)
     ]
@@ -484,6 +487,8 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
         [interval(of_n)["half_width"] for of_n in zip(*gold, strict=True)]
     )
     assert results["models"]["bt"]["bon_gold_peak"]["mean"] == pytest.approx((max(gold[0]) + max(gold[1])) / 2)
+    lost = [max(of_seed) - of_seed[-1] for of_seed in gold]
+    assert results["models"]["bt"]["bon_gold_lost"]["mean"] == pytest.approx((lost[0] + lost[1]) / 2)
     table = (out / "reward_models" / "table.md").read_text()
     assert "| bsr | " in table and "\n## Less bt\n" in table
     less = results["against"]["bt"]
@@ -494,9 +499,12 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
     told.clear()
     del study["reward_models"]["lost"]
     path.write_text(yaml.safe_dump(study, sort_keys=False))
-    shutil.rmtree(out / "reward_models" / "bt-seed4" / folder)  # as if it had been stopped there
+    stopped = out / "reward_models" / "bt-seed4"
+    shutil.rmtree(stopped / folder)  # as if it had been stopped there
+    evaluated = (stopped / "evaluation" / "results.json").stat().st_mtime_ns
     assert run_study(path, out, workers=1, tell=told.append) == []
     assert told[:2] == ["0 runs, 0 there already", "4 reward models, 3 there already"]
+    assert (stopped / "evaluation" / "results.json").stat().st_mtime_ns == evaluated
     del results["models"]["lost"], less["lost"]
     assert json.loads((out / "reward_models" / "results.json").read_text()) == results | {"failed": {}}
 
@@ -506,7 +514,10 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
     assert told[1] == "4 reward models, 0 there already"
     changed = json.loads((out / "reward_models" / "results.json").read_text())
     assert changed["best_of_n"]["ns"][-1] == 4 and changed["models"]["bt"]["bon_gold"]["count"] == 2
-    assert {pool.name for pool in out.glob("pool*")} == {"pool-n6-prompts3-seed0.jsonl", "pool-n4-prompts2-seed0.jsonl"}
+    assert {pool.name for pool in out.glob("pool*")} == {
+        "pool-n6-samples8-prompts3-seed0.jsonl",
+        "pool-n4-prompts2-seed0.jsonl",
+    }
 
 
 def test_the_effective_rank_is_compared_in_domain_and_with_that_of_training_pairs(tmp_path):
@@ -535,3 +546,5 @@ def test_best_of_n_is_drawn_with_the_band_that_is_asked_for(band):
     for axes, (low, high) in zip(figure.axes, ((0.0, 1.5), (-1.25, 0.0)), strict=True):
         drawn = axes.collections[0].get_paths()[0].vertices[:, 1]
         assert (drawn.min(), drawn.max()) == (low, high)
+    many = best_of_n_figure({"kl": [0.0, 1.0], "models": {str(number): curves for number in range(7)}}, band=band)
+    assert all(len(axes.lines) == 7 and not axes.collections for axes in many.axes)

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-import statistics
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,20 +24,10 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import StageLost, StalledRun
 from r2m_async.schedule import Admission, Assembly, Plan, Schedule
 from r2m_async.stages import Stage, Stages
-from r2m_async.trajectories import GroupReport, Ticket
+from r2m_async.step_metrics import Interval, StepMetrics
+from r2m_async.trajectories import Ticket
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A stage was at work; seconds since the run began."""
-
-    stage: str
-    method: str
-    step: int
-    start: float
-    end: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +67,7 @@ class Controller:
         self.config = config
         self.stages = stages
         self.schedule = Schedule(plan, first_step)
-        self.trace: list[Interval] = []
+        self.metrics = StepMetrics(stages, self._now())
         self.evaluations: list[dict[str, float]] = []
         self._make_ticket = make_ticket
         self._evaluation_tickets = evaluation_tickets
@@ -89,23 +77,15 @@ class Controller:
         self._head_queue: deque[_HeadWork] = deque()
         self._embedding: dict[int, asyncio.Task] = {}
         self._publication: asyncio.Task | None = None
-        self._publish_times = {"time/publish": 0.0, "time/publish_stall": 0.0}
+        self._publish_times = self.metrics.standing["publication"] = {"time/publish": 0.0, "time/publish_stall": 0.0}
         self._results: deque[dict[str, float]] = deque()
         self._steps_wanted = 0
-        self._head_metrics: dict[str, float] = {}
-        self._weight_metrics: dict[str, float] = {}
         self._deaths: Counter[str] = Counter()
-        self._group_reports: dict[int, GroupReport] = {}
-        self._gold: dict[int, float] = {}
-        self._tokens: Counter[str] = Counter()
-        self._busy: dict[str, float] = defaultdict(float)
-        self._free_at: dict[str, float] = defaultdict(float)
         self._waiting: dict[str, str] = {}
         self._events = 0
         self._changed = asyncio.Event()
         self._sending = asyncio.Lock()
         self._tasks: list[asyncio.Task] = []
-        self._began = self._reported = self._now()
 
     # Life
 
@@ -159,7 +139,7 @@ class Controller:
 
     def take_trace(self) -> list[Interval]:
         """The intervals since the last call, oldest first by their end."""
-        taken, self.trace = self.trace, []
+        taken, self.metrics.trace = self.metrics.trace, []
         return taken
 
     async def checkpoint(self, directory: str) -> dict[str, Any]:
@@ -240,7 +220,7 @@ class Controller:
                 loading = self._call(actor, "load_weights", weights, sent, step=version)
                 sending = policy.call("send", index, version) if transport != "ipc" else _already(sent)
                 (report,) = await self._meet(actor, loading, sending)
-        self._weight_metrics = report.metrics
+        self.metrics.standing["weights"] = report.metrics
 
     @contextlib.asynccontextmanager
     async def _exchange(self, actor: Stage) -> AsyncIterator[None]:
@@ -304,7 +284,7 @@ class Controller:
         group_id = ticket.group_id
         report, group, feedback = await self._call(actor, "generate", ticket, step=ticket.due_step)
         self._deaths[actor.name] = 0
-        self._tokens["generated"] += report.num_tokens
+        self.metrics.generated(report.num_tokens)
         if not self.schedule.expects(group_id, ticket.attempt):
             return
         await self.stages.queue.call("put", group_id, ("group", "feedback"), group, feedback)
@@ -313,7 +293,7 @@ class Controller:
         if not self.schedule.arrived(group_id, ticket.attempt, report.oldest_version, report.num_bytes, self._now()):
             await self.stages.queue.call("free", (group_id,))
         else:
-            self._group_reports[group_id] = report
+            self.metrics.arrived(group_id, report)
             self._embedding[group_id] = self._spawn(self._embed(ticket, group))
         self._notify()
 
@@ -321,7 +301,7 @@ class Controller:
         """The backbone pass of one group, as it arrives: it depends on no version."""
         annotator = self.stages.annotators[ticket.group_id % len(self.stages.annotators)]
         report, embeddings = await self._call(annotator, "embed", group, step=ticket.due_step)
-        self._gold[ticket.group_id] = report.metrics.get("gold", float("nan"))
+        self.metrics.annotated(ticket.group_id, report.metrics.get("gold", float("nan")))
         await self.stages.queue.call("put", ticket.group_id, ("embeddings",), embeddings)
 
     async def _training_loop(self) -> None:
@@ -372,7 +352,8 @@ class Controller:
         trained, refreshed = await self._call(stages.policy, "train", step, rewards, step=step)
         self.schedule.policy_trained(step, self._now())
         self._head_queue.append(_HeadWork(step=step, embeddings=embeddings, refreshed=refreshed, rewards=rewards))
-        metrics = self._metrics(assembly, scored.metrics | trained.metrics)
+        measured = scored.metrics | trained.metrics
+        metrics = self.metrics.of_step(assembly, self.schedule, measured, self._now())
         limit = self.config.objective.kl_stop
         ahead: tuple[int, ...] = ()
         if limit is not None and metrics.get("kl/sequence", 0.0) > limit:
@@ -416,7 +397,7 @@ class Controller:
             report, weights = await self._call(
                 self.stages.head, "update", work.step, work.embeddings, work.refreshed, work.rewards, step=work.step
             )
-            self._head_metrics = {"head/step": float(work.step + 1), **report.metrics}
+            self.metrics.standing["head"] = {"head/step": float(work.step + 1), **report.metrics}
             self._heads[work.step + 1] = weights
             freed = self.schedule.head_trained(work.step)
             oldest = self.schedule.oldest_head_version_needed
@@ -520,67 +501,16 @@ class Controller:
             self._waiting.pop(who, None)
 
     async def _call(self, stage: Stage, method: str, *args: Any, step: int, beside: bool = False) -> tuple[Any, ...]:
-        """`beside`: the stage may be at other work meanwhile, which is what it counts as busy with."""
+        """`beside` as of `StepMetrics.worked`."""
         asked = self._now()
         who = f"{stage.name} {method}"
         self._waiting[who] = "its end"
         try:
             return await stage.call(method, *args)
         finally:
-            end = self._now()
-            start = asked
-            if not beside:  # it does one thing at a time: before, the call stood in line
-                start = max(asked, self._free_at[stage.name])
-                self._free_at[stage.name] = end
-                self._busy[stage.name] += end - start
             self._waiting.pop(who, None)
             self._events += 1
-            self.trace.append(
-                Interval(stage=stage.name, method=method, step=step, start=start - self._began, end=end - self._began)
-            )
-
-    def _metrics(self, assembly: Assembly, measured: dict[str, float]) -> dict[str, float]:
-        """A step's metrics: what the stages measured, ages, lengths, throughput, idle shares and the ledger."""
-        schedule, now = self.schedule, self._now()
-        reports = [self._group_reports.pop(group_id) for group_id in assembly.group_ids]
-        gold = [self._gold.pop(group_id) for group_id in assembly.group_ids]
-        self._tokens["trained"] += int(measured.get("length/trained_tokens", 0))
-        elapsed = max(now - self._reported, 1e-9)
-        metrics = {
-            "step": float(schedule.policy_version),
-            "time/since_start": now - self._began,
-            "time/step": elapsed,
-            "throughput/responses_per_s": sum(report.num_responses for report in reports) / elapsed,
-            "throughput/responses": float(sum(report.num_responses for report in reports)),
-            "throughput/tokens": float(sum(report.num_tokens for report in reports)),
-            "throughput/tokens_per_s": sum(report.num_tokens for report in reports) / elapsed,
-            "age/policy_max": float(max(assembly.policy_ages, default=0)),
-            "age/policy_mean": statistics.fmean(assembly.policy_ages) if assembly.policy_ages else 0.0,
-            "age/head": float(assembly.step - assembly.head_version),
-            "length/trained_over_generated": self._tokens["trained"] / max(1, self._tokens["generated"]),
-            "queue/bytes": float(schedule.reserved_bytes),
-            "ledger/admitted": float(schedule.policy_ledger.admitted),
-            "ledger/trained": float(schedule.policy_ledger.trained),
-            "ledger/voided": float(schedule.policy_ledger.voided.total()),
-            "ledger/reissued": float(schedule.reissued.total()),
-            "ledger/fenced": float(schedule.fenced),
-        }
-        if gold and not any(map(math.isnan, gold)):
-            metrics["reward/gold"] = statistics.fmean(gold)
-        metrics |= {f"idle/{name}": share for name, share in self._idle_shares(elapsed).items()}
-        self._reported = now
-        self._busy.clear()
-        return metrics | measured | self._head_metrics | self._weight_metrics | self._publish_times
-
-    def _idle_shares(self, elapsed: float) -> dict[str, float]:
-        """Per kind of stage, the mean share of the time since the last step in which it did nothing."""
-        stages = self.stages
-        kinds = {"rollouts": stages.rollouts, "annotators": stages.annotators}
-        kinds |= {"policy_learner": (stages.policy,), "head_learner": (stages.head,)}
-        return {
-            kind: 1 - min(1.0, sum(self._busy[stage.name] for stage in members) / elapsed / len(members))
-            for kind, members in kinds.items()
-        }
+            self.metrics.worked(stage.name, method, step, asked, self._now(), beside)
 
     async def _parts(self, group_ids: tuple[int, ...], part: str) -> list[Any]:
         results = await asyncio.gather(*(self.stages.queue.call("get", group_id, part) for group_id in group_ids))

@@ -3,7 +3,7 @@
     config.yaml        the resolved config
     metrics.jsonl      one line per policy step
     evaluation.jsonl   one line per evaluation
-    trace.jsonl        one line per stage call (`controller.Interval`)
+    trace.jsonl        one line per stage call (`step_metrics.Interval`)
     events.out.*       the step metrics for TensorBoard, where `logging.tensorboard` is on
     checkpoints/       step-000040 and so on, each a directory that `Ring.save` wrote
 
@@ -26,7 +26,7 @@ from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import DataError
 
 if TYPE_CHECKING:
-    from r2m_async.controller import Interval
+    from r2m_async.step_metrics import Interval
 
 
 class RunDirectory:

@@ -530,7 +530,7 @@ def test_with_stage_3_and_adapters_an_older_policy_samples_and_nothing_runs_besi
     with Ring.of(config.run(num_steps=5)) as ring:
         steps = [ring.step() for _ in range(5)]
         ring.drain()
-        trace = ring.controller.trace
+        trace = ring.controller.metrics.trace
     assert max(metrics["age/policy_max"] for metrics in steps) <= 1
     at_work = sorted((one.start, one.end) for one in trace if one.stage == "policy-learner")
     assert sum(one.method == "weights" for one in trace) == 6

@@ -127,7 +127,7 @@ def test_bounded_lag_overlaps_stages_survives_a_kill_and_never_exceeds_its_bound
             metrics = ring.step()
             ages.append((metrics["age/policy_max"], metrics["age/head"]))
         ring.drain()
-        trace, ledger = ring.controller.trace, ring.controller.schedule.policy_ledger
+        trace, ledger = ring.controller.metrics.trace, ring.controller.schedule.policy_ledger
     assert ledger.admitted == ledger.trained == 24, "a killed actor's groups are generated again"
     assert max(policy for policy, _ in ages) <= 2 and max(head for _, head in ages) <= 1
     assert max(policy for policy, _ in ages) >= 1, "nothing was generated ahead"

@@ -14,7 +14,6 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from r2m_async.config import R2MConfig
-from r2m_async.controller import Interval
 from r2m_async.errors import DataError
 from r2m_async.live import LiveTable
 from r2m_async.plots import (
@@ -29,6 +28,7 @@ from r2m_async.plots import (
     stages_figure,
 )
 from r2m_async.run_directory import RunDirectory, read_metrics, read_records
+from r2m_async.step_metrics import Interval
 
 EVALUATIONS = [
     {"step": 0.0, "head_version": 0.0, "proxy": -1.0, "proxy_se": 0.1, "frozen": -1.0, "frozen_se": 0.1, "gold": 1.5},

@@ -5,7 +5,7 @@
     >>> gold_reward("write something warm about the river :", " the gentle river follows a house .", finished=True)
     1.0
 
-Pure Python. Gold is what a reward model stands in for: evaluation reads it, training never does.
+Pure Python. Gold is what a reward model stands in for: evaluation reads it, training only where a config asks for its labels.
 """
 
 import random

@@ -28,10 +28,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import ConfigError, DataError
@@ -59,22 +59,14 @@ class BestOfN(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     n: int = Field(405, gt=1)
-    samples: int | None = None
-    """Per prompt; None for n, which leaves a single favourite of the largest n per prompt, and so the most noise there."""
+    """Samples per prompt and the largest n, at which each prompt has one favourite: more prompts, less noise there."""
     prompts: int = Field(40, gt=1, le=NUM_HELD_OUT_PROMPTS)
     seed: int = 0
-
-    @model_validator(mode="after")
-    def _enough_samples(self) -> Self:
-        if self.samples is not None and self.samples < self.n:
-            raise ValueError(f"samples is {self.samples}: the best of n = {self.n} needs as many at least")
-        return self
 
     @property
     def label(self) -> str:
         """Of files that go with these settings alone."""
-        pool = "" if self.samples is None else f"-samples{self.samples}"
-        return f"n{self.n}{pool}-prompts{self.prompts}-seed{self.seed}"
+        return f"n{self.n}-prompts{self.prompts}-seed{self.seed}"
 
 
 class Study(BaseModel):
@@ -288,9 +280,7 @@ def _sample_pool(best_of_n: BestOfN, path: Path) -> None:
     from r2m_async.policy_model import one_thread
 
     with one_thread():
-        write_pool(
-            embedded_pool(embedded_models(), best_of_n.seed, best_of_n.prompts, best_of_n.samples or best_of_n.n), path
-        )
+        write_pool(embedded_pool(embedded_models(), best_of_n.seed, best_of_n.prompts, best_of_n.n), path)
 
 
 def _is_there(directory: Path, config: ConfigTree) -> bool:

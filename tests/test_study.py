@@ -17,7 +17,6 @@ import yaml
 from scipy import stats
 
 from r2m_async import reference
-from r2m_async.best_of_n import load_pool
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
@@ -78,7 +77,6 @@ def test_the_studies_that_ship_can_be_read():
             {"against": ["vanilla"]},
             "against: 'vanilla' is no cell of it and no reward model; its cells are vanilla-rloo, vanilla-grpo, r2m-rloo",
         ),
-        ({"best_of_n": {"n": 9, "samples": 8}}, "best_of_n: .*samples is 8: the best of n = 9 needs as many at least"),
         ({"best_of_n": {"prompts": 300}}, "best_of_n.prompts: Input should be less than or equal to 200; got 300"),
         ({"grid": {"lr": {1.5e-4: {}}}}, r"grid.lr.0.00015.\[key\]: Input .* got 0.00015 \(.*put it in quotes"),
     ],
@@ -441,7 +439,7 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
             "lost": {"config": "bt.yaml", "set": {"data.preferences": str(tmp_path / "absent.jsonl")}},
         },
         "evaluate": True,
-        "best_of_n": {"n": 6, "samples": 8, "prompts": 3},
+        "best_of_n": {"n": 6, "prompts": 3},
         "against": ["bt"],
     }
     pairs = [
@@ -474,8 +472,7 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
     assert set(results["failed"]) == {"lost-seed2", "lost-seed4"} and "absent.jsonl" in results["failed"]["lost-seed2"]
     assert (out / "reward_models" / "lost-seed4.failed").read_text().strip() == results["failed"]["lost-seed4"]
 
-    folder = "best_of_n-n6-samples8-prompts3-seed0"
-    assert {len(one.responses) for one in load_pool(out / "pool-n6-samples8-prompts3-seed0.jsonl")} == {8}
+    folder = "best_of_n-n6-prompts3-seed0"
     ones = [
         json.loads((out / "reward_models" / f"bt-seed{seed}" / folder / "results.json").read_text()) for seed in (2, 4)
     ]
@@ -515,7 +512,7 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
     changed = json.loads((out / "reward_models" / "results.json").read_text())
     assert changed["best_of_n"]["ns"][-1] == 4 and changed["models"]["bt"]["bon_gold"]["count"] == 2
     assert {pool.name for pool in out.glob("pool*")} == {
-        "pool-n6-samples8-prompts3-seed0.jsonl",
+        "pool-n6-prompts3-seed0.jsonl",
         "pool-n4-prompts2-seed0.jsonl",
     }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,6 +23,8 @@ from r2m_async.config import R2MConfig
 from r2m_async.run_directory import read_metrics, read_records
 
 Records = Sequence[Mapping[str, Any]]
+
+T = TypeVar("T")
 
 LINE_STYLES = ("-", "--", ":", "-.")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -207,6 +209,11 @@ def best_of_n_figure(results: Mapping[str, Any], *, band: str) -> Figure:
 
 
 # Numbers
+
+
+def chosen(drawn: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
+    """What is named, in the order of `drawn`; all of it where none is."""
+    return {name: one for name, one in drawn.items() if name in names} or dict(drawn)
 
 
 def column(records: Records, key: str) -> np.ndarray:

@@ -48,10 +48,14 @@ def is_measured(directory: Path, parts: Parts) -> bool:
 
 
 def compare_reward_models(
-    models: Mapping[str, Mapping[int, Path]], parts: Parts, against: Sequence[str], out: Path
+    models: Mapping[str, Mapping[int, Path]],
+    parts: Parts,
+    against: Sequence[str],
+    out: Path,
+    draw: Sequence[str] = (),
 ) -> None:
     """Writes OUT's files: a row for every name, of those of its directories, by seed, that are measured; and the
-    differences from `against`, of which names that are no reward model's are left out."""
+    differences from `against`, of which names that are no reward model's are left out. draw: `plots.chosen` of them."""
     there = {
         name: {seed: one for seed, one in ones.items() if is_measured(one, parts)} for name, ones in models.items()
     }
@@ -61,13 +65,14 @@ def compare_reward_models(
     paired = differences(summaries, planned, against)
     results: dict[str, Any] = {"models": rows, "against": paired}
     if "best_of_n" in parts and any(there.values()):
-        from r2m_async.plots import plot_best_of_n
+        from r2m_async.plots import chosen, plot_best_of_n
 
         measured = {name: [_results(one / parts["best_of_n"]) for one in ones.values()] for name, ones in there.items()}
         first = next(one for ones in measured.values() for one in ones)
         curves = {name: _curves(list(map(_gains, ones))) for name, ones in measured.items() if ones}
         results["best_of_n"] = {"ns": first["ns"], "kl": first["kl"], "models": curves}
-        plot_best_of_n(results["best_of_n"], out / "best_of_n.png", band="half_width")
+        drawn = results["best_of_n"] | {"models": chosen(curves, draw)}
+        plot_best_of_n(drawn, out / "best_of_n.png", band="half_width")
     results["failed"] = failures(
         one for name, ones in models.items() for seed, one in ones.items() if seed not in there[name]
     )

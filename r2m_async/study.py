@@ -11,6 +11,7 @@
     reward_models:                      # those that `trained:NAME` stands for, each trained with the seed of its run
       golden: {config: ../reward_model/pretrained.yaml, set: {optimizer.epochs: 3}}
     against: [vanilla]                  # cells or reward models that all others are compared with, seed by seed
+    draw: [vanilla, r2m]                # those that the figures show; without it all
 
 OUT/runs/<labels>-seed<n> is a run directory, there only once it is whole, and OUT/reward_models/<name>-seed<n> one of
 `r2m reward-model train`: the command can be stopped and started again. A run leaves its last checkpoint, for `r2m export`
@@ -83,6 +84,8 @@ class Study(BaseModel):
     best_of_n: BestOfN | None = None
     against: tuple[str, ...] = ()
     """Cells, reward models, or names of both."""
+    draw: tuple[str, ...] = ()
+    """What the figures show, named in the same way; all cells where no cell is named, all reward models where none is."""
     kl_levels: tuple[float, ...] = Field((1.0, 2.0, 4.0, 8.0), min_length=1)
     """Nats per response."""
     in_process: bool = True
@@ -131,12 +134,13 @@ def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], li
     reward_models = _reward_models(path, study, out.resolve())
     runs = _runs(path, study, reward_models)
     cells = dict.fromkeys(run.cell for run in runs)
-    for baseline in study.against:
-        if baseline not in cells and baseline not in study.reward_models:
-            raise ConfigError(
-                f"{path}: against: {baseline!r} is no cell of it and no reward model; its cells are "
-                f"{', '.join(cells) or 'none'}, its reward models {', '.join(study.reward_models) or 'none'}"
-            )
+    for key, names in (("against", study.against), ("draw", study.draw)):
+        for name in names:
+            if name not in cells and name not in study.reward_models:
+                raise ConfigError(
+                    f"{path}: {key}: {name!r} is no cell of it and no reward model; its cells are "
+                    f"{', '.join(cells) or 'none'}, its reward models {', '.join(study.reward_models) or 'none'}"
+                )
     return study, list(reward_models.values()), runs
 
 
@@ -235,7 +239,7 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
         cells: dict[str, dict[int, Path]] = defaultdict(dict)
         for run in runs:
             cells[run.cell][run.seed] = out / "runs" / run.name
-        compare_cells(cells, study.kl_levels, study.against, out)
+        compare_cells(cells, study.kl_levels, study.against, out, study.draw)
     return failed
 
 
@@ -270,7 +274,7 @@ def _train_reward_models(
         by_name: dict[str, dict[int, Path]] = defaultdict(dict)
         for one in models:
             by_name[one.name][one.config.run.seed] = one.directory
-        compare_reward_models(by_name, parts, study.against, out / "reward_models")
+        compare_reward_models(by_name, parts, study.against, out / "reward_models", study.draw)
     return failed
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from r2m_async.intervals import differences, differences_tables, seeds_row, seeds_table
 from r2m_async.jobs import failures
-from r2m_async.plots import column, compare_runs, samples_kl
+from r2m_async.plots import chosen, column, compare_runs, samples_kl
 from r2m_async.run_directory import read_metrics, read_records, write_results
 
 SMOOTHING = 5
@@ -27,12 +27,17 @@ Steps = Sequence[dict[str, Any]]
 
 
 def compare_cells(
-    cells: Mapping[str, Mapping[int, Path]], kl_levels: Sequence[float], against: Sequence[str], out: Path
+    cells: Mapping[str, Mapping[int, Path]],
+    kl_levels: Sequence[float],
+    against: Sequence[str],
+    out: Path,
+    draw: Sequence[str] = (),
 ) -> None:
     """Writes OUT's files.
 
     cells: by name, then by seed, a run's directory, which is there if the run was done to its end.
     against: those of them that are cells are compared with each of the others, seed by seed.
+    draw: `plots.chosen` of them.
     """
     there = {cell: {seed: path for seed, path in runs.items() if path.exists()} for cell, runs in cells.items()}
     steps = {path: read_metrics(path / "metrics.jsonl") for runs in there.values() for path in runs.values()}
@@ -53,7 +58,7 @@ def compare_cells(
     results = {"cells": rows, "against": paired, "area_to_kl": to_kl, "failed": failed}
     write_results(out, results, _table(rows, paired, to_kl))
     if drawn := {cell: list(runs.values()) for cell, runs in there.items() if runs}:
-        compare_runs(drawn, out / "comparison.png")
+        compare_runs(chosen(drawn, draw), out / "comparison.png")
 
 
 def _table(rows: Mapping[str, Any], paired: Mapping[str, Mapping[str, Any]], to_kl: float) -> str:

@@ -21,7 +21,7 @@ from r2m_async.cli import main
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
 from r2m_async.intervals import interval, seeds_row, seeds_table
-from r2m_async.plots import best_of_n_figure
+from r2m_async.plots import best_of_n_figure, plot_best_of_n
 from r2m_async.reward_study import summary as reward_summary
 from r2m_async.run_directory import append_records, read_metrics
 from r2m_async.study import read_study, run_study
@@ -77,6 +77,7 @@ def test_the_studies_that_ship_can_be_read():
             {"against": ["vanilla"]},
             "against: 'vanilla' is no cell of it and no reward model; its cells are vanilla-rloo, vanilla-grpo, r2m-rloo",
         ),
+        ({"draw": ["r2m-rloo", "r2m"]}, "draw: 'r2m' is no cell of it and no reward model; its cells are vanilla-rloo"),
         ({"best_of_n": {"prompts": 300}}, "best_of_n.prompts: Input should be less than or equal to 200; got 300"),
         ({"grid": {"lr": {1.5e-4: {}}}}, r"grid.lr.0.00015.\[key\]: Input .* got 0.00015 \(.*put it in quotes"),
     ],
@@ -371,6 +372,18 @@ def runs_of(tmp_path):
     return write
 
 
+def test_a_figure_shows_what_is_named_of_its_kind_or_all(runs_of, tmp_path, monkeypatch):
+    shown: list[list[str]] = []
+    monkeypatch.setattr("r2m_async.study_results.compare_runs", lambda drawn, out: shown.append(list(drawn)))
+    cells = {name: runs_of(name, {1: 1.0, 2: gold}) for name, gold in (("one", 2.0), ("two", 3.0), ("lost", 4.0))}
+    shutil.rmtree(cells["lost"][1])
+    shutil.rmtree(cells["lost"][2])
+    for draw in ((), ("two", "bt"), ("two", "one"), ("bt",), ("lost", "one")):
+        compare_cells(cells, (4.0,), [], tmp_path, draw)
+    assert shown == [["one", "two"], ["two"], ["one", "two"], ["one", "two"], ["one"]]
+    assert list(json.loads((tmp_path / "results.json").read_text())["cells"]) == ["one", "two", "lost"]
+
+
 def test_cells_are_compared_seed_by_seed_with_those_named(runs_of, tmp_path):
     cells = {
         "base": runs_of("base", {1: 1.0, 2: 5.0, 3: 3.0, 4: 9.0}, accuracy=0.5),
@@ -441,6 +454,7 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
         "evaluate": True,
         "best_of_n": {"n": 6, "prompts": 3},
         "against": ["bt"],
+        "draw": ["bsr"],
     }
     pairs = [
         {
@@ -462,12 +476,20 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
     path, out, told = tmp_path / "study.yaml", tmp_path / "out", []
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     monkeypatch.setattr("r2m_async.embedded.embedded_models", lambda: little_embedded)  # whose samples are the pool
+    drawn: list[list[str]] = []
+
+    def drawing(results, out, *, band):
+        drawn.append(list(results["models"]))
+        return plot_best_of_n(results, out, band=band)
+
+    monkeypatch.setattr("r2m_async.plots.plot_best_of_n", drawing)
     assert sorted(run_study(path, out, workers=2, tell=told.append)) == ["lost-seed2", "lost-seed4"], told
     results = json.loads((out / "reward_models" / "results.json").read_text())
     assert list(results["models"]) == ["bt", "bsr", "lost"] and list(results["best_of_n"]["models"]) == ["bt", "bsr"]
     assert (
         results["models"]["bsr"]["num_seeds"] == 2 and (out / "reward_models" / "best_of_n.png").stat().st_size > 5000
     )
+    assert drawn == [["bsr"]]
     assert table_rows(out / "reward_models")["lost"][-1] == "0 of 2"
     assert set(results["failed"]) == {"lost-seed2", "lost-seed4"} and "absent.jsonl" in results["failed"]["lost-seed2"]
     assert (out / "reward_models" / "lost-seed4.failed").read_text().strip() == results["failed"]["lost-seed4"]

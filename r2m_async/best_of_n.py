@@ -214,7 +214,7 @@ def write_best_of_n(results: Mapping[str, Any], out: Path) -> str:
 def table(results: Mapping[str, Any]) -> str:
     """Markdown; gains over one sample, ± a standard error over prompts."""
     models = results["models"]
-    head = ["n", "KL", *(f"{model}: {name}" for model in models for name in ("proxy", "gold"))]
+    head = ["n", "KL", *(f"{model}: {name} ± SE" for model in models for name in ("proxy", "gold"))]
     rows = []
     for place, (n, kl) in enumerate(zip(results["ns"], results["kl"], strict=True)):
         values = [

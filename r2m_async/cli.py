@@ -49,6 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _directory(value: str) -> Path:
+    """Of arguments: what is written when all has been computed had better be possible."""
+    path = Path(value)
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file; name a directory")
+    return path
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="r2m", description="RLHF with a reward model that keeps learning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -75,12 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "source", metavar="RUN", type=Path, help="a run directory (its newest checkpoint) or a checkpoint"
     )
-    export.add_argument("out", metavar="OUT", type=Path, help="the directory to write, new or empty")
+    export.add_argument("out", metavar="OUT", type=_directory, help="the directory to write, new or empty")
     export.set_defaults(command=_export)
     text = "Run a grid of configs over seeds, as many at once as there are cores; tables and plots at matched KL."
     study = commands.add_parser("study", help=text, description=text)
     study.add_argument("study", metavar="STUDY", type=Path, help="a YAML file, see r2m_async/study.py")
-    study.add_argument("out", metavar="OUT", type=Path, help="where runs and results go; what is there already is kept")
+    study.add_argument(
+        "out", metavar="OUT", type=_directory, help="where runs and results go; what is there already is kept"
+    )
     study.add_argument("--workers", type=int, metavar="N", help="runs at once (default: the number of cores)")
     study.set_defaults(command=_study)
     _add_reward_model(commands)
@@ -112,7 +123,10 @@ def _add_reward_model(commands: Any) -> None:
         help="a run of `reward-model train`, a sequence classifier, an OUT of `export`, or `embedded`",
     )
     evaluate.add_argument(
-        "--out", type=Path, metavar="DIR", help="where results go (default: RUN/evaluation, else evaluation/MODEL)"
+        "--out",
+        type=_directory,
+        metavar="DIR",
+        help="where results go (default: RUN/evaluation, else evaluation/MODEL)",
     )
     evaluate.add_argument(
         "--pairs", metavar="FILE", help="pairs in place of those that the run held out; `embedded`: held-out ones"
@@ -147,7 +161,7 @@ def _add_policy_states(commands: Any) -> None:
         "--reward-model", metavar="RUN_OR_MODEL", help="as of `reward-model eval` (default: an export's own)"
     )
     states.add_argument("--later", nargs="+", default=(), metavar="POLICY", help="policies that POLICY became")
-    states.add_argument("--out", type=Path, metavar="DIR", help="(default policy_states/POLICY)")
+    states.add_argument("--out", type=_directory, metavar="DIR", help="(default policy_states/POLICY)")
     states.add_argument("--max-tokens", type=int, metavar="N", help="longer texts lose their beginning (default 1024)")
     states.add_argument("--seed", type=int, default=0, metavar="N", help="of all drawing (default 0)")
     states.set_defaults(command=_policy_states)
@@ -164,7 +178,7 @@ def _add_best_of_n(commands: Any) -> None:
         help="samples as JSONL: prompt, responses, golds, finished (default: the embedded policy's)",
     )
     bon.add_argument("--gold", metavar="MODEL", help="a reward model as judge in place of the pool's golds")
-    bon.add_argument("--out", type=Path, default=Path("best_of_n"), metavar="DIR", help="(default best_of_n)")
+    bon.add_argument("--out", type=_directory, default=Path("best_of_n"), metavar="DIR", help="(default best_of_n)")
     bon.add_argument("--n", type=int, default=405, metavar="N", help="the largest n (default 405)")
     bon.add_argument("--prompts", type=int, default=40, metavar="N", help="of the embedded pool (default 40)")
     bon.add_argument("--samples", type=int, metavar="N", help="per prompt of the embedded pool (default: n)")
@@ -208,12 +222,12 @@ def _add_eval(commands: Any) -> None:
     judge.add_argument("--against", metavar="OUTPUTS", help="answers to the same prompts; `reference`: TL;DR's authors")
     judge.add_argument("--prompts", type=Path, metavar="FILE", help="MT-Bench's questions")
     judge.add_argument("--max-tokens", type=int, metavar="N", help="longer texts lose the beginning of their prompt")
-    judge.add_argument("--out", type=Path, metavar="DIR", help="(default: OUTPUTS without suffix, -judged)")
+    judge.add_argument("--out", type=_directory, metavar="DIR", help="(default: OUTPUTS without suffix, -judged)")
     judge.set_defaults(command=_judge)
     text = "Win rate and length-controlled win rate of a judge's annotations, as AlpacaEval writes them."
     rate = verbs.add_parser("win-rate", help=text, description=text)
     rate.add_argument("annotations", metavar="ANNOTATIONS", type=Path)
-    rate.add_argument("--out", type=Path, metavar="DIR", help="(default: ANNOTATIONS without suffix, -win-rate)")
+    rate.add_argument("--out", type=_directory, metavar="DIR", help="(default: ANNOTATIONS without suffix, -win-rate)")
     rate.set_defaults(command=_win_rate)
 
 
@@ -399,6 +413,11 @@ def _best_of_n(parsed: argparse.Namespace) -> int:
         pool = load_pool(parsed.pool)
     else:
         check_held_out("--prompts", parsed.prompts)
+        if not 1 <= parsed.n <= (parsed.samples or parsed.n):
+            raise ConfigError(
+                f"--n is {parsed.n}, --samples {parsed.samples}: the best of n takes n samples at least; give --n 1 or more, "
+                f"and no --samples or as many"
+            )
         parsed.out.mkdir(parents=True, exist_ok=True)
         with one_thread():
             pool = embedded_pool(embedded_models(), parsed.seed, parsed.prompts, parsed.samples or parsed.n)

@@ -1,8 +1,17 @@
 """The errors a user can meet. Each message gives the key (or file and line), the value, the reason and the remedy."""
 
+from pathlib import Path
+
 
 class ConfigError(ValueError):
     """The user's configuration asks for something that cannot be."""
+
+
+def name_remedy(name: str | Path) -> str:
+    """What to do about a model that could not be loaded by this name of a directory or at Hugging Face."""
+    if Path(name).exists():
+        return "correct the name"
+    return f"there is no such directory either (now in {Path.cwd()}); correct the name"
 
 
 class DataError(ValueError):

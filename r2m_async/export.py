@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 from r2m_async.codec import decode
 from r2m_async.config import R2MConfig
-from r2m_async.errors import CodecError, ConfigError
+from r2m_async.errors import CodecError, ConfigError, name_remedy
 from r2m_async.generation import checkpoint_generation_config
 from r2m_async.head_model import build_head, score_group
 from r2m_async.policy_model import group_feedback, load_policy, load_weights
@@ -237,7 +237,7 @@ def _load_policy(name: str, config: R2MConfig) -> Any:
     try:
         return load_policy(name, config)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: no policy can be loaded: {error}; correct the name") from None
+        raise ConfigError(f"{name}: no policy can be loaded: {error}; {name_remedy(name)}") from None
 
 
 def _check_initial(name: str, policy: Any, weights: Weights) -> None:

@@ -10,7 +10,6 @@ Files are JSON lists, as AlpacaEval's own, or JSONL. Sources: github.com/tatsu-l
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -63,8 +62,7 @@ def read_file(path: str | Path) -> Iterator[Record]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); correct the path") from None
     if data.lstrip()[:1] != b"[":
-        for record in read_records([path]):
-            yield dataclasses.replace(record, or_else="")
+        yield from read_records([path])
         return
     try:
         rows = json.loads(data)
@@ -74,7 +72,7 @@ def read_file(path: str | Path) -> Iterator[Record]:
         place = f"{path}, record {number}"
         if not isinstance(row, dict):
             raise DataError(f"{place}: a JSON {type(row).__name__}, not an object; correct it")
-        yield Record(place=place, name=f"{path.name}:{number}", raw=row, or_else="")
+        yield Record(place=place, name=f"{path.name}:{number}", raw=row)
 
 
 def default_chat(form: Format) -> bool:

@@ -334,8 +334,8 @@ def win_rate_table(results: Mapping[str, Any]) -> str:
     lines = [
         f"| {results['generator']} against {results['against']} | |",
         "|---|---|",
-        f"| win rate, ties half | {_percent(plain)} |",
-        f"| length-controlled win rate | {_percent(controlled)} |",
+        f"| win rate, ties half, ± SE | {_percent(plain)} |",
+        f"| length-controlled win rate, ± SE | {_percent(controlled)} |",
         f"| wins, ties, losses | {results['num_wins']}, {results['num_ties']}, {results['num_losses']} |",
         f"| characters, mean | {results['length']:.0f} against {results['length_against']:.0f} |",
         f"| length effect, log-odds | {results['length_effect']:.2f} |",

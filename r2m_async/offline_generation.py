@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from r2m_async.answer_files import Answer, answer_file, write_answers
-from r2m_async.errors import ConfigError, DataError
+from r2m_async.errors import ConfigError, DataError, name_remedy
 from r2m_async.judge_prompts import Format, Question, load_questions
 from r2m_async.model_cache import key_digest
 from r2m_async.prompts import Content, policy_reads, sampling_seed
@@ -306,7 +306,7 @@ def _load_tokenizer(path: str) -> tuple[Any, int | None, str]:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"MODEL {path}: no model can be loaded: {reason}; correct the name") from None
+        raise ConfigError(f"MODEL {path}: no model can be loaded: {reason}; {name_remedy(path)}") from None
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     return tokenizer, getattr(config, "max_position_embeddings", None), dtype
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from r2m_async import reward_metrics
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.export import is_export
 from r2m_async.policy_model import one_thread, settled
 from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
@@ -155,7 +155,7 @@ def _read(
         tokenizer = AutoTokenizer.from_pretrained(directory)
         model = settled(AutoModelForCausalLM.from_pretrained(directory), R2MConfig())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: no policy can be loaded: {error}; correct the name") from None
+        raise ConfigError(f"{name}: no policy can be loaded: {error}; {name_remedy(name)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{name}: has a tokenizer without end-of-text token: finished texts could not end")
 

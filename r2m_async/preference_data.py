@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from r2m_async.prompts import Content, Record, Source, load_records, policy_reads
+from r2m_async.prompts import PROMPT_FIELD, Content, Record, Source, load_records, policy_reads
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_text import reward_input_ids
 
@@ -159,7 +159,7 @@ def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[
 
     def parse(record: Record) -> ScoredPair:
         return ScoredPair(
-            prompt=record.content(data.prompt_field),
+            prompt=record.content(data.prompt_field, PROMPT_FIELD),
             chosen=record.response("chosen"),
             rejected=record.response("rejected"),
             chosen_finished=_optional(record, "chosen_finished"),

@@ -14,7 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -71,7 +71,7 @@ def load_prompts(
     """
 
     def parse(record: Record) -> Prompt:
-        content = record.content(prompt_field)
+        content = record.content(prompt_field, PROMPT_FIELD)
         text, token_ids = _as_policy_reads(content, record, tokenizer, prompt_field)
         if len(token_ids) > max_prompt_tokens:
             raise record.refusal(
@@ -98,7 +98,8 @@ def load_preferences(
     """The first `limit` usable {prompt, chosen, rejected} records; errors as in `load_prompts`."""
 
     def parse(record: Record) -> Preference:
-        return Preference(record.content(prompt_field), record.response("chosen"), record.response("rejected"))
+        prompt = record.content(prompt_field, PROMPT_FIELD)
+        return Preference(prompt, record.response("chosen"), record.response("rejected"))
 
     pairs, skipped = load_records(source, split, parse, on_bad_record, limit)
     return LoadedPreferences(pairs=pairs, skipped=skipped)
@@ -167,6 +168,10 @@ class BadRecord(DataError):
         self.reason = reason
 
 
+PROMPT_FIELD = "data.prompt_field"
+OR_SKIP = " or set data.on_bad_record: skip"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One record where it stands; what it is asked for, it gives or refuses."""
@@ -177,7 +182,7 @@ class Record:
     """The same, short: `posts.jsonl:17`."""
     raw: bytes | Mapping[str, Any]
     """A line of JSON not yet decoded, or a row of a data set."""
-    or_else: str = " or set data.on_bad_record: skip"
+    or_else: str = ""
     """The other remedy, where there is one."""
 
     def refusal(self, reason: str, key: str, value: Any, why: str, remedy: str) -> BadRecord:
@@ -201,15 +206,17 @@ class Record:
             raise self.refusal("invalid_json", "line", self.raw, why, "write one JSON object a line")
         return fields
 
-    def field(self, key: str) -> Any:
+    def field(self, key: str, named_by: str | None = None) -> Any:
+        """named_by: the config's key that says which field it is, if one does."""
         fields = self.fields()
         if key not in fields:
             why = f"missing, the record has {', '.join(map(repr, fields)) or 'no field'}"
-            raise self.refusal("missing_field", key, _ABSENT, why, "add it, name another field")
+            remedy = "add it" if named_by is None else f"add it, name another field as {named_by}"
+            raise self.refusal("missing_field", key, _ABSENT, why, remedy)
         return fields[key]
 
-    def content(self, key: str) -> Content:
-        value = self.field(key)
+    def content(self, key: str, named_by: str | None = None) -> Content:
+        value = self.field(key, named_by)
         if isinstance(value, str):
             return self._text(key, value)
         if not isinstance(value, list):
@@ -254,11 +261,14 @@ def load_records(
     source: Source,
     split: str,
     parse: Callable[[Record], T],
-    on_bad_record: OnBadRecord = "error",
+    on_bad_record: OnBadRecord | None = None,
     limit: int | None = None,
 ) -> tuple[tuple[T, ...], dict[str, int]]:
-    """What `parse` makes of the first `limit` records it does not refuse, and how many it refused for each reason."""
-    if on_bad_record not in ("error", "skip"):
+    """What `parse` makes of the first `limit` records it does not refuse, and how many it refused for each reason.
+
+    on_bad_record: None is an error, where the user has no config to say otherwise.
+    """
+    if on_bad_record not in ("error", "skip", None):
         raise ConfigError(f"data.on_bad_record: {on_bad_record!r} is neither 'error' nor 'skip'")
     parsed: list[T] = []
     skipped: Counter[str] = Counter()
@@ -266,9 +276,9 @@ def load_records(
         if limit is not None and len(parsed) >= limit:
             break
         try:
-            parsed.append(parse(record))
+            parsed.append(parse(record if on_bad_record is None else replace(record, or_else=OR_SKIP)))
         except BadRecord as error:
-            if on_bad_record == "error":
+            if on_bad_record != "skip":
                 raise
             skipped[error.reason] += 1
     if not parsed:

@@ -188,7 +188,7 @@ def write_evaluation(results: Mapping[str, Any], out: Path) -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown; ± is a standard error, over pairs or over prompts."""
+    """Markdown; SE is a standard error, over pairs or over prompts."""
     parts = [f"# {results['model']}\n"]
     if results["num_texts_cut"]:
         cut, limit = results["num_texts_cut"], results["max_tokens"]
@@ -202,13 +202,13 @@ def table(results: Mapping[str, Any]) -> str:
                     rows.append([f"with feedback, {when} training", _with_error(one, "accuracy"), one["num"]])
                 else:
                     rows.append([f"with feedback, {when} training", "not known: give --initial-policy", ""])
-        parts.append(markdown_table(["", "accuracy", "pairs"], rows))
+        parts.append(markdown_table(["", "accuracy ± SE", "pairs"], rows))
     if splits := results["splits"]:
         rows = [
             [name, _with_error(one, "tau"), f"{one['accuracy']:.3f}", one["num_prompts"]]
             for name, one in splits.items()
         ]
-        parts.append(markdown_table(["split", "Kendall's tau", "accuracy", "prompts"], rows))
+        parts.append(markdown_table(["split", "Kendall's tau ± SE", "accuracy", "prompts"], rows))
     if rm_bench := results["rm_bench"]:
         rows = [
             [name, *(f"{one[level]:.3f}" for level in ("easy", "normal", "hard")), one["num"]]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2m_async.adapters import add_adapters, publications
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.policy_model import settled
 from r2m_async.preference_data import TokenizedText
 from r2m_async.reward_config import RewardModelConfig
@@ -109,7 +109,7 @@ def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
             attn_implementation=config.model.attention,
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.start {start!r}: cannot be loaded: {error}; correct the name") from None
+        raise ConfigError(f"model.start {start!r}: cannot be loaded: {error}; {name_remedy(start)}") from None
     if not isinstance(getattr(classifier, "score", None), nn.Linear):
         raise ConfigError(
             f"model.start {start!r}: {type(classifier).__name__} has no linear head `score`; start with a decoder model"

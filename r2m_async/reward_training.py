@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r2m_async.errors import ConfigError, NonFiniteStep
+from r2m_async.errors import ConfigError, DataError, NonFiniteStep, name_remedy
 from r2m_async.model_cache import key_digest
 from r2m_async.policy_model import one_thread
 from r2m_async.preference_data import PreferenceData, TokenizedPair, load_preference_data, microbatches, tokenized
@@ -245,7 +245,7 @@ class RewardEnsemble:
             self.tokenizer = AutoTokenizer.from_pretrained(directories[0])
             self.models = [load_classifier(directory) for directory in directories]
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{source}: no reward model can be loaded: {error}; correct the name") from None
+            raise ConfigError(f"{source}: no reward model can be loaded: {error}; {name_remedy(source)}") from None
         for model in self.models:
             scoring_head(model)
 
@@ -268,7 +268,12 @@ def train(config: RewardModelConfig) -> Path:
     Within a process group the ranks train together, and the first one alone writes.
     """
     run = new_directory(config.run.output_dir, config.run.name, config) if rank() == 0 else None
-    return resume(told_by_first(run))
+    try:
+        return resume(told_by_first(run))
+    except (ConfigError, DataError):
+        if run is not None and not any(_seed_directory(run, seed).exists() for seed in config.seeds):
+            shutil.rmtree(run)  # nothing but the config that was refused
+        raise
 
 
 def resume(run: Path) -> Path:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import ConfigError, DataError
@@ -86,7 +86,7 @@ class Study(BaseModel):
     """Cells, reward models, or names of both."""
     draw: tuple[str, ...] = ()
     """What the figures show, named in the same way; all cells where no cell is named, all reward models where none is."""
-    kl_levels: tuple[float, ...] = Field((1.0, 2.0, 4.0, 8.0), min_length=1)
+    kl_levels: tuple[PositiveFloat, ...] = Field((1.0, 2.0, 4.0, 8.0), min_length=1)
     """Nats per response."""
     in_process: bool = True
     """Without Ray: the one-process ring, which gives the same numbers where asynchrony is not the question."""
@@ -125,12 +125,7 @@ def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], li
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except ValidationError as error:
-        told = [
-            f"{path}: {'.'.join(map(str, one['loc']))}: {one['msg']}; got {one['input']!r}"
-            + " (YAML reads it as a number or a truth value; put it in quotes)" * (one["loc"][-1:] == ("[key]",))
-            for one in error.errors()
-        ]
-        raise ConfigError("\n".join(told)) from None
+        raise ConfigError("\n".join(f"{path}: {_explain(one)}" for one in error.errors())) from None
     reward_models = _reward_models(path, study, out.resolve())
     runs = _runs(path, study, reward_models)
     cells = dict.fromkeys(run.cell for run in runs)
@@ -144,6 +139,25 @@ def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], li
     return study, list(reward_models.values()), runs
 
 
+def _explain(problem: Any) -> str:
+    """One line of what is wrong, from pydantic's record of it."""
+    *above, last = map(str, problem["loc"])
+    key = ".".join([*above, last])
+    if problem["type"] == "extra_forbidden":
+        kinds: dict[str, type[BaseModel]] = {"best_of_n": BestOfN, "reward_models": RewardModelSource}
+        return f"{key}: no such key; valid are {', '.join(kinds.get(above[0] if above else '', Study).model_fields)}"
+    told = f"{key}: {problem['msg'].replace('tuple', 'list')}; got {problem['input']!r}"
+    return told + " (YAML reads it as a number or a truth value; put it in quotes)" * (last == "[key]")
+
+
+def _set(tree: dict[str, dict[str, Any]], key: str, value: Any) -> None:
+    """Raises ConfigError unless the key is `section.key`."""
+    section, dot, field = key.partition(".")
+    if not dot:
+        raise ConfigError(f"{key!r} is not of the form section.key, e.g. run.num_steps")
+    tree.setdefault(section, {})[field] = value
+
+
 def _runs(path: Path, study: Study, reward_models: dict[tuple[str, int], StudyRewardModel]) -> list[StudyRun]:
     if study.base is None:
         return []
@@ -153,12 +167,11 @@ def _runs(path: Path, study: Study, reward_models: dict[tuple[str, int], StudyRe
         changes = study.set | {key: value for _, keys in labels for key, value in keys.items()}
         for seed in study.seeds:
             tree = base.to_dict()
-            for key, value in (changes | {"run.seed": seed}).items():
-                section, _, field = key.partition(".")
-                if isinstance(value, str) and value.startswith(TRAINED):
-                    value = _trained_model(path, value, seed, reward_models)
-                tree.setdefault(section, {})[field] = value
             try:
+                for key, value in (changes | {"run.seed": seed}).items():
+                    if isinstance(value, str) and value.startswith(TRAINED):
+                        value = _trained_model(value, seed, reward_models)
+                    _set(tree, key, value)
                 config = R2MConfig.from_dict(tree)
             except ConfigError as error:
                 raise ConfigError(f"{path}: {cell}: {error}") from None
@@ -176,10 +189,9 @@ def _reward_models(path: Path, study: Study, out: Path) -> dict[tuple[str, int],
         base = RewardModelConfig.from_yaml(path.parent / source.config)
         for seed in study.seeds:
             tree = base.to_dict()
-            for key, value in (source.set | {"run.seed": seed, "logging.live": False}).items():
-                section, _, field = key.partition(".")
-                tree.setdefault(section, {})[field] = value
             try:
+                for key, value in (source.set | {"run.seed": seed, "logging.live": False}).items():
+                    _set(tree, key, value)
                 config = RewardModelConfig.from_dict(tree)
             except ConfigError as error:
                 raise ConfigError(f"{path}: reward_models.{name}: {error}") from None
@@ -195,14 +207,14 @@ def _reward_models(path: Path, study: Study, out: Path) -> dict[tuple[str, int],
     return found
 
 
-def _trained_model(path: Path, value: str, seed: int, known: dict[tuple[str, int], StudyRewardModel]) -> str:
+def _trained_model(value: str, seed: int, known: dict[tuple[str, int], StudyRewardModel]) -> str:
     name = value.removeprefix(TRAINED)
     if (name, seed) not in known:
         names = ", ".join(dict.fromkeys(one for one, _ in known)) or "none"
-        raise ConfigError(f"{path}: {value!r} is no reward model of this study; reward_models has {names}")
+        raise ConfigError(f"{value!r} is no reward model of this study; reward_models has {names}")
     if (size := known[name, seed].config.ensemble.size) > 1:
         raise ConfigError(
-            f"{path}: {value!r} has ensemble.size {size}: a run starts from one reward model; name one of ensemble.size 1"
+            f"{value!r} has ensemble.size {size}: a run starts from one reward model; name one of ensemble.size 1"
         )
     return str(known[name, seed].model)
 

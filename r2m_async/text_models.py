@@ -37,7 +37,16 @@ from r2m_async import pretraining, prompts, reward_text
 from r2m_async.model_cache import cached_directory
 from r2m_async.policy_model import one_thread
 from r2m_async.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
-from r2m_async.prompts import OnBadRecord, Preference, Record, Source, load_preferences, load_records, prompt_text
+from r2m_async.prompts import (
+    PROMPT_FIELD,
+    OnBadRecord,
+    Preference,
+    Record,
+    Source,
+    load_preferences,
+    load_records,
+    prompt_text,
+)
 from r2m_async.reward_text import reward_input_ids
 
 OnStage = Callable[[str, int, int], None]
@@ -101,7 +110,7 @@ def text_policy(
     settings = settings or TextPolicySettings()
 
     def parse(record: Record) -> Document:
-        content = record.content(prompt_field)
+        content = record.content(prompt_field, PROMPT_FIELD)
         field = next((field for field in settings.response_fields if field in record.fields()), None)
         return content, "" if field is None else record.response(field)
 

@@ -165,6 +165,11 @@ def test_more_prompts_than_there_are_are_refused_before_anything_is_built(tmp_pa
             f"--prompts is {num}: the embedded language has 200 held-out prompts; give 1 to 200"
             in capsys.readouterr().err
         )
+    for few in (["--n", "0"], ["--n", "8", "--samples", "4"]):
+        assert main(["bon", "embedded", *few, "--out", str(tmp_path / "bon")]) == 2
+        assert (
+            f"--n is {few[1]}, --samples {few[-1] if few[2:] else None}: the best of n takes" in capsys.readouterr().err
+        )
     assert not (tmp_path / "bon").exists()
 
 

@@ -233,6 +233,27 @@ def test_a_model_that_is_not_there_ends_a_training_run_by_its_key(capsys, tiny_f
     assert "./absent" in err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["study", "study.yaml"],
+        ["export", "run"],
+        ["bon", "embedded", "--out"],
+        ["reward-model", "eval", "embedded", "--out"],
+        ["policy-states", "embedded", "--out"],
+        ["eval", "judge", "outputs.json", "--judge", "embedded", "--out"],
+        ["eval", "win-rate", "annotations.json", "--out"],
+    ],
+)
+def test_a_file_where_results_would_go_is_refused_before_anything_is_computed(capsys, tmp_path, command):
+    (tmp_path / "there").write_text("dear")
+    for out in (tmp_path / "there", tmp_path / "there" / "within"):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, str(out)])
+        assert ended.value.code == 2 and f"{tmp_path / 'there'} is a file; name a directory" in capsys.readouterr().err
+    assert (tmp_path / "there").read_text() == "dear"
+
+
 def test_a_command_that_is_none_is_refused_with_the_commands(capsys):
     with pytest.raises(SystemExit) as end:
         main(["trian", QUICKSTART])

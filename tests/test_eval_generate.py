@@ -159,7 +159,7 @@ def test_the_stored_prompt_files_are_read_whole_where_they_are(form, name, count
 @pytest.mark.parametrize(
     ("form", "record", "message"),
     [
-        ("alpaca_eval", {"text": "a"}, r"line 1: prompt: missing, the record has 'text'; add it, name another field$"),
+        ("alpaca_eval", {"text": "a"}, r"line 1: prompt: missing, the record has 'text'; add it$"),
         ("alpaca_eval", {"prompt": [{"role": "user", "content": "a"}] * 2}, r"2 turns, and this format takes one text"),
         ("alpaca_eval", {"instruction": 3}, r"instruction = 3: int, not text"),
         ("mt_bench", {"id": "81", "turns": []}, r"turns = \[\]: not a list of one or more texts; write one per turn$"),

@@ -130,3 +130,23 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(tmp_path, capsys):
     assert main(["reward-model", "resume", str(tmp_path)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert "loss.beta: input should be greater than 0; got -1" in errors[0] and "cannot be read" in errors[1]
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    ("key", "record", "told"),
+    [
+        ("data.preferences", {"question": "a", "chosen": "b", "rejected": "c"}, "add it, name another field as data.prompt_field or"),
+        ("data.preferences", {"prompt": "a", "chosen": "b"}, "'prompt', 'chosen'; add it or set data.on_bad_record: skip"),
+        ("model.start", None, "there is no such directory either (now in "),
+    ],
+)  # fmt: skip
+def test_a_training_that_cannot_begin_leaves_no_run_directory(tiny, tmp_path, capsys, monkeypatch, key, record, told):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record or {"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    sets = {"data.preferences": tmp_path / "pairs.jsonl", "model.start": tiny("llama", True), "head.init": "keep"}
+    sets |= {"run.output_dir": tmp_path / "runs"} | ({key: "nothere"} if record is None else {})
+    sets = [f"{one}={value}" for one, value in sets.items()]
+    assert main(["reward-model", "train", str(CONFIGS[0]), *sets]) == 2
+    assert told in capsys.readouterr().err
+    assert not list((tmp_path / "runs").iterdir())

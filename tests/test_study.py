@@ -68,10 +68,13 @@ def test_the_studies_that_ship_can_be_read():
     ("changes", "message"),
     [
         ({"seeds": []}, "study.yaml: seeds: Tuple should have at least 1 item"),
-        ({"sedes": [1]}, "study.yaml: sedes: Extra inputs are not permitted"),
+        ({"sedes": [1]}, "study.yaml: sedes: no such key; valid are base, set, seeds, grid,"),
         ({"seeds": [1, 1]}, "two runs have the same labels and seed"),
         ({"set": {"head.variannt": "r2m"}}, r"vanilla-rloo: head.variannt: no such key; did you mean head.variant\?"),
-        ({"set": {"steps": 3}}, "vanilla-rloo: steps: no such key"),
+        ({"set": {"steps": 3}}, "vanilla-rloo: 'steps' is not of the form section.key, e.g. run.num_steps"),
+        ({"draw": "vanilla-rloo"}, "draw: Input should be a valid list; got 'vanilla-rloo'"),
+        ({"kl_levels": [1, 0]}, "kl_levels.1: Input should be greater than 0; got 0"),
+        ({"best_of_n": {"samples": 9}}, "best_of_n.samples: no such key; valid are n, prompts, seed"),
         ({"base": "absent.yaml"}, "absent.yaml: cannot be read"),
         (
             {"against": ["vanilla"]},

@@ -138,7 +138,7 @@ def test_a_judges_file_counted_by_hand(tmp_path, lines, capsys):
     assert results["length_effect"] == pytest.approx(controlled.length_effect) and controlled.length_effect > 1
     told = capsys.readouterr().out
     assert (tmp_path / "out" / "table.md").read_text() in told
-    assert "| win rate, ties half | 60.0% ± 22.7% |" in told and "ours against base" in told
+    assert "| win rate, ties half, ± SE | 60.0% ± 22.7% |" in told and "ours against base" in told
 
 
 @pytest.mark.parametrize(
@@ -169,5 +169,5 @@ def test_files_without_a_judgement_are_refused(tmp_path):
         read_annotations(tmp_path / "absent.json")
     missing = dict(RECORDS[0])
     del missing["preference"]
-    with pytest.raises(DataError, match=r"line 1: preference: missing, .*; add it, name another field$"):
+    with pytest.raises(DataError, match=r"line 1: preference: missing, .*; add it$"):
         read_annotations(annotations_file(tmp_path, [missing], lines=True))

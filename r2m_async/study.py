@@ -141,13 +141,14 @@ def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], li
 
 def _explain(problem: Any) -> str:
     """One line of what is wrong, from pydantic's record of it."""
-    *above, last = map(str, problem["loc"])
-    key = ".".join([*above, last])
+    place = [str(part) for part in problem["loc"]]
+    key = ".".join(place) or "the file"
     if problem["type"] == "extra_forbidden":
         kinds: dict[str, type[BaseModel]] = {"best_of_n": BestOfN, "reward_models": RewardModelSource}
-        return f"{key}: no such key; valid are {', '.join(kinds.get(above[0] if above else '', Study).model_fields)}"
+        owner = kinds[place[0]] if len(place) > 1 else Study
+        return f"{key}: no such key; valid are {', '.join(owner.model_fields)}"
     told = f"{key}: {problem['msg'].replace('tuple', 'list')}; got {problem['input']!r}"
-    return told + " (YAML reads it as a number or a truth value; put it in quotes)" * (last == "[key]")
+    return told + " (YAML reads it as a number or a truth value; put it in quotes)" * (place[-1:] == ["[key]"])
 
 
 def _set(tree: dict[str, dict[str, Any]], key: str, value: Any) -> None:

@@ -90,6 +90,12 @@ def test_what_is_wrong_in_a_study_is_told_before_anything_runs(study_file, chang
         read_study(study_file(**changes), Path())
 
 
+def test_a_file_that_is_no_study_is_told(tmp_path):
+    (tmp_path / "list.yaml").write_text("[seeds, 1]")
+    with pytest.raises(ConfigError, match=r"list.yaml: the file: Input should be .*; got \['seeds', 1\]"):
+        read_study(tmp_path / "list.yaml", Path())
+
+
 @pytest.mark.models
 def test_a_study_runs_what_is_missing_and_its_runs_are_the_ones_of_their_configs(study_file, tmp_path, capsys):
     grid = {"variant": GRID["variant"]}

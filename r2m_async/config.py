@@ -322,6 +322,8 @@ class LoggingSection(Section):
     tensorboard: bool = True
     live: bool = True
     """A live table in the terminal (plain lines where the output is not one)."""
+    actors: bool = True
+    """What the stages' processes print, a user's own functions among them, is shown with the name of the process."""
 
 
 class R2MConfig(ConfigTree):

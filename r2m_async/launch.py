@@ -6,12 +6,11 @@ The one file that knows the actors and the learners.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
-import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import actors
 import learners
@@ -25,11 +24,14 @@ from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
-from r2m_async.controller import Controller
+from r2m_async.controller import STOP_TIMEOUT, Controller
 from r2m_async.errors import ConfigError, StalledRun
+from r2m_async.loop_thread import LoopThread
 from r2m_async.ray_stages import Make, RayProcesses, ray_bytes
 from r2m_async.stages import LocalBatches, LocalStage, Stage, Stages, local_bytes
 from r2m_async.workload import TicketOffice, Workload, plan_of, resolve
+
+T = TypeVar("T")
 
 
 class Ring:
@@ -40,9 +42,8 @@ class Ring:
         _check_packages()
         self.config = config
         self.workload = workload
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="r2m-controller", daemon=True)
-        self._thread.start()
+        self._loop_thread = LoopThread("r2m-controller")
+        self._stopped = False
         self._close: Callable[[], None] = lambda: None
         try:
             self._start(in_process, resume)
@@ -80,27 +81,34 @@ class Ring:
         first_step = decode(saved["step"]) if saved else 0
         tickets = TicketOffice(self.config, self.workload)
 
-        async def start() -> Controller:
-            controller = Controller(config, plan, stages, tickets.ticket, tickets.evaluation, first_step)
+        async def controller() -> Controller:
+            return Controller(config, plan, stages, tickets.ticket, tickets.evaluation, first_step)
+
+        async def start() -> None:
             if saved:
                 await stages.policy.call("restore", stages.from_bytes(saved["policy_learner"]), str(resume.absolute()))
                 await stages.head.call("restore", stages.from_bytes(saved["head_learner"]))
                 policies = {} if config.weights.direct else _versions(saved, "policy_weights_", stages)
-                await controller.start(policies, _versions(saved, "head_weights_", stages))
+                await self.controller.start(policies, _versions(saved, "head_weights_", stages))
             else:
-                await controller.start()
-            return controller
+                await self.controller.start()
 
-        async def start_in_time() -> Controller:
+        async def start_in_time() -> None:
+            within = asyncio.timeout(config.scheduling.stall_after)
             try:
-                return await asyncio.wait_for(start(), self.config.scheduling.stall_after)
+                async with within:
+                    await start()
             except TimeoutError:
+                if not within.expired():
+                    raise
                 raise StalledRun(
-                    f"the learners and the annotator did not start within {self.config.scheduling.stall_after} s "
-                    f"(scheduling.stall_after): does the cluster have the GPUs and the memory they ask for?"
+                    f"the learners and the annotator did not start within {config.scheduling.stall_after} s "
+                    f"(scheduling.stall_after): does the cluster have the GPUs and the memory they ask for?\n"
+                    f"{self.controller.waits()}"
                 ) from None
 
-        self.controller = self._run(start_in_time())
+        self.controller = self._run(controller())
+        self._run(start_in_time())
 
     @property
     def finished(self) -> bool:
@@ -132,16 +140,18 @@ class Ring:
         building.rename(directory)
 
     def stop(self) -> None:
-        """Ends the ring and its processes; a second call does nothing."""
-        if self._loop.is_closed():
+        """Ends the ring and its processes, in time whatever hangs; a second call does nothing."""
+        if self._stopped:
             return
-        if hasattr(self, "controller"):
-            self._run(self.controller.stop())
-            del self.controller
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._close()
+        self._stopped = True
+        try:
+            if hasattr(self, "controller"):
+                with contextlib.suppress(StalledRun):  # told already, or of no more interest
+                    self._loop_thread.run(self.controller.stop(), 2 * STOP_TIMEOUT)
+                del self.controller
+        finally:
+            self._loop_thread.stop()
+            self._close()
 
     def __enter__(self) -> Ring:
         return self
@@ -149,13 +159,8 @@ class Ring:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._loop_thread.run(coroutine, self.config.scheduling.stall_after)
 
 
 def _read_checkpoint(directory: Path, config: R2MConfig) -> dict[str, bytes]:
@@ -218,7 +223,8 @@ def _check_packages() -> None:
 Launch: TypeAlias = Callable[[str, type, Make], Stage]
 
 
-def _stages(config: R2MConfig, launch: Launch, to_and_from_bytes: dict[str, Callable]) -> Stages:
+def _stages(config: R2MConfig, launch: Launch, others: dict[str, Callable]) -> Stages:
+    """`others`: what else `Stages` has."""
     rollouts, replicas = range(config.rollouts.num_actors), range(config.reward.replicas)
     return Stages(
         rollouts=tuple(launch(f"rollout-{index}", RolloutActor, _rollout_actor) for index in rollouts),
@@ -226,7 +232,7 @@ def _stages(config: R2MConfig, launch: Launch, to_and_from_bytes: dict[str, Call
         annotators=tuple(launch(f"annotator-{index}", RewardAnnotator, _reward_annotator) for index in replicas),
         policy=launch("policy-learner", PolicyLearner, _policy_learner),
         head=launch("head-learner", HeadLearner, _head_learner),
-        **to_and_from_bytes,
+        **others,
     )
 
 
@@ -316,8 +322,8 @@ def _ray_stages(processes: RayProcesses, workload: Workload) -> Stages:
             return processes.gang(name, PolicyLearner, _policy_rank, workload, gpus)
         if stage_class is RolloutActor:
             num_gpus, deadline = gpus * config.rollouts.tensor_parallel, config.rollouts.hang_after
-            return processes.stage(name, stage_class, make, workload, num_gpus, restarts=True, deadline=deadline)
+            return processes.stage(name, stage_class, make, workload, num_gpus, deadline)
         on_cpu = stage_class in (ReplayQueue, HeadLearner)
         return processes.stage(name, stage_class, make, workload, 0.0 if on_cpu else gpus)
 
-    return _stages(config, launch, ray_bytes())
+    return _stages(config, launch, {**ray_bytes(), "carrier": processes.ray.watch})

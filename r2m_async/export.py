@@ -16,7 +16,6 @@ An R2M head reads the policy's states, so scoring needs both directories. Where 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from r2m_async.prompts import policy_reads, response_ids
 from r2m_async.reward_model import embed_group, load_reward_model, save_classifier, scoring_head
 from r2m_async.run_directory import checkpoints
 from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup, Weights
+from r2m_async.whole import whole_directory, write_file
 from r2m_async.workload import Models, find_models
 
 _REWARD_KEYS = {
@@ -53,28 +53,26 @@ def export(source: Path, out: Path) -> Path:
     """Writes the policy and the reward model of a run's newest checkpoint, or of the checkpoint `source`, into `out`.
 
     Whole or not at all; returns the checkpoint. Raises ConfigError if there is none or it cannot be read, if the models
-    that the run started from cannot be loaded or are others now, and if `out` cannot be written or holds something.
+    that the run started from cannot be loaded or are others now, and if `out` holds something or lies below a file.
+    Raises DiskError.
     """
     checkpoint = _newest_checkpoint(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT {out}: is there already; name a new directory or an empty one")
+    if not (there := next(one for one in (out, *out.absolute().parents) if one.exists())).is_dir():
+        raise ConfigError(f"{checkpoint}: cannot be exported to {out}: {there} is a file: Not a directory")
     step = _read(checkpoint / "step.msgpack")
     policy, head = (_read(checkpoint / f"{name}_weights_{step}.msgpack") for name in ("policy", "head"))
     config = R2MConfig.from_yaml(checkpoint / "config.yaml")
     models, keys = find_models(config), _reward_keys(config)
-    building = out.absolute().with_name(f".{out.absolute().name}.partial")
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        _write_policy(building / "policy", policy, models, _config_of(keys, "cpu"))
-        _write_reward_model(building / "reward_model", head, models, _config_of(keys, "cpu"))
-        record = {"step": step, "config": keys, "initial_policy": _portable(config.model.policy)}
-        (building / "reward_model" / "r2m_head.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        building.rename(out)
-    except (OSError, SafetensorError) as error:  # of a model that is not whole, or of the disk
+        with whole_directory(out) as building:
+            _write_policy(building / "policy", policy, models, _config_of(keys, "cpu"))
+            _write_reward_model(building / "reward_model", head, models, _config_of(keys, "cpu"))
+            record = {"step": step, "config": keys, "initial_policy": _portable(config.model.policy)}
+            write_file(building / "reward_model" / "r2m_head.json", json.dumps(record, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:  # of a model that is not whole, or of a place taken meanwhile
         raise ConfigError(f"{checkpoint}: cannot be exported to {out}: {error}") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return checkpoint
 
 

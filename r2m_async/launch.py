@@ -6,7 +6,6 @@ The one file that knows the actors and the learners.
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -29,6 +28,7 @@ from r2m_async.controller import Controller
 from r2m_async.errors import ConfigError, StalledRun
 from r2m_async.ray_stages import Make, RayProcesses, ray_bytes
 from r2m_async.stages import LocalBatches, LocalStage, Stage, Stages, local_bytes
+from r2m_async.whole import whole_directory
 from r2m_async.workload import TicketOffice, Workload, plan_of, resolve
 
 
@@ -115,21 +115,19 @@ class Ring:
         self._run(self.controller.drain())
         return self.controller.evaluations
 
-    def save(self, directory: Path) -> None:
-        """Writes a checkpoint, whole or not at all.
+    def save(self, directory: str | Path) -> None:
+        """Writes a checkpoint, whole or not at all; an old one there stays until the new one takes its place at once.
+
+        Raises DiskError.
 
         A learner on DeepSpeed writes there from every rank: beyond one machine the directory must be shared.
         """
-        building = directory.with_name(f".{directory.name}.partial").absolute()
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        parts = self._run(self.controller.checkpoint(str(building)))
-        parts["step"] = encode(self.controller.schedule.policy_version)
-        for name, part in parts.items():
-            (building / f"{name}.msgpack").write_bytes(part)
-        (building / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
-        building.rename(directory)
+        with whole_directory(directory, replace=True) as building:
+            parts = self._run(self.controller.checkpoint(str(building)))
+            parts["step"] = encode(self.controller.schedule.policy_version)
+            for name, part in parts.items():
+                (building / f"{name}.msgpack").write_bytes(part)
+            (building / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
 
     def stop(self) -> None:
         """Ends the ring and its processes; a second call does nothing."""

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from r2m_async.checkpoints import seal, verified
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep, name_remedy
 from r2m_async.model_cache import key_digest
 from r2m_async.policy_model import one_thread
@@ -131,10 +132,12 @@ class RewardTrainer:
             save_file(
                 {name: tensor.contiguous() for name, tensor in tensors.items()}, building / "state.safetensors", record
             )
+            seal(building)
 
     @torch.no_grad()
     def restore(self, directory: Path) -> None:
-        """Raises ConfigError where the data is not what the checkpoint was trained on."""
+        """Raises ConfigError where the data is not what the checkpoint was trained on, and for one that is not whole."""
+        verified(directory)
         with safe_open(directory / "state.safetensors", framework="pt") as file:
             record = file.metadata()
             if record["data"] != self._data_digest():

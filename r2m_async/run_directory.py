@@ -12,6 +12,7 @@ NaN and infinity are no JSON: they are written as null and read back as NaN.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from r2m_async.config import ConfigTree, R2MConfig
-from r2m_async.errors import DataError
+from r2m_async.errors import DataError, DiskError
 from r2m_async.whole import append, disk_errors, listed, whole_directory, write_file
 
 if TYPE_CHECKING:
@@ -71,13 +72,16 @@ class RunDirectory:
 
     def close(self) -> None:
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with disk_errors(self.path):
+                self._tensorboard.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What ended the run is the error to see: of a full disk, TensorBoard's writer tells once more as it is closed.
+        with contextlib.suppress(*() if kind is None else (DiskError,)):
+            self.close()
 
 
 def new_directory(parent: str, name: str, config: ConfigTree) -> Path:

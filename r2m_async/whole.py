@@ -251,7 +251,7 @@ def _recover(path: Path) -> None:
 
 def _put(building: Path, path: Path, replace: bool) -> bool:
     """False if there is something and it is not to be replaced."""
-    while True:
+    while True:  # once more where another writer of the same path was faster
         try:
             os.rename(building, path)  # onto nothing, or an empty directory
             return True
@@ -260,11 +260,14 @@ def _put(building: Path, path: Path, replace: bool) -> bool:
                 raise
         if not replace:
             return False
-        with contextlib.suppress(FileNotFoundError):  # whoever else writes there has just moved it: once more
+        try:
             if _exchange(building, path):
                 return True
             _recover(path)
             os.rename(path, _aside(path))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
+                raise
 
 
 def _exchange(one: Path, other: Path) -> bool:

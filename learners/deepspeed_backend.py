@@ -6,8 +6,6 @@ import contextlib
 import datetime
 import math
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.critic_model import ValueModel
 from r2m_async.errors import ConfigError
 from r2m_async.policy_model import PolicyForward, checkpoint_activations
+from r2m_async.whole import disk_errors, scratch_directory
 
 GATHERED_BYTES = 256 * 2**20
 """Parameters that ZeRO stage 3 makes whole at once for publication; a larger one alone."""
@@ -120,9 +119,10 @@ class DeepSpeedBackend:
         return self._deepspeed.zero.GatheredParameters(parameters)
 
     def state(self, version: int, directory: Path | None) -> dict[str, Any]:
-        """DeepSpeed's own files, each rank's by itself, and every rank's random numbers."""
+        """DeepSpeed's own files, each rank's by itself, and every rank's random numbers. Raises DiskError."""
         assert directory is not None, "DeepSpeed's checkpoints are directories"
-        self.policy.save_checkpoint(str(directory / _FOLDER), tag=_TAG, exclude_frozen_parameters=self._adapted)
+        with disk_errors(directory, directory):
+            self.policy.save_checkpoint(str(directory / _FOLDER), tag=_TAG, exclude_frozen_parameters=self._adapted)
         own = torch.get_rng_state()
         random = torch.zeros((self.num_ranks, len(own)), dtype=torch.uint8)
         random[self.rank] = own
@@ -143,22 +143,24 @@ class DeepSpeedBackend:
             torch.manual_seed(int(torch.randint(2**62, ())) + self.rank)
 
     def _restore_universal(self, directory: Path) -> None:
-        """From DeepSpeed's universal checkpoint, which rank 0 makes, for this once, where all ranks can read it."""
-        universal = [tempfile.mkdtemp(prefix="universal-", dir=directory) if self.rank == 0 else ""]
-        try:
+        """From DeepSpeed's universal checkpoint, which rank 0 makes, for this once, where all ranks can read it: beside the
+        saved one, to which a killed process must not add anything."""
+        with contextlib.ExitStack() as stack:
+            universal = [""]
             if self.rank == 0:
-                _to_universal(directory / _FOLDER / _TAG, Path(universal[0]) / _TAG)
+                universal[0] = str(stack.enter_context(scratch_directory(directory)))
+                with disk_errors(Path(universal[0])):
+                    _to_universal(directory / _FOLDER / _TAG, Path(universal[0]) / _TAG)
             dist.broadcast_object_list(universal)
             self.policy._config.load_universal_checkpoint = True  # DeepSpeed asks for it only as it loads
-            self.policy.load_checkpoint(universal[0], tag=_TAG)
-            if self._stage == 3:  # where all parts of the weights got one counter, and each would advance it
-                for moments in self.policy.optimizer.optimizer.state.values():
-                    moments["step"] = moments["step"].clone()
-            dist.barrier()
-        finally:
-            self.policy._config.load_universal_checkpoint = False
-            if self.rank == 0:
-                shutil.rmtree(universal[0])
+            try:
+                self.policy.load_checkpoint(universal[0], tag=_TAG)
+                if self._stage == 3:  # where all parts of the weights got one counter, and each would advance it
+                    for moments in self.policy.optimizer.optimizer.state.values():
+                        moments["step"] = moments["step"].clone()
+                dist.barrier()
+            finally:
+                self.policy._config.load_universal_checkpoint = False
 
 
 def _settings(config: R2MConfig) -> dict[str, Any]:

@@ -22,6 +22,10 @@ class CodecError(ValueError):
     """A buffer that arrived is not what `codec.encode` writes."""
 
 
+class DiskError(RuntimeError):
+    """Something cannot be written; the message names the path, the reason and the remedy. Nothing of it is there."""
+
+
 class StageLost(RuntimeError):
     """The process behind `stage` died, or a payload was lost with a process (`stage` is then None)."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -22,6 +21,7 @@ from learners.critic import Critic
 from learners.head_learner import HeadLearner
 from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
+from r2m_async.checkpoints import kept_versions, read_checkpoint, write_parts
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
 from r2m_async.controller import STOP_TIMEOUT, Controller
@@ -29,6 +29,7 @@ from r2m_async.errors import ConfigError, StalledRun
 from r2m_async.loop_thread import LoopThread
 from r2m_async.ray_stages import Make, RayProcesses, ray_bytes
 from r2m_async.stages import LocalBatches, LocalStage, Stage, Stages, local_bytes
+from r2m_async.whole import whole_at, whole_directory
 from r2m_async.workload import TicketOffice, Workload, plan_of, resolve
 
 T = TypeVar("T")
@@ -37,8 +38,13 @@ T = TypeVar("T")
 class Ring:
     """A running ring: `step` until `finished`, `save` between steps, `stop` at the end. Also a context manager."""
 
-    def __init__(self, config: R2MConfig, workload: Workload, in_process: bool = False, resume: Path | None = None):
-        """Starts the stages. `resume` is a directory that `save` wrote; the run goes on at its step."""
+    def __init__(
+        self, config: R2MConfig, workload: Workload, in_process: bool = False, resume: str | Path | None = None
+    ):
+        """Starts the stages. `resume` is a directory that `save` wrote; the run goes on at its step.
+
+        Raises ConfigError for a checkpoint that is not whole, and for keys that may not change (docs/checkpoints.md).
+        """
         _check_packages()
         self.config = config
         self.workload = workload
@@ -46,7 +52,7 @@ class Ring:
         self._stopped = False
         self._close: Callable[[], None] = lambda: None
         try:
-            self._start(in_process, resume)
+            self._start(in_process, None if resume is None else whole_at(resume))
         except BaseException:
             self.stop()
             raise
@@ -77,7 +83,7 @@ class Ring:
             self._close = processes.close
             stages = _ray_stages(processes, self.workload.without_prompts())
             config = processes.config
-        saved = _read_checkpoint(resume, self.config) if resume else {}
+        saved = read_checkpoint(resume, self.config) if resume else {}
         first_step = decode(saved["step"]) if saved else 0
         tickets = TicketOffice(self.config, self.workload)
 
@@ -88,8 +94,8 @@ class Ring:
             if saved:
                 await stages.policy.call("restore", stages.from_bytes(saved["policy_learner"]), str(resume.absolute()))
                 await stages.head.call("restore", stages.from_bytes(saved["head_learner"]))
-                policies = {} if config.weights.direct else _versions(saved, "policy_weights_", stages)
-                await self.controller.start(policies, _versions(saved, "head_weights_", stages))
+                policies = {} if config.weights.direct else kept_versions(saved, "policy_weights_", stages)
+                await self.controller.start(policies, kept_versions(saved, "head_weights_", stages))
             else:
                 await self.controller.start()
 
@@ -123,21 +129,17 @@ class Ring:
         self._run(self.controller.drain())
         return self.controller.evaluations
 
-    def save(self, directory: Path) -> None:
-        """Writes a checkpoint, whole or not at all.
+    def save(self, directory: str | Path) -> None:
+        """Writes a checkpoint, whole or not at all; an old one there stays until the new one takes its place at once.
+
+        Raises DiskError.
 
         A learner on DeepSpeed writes there from every rank: beyond one machine the directory must be shared.
         """
-        building = directory.with_name(f".{directory.name}.partial").absolute()
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        parts = self._run(self.controller.checkpoint(str(building)))
-        parts["step"] = encode(self.controller.schedule.policy_version)
-        for name, part in parts.items():
-            (building / f"{name}.msgpack").write_bytes(part)
-        (building / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
-        building.rename(directory)
+        with whole_directory(directory, replace=True) as building:
+            parts = self._run(self.controller.checkpoint(str(building)))
+            parts["step"] = encode(self.controller.schedule.policy_version)
+            write_parts(building, parts, self.config)
 
     def stop(self) -> None:
         """Ends the ring and its processes, in time whatever hangs; a second call does nothing."""
@@ -161,50 +163,6 @@ class Ring:
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._loop_thread.run(coroutine, self.config.scheduling.stall_after)
-
-
-def _read_checkpoint(directory: Path, config: R2MConfig) -> dict[str, bytes]:
-    """Its parts by name.
-
-    Raises ConfigError if the config would number or age groups otherwise than the saved run, or if its learner cannot
-    take over what the saved run's has.
-    """
-    parts = {path.stem: path.read_bytes() for path in directory.glob("*.msgpack")}
-    if "step" not in parts:
-        raise ConfigError(f"{directory} is not a checkpoint: it has no step.msgpack; name a directory that a run saved")
-    saved = R2MConfig.from_yaml(directory / "config.yaml")
-    schedule = ("run.seed", "rollouts.prompts_per_step", "rollouts.group_size", "scheduling", "data", "head.variant")
-    policy = ("model.policy", "model.reference", "model.lora", "model.dtype", "critic.model")
-    for key in (*schedule, *policy, "learner.backend"):
-        section, _, field = key.partition(".")
-        was, now = (getattr(one, section) for one in (saved, config))
-        if field:
-            was, now = getattr(was, field), getattr(now, field)
-        if was != now:
-            raise ConfigError(
-                f"{directory} was saved with {key} = {was}, and the config has {now}: resume with the same"
-            )
-    was, now = saved.learner.zero_stage, config.learner.zero_stage
-    if was != now and {was, now} != {1, 2}:
-        raise ConfigError(
-            f"{directory} was saved with learner.zero_stage = {was}, and the config has {now}: DeepSpeed changes "
-            f"between stages 1 and 2 alone (and the number of ranks in any); resume with {'1 or 2' if was in (1, 2) else was}"
-        )
-    sharing = ("num_ranks", "zero_stage", "zero_options", "offload")
-    was, now = ({key: getattr(one.learner, key) for key in sharing} for one in (saved, config))
-    if was != now and any(one["zero_options"].get("round_robin_gradients") for one in (was, now)):
-        raise ConfigError(
-            f"{directory} was saved with learner.zero_options = {was['zero_options']}, and the config has "
-            f"{now['zero_options']}: DeepSpeed cannot share out anew what round_robin_gradients reorders; resume with "
-            f"the same {', '.join(sharing)}"
-        )
-    return parts
-
-
-def _versions(saved: dict[str, bytes], prefix: str, stages: Stages) -> dict[int, Any]:
-    """The kept weights of a checkpoint by version."""
-    names = [name for name in saved if name.startswith(prefix)]
-    return {int(name.removeprefix(prefix)): stages.from_bytes(saved[name]) for name in names}
 
 
 def _check_packages() -> None:

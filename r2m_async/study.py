@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from r2m_async.preference_data import load_preference_data
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_study import compare_reward_models, is_measured, train_and_measure
 from r2m_async.study_results import compare_cells
+from r2m_async.whole import disk_errors, whole_directory, write_file
 
 TRAINED = "trained:"
 
@@ -234,7 +234,8 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
         )
     out = out.resolve()  # the configs of runs that start from its reward models have it
     study, reward_models, runs = read_study(path, out)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
+    with disk_errors(out):
+        (out / "runs").mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if not _is_there(out / "runs" / run.name, run.config)]
     tell(f"{len(runs)} runs, {len(runs) - len(missing)} there already")
     with WorkerProcesses(workers or os.cpu_count() or 1) as processes:
@@ -316,16 +317,14 @@ def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
     from r2m_async.run_directory import RunDirectory
     from r2m_async.training import keep_checkpoint
 
-    config, building = R2MConfig.from_dict(tree), directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    (building / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    config = R2MConfig.from_dict(tree)
     threads = one_thread() if in_process else contextlib.nullcontext()
-    with threads, RunDirectory(building, config) as run, Ring.of(config, in_process=in_process) as ring:
-        while not ring.finished:
-            metrics = ring.step()
-            run.write_step(metrics)
-        run.write_evaluations(ring.drain())
-        keep_checkpoint(ring, run.path)
-    building.rename(directory)
+    with whole_directory(directory) as building, threads:
+        write_file(building / "config.yaml", config.to_yaml())
+        with RunDirectory(building, config) as run, Ring.of(config, in_process=in_process) as ring:
+            while not ring.finished:
+                metrics = ring.step()
+                run.write_step(metrics)
+            run.write_evaluations(ring.drain())
+            keep_checkpoint(ring, run.path)
     return metrics["time/since_start"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from r2m_async.launch import Ring
 from r2m_async.live import LiveTable
 from r2m_async.plots import plot_run
 from r2m_async.run_directory import RunDirectory, checkpoint_path, checkpoints
+from r2m_async.whole import remove_directory
 from r2m_async.workload import resolve
 
 
@@ -62,4 +62,4 @@ def keep_checkpoint(ring: Ring, run: Path) -> None:
         return
     ring.save(checkpoint_path(run, step))
     for old in checkpoints(run)[: -checkpoint.keep]:
-        shutil.rmtree(old)
+        remove_directory(old)

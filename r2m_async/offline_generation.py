@@ -304,8 +304,8 @@ def _load_tokenizer(path: str) -> tuple[Any, int | None, str]:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"MODEL {path}: no model can be loaded: {reason}; {name_remedy(path)}") from None

@@ -40,7 +40,9 @@ def load_policy(path: str, config: R2MConfig) -> Any:
 
     dtype = getattr(torch, config.model.dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=config.model.attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=config.model.attention, trust_remote_code=False
+        )
     except ImportError as error:
         raise ConfigError(f"model.attention is {config.model.attention!r}: {error}; or use sdpa") from None
     own = model.generation_config  # its penalties and bans would be sampled with and not trained with

@@ -242,8 +242,8 @@ class RewardEnsemble:
         else:
             self.config, directories = RewardModelConfig(), [source]
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(directories[0])
-            self.models = [load_classifier(directory) for directory in directories]
+            self.tokenizer = AutoTokenizer.from_pretrained(directories[0], trust_remote_code=False)
+            self.models = [load_classifier(directory, trust_remote_code=False) for directory in directories]
         except (OSError, ValueError) as error:
             raise ConfigError(f"{source}: no reward model can be loaded: {error}; {name_remedy(source)}") from None
         for model in self.models:

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from r2m_async.config import ConfigTree, R2MConfig
@@ -42,6 +41,7 @@ from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_study import compare_reward_models, is_measured, train_and_measure
 from r2m_async.study_results import compare_cells
 from r2m_async.whole import disk_errors, whole_directory, write_file
+from r2m_async.yaml_tree import cut_repr, read_yaml
 
 TRAINED = "trained:"
 
@@ -121,9 +121,7 @@ def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], li
     Raises ConfigError for whatever is wrong in it or in a config.
     """
     try:
-        study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        study = Study.model_validate(read_yaml(path) or {})
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {_explain(one)}" for one in error.errors())) from None
     reward_models = _reward_models(path, study, out.resolve())
@@ -147,7 +145,7 @@ def _explain(problem: Any) -> str:
         kinds: dict[str, type[BaseModel]] = {"best_of_n": BestOfN, "reward_models": RewardModelSource}
         owner = kinds[place[0]] if len(place) > 1 else Study
         return f"{key}: no such key; valid are {', '.join(owner.model_fields)}"
-    told = f"{key}: {problem['msg'].replace('tuple', 'list')}; got {problem['input']!r}"
+    told = f"{key}: {problem['msg'].replace('tuple', 'list')}; got {cut_repr(problem['input'])}"
     return told + " (YAML reads it as a number or a truth value; put it in quotes)" * (place[-1:] == ["[key]"])
 
 

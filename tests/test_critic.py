@@ -177,10 +177,10 @@ def test_in_later_epochs_values_beyond_the_clip_get_no_push(config):
 
 
 def without_amplification(learner: PolicyLearner) -> PolicyLearner:
-    """Its AdamW divides by |gradient| + 1e-3: what rounds in a gradient near 0 becomes no whole step."""
+    """Its AdamW divides by |gradient| + 1e-4: what rounds in a gradient near 0 becomes no whole step."""
     for backend in (learner._backend, learner._critic.backend):
         for group in backend._optimizer.param_groups:
-            group["eps"] = 1e-3
+            group["eps"] = 1e-4
     return learner
 
 

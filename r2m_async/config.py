@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from r2m_async.errors import ConfigError
+
+LARGEST = 1e37
+"""Of the tree's numbers. They meet float32 tensors, which end at 3.4e38, and AdamW's first step takes ten times its rate."""
 
 
 class Section(BaseModel):
@@ -27,6 +30,13 @@ class Section(BaseModel):
     )
     _config: Any = PrivateAttr(None)
     _name: str = PrivateAttr("")
+
+    @field_validator("*")
+    @classmethod
+    def _in_float32(cls, value: Any) -> Any:
+        if isinstance(value, float) and abs(value) > LARGEST:
+            raise ValueError(f"beyond the {LARGEST:g} that float32 can still compute with; use a smaller number")
+        return value
 
     def __call__(self, **changes: Any) -> Any:
         tree = self._config.to_dict()
@@ -99,7 +109,7 @@ class LoRA(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     rank: int = Field(16, gt=0)
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(32.0, gt=0, le=LARGEST)
     """The adapters' product is scaled by alpha / rank."""
     targets: str | tuple[str, ...] = "all-linear"
     """Names of modules that get one, or all linear layers but the language-model head."""
@@ -122,7 +132,7 @@ class RewardSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     replicas: int = Field(1, gt=0)
     """Copies of the frozen backbone; the head scores in one place."""
-    max_tokens: int = Field(4096, gt=0)
+    max_tokens: int = Field(4096, gt=1)
     """Longer texts lose the beginning of their prompt."""
     functions: tuple[str, ...] = ()
     """Verifiable rewards `module:attr`, f(prompt_text, response_text) -> float, added to the model's reward."""
@@ -619,7 +629,8 @@ def _explain(problem: Any, sections: dict[str, Any]) -> str:
         return f"{key}: no such key{_nearest(location, sections)}"
     if not location:
         return problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; got {problem['input']!r}"
+    why = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {why[0].lower()}{why[1:]}; got {problem['input']!r}"
 
 
 def _nearest(location: list[str], sections: dict[str, Any]) -> str:

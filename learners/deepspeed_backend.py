@@ -21,6 +21,7 @@ from r2m_async.adapters import Publication, TrainedPart, adapters_off, add_adapt
 from r2m_async.config import R2MConfig
 from r2m_async.critic_model import ValueModel
 from r2m_async.errors import ConfigError
+from r2m_async.finite import all_finite
 from r2m_async.policy_model import PolicyForward, checkpoint_activations
 from r2m_async.whole import disk_errors, scratch_directory
 
@@ -107,6 +108,14 @@ class DeepSpeedBackend:
             return norm
         engine.step()
         return float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
+
+    def finite(self) -> bool:
+        """Of the weights themselves, which a master in float32 that is not finite makes so too."""
+        trained = list(TrainedPart(self._model).parameters())
+        if self._stage < 3:
+            return all_finite(trained)  # every rank has them all, and the same
+        broken = torch.tensor(float(not all_finite(_own_part(parameter) for parameter in trained)))
+        return self.total(broken).item() == 0
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for chunk in _chunks(publications(self._model)):
@@ -197,6 +206,12 @@ def _to_universal(saved: Path, universal: Path) -> None:
             inject_missing_state=True,  # about pipelines and tensor parallelism: there are none
         )
     )
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """Of a parameter that ZeRO stage 3 shares out, what this rank holds, without the padding of the last part."""
+    part, size = parameter.ds_tensor, parameter.ds_tensor.ds_numel
+    return part.flatten()[: max(0, parameter.ds_numel - size * parameter.ds_zero_partition_rank)]
 
 
 def _chunks(parameters: list[Publication]) -> Iterator[list[Publication]]:

@@ -13,13 +13,25 @@ import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from r2m_async.errors import ConfigError
 from r2m_async.yaml_tree import check_plain, cut_repr, parse_yaml, read_yaml, write_yaml
 
 Options = dict[str, JsonValue]
 """Keys that another library defines, or a user's estimator."""
+
+LARGEST = 1e37
+"""Of the tree's numbers. They meet float32 tensors, which end at 3.4e38, and AdamW's first step takes ten times its rate."""
 
 
 class Section(BaseModel):
@@ -30,6 +42,13 @@ class Section(BaseModel):
     )
     _config: Any = PrivateAttr(None)
     _name: str = PrivateAttr("")
+
+    @field_validator("*")
+    @classmethod
+    def _in_float32(cls, value: Any) -> Any:
+        if isinstance(value, float) and abs(value) > LARGEST:
+            raise ValueError(f"beyond the {LARGEST:g} that float32 can still compute with; use a smaller number")
+        return value
 
     def __call__(self, /, **changes: Any) -> Any:
         tree = self._config.to_dict()
@@ -108,7 +127,7 @@ class LoRA(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     rank: int = Field(16, gt=0)
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(32.0, gt=0, le=LARGEST)
     """The adapters' product is scaled by alpha / rank."""
     targets: str | tuple[str, ...] = "all-linear"
     """Names of modules that get one, or all linear layers but the language-model head."""
@@ -131,7 +150,7 @@ class RewardSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     replicas: int = Field(1, gt=0)
     """Copies of the frozen backbone; the head scores in one place."""
-    max_tokens: int = Field(4096, gt=0)
+    max_tokens: int = Field(4096, gt=1)
     """Longer texts lose the beginning of their prompt."""
     functions: tuple[str, ...] = ()
     """Verifiable rewards `module:attr`, f(prompt_text, response_text) -> float, added to the model's reward."""
@@ -627,7 +646,8 @@ def _explain(problem: Any, sections: dict[str, Any]) -> str:
         return f"{key}: no such key{_nearest(location, sections)}"
     if not location:
         return problem["msg"].removeprefix("Value error, ")
-    told = f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; got {cut_repr(problem['input'])}"
+    why = problem["msg"].removeprefix("Value error, ")
+    told = f"{key}: {why[0].lower()}{why[1:]}; got {cut_repr(problem['input'])}"
     if problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float)):
         told += " (YAML reads it as a number or a truth value; put it in quotes)"
     return told

@@ -55,7 +55,11 @@ class StepFailed(RuntimeError):
 
 
 class NonFiniteStep(StepFailed):
-    """Its gradient is NaN or infinite."""
+    """A number that it needs, or made, is NaN or infinite; the message names what gave it."""
+
+
+class FunctionFailed(StepFailed):
+    """A function of the user's raised, or returned what cannot be used; the message has the function's own traceback."""
 
 
 class LearnerOutOfMemory(StepFailed):

@@ -14,7 +14,7 @@ from r2m_async.adapters import TrainedPart
 from r2m_async.advantages import get_advantage
 from r2m_async.config import R2MConfig
 from r2m_async.critic_model import load_critic, proximal_values, response_values
-from r2m_async.errors import ConfigError, NonFiniteStep
+from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
 from r2m_async.launch import Ring
 from r2m_async.policy_model import load_policy, load_weights, named_weights, response_mask
 from r2m_async.reward_model import save_classifier, two_layer_head
@@ -331,7 +331,7 @@ def test_an_estimator_of_the_users_own_gets_values_and_says_what_the_critic_lear
     ],
 )
 def test_what_it_returns_instead_of_both_is_refused_in_its_name(config, own, name, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(FunctionFailed, match=r"^step 0 \(groups \[.*" + message):
         run_ring(config.advantage(name=f"own_values:{name}"))
 
 
@@ -403,10 +403,8 @@ def test_values_that_are_not_finite_are_named_and_not_the_rewards(config):
     learner = learner_of(config)
     with torch.no_grad():
         learner._critic.backend.policy.classifier.score.weight.fill_(torch.nan)
-    named = (
-        r"gae must be finite on response tokens .*, got nan at .*; not all the critic's values it was given are finite"
-    )
-    with pytest.raises(ConfigError, match=named):
+    named = r"^step 0, group 0 \(.*\), response 0: its value by the critic is nan, first at response token 0: "
+    with pytest.raises(NonFiniteStep, match=named):
         learn(learner, range(1))
 
 

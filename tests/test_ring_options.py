@@ -19,7 +19,7 @@ from actors.rollout_actor import RolloutActor
 from actors.transformers_engine import TransformersEngine
 from r2m_async import reference
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, DataError, NonFiniteStep
+from r2m_async.errors import ConfigError, DataError, FunctionFailed, NonFiniteStep
 from r2m_async.head_model import build_head, score_group
 from r2m_async.launch import Ring
 from r2m_async.policy_model import load_policy
@@ -121,11 +121,12 @@ def test_an_estimator_that_asks_for_a_greedy_twin_gets_one(tiny_config):
 
 def test_an_estimator_that_returns_a_wrong_shape_ends_the_run_with_the_shapes_it_may_have(tiny_config):
     config = tiny_config.advantage(name="own_functions:first_group_only")
-    with Ring.of(config, in_process=True) as ring, pytest.raises(ConfigError) as error:
+    with Ring.of(config, in_process=True) as ring, pytest.raises(FunctionFailed) as error:
         ring.step()
     assert "own_functions:first_group_only must return a tensor [n, K] = [2, 3] or [n, K, T] = [2, 3, " in str(
         error.value
     )
+    assert str(error.value).startswith("step 0 (groups [0, 1]): advantage own_functions:first_group_only must")
     assert str(error.value).endswith("got torch.float32 [1, 3]")
 
 

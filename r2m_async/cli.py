@@ -18,7 +18,6 @@ r2m eval win-rate annotations.json
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import sys
@@ -27,7 +26,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from r2m_async.config import R2MConfig
-from r2m_async.errors import CodecError, ConfigError, DataError, StageLost, StalledRun, StepFailed, WeightMismatch
+from r2m_async.errors import (
+    CodecError,
+    ConfigError,
+    DataError,
+    DiskError,
+    StageLost,
+    StalledRun,
+    StepFailed,
+    WeightMismatch,
+)
 from r2m_async.interruption import Interrupted, interruptible
 
 Command: TypeAlias = Callable[[R2MConfig, argparse.Namespace], int]
@@ -45,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return parsed.command(parsed)
     except (ConfigError, DataError) as error:
         return _tell(error, 2, error)
-    except (StageLost, StalledRun, StepFailed, WeightMismatch, CodecError) as error:
+    except (StageLost, StalledRun, StepFailed, WeightMismatch, CodecError, DiskError) as error:
         return _tell(f"the run ended: {error}", 1, error)
     except Interrupted as error:
         return _tell(error, error.status, error)
@@ -325,9 +333,9 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
 
 def _check_models(config: R2MConfig) -> tuple[dict[str, int], list[str]]:
     """Hidden sizes of the models that are here, by key, and the keys of what could not be checked."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from r2m_async.workload import BUILT_HERE, check_critic
+    from r2m_async.workload import BUILT_HERE, check_critic, hidden_size
 
     policy, critic = config.model.policy, config.critic.model
     sizes, unchecked = {}, []
@@ -337,8 +345,9 @@ def _check_models(config: R2MConfig) -> tuple[dict[str, int], list[str]]:
         if name in BUILT_HERE and key != "critic.model":
             print(f"# {key}: {name} is built by `r2m train`")
             continue
-        with contextlib.suppress(OSError, ValueError):
-            sizes[key] = AutoConfig.from_pretrained(name, local_files_only=True).hidden_size
+        size = hidden_size(key, name, fetch=False)
+        if size is not None:
+            sizes[key] = size
             continue
         unchecked.append(key)
         more = "" if key == "critic.model" else " and the bytes of its states"

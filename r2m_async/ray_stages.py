@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, DataError, StageLost, StepFailed, WeightMismatch
+from r2m_async.errors import ConfigError, DataError, DiskError, StageLost, StepFailed, WeightMismatch
 from r2m_async.ray_connection import RayConnection
 from r2m_async.stages import NODE_ADDRESS
 from r2m_async.workload import Workload
@@ -134,7 +134,7 @@ def placed(config: R2MConfig, gpus: float, available: float) -> R2MConfig:
     return config
 
 
-_USERS = (ConfigError, DataError, StepFailed)
+_USERS = (ConfigError, DataError, StepFailed, DiskError)
 """Errors whose message says all: they reach the user as they were raised in a stage's process."""
 
 

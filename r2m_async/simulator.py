@@ -191,7 +191,6 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0) -> Prediction:
         annotators=tuple(SimulatedStage(f"annotator-{index}", duration) for index in range(config.reward.replicas)),
         policy=SimulatedStage("policy-learner", duration),
         head=SimulatedStage("head-learner", duration),
-        to_bytes=bytes,
         **local_bytes(),
     )
     results, _ = run_virtually(config, plan, stages)

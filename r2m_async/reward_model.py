@@ -27,11 +27,10 @@ from r2m_async.plugins import named_function
 from r2m_async.policy_model import settled
 from r2m_async.reward_text import reward_input_ids
 from r2m_async.trajectories import RewardEmbeddings, Trajectory, TrajectoryGroup
+from r2m_async.weight_files import SECOND_LAYER, check_weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-SECOND_LAYER = "reward_head.safetensors"
 
 
 def reward_token_embeddings(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -133,6 +132,7 @@ def save_classifier(model: PreTrainedModel, directory: Path, weights: Mapping[st
 
 def load_reward_model(path: str, config: R2MConfig) -> PreTrainedModel:
     """The frozen sequence classifier at `path`, on the device, in eval mode. Raises ConfigError unless it has one label."""
+    check_weight_files("reward.model", path)
     model = load_classifier(path, dtype=getattr(torch, config.reward.dtype))
     scoring_head(model)
     return settled(model, config).requires_grad_(False)

@@ -45,6 +45,7 @@ from r2m_async.run_directory import (
     cut_partial_line,
     new_directory,
 )
+from r2m_async.weight_files import check_weight_files
 from r2m_async.whole import disk_errors, remove_directory, whole_directory
 
 NUM_SAMPLED = 128
@@ -246,6 +247,8 @@ class RewardEnsemble:
                     raise ConfigError(f"{directory}: is not there yet; finish with `r2m reward-model resume {run}`")
         else:
             self.config, directories = RewardModelConfig(), [source]
+        for directory in directories:
+            check_weight_files("reward model", directory)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(directories[0])
             self.models = [load_classifier(directory) for directory in directories]

@@ -19,6 +19,7 @@ from r2m_async.plugins import named_function
 from r2m_async.prompts import PromptStream, load_prompts, sampling_seed
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket
+from r2m_async.weight_files import check_weight_files
 
 BUILT_HERE = ("embedded", "from_scratch")
 """Values of `model.policy` and `reward.model` that name no model but one that `resolve` makes."""
@@ -121,8 +122,10 @@ def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] 
 
 
 def _hidden_size(key: str, name: str) -> int:
+    """Also looks at the weight files, so that a damaged one is told here, and not by a process that dies of it."""
     from transformers import AutoConfig
 
+    check_weight_files(key, name)
     try:
         return AutoConfig.from_pretrained(name).get_text_config().hidden_size
     except (OSError, ValueError) as error:

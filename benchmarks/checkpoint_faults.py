@@ -220,8 +220,9 @@ def damages(checkpoint: Path, other: Path, config: R2MConfig, number: int, seed:
             print(f"accepted: {kind} {name}", file=sys.stderr)
         except ConfigError as error:
             counts[kind] += 1
-            lacks = name == MANIFEST and kind == "missing"  # told of the directory that has none
-            counts["unnamed"] += str(copy if lacks else copy / name) not in str(error)
+            # Without its own manifest a checkpoint is refused by its name, or that of any file that another's does not have.
+            lost = name == MANIFEST and kind in ("missing", "mixed")
+            counts["unnamed"] += str(copy if lost else copy / name) not in str(error)
         shutil.rmtree(copy)
     return dict(counts)
 

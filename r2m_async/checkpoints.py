@@ -19,12 +19,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
 from r2m_async.codec import decode
-from r2m_async.config import R2MConfig
+from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import CodecError, ConfigError
 from r2m_async.resuming import check_resumable
 from r2m_async.whole import listed, whole_at
@@ -32,6 +32,8 @@ from r2m_async.whole import listed, whole_at
 if TYPE_CHECKING:
     from r2m_async.stages import Stages
     from r2m_async.trajectories import Weights
+
+C = TypeVar("C", bound=ConfigTree)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -131,10 +133,10 @@ def kept_versions(saved: Mapping[str, bytes], prefix: str, stages: Stages) -> di
     return {int(name.removeprefix(prefix)): stages.from_bytes(saved[name]) for name in names}
 
 
-def saved_config(directory: Path) -> R2MConfig:
-    """Of a checkpoint that was verified."""
+def saved_config(directory: Path, kind: type[C] = R2MConfig) -> C:
+    """Of a checkpoint that was verified. Raises ConfigError."""
     try:
-        return R2MConfig.from_yaml(directory / "config.yaml")
+        return kind.from_yaml(directory / "config.yaml")
     except ConfigError as error:
         raise ConfigError(
             f"{directory / 'config.yaml'}: this version of r2m-async does not know this config: {error}; use the version "

@@ -18,6 +18,7 @@ from r2m_async.finite import check_weights
 from r2m_async.policy_model import PassInputs, by_response, microbatches, response_mask, settled
 from r2m_async.reward_model import second_layer
 from r2m_async.trajectories import Trajectory
+from r2m_async.weight_files import check_weight_files
 
 
 class ValueModel(nn.Module):
@@ -68,6 +69,7 @@ def load_critic(path: str, config: R2MConfig) -> ValueModel:
     """
     from transformers import AutoModelForSequenceClassification
 
+    check_weight_files("critic.model", path)
     try:
         classifier, info = AutoModelForSequenceClassification.from_pretrained(
             path,

@@ -24,6 +24,7 @@ from r2m_async.judge_prompts import Format, Question, load_questions
 from r2m_async.model_cache import key_digest
 from r2m_async.prompts import Content, policy_reads, sampling_seed
 from r2m_async.run_directory import append_records, cut_partial_line, read_records
+from r2m_async.weight_files import check_weight_files
 from r2m_async.whole import disk_errors, write_file
 
 DEFAULT_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "tldr": 50}
@@ -115,6 +116,7 @@ def generate_answers(
     """
     _check_engine(settings.engine)
     path, model_name = _policy_of(model)
+    check_weight_files("MODEL", path)
     tokenizer, limit, own_dtype = _load_tokenizer(path)
     questions = load_questions(prompts, settings.format, chat=settings.chat, limit=settings.num)
     target, generator = answer_file(out, settings.format, name, model_name)

@@ -20,6 +20,7 @@ from r2m_async.finite import check_weights
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.trajectories import PolicyFeedback, Trajectory, TrajectoryGroup, WeightProbe, Weights
 from r2m_async.weight_digest import tensor_digest
+from r2m_async.weight_files import check_weight_files
 
 _PROBE_LENGTH = 12
 
@@ -40,6 +41,7 @@ def load_policy(path: str, config: R2MConfig) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     dtype = getattr(torch, config.model.dtype)
+    check_weight_files("model.reference" if path == config.model.reference else "model.policy", path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=config.model.attention, trust_remote_code=False

@@ -33,6 +33,7 @@ from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import Judge, load_ensemble
 from r2m_async.run_directory import markdown_table, write_results
 from r2m_async.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
+from r2m_async.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     from r2m_async.embedded import EmbeddedModels
@@ -151,6 +152,7 @@ def _read(
         from r2m_async.embedded import embedded_models
 
         directory = str((embedded or embedded_models()).policy)
+    check_weight_files("policy", directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         model = settled(AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False), R2MConfig())

@@ -6,12 +6,12 @@ refused unless it stands here. docs/checkpoints.md says why each may change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from r2m_async.config import R2MConfig
+from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import ConfigError
 
 MAY_CHANGE = (
@@ -58,27 +58,55 @@ MAY_CHANGE = (
 """Keys of the config; `*` stands for all of a section's. Some decide besides what may not change: `_facts` has that too."""
 
 
+REWARD_MODEL_MAY_CHANGE = (
+    "run.name",
+    "run.output_dir",
+    "run.device",
+    "model.attention",
+    "ensemble.*",
+    "optimizer.lr",
+    "optimizer.warmup",
+    "optimizer.weight_decay",
+    "optimizer.max_grad_norm",
+    "optimizer.epochs",
+    "optimizer.tokens_per_microbatch",
+    "data.*",
+    "evaluation.*",
+    "checkpoint.*",
+    "logging.*",
+)
+"""Of `r2m reward-model resume`. The pairs themselves are compared, and so where they come from is not."""
+
+
 def check_resumable(directory: Path, saved: R2MConfig, config: R2MConfig) -> None:
     """Raises ConfigError naming the key and both values, also where DeepSpeed cannot share out anew what was saved."""
-    was, now = dict(_facts(saved)), dict(_facts(config))
+    refuse_changes(directory, dict(_facts(saved)), dict(_facts(config)), MAY_CHANGE)
+    _check_sharing(directory, saved, config)
+
+
+def refuse_changes(directory: Path, was: dict[str, Any], now: dict[str, Any], may_change: Sequence[str]) -> None:
+    """Compares what two configs say by key. Raises ConfigError."""
     for key in dict.fromkeys((*was, *now)):
-        if was.get(key) != now.get(key) and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
+        if was.get(key) != now.get(key) and not any(fnmatchcase(key, pattern) for pattern in may_change):
             raise ConfigError(
                 f"{directory} was saved with {key} = {was.get(key)}, and the config has {now.get(key)}: resume with the same"
             )
-    _check_sharing(directory, saved, config)
+
+
+def keys_of(config: ConfigTree) -> dict[str, Any]:
+    """Values by `section.key`."""
+    return {f"{section}.{key}": value for section, fields in config.to_dict().items() for key, value in fields.items()}
 
 
 def _facts(config: R2MConfig) -> Iterator[tuple[str, Any]]:
     """Every key and its value, and what keys that may change decide about others."""
-    for section, fields in config.to_dict().items():
-        for key, value in fields.items():
-            if (section, key) == ("rollouts", "engine_options"):  # some of which are about memory alone
-                yield from ((f"rollouts.engine_options.{option}", value[option]) for option in value)
-            elif (section, key) == ("head", "omega_horizon"):
-                yield "head.omega_horizon", config.omega_horizon if config.reads_feedback else None
-            else:
-                yield f"{section}.{key}", value
+    for key, value in keys_of(config).items():
+        if key == "rollouts.engine_options":  # some of which are about memory alone
+            yield from ((f"{key}.{option}", value[option]) for option in value)
+        elif key == "head.omega_horizon":
+            yield key, config.omega_horizon if config.reads_feedback else None
+        else:
+            yield key, value
     data, evaluation = config.data, config.evaluation
     from_prompts = bool(evaluation.every) and data.eval is None and data.prompts != "embedded"
     held_back = evaluation.num_prompts if from_prompts else 0

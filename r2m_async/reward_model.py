@@ -28,11 +28,10 @@ from r2m_async.plugins import FLOAT32_MAX, called_for_number, named_function
 from r2m_async.policy_model import settled
 from r2m_async.reward_text import reward_input_ids
 from r2m_async.trajectories import RewardEmbeddings, Trajectory, TrajectoryGroup
+from r2m_async.weight_files import SECOND_LAYER, check_weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-SECOND_LAYER = "reward_head.safetensors"
 
 
 def reward_token_embeddings(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -137,6 +136,7 @@ def load_reward_model(path: str, config: R2MConfig) -> PreTrainedModel:
 
     Raises ConfigError unless it has one label, and where a weight is not finite.
     """
+    check_weight_files("reward.model", path)
     model = load_classifier(path, dtype=getattr(torch, config.reward.dtype))
     scoring_head(model)
     check_weights(model, "reward.model", path)

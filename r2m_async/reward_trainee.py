@@ -19,6 +19,7 @@ from r2m_async.policy_model import settled
 from r2m_async.preference_data import TokenizedText
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_model import save_classifier, scored_positions, two_layer_head
+from r2m_async.weight_files import check_weight_files
 
 
 class RewardTrainee(nn.Module):
@@ -98,6 +99,7 @@ def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
     """Tokenizer, classifier with one label, and whether its head came from `start`."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    check_weight_files("model.start", start)
     try:
         tokenizer = AutoTokenizer.from_pretrained(start, trust_remote_code=False)
         classifier, info = AutoModelForSequenceClassification.from_pretrained(

@@ -24,13 +24,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r2m_async.checkpoints import seal, verified
+from r2m_async.checkpoints import saved_config, seal, verified
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep, name_remedy
 from r2m_async.model_cache import key_digest
 from r2m_async.policy_model import one_thread
 from r2m_async.preference_data import PreferenceData, TokenizedPair, load_preference_data, microbatches, tokenized
 from r2m_async.pretraining import score
 from r2m_async.process_group import first_rank_first, num_ranks, rank, summed, told_by_first
+from r2m_async.resuming import REWARD_MODEL_MAY_CHANGE, keys_of, refuse_changes
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_model import load_classifier, scoring_head
 from r2m_async.reward_objectives import PreferenceTerms, ResponseLogprobs, preference_loss
@@ -44,6 +45,7 @@ from r2m_async.run_directory import (
     cut_partial_line,
     new_directory,
 )
+from r2m_async.weight_files import check_weight_files
 from r2m_async.whole import disk_errors, remove_directory, whole_directory
 
 NUM_SAMPLED = 128
@@ -132,12 +134,16 @@ class RewardTrainer:
             save_file(
                 {name: tensor.contiguous() for name, tensor in tensors.items()}, building / "state.safetensors", record
             )
+            (building / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
             seal(building)
 
     @torch.no_grad()
     def restore(self, directory: Path) -> None:
-        """Raises ConfigError where the data is not what the checkpoint was trained on, and for one that is not whole."""
+        """Raises ConfigError where the data is not what the checkpoint was trained on, for keys that may not change and for
+        a checkpoint that is not whole."""
         verified(directory)
+        saved = saved_config(directory, RewardModelConfig)
+        refuse_changes(directory, keys_of(saved), keys_of(self.config), REWARD_MODEL_MAY_CHANGE)
         with safe_open(directory / "state.safetensors", framework="pt") as file:
             record = file.metadata()
             if record["data"] != self._data_digest():
@@ -241,6 +247,8 @@ class RewardEnsemble:
                     raise ConfigError(f"{directory}: is not there yet; finish with `r2m reward-model resume {run}`")
         else:
             self.config, directories = RewardModelConfig(), [source]
+        for directory in directories:
+            check_weight_files("reward model", directory)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(directories[0], trust_remote_code=False)
             self.models = [load_classifier(directory, trust_remote_code=False) for directory in directories]

@@ -20,6 +20,7 @@ from r2m_async.plugins import named_function
 from r2m_async.prompts import PromptStream, load_prompts, sampling_seed
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket
+from r2m_async.weight_files import check_weight_files
 
 BUILT_HERE = ("embedded", "from_scratch")
 """Values of `model.policy` and `reward.model` that name no model but one that `resolve` makes."""
@@ -131,10 +132,11 @@ def hidden_size(key: str, name: str, fetch: bool = True) -> int | None:
     """Numbers in a state of the model's language part; other parts, such as one that sees, have sizes of their own.
 
     `key` is the config's key that names the model. None, with `fetch` False, for a model that is not on this machine.
-    Raises ConfigError for one that cannot be loaded.
+    Raises ConfigError for one that cannot be loaded, also for a damaged weight file: a process would die of it later.
     """
     from transformers import AutoConfig
 
+    check_weight_files(key, name)
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=not fetch, trust_remote_code=False)
         return config.get_text_config().hidden_size

@@ -314,21 +314,53 @@ def test_a_place_that_holds_something_is_refused_and_left_as_it_is(plain_run, tm
         export(plain_run, tmp_path / "file" / "out")
 
 
-@pytest.mark.parametrize("part", ["step", "policy_weights_3", "head_weights_3"])
-@pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_part(plain_run, tmp_path, part, damage):
-    checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(checkpoint_path(plain_run, 3), checkpoint)
-    path = checkpoint / f"{part}.msgpack"
-    if damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-100] if part != "step" else b"")
-    with pytest.raises(ConfigError) as error:
-        export(checkpoint, tmp_path / "out")
-    expected = f"{path}: cannot be read: .*; export another checkpoint"
-    assert re.search("is neither a checkpoint" if (part, damage) == ("step", "gone") else expected, str(error.value))
+@pytest.mark.parametrize("part", ["step", "policy_weights_3", "head_weights_3", "head_learner"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "cannot be read: No such file or directory"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), r"is damaged: it has \d+ bytes, and \d+ were written"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "is damaged: its bytes are not those that"),
+    ],
+    ids=["gone", "cut", "changed"],
+)
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_part(plain_run, tmp_path, part, damage, said):
+    """Also by that of one which an export does not need: whoever resumes from it would."""
+    run = tmp_path / "run"
+    shutil.copytree(plain_run, run)
+    whole = shutil.copytree(checkpoint_path(run, 3), checkpoint_path(run, 2))
+    path = checkpoint_path(run, 3) / f"{part}.msgpack"
+    damage(path)
+    with pytest.raises(ConfigError, match=f"{path}: {said}.*; use {whole}, the newest whole one"):
+        export(run, tmp_path / "out")
     assert_nothing_written(tmp_path / "out")
+    export(whole, tmp_path / "out")
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_as_one(plain_run, tmp_path):
+    shutil.copytree(plain_run, tmp_path / "run")
+    (checkpoint_path(tmp_path / "run", 3) / "manifest.json").unlink()
+    with pytest.raises(
+        ConfigError, match=r"step-000003: has no manifest.json: .* an older version of r2m-async wrote it"
+    ):
+        export(tmp_path / "run", tmp_path / "out")
+    assert_nothing_written(tmp_path / "out")
+
+
+def test_the_scorer_refuses_weights_that_have_changed(plain_run, tmp_path):
+    export(plain_run, tmp_path / "out")
+    for name in ("reward_model/r2m_head.safetensors", "reward_model/model.safetensors", "policy/model.safetensors"):
+        path = tmp_path / "out" / name
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(ConfigError, match=f"{path}: is damaged: its bytes are not those that were written"):
+            RewardScorer(tmp_path / "out", "cpu")
+        path.write_bytes(data)
+    (tmp_path / "out" / "README.md").write_text("mine")
+    RewardScorer(tmp_path / "out", "cpu")
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="has no manifest.json: .* export"):
+        RewardScorer(tmp_path / "out", "cpu")
 
 
 @pytest.mark.parametrize(("section", "key"), [("model", "policy"), ("reward", "model")])

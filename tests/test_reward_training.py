@@ -308,6 +308,45 @@ def test_a_checkpoint_of_other_pairs_is_refused(config, tmp_path):
         trainer_of(config.data(label_noise=0.2)).restore(tmp_path / "step-000001")
 
 
+@pytest.mark.parametrize(
+    ("key", "section", "changes"),
+    [
+        ("loss.preference", "loss", {"preference": "hinge"}),
+        ("optimizer.batch_size", "optimizer", {"batch_size": 4}),
+        ("head.width", "head", {"width": 7}),
+        ("run.seed", "run", {"seed": 9}),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused_with_both_values(config, tmp_path, key, section, changes):
+    trainer, _ = trained(config, steps=1)
+    trainer.save(tmp_path / "step-000001")
+    (value,) = changes.values()
+    with pytest.raises(
+        ConfigError, match=rf"step-000001 was saved with {key} = .*, and the config has {value}: resume with"
+    ):
+        trainer_of(getattr(config, section)(**changes)).restore(tmp_path / "step-000001")
+    faster = trainer_of(config.optimizer(lr=1e-4, epochs=3).run(name="another"))
+    faster.restore(tmp_path / "step-000001")
+    assert faster.steps_done == 1
+
+
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(config, tmp_path):
+    trainer, _ = trained(config, steps=1)
+    for step in (1, 2):
+        trainer.save(tmp_path / f"step-00000{step}")
+    path = tmp_path / "step-000002" / "state.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ConfigError, match=rf"{path}: is damaged: .*; use {tmp_path / 'step-000001'}, the newest whole one"
+    ):
+        trainer_of(config).restore(tmp_path / "step-000002")
+    (tmp_path / "step-000001" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"step-000001/notes.txt: is no file of this checkpoint"):
+        trainer_of(config).restore(tmp_path / "step-000001")
+
+
 def test_an_ensemble_has_a_model_per_seed_and_combines_their_rewards(config):
     runs = {how: train(config.ensemble(size=2, combine=how).optimizer(epochs=0.5)) for how in ("mean", "min")}
     responses = [" the warm river", " cold", " old stone or wind"]

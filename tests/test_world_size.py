@@ -22,9 +22,11 @@ from test_deepspeed_learner import (
 )
 
 from learners import deepspeed_backend
+from r2m_async.checkpoints import read_checkpoint, write_parts
+from r2m_async.codec import encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.launch import Ring, _read_checkpoint
+from r2m_async.launch import Ring
 
 pytestmark = [pytest.mark.ring, pytest.mark.usefixtures("ray_session")]
 __all__ = ["config"]
@@ -196,8 +198,7 @@ def test_a_conversion_that_fails_leaves_the_checkpoint_as_it_was(config, gangs, 
 
 
 def saved_with(config: R2MConfig, directory: Path) -> Path:
-    (directory / "step.msgpack").touch()
-    (directory / "config.yaml").write_text(config.to_yaml())
+    write_parts(directory, {"step": encode(1)}, config)
     return directory
 
 
@@ -205,7 +206,7 @@ def saved_with(config: R2MConfig, directory: Path) -> Path:
 def test_another_policy_than_was_saved_is_refused(config, now, tmp_path):
     config = config.model(lora={"rank": 4, "alpha": 8})
     with pytest.raises(ConfigError, match=rf"was saved with model\.{next(iter(now))} = .*: resume with the same"):
-        _read_checkpoint(saved_with(config, tmp_path), config.model(**now))
+        read_checkpoint(saved_with(config, tmp_path), config.model(**now))
 
 
 @pytest.mark.parametrize("then, now", [(0, 1), (1, 0), (1, 3), (3, 1), (2, 3), (3, 0)])
@@ -213,7 +214,7 @@ def test_stages_that_cannot_take_over_are_refused(config, then, now, tmp_path):
     stages = "1 or 2" if then in (1, 2) else then
     reason = rf"learner\.zero_stage = {then}, and the config has {now}: .*; resume with {stages}"
     with pytest.raises(ConfigError, match=reason):
-        _read_checkpoint(saved_with(sharded(config, then), tmp_path), sharded(config, now).learner(num_ranks=1))
+        read_checkpoint(saved_with(sharded(config, then), tmp_path), sharded(config, now).learner(num_ranks=1))
 
 
 ROUND_ROBIN = {"round_robin_gradients": True}
@@ -225,9 +226,9 @@ def test_what_deepspeed_would_mix_up_is_refused(config, then, now, tmp_path):
     then, now = (sharded(config, 2).learner(zero_options=options) for options in (then, now))
     directory = saved_with(then, tmp_path)
     with pytest.raises(ConfigError, match=r"learner\.zero_options.*round_robin_gradients.*resume with the same"):
-        _read_checkpoint(directory, now.learner(num_ranks=1))
+        read_checkpoint(directory, now.learner(num_ranks=1))
     if then.learner == now.learner:
-        assert _read_checkpoint(directory, now)
+        assert read_checkpoint(directory, now)
 
 
 def test_a_ring_is_resumed_with_more_ranks_in_another_stage(tiny_config, tmp_path):

@@ -12,6 +12,7 @@ import json
 import random
 
 import pytest
+from forked_workers import forked_workers
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = [
@@ -181,16 +182,17 @@ def tiny_config(tiny, prompts_file):
 def ray_session():
     import ray
 
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=2,
-        object_store_memory=300 * 2**20,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    with forked_workers():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=2,
+            object_store_memory=300 * 2**20,
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import json
 import random
+from collections import Counter
 
 import pytest
 from forked_workers import forked_workers
@@ -37,6 +38,22 @@ WORDS = [
     ".",
     ":",
 ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What is fast comes first, then what needs models, then Ray, there the files with most tests first.
+
+    A file's tests of one of these parts stay together, because they share fixtures: a group for pytest-xdist's workers.
+    """
+
+    def part(item):
+        return 2 if item.get_closest_marker("ring") else 1 if item.get_closest_marker("models") else 0
+
+    counts = Counter((part(item), item.path) for item in items)
+    items.sort(key=lambda item: (part(item), -counts[part(item), item.path] if part(item) == 2 else 0))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{part(item)}"))
 
 
 def save_tokenizer(directory: Path, words: list[str]) -> int:

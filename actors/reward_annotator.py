@@ -6,7 +6,9 @@ version can be pinned by handing it in.
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 
 from r2m_async.config import R2MConfig
 from r2m_async.head_model import score_group
-from r2m_async.plugins import named_function
+from r2m_async.plugins import called_for_number, named_function
 from r2m_async.policy_model import load_weights, named_weights
 from r2m_async.reward_metrics import ranking_accuracy
 from r2m_async.reward_model import embed_group
@@ -51,7 +53,7 @@ class RewardAnnotator:
         """The group's RTEs. The report has its mean gold reward where one is known: watched, never trained on."""
         embeddings = embed_group(self._model, self._tokenizer, group, self._config)
         gold = self._gold_rewards(group)
-        metrics = {"gold": statistics.fmean(gold)} if gold else {}
+        metrics = {"gold": _mean(gold)} if gold else {}
         return StepReport(version=group.ticket.group_id, metrics=metrics), embeddings
 
     @produces(1)
@@ -93,22 +95,37 @@ class RewardAnnotator:
         lengths = [t.num_response_tokens for group in groups for t in group.trajectories]
         metrics = {"length": statistics.fmean(lengths)}
         for name, rewards in (("proxy", proxy), ("frozen", frozen), *([("gold", gold)] if self._gold else [])):
-            values = [statistics.fmean(of_prompt) for of_prompt in rewards]
-            metrics[name] = statistics.fmean(values)
-            metrics[f"{name}_se"] = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            values = [_mean(of_prompt) for of_prompt in rewards]
+            metrics[name] = _mean(values)
+            metrics[f"{name}_se"] = 0.0
+            if len(values) > 1:
+                known = math.isfinite(metrics[name])
+                metrics[f"{name}_se"] = statistics.stdev(values) / len(values) ** 0.5 if known else math.nan
         if any(len(set(of_prompt)) > 1 for of_prompt in gold):
             metrics |= {
                 "proxy_accuracy": ranking_accuracy(proxy, gold),
                 "frozen_accuracy": ranking_accuracy(frozen, gold),
             }
-        metrics |= {f"frozen/{index}": statistics.fmean(of_prompt) for index, of_prompt in enumerate(frozen)}
+        metrics |= {f"frozen/{index}": _mean(of_prompt) for index, of_prompt in enumerate(frozen)}
         return (StepReport(version=head.version, metrics=metrics),)
 
     def _gold_rewards(self, group: TrajectoryGroup) -> list[float]:
-        if self._gold is None:
+        """Of the responses; raises FunctionFailed. Under `on_nonfinite: skip` they may be NaN: not known."""
+        gold, name, ticket = self._gold, self._config.evaluation.gold, group.ticket
+        if gold is None or name is None:
             return []
-        prompt = group.ticket.prompt.text
-        return [float(self._gold(prompt, t.text, t.finish_reason == "stop")) for t in group.trajectories]
+        finite = self._config.learner.on_nonfinite == "stop"
+        golds = []
+        for index, one in enumerate(group.trajectories):
+            arguments = (ticket.prompt.text, one.text, one.finish_reason == "stop")
+            place = f"{ticket.place}, response {index}"
+            golds.append(called_for_number(gold, arguments, "evaluation.gold", name, place, finite))
+        return golds
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN where one of them is not finite, as it may be under `learner.on_nonfinite: skip`."""
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _reward_metrics(rewards: tuple[GroupRewards, ...]) -> dict[str, float]:
@@ -119,6 +136,7 @@ def _reward_metrics(rewards: tuple[GroupRewards, ...]) -> dict[str, float]:
     return {
         "reward/mean": values.mean().item(),
         "reward/std": values.std(correction=0).item(),
+        "reward/nonfinite": float((~values.isfinite()).sum()),
         "reward/group_std": spreads.mean().item(),
         "reward/model_mean": torch.cat([one.model_rewards for one in rewards]).mean().item(),
         "head/omega": rewards[0].omega,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from r2m_async.codec import encoded_size
+from r2m_async.finite import first_bad, no_probability
 from r2m_async.stages import produces
 from r2m_async.trajectories import GroupReport, PolicyFeedback, StepReport, Ticket, TrajectoryGroup, Weights
 
@@ -49,7 +50,10 @@ class RolloutActor:
 
     @produces(2)
     def generate(self, ticket: Ticket) -> tuple[GroupReport, TrajectoryGroup, PolicyFeedback | None]:
-        """A group without its unfinished responses (`overage: mask`), and its feedback if scoring needs the actor's."""
+        """A group without its unfinished responses (`overage: mask`), and its feedback if scoring needs the actor's.
+
+        Raises NonFiniteStep naming the response and the policy's version where a log-probability is not finite.
+        """
         return self._reported(ticket, *self._engine.generate(ticket))
 
     def generate_batch(
@@ -62,6 +66,10 @@ class RolloutActor:
     def _reported(
         self, ticket: Ticket, whole: TrajectoryGroup, feedback: PolicyFeedback | None
     ) -> tuple[GroupReport, TrajectoryGroup, PolicyFeedback | None]:
+        for index, one in enumerate((*whole.trajectories, *(() if whole.greedy is None else (whole.greedy,)))):
+            if bad := first_bad(one.behaviour_logprobs):
+                version, token = int(one.policy_versions[bad[0]]), bad[0] - one.prompt_len
+                raise no_probability(ticket, index, len(whole.trajectories), token, version)
         group = whole.finished()
         both = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
         num_states = sum(len(trajectory.token_ids) - 1 for trajectory in both)

@@ -122,7 +122,7 @@ def tokens_of(engine: VLLMEngine | TransformersEngine) -> Callable[[int], int]:
 
 def throughput(path: str, rounds: int) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(path)
-    hidden = AutoConfig.from_pretrained(path).hidden_size
+    hidden = AutoConfig.from_pretrained(path).get_text_config().hidden_size
     vllm = {source: config_for(path, "vllm", source, False) for source in ("learner", "rollout")}
     engines = {source: VLLMEngine(path, tokenizer, hidden, config, False) for source, config in vllm.items()}
     plain = {source: config_for(path, "transformers", source, False) for source in ("learner", "rollout")}
@@ -210,7 +210,7 @@ def weight_paths(path: str, rounds: int) -> dict[str, float]:
     """MB/s from the learner's model to an engine that has probed its own, per transport; and of a raw broadcast."""
     num_bytes = sum(parameter.nbytes for parameter in AutoModelForCausalLM.from_pretrained(path).parameters())
     tokenizer = AutoTokenizer.from_pretrained(path)
-    hidden = AutoConfig.from_pretrained(path).hidden_size
+    hidden = AutoConfig.from_pretrained(path).get_text_config().hidden_size
     result = {"MB": num_bytes / 1e6}
     for transport in ("object_store", "gloo"):
         config = config_for(path, "vllm", "learner", True, in_flight_updates=True).weights(transport=transport)
@@ -262,7 +262,7 @@ def pause_while_generating(engine: VLLMEngine, weights: Weights) -> float:
 def composition(path: str) -> dict[str, float]:
     """Twelve groups of 4, alone and three at a time: shares of responses with the same tokens and the same bits."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    hidden = AutoConfig.from_pretrained(path).hidden_size
+    hidden = AutoConfig.from_pretrained(path).get_text_config().hidden_size
     engine = VLLMEngine(
         path, tokenizer, hidden, config_for(path, "vllm", "rollout", False, group_size=4, concurrent_groups=3), False
     )

@@ -27,6 +27,9 @@ class Backend(Protocol):
     def step(self, lr: float) -> float:
         """Clips, moves the weights and forgets the gradients; the norm before clipping. Not finite: nothing moves."""
 
+    def finite(self) -> bool:
+        """Whether all weights that train are finite, on every rank."""
+
     def state(self, version: int, directory: Path | None) -> dict[str, Any]:
         """What `restore` continues from, bit for bit; large parts may be files in `directory`."""
 

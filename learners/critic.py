@@ -63,10 +63,10 @@ class CriticStep:
         """`mask`, `values` and `returns` are [B, T] of the whole step."""
         self.grad_norms: list[float] = []
         self.skipped = 0
+        self.backend, self.lr = critic.backend, lr
         self._critic = critic
         self._trajectories = trajectories
         self._mask_BT, self._values_BT, self._returns_BT = mask, values, returns
-        self._lr = lr
         self._losses: list[Tensor] = []
         self._clipped: list[Tensor] = []
         self._num_tokens = 0
@@ -94,7 +94,7 @@ class CriticStep:
             self._losses.append(fit.loss.detach())
             self._clipped.append(fit.clipped.sum())
         self._num_tokens += num_tokens
-        return backend.step(self._lr)
+        return backend.step(self.lr)
 
     def metrics(self) -> dict[str, float]:
         """Loss and norm are means over updates; explained_variance and value_mean are of the values before any.
@@ -114,7 +114,7 @@ class CriticStep:
             "critic/clip_share": clipped / max(1, self._num_tokens),
             "critic/value_mean": values.mean().item(),
             "critic/explained_variance": 1 - left / variance if variance else 0.0,
-            "critic/lr": self._lr,
+            "critic/lr": self.lr,
         }
 
 

@@ -6,8 +6,6 @@ import contextlib
 import datetime
 import math
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,9 @@ from r2m_async.adapters import Publication, TrainedPart, adapters_off, add_adapt
 from r2m_async.config import R2MConfig
 from r2m_async.critic_model import ValueModel
 from r2m_async.errors import ConfigError
+from r2m_async.finite import all_finite
 from r2m_async.policy_model import PolicyForward, checkpoint_activations
+from r2m_async.whole import disk_errors, scratch_directory
 
 GATHERED_BYTES = 256 * 2**20
 """Parameters that ZeRO stage 3 makes whole at once for publication; a larger one alone."""
@@ -109,6 +109,14 @@ class DeepSpeedBackend:
         engine.step()
         return float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
 
+    def finite(self) -> bool:
+        """Of the weights themselves, which a master in float32 that is not finite makes so too."""
+        trained = list(TrainedPart(self._model).parameters())
+        if self._stage < 3:
+            return all_finite(trained)  # every rank has them all, and the same
+        broken = torch.tensor(float(not all_finite(_own_part(parameter) for parameter in trained)))
+        return self.total(broken).item() == 0
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for chunk in _chunks(publications(self._model)):
             with self._whole(list(dict.fromkeys(part for one in chunk for part in one.parts))):
@@ -120,9 +128,10 @@ class DeepSpeedBackend:
         return self._deepspeed.zero.GatheredParameters(parameters)
 
     def state(self, version: int, directory: Path | None) -> dict[str, Any]:
-        """DeepSpeed's own files, each rank's by itself, and every rank's random numbers."""
+        """DeepSpeed's own files, each rank's by itself, and every rank's random numbers. Raises DiskError."""
         assert directory is not None, "DeepSpeed's checkpoints are directories"
-        self.policy.save_checkpoint(str(directory / _FOLDER), tag=_TAG, exclude_frozen_parameters=self._adapted)
+        with disk_errors(directory, directory):
+            self.policy.save_checkpoint(str(directory / _FOLDER), tag=_TAG, exclude_frozen_parameters=self._adapted)
         own = torch.get_rng_state()
         random = torch.zeros((self.num_ranks, len(own)), dtype=torch.uint8)
         random[self.rank] = own
@@ -143,22 +152,24 @@ class DeepSpeedBackend:
             torch.manual_seed(int(torch.randint(2**62, ())) + self.rank)
 
     def _restore_universal(self, directory: Path) -> None:
-        """From DeepSpeed's universal checkpoint, which rank 0 makes, for this once, where all ranks can read it."""
-        universal = [tempfile.mkdtemp(prefix="universal-", dir=directory) if self.rank == 0 else ""]
-        try:
+        """From DeepSpeed's universal checkpoint, which rank 0 makes, for this once, where all ranks can read it: beside the
+        saved one, to which a killed process must not add anything."""
+        with contextlib.ExitStack() as stack:
+            universal = [""]
             if self.rank == 0:
-                _to_universal(directory / _FOLDER / _TAG, Path(universal[0]) / _TAG)
+                universal[0] = str(stack.enter_context(scratch_directory(directory)))
+                with disk_errors(Path(universal[0])):
+                    _to_universal(directory / _FOLDER / _TAG, Path(universal[0]) / _TAG)
             dist.broadcast_object_list(universal)
             self.policy._config.load_universal_checkpoint = True  # DeepSpeed asks for it only as it loads
-            self.policy.load_checkpoint(universal[0], tag=_TAG)
-            if self._stage == 3:  # where all parts of the weights got one counter, and each would advance it
-                for moments in self.policy.optimizer.optimizer.state.values():
-                    moments["step"] = moments["step"].clone()
-            dist.barrier()
-        finally:
-            self.policy._config.load_universal_checkpoint = False
-            if self.rank == 0:
-                shutil.rmtree(universal[0])
+            try:
+                self.policy.load_checkpoint(universal[0], tag=_TAG)
+                if self._stage == 3:  # where all parts of the weights got one counter, and each would advance it
+                    for moments in self.policy.optimizer.optimizer.state.values():
+                        moments["step"] = moments["step"].clone()
+                dist.barrier()
+            finally:
+                self.policy._config.load_universal_checkpoint = False
 
 
 def _settings(config: R2MConfig) -> dict[str, Any]:
@@ -195,6 +206,12 @@ def _to_universal(saved: Path, universal: Path) -> None:
             inject_missing_state=True,  # about pipelines and tensor parallelism: there are none
         )
     )
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """Of a parameter that ZeRO stage 3 shares out, what this rank holds, without the padding of the last part."""
+    part, size = parameter.ds_tensor, parameter.ds_tensor.ds_numel
+    return part.flatten()[: max(0, parameter.ds_numel - size * parameter.ds_zero_partition_rank)]
 
 
 def _chunks(parameters: list[Publication]) -> Iterator[list[Publication]]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from learners.optimizer_state import moments, restore_moments
 from r2m_async.config import R2MConfig
-from r2m_async.head_model import HeldHead, head_losses
+from r2m_async.head_model import HeldHead, improve_head
 from r2m_async.policy_model import load_weights, named_weights
 from r2m_async.stages import produces
 from r2m_async.trajectories import GroupRewards, HeadGroup, PolicyFeedback, RewardEmbeddings, StepReport, Weights
@@ -42,9 +42,15 @@ class HeadLearner:
         refreshed: Sequence[PolicyFeedback] | None,
         annotated: Sequence[GroupRewards],
     ) -> tuple[StepReport, Weights]:
-        """One update on a step's groups; an empty step, or a frozen head, only ticks."""
+        """One update on a step's groups; an empty step, or a frozen head, only ticks.
+
+        So does a step that the policy left out (`refreshed` is then empty), and an update that `improve_head` undid.
+        Raises NonFiniteStep.
+        """
         metrics: dict[str, float] = {}
-        if self._config.trains_head and embeddings:
+        if self._config.trains_head and embeddings and refreshed is not None and not refreshed:
+            metrics = {"head/skipped_updates": 1.0}
+        elif self._config.trains_head and embeddings:
             feedback = refreshed or [None] * len(embeddings)
             groups = [
                 HeadGroup(embeddings=one, feedback=states, annotated=rewards)
@@ -55,14 +61,9 @@ class HeadLearner:
         return StepReport(version=self._version, metrics=metrics), named_weights(self._held.scoring, self._version)
 
     def _update(self, step: int, groups: list[HeadGroup]) -> dict[str, float]:
-        terms = []
-        for term in head_losses(self._head, groups, step, self._config):
-            (term.loss / len(groups)).backward()
-            terms.append(term)
-        if any(term.teaches for term in terms):
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._held.follow()
+        terms, counts = improve_head(self._head, self._optimizer, self._held, groups, step, self._config)
+        if not counts:
+            return {"head/skipped_updates": 1.0}
         return {
             "head/loss": statistics.fmean(float(term.loss.detach()) for term in terms),
             "head/bradley_terry": statistics.fmean(float(term.grebt.bradley_terry) for term in terms),
@@ -70,6 +71,7 @@ class HeadLearner:
             "head/gap": statistics.fmean(float(term.grebt.gap) for term in terms),
             "head/hold": statistics.fmean(float(term.hold) for term in terms),
             "head/agreement": statistics.fmean(float(term.agrees) for term in terms),
+            "head/skipped_updates": 0.0,
         }
 
     @produces(1)

@@ -8,6 +8,7 @@ the same calls with all groups, compute on their share of them, and agree on eve
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learners.backend import PolicyBackend
+from learners.backend import Backend, PolicyBackend
 from learners.critic import Critic, CriticStep
 from learners.kept_states import KeptStates
 from learners.shares import MicroBatch, group_shares, rank_microbatches
@@ -26,7 +27,7 @@ from learners.step_statistics import StepStatistics, batch_metrics
 from learners.weight_sender import WeightSender
 from r2m_async.advantages import Estimator
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, LearnerOutOfMemory, NonFiniteStep
+from r2m_async.errors import ConfigError, LearnerOutOfMemory, NonFiniteStep, StepFailed
 from r2m_async.policy_model import (
     behaviour_logprobs,
     logprobs_and_states,
@@ -35,7 +36,14 @@ from r2m_async.policy_model import (
     response_mask,
     weight_probe,
 )
-from r2m_async.policy_objective import denominators, microbatch_loss, minibatch_bounds, step_advantages
+from r2m_async.policy_objective import (
+    check_passes,
+    denominators,
+    microbatch_loss,
+    minibatch_bounds,
+    step_advantages,
+    step_place,
+)
 from r2m_async.stages import produces
 from r2m_async.trajectories import (
     GroupRewards,
@@ -46,6 +54,8 @@ from r2m_async.trajectories import (
     TrajectoryGroup,
     Weights,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +154,10 @@ class PolicyLearner:
     ) -> tuple[StepReport, tuple[PolicyFeedback, ...] | None]:
         """pi_old's and the reference's log-probabilities on the step's groups, kept for `train`.
 
-        Returns pi_old's feedback on this rank's groups where `feedback.source` is `learner`.
+        Returns pi_old's feedback on this rank's groups where `feedback.source` is `learner`. Raises NonFiniteStep naming
+        the response and the model whose numbers are not finite, unless `learner.on_nonfinite` is `skip`.
         """
-        with _memory_enough_for(_named(step, groups)):
+        with _memory_enough_for(step_place(step, groups)):
             return StepReport(version=self._version, metrics={}), self._proximal(step, groups)
 
     def _proximal(self, step: int, groups: list[TrajectoryGroup]) -> tuple[PolicyFeedback, ...] | None:
@@ -164,7 +175,7 @@ class PolicyLearner:
         old = self._logprobs(self._backend.policy, trajectories, passes, mask, states)
         with self._backend.as_reference() as model:
             reference = self._logprobs(model, trajectories, passes, mask)
-        self._batch = LearnerBatch(
+        batch = LearnerBatch(
             step=step,
             groups=tuple(groups),
             trajectories=trajectories,
@@ -175,14 +186,19 @@ class PolicyLearner:
             reference=reference,
             values=self._critic.values(trajectories, passes, mask) if self._critic else None,
         )
-        return self._own_feedback(self._batch, states.taken()) if states else None
+        if self._config.learner.on_nonfinite == "stop":
+            check_passes(batch.groups, batch.old, batch.reference, batch.values, self._config)
+        self._batch = batch
+        return self._own_feedback(batch, states.taken()) if states else None
 
     @produces(1, shares=(0,))
     def train(self, step: int, rewards: Sequence[GroupRewards]) -> tuple[StepReport, tuple[PolicyFeedback, ...] | None]:
         """All epochs on the batch of `proximal`; returns the feedback that the last one refreshed here.
 
-        Raises NonFiniteStep naming step and groups, before applying it, if a gradient is not finite and
-        `learner.on_nonfinite` is `stop`, and LearnerOutOfMemory.
+        Raises NonFiniteStep, before the policy moves, for a reward, an advantage or a gradient that is not finite. Under
+        `learner.on_nonfinite: skip` a step with such rewards or advantages is left out whole, and then the feedback is
+        empty; an update with such a gradient is left out alone. In either mode an update that makes weights which are not
+        finite raises, for it cannot be undone. Raises FunctionFailed for the estimator, and LearnerOutOfMemory.
         """
         batch, self._batch = self._batch, None
         if batch is None:
@@ -190,7 +206,7 @@ class PolicyLearner:
             return StepReport(version=self._version, metrics={}), ()
         if batch.step != step:
             raise RuntimeError(f"train got step {step} after proximal got step {batch.step}")
-        with _memory_enough_for(_named(step, batch.groups)):
+        with _memory_enough_for(step_place(step, batch.groups)):
             metrics, refreshed = self._train(batch, rewards)
         self._version += 1
         return StepReport(version=self._version, metrics=metrics), refreshed
@@ -199,9 +215,15 @@ class PolicyLearner:
         self, batch: LearnerBatch, rewards: Sequence[GroupRewards]
     ) -> tuple[dict[str, float], tuple[PolicyFeedback, ...] | None]:
         scored = [ScoredGroup(group=g, rewards=r) for g, r in zip(batch.groups, rewards, strict=True)]
-        advantages, returns = step_advantages(
-            self._estimator, scored, batch.old, batch.reference, self._config, batch.values
-        )
+        try:
+            advantages, returns = step_advantages(
+                self._estimator, scored, batch.old, batch.reference, self._config, batch.values
+            )
+        except NonFiniteStep as error:
+            if self._config.learner.on_nonfinite == "stop":
+                raise
+            log.warning("%s: the step is left out (learner.on_nonfinite is skip)", error)
+            return self._left_out(scored), ()
         critic = self._critic_step(batch, returns)
         backend, lr, objective = self._backend, self._config.learning_rate(batch.step), self._config.objective
         statistics = StepStatistics(batch.mask, self._config)
@@ -211,9 +233,13 @@ class PolicyLearner:
                 rows = slice(first, last)
                 passes = self._minibatch_passes(batch, rows)
                 self._minibatch(batch, advantages, rows, passes, epoch, states, statistics)
-                self._count(backend.step(lr), statistics, batch, "the gradient norm")
+                self._count(backend.step(lr), statistics, batch, "the gradient norm", lr)
+                self._check_weights(backend, batch, "policy", "learner.lr", lr)
                 if critic:
-                    self._count(critic.update(passes, rows), critic, batch, "the norm of the critic's gradient")
+                    self._count(
+                        critic.update(passes, rows), critic, batch, "the norm of the critic's gradient", critic.lr
+                    )
+                    self._check_weights(critic.backend, batch, "critic", "critic.lr", critic.lr)
         metrics = statistics.metrics(backend.total, batch.old - batch.behaviour, batch.ages) | {"policy/lr": lr}
         metrics |= batch_metrics(
             batch.mask, batch.behaviour, batch.old, batch.reference, advantages, batch.trajectories
@@ -232,14 +258,35 @@ class PolicyLearner:
         lr = self._config.learning_rate(batch.step, self._config.critic.lr)
         return CriticStep(self._critic, batch.trajectories, batch.mask, batch.values, returns, lr)
 
-    def _count(self, norm: float, counts: StepStatistics | CriticStep, batch: LearnerBatch, what: str) -> None:
+    def _count(
+        self, norm: float, counts: StepStatistics | CriticStep, batch: LearnerBatch, what: str, lr: float
+    ) -> None:
         """Raises NonFiniteStep unless the update of this norm was applied, or left out as the config says."""
         if math.isfinite(norm):
             counts.grad_norms.append(norm)
         elif self._config.learner.on_nonfinite == "skip":
             counts.skipped += 1
         else:
-            raise NonFiniteStep(f"{_named(batch.step, batch.groups)}: {what} is {norm}")
+            done = len(counts.grad_norms)
+            after = f" after {done} updates of this step with learning rate {lr:g}: lower it" if done else ""
+            raise NonFiniteStep(f"{step_place(batch.step, batch.groups)}: {what} is {norm}{after}")
+
+    def _check_weights(self, backend: Backend, batch: LearnerBatch, model: str, key: str, lr: float) -> None:
+        """After every update and before the version is published: raises NonFiniteStep where a weight is not finite."""
+        if backend.finite():
+            return
+        raise NonFiniteStep(
+            f"{step_place(batch.step, batch.groups)}: the {model}'s weights are not finite after an update of finite gradient "
+            f"with learning rate {lr:g} ({key}) and learner.weight_decay {self._config.learner.weight_decay:g}; lower them. "
+            f"What moved the weights cannot be left out any more, not under learner.on_nonfinite skip either"
+        )
+
+    def _left_out(self, scored: Sequence[ScoredGroup]) -> dict[str, float]:
+        """The metrics of a step of which nothing was learnt."""
+        objective = self._config.objective
+        updates = float(objective.epochs * len(minibatch_bounds(scored, objective.num_minibatches)))
+        metrics = {"policy/skipped_updates": updates}
+        return metrics | ({"critic/skipped_updates": updates} if self._critic else {})
 
     @produces(1)
     def state(self, directory: str | None = None) -> tuple[StepReport, dict[str, Any]]:
@@ -363,10 +410,6 @@ def _refreshed(batch: LearnerBatch, states: dict[int, Tensor]) -> tuple[PolicyFe
     )
 
 
-def _named(step: int, groups: Sequence[TrajectoryGroup]) -> str:
-    return f"step {step} (groups {[group.ticket.group_id for group in groups]})"
-
-
 _OUT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
 """What a process's allocator, CUDA and its libraries say."""
 
@@ -376,6 +419,8 @@ def _memory_enough_for(what: str) -> Iterator[None]:
     """Raises LearnerOutOfMemory naming `what` where memory, the device's or this process's, ran out."""
     try:
         yield
+    except StepFailed:  # a user's estimator, too, may say that it is out of memory
+        raise
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
             words in str(error) for words in _OUT_OF_MEMORY

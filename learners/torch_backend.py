@@ -14,6 +14,7 @@ from torch import Tensor
 from learners.optimizer_state import moments, restore_moments
 from r2m_async.adapters import TrainedPart, adapters_off, add_adapters, publications
 from r2m_async.config import R2MConfig
+from r2m_async.finite import all_finite
 from r2m_async.policy_model import MasterWeights, checkpoint_activations, load_weights, named_weights
 
 
@@ -61,6 +62,9 @@ class TorchBackend:
             self._masters.write_back()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def finite(self) -> bool:
+        return all_finite([*self._masters.copies, *self._trained.parameters()])
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return ((one.name, one.whole()) for one in publications(self.policy))

@@ -12,13 +12,26 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from r2m_async.errors import ConfigError
 from r2m_async.plugins import named_function, nearest
+
+Call: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...]], Any]
+"""How an estimator is called: with the function and its arguments."""
+
+
+class AdvantageNotFinite(ConfigError):
+    """An estimator's result is not finite where it counts."""
+
+    def __init__(self, message: str, place: list[int]) -> None:
+        super().__init__(message)
+        self.place = place
+        """Index of the first such value in the result, [n, K] or [n, K, T]."""
+
 
 PER_TOKEN = ("reinforce_pp", "reinforce_pp_baseline", "gae")
 """Of this library's estimators, those that give every token its own advantage."""
@@ -152,15 +165,20 @@ def compute_advantages(
     return advantages_and_returns(estimator, inputs, options)[0]
 
 
+def _plainly(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments)
+
+
 def advantages_and_returns(
-    estimator: Estimator, inputs: AdvantageInputs, options: Mapping[str, Any] | None = None
+    estimator: Estimator, inputs: AdvantageInputs, options: Mapping[str, Any] | None = None, call: Call = _plainly
 ) -> tuple[Tensor, Tensor | None]:
     """([n, K] or [n, K, T] advantages, [n, K, T] returns or None without a critic), no gradient, 0 off response tokens.
 
     Raises ConfigError when the estimator does not take the options, or returns anything but tensors of these shapes,
-    finite wherever there are response tokens.
+    and AdvantageNotFinite, which is one, unless they are finite wherever there are response tokens. What the estimator
+    itself raises goes through `call`.
     """
-    made = _callable(estimator, dict(options or {}))(inputs)
+    made = call(_callable(estimator, dict(options or {}), call), (inputs,))
     mask = inputs.response_mask
     if not estimator.needs_values:
         return _checked(estimator, "", made, inputs, (mask.shape[:2], mask.shape)), None
@@ -186,9 +204,10 @@ def _checked(
     bad = counted & ~result.isfinite()
     if bad.any():
         where = bad.nonzero()[0].tolist()
-        raise ConfigError(
+        raise AdvantageNotFinite(
             f"advantage {estimator.name} must be finite on response tokens{what}, got {result[tuple(where)].item()} at "
-            f"{where} and {int(bad.sum())} such values of {int(counted.sum())}; {_not_finite(inputs)}"
+            f"{where} and {int(bad.sum())} such values of {int(counted.sum())}; {_not_finite(inputs)}",
+            where,
         )
     return result.detach().masked_fill(~counted, 0)
 
@@ -318,7 +337,7 @@ def _normalised(values: Tensor, mask: Tensor, eps: float) -> Tensor:
     return torch.zeros_like(values).masked_scatter(mask, deviation / (deviation.std(correction=0) + eps))
 
 
-def _callable(estimator: Estimator, options: dict[str, Any]) -> Callable[[AdvantageInputs], Any]:
+def _callable(estimator: Estimator, options: dict[str, Any], call: Call) -> Callable[[AdvantageInputs], Any]:
     if estimator._made:
         made_with, instance = estimator._made[0]
         if made_with != options:
@@ -327,10 +346,10 @@ def _callable(estimator: Estimator, options: dict[str, Any]) -> Callable[[Advant
             )
         return instance
     check_options(estimator, options)
-    function = estimator.function
+    with_options = functools.partial(estimator.function, **options)
     if not inspect.isclass(estimator.function):
-        return functools.partial(function, **options)
-    made = function(**options)
+        return with_options
+    made = call(with_options, ())
     estimator._made.append((options, made))
     return made
 

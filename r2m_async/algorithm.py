@@ -23,14 +23,16 @@ from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from ray.tune import Checkpoint, PlacementGroupFactory
 
+from r2m_async.checkpoints import MANIFEST, seal, verified
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.launch import Ring
 from r2m_async.ray_stages import gpu_share
+from r2m_async.whole import whole_at, whole_directory
 from r2m_async.workload import resolve
 
 RING = "ring"
-"""The directory of `Ring.save` inside an RLlib checkpoint."""
+"""The directory of `Ring.save` inside an RLlib checkpoint, whose manifest knows it by its own."""
 
 
 class R2MAlgorithmConfig(AlgorithmConfig):
@@ -137,14 +139,31 @@ class R2M(Algorithm):
         return dict((self.ring.drain() or [{}])[-1])
 
     def save_to_path(self, path: str | Path | None = None, *, use_msgpack: bool = False) -> str:  # type: ignore[override]
+        """Whole or not at all, RLlib's files and the ring's; an old checkpoint at `path` gives way at once.
+
+        Raises DiskError, and ConfigError for a directory that holds something else.
+        """
         directory = _local(path) if path else Path(tempfile.mkdtemp(prefix="r2m-"))
-        directory.mkdir(parents=True, exist_ok=True)
-        self.ring.save(directory / RING)
-        return super().save_to_path(directory, use_msgpack=use_msgpack)
+        others = [one.name for one in directory.glob("*") if not _own(one.name)] if directory.is_dir() else []
+        if others:
+            raise ConfigError(
+                f"{directory}: holds {min(others)}, which is no part of a checkpoint and would be lost; name a directory of "
+                f"the checkpoint's own"
+            )
+        with whole_directory(directory, replace=True) as building:
+            self.ring.save(building / RING)
+            super().save_to_path(building, use_msgpack=use_msgpack)
+            seal(building)
+        return str(directory)
 
     def restore_from_path(self, path: str | Path, **how: Any) -> None:
-        """Replaces the running ring by one that goes on from the checkpoint, under this algorithm's config."""
-        directory = _local(path)
+        """Replaces the running ring by one that goes on from the checkpoint, under this algorithm's config.
+
+        Raises ConfigError for a checkpoint that is not whole, one whose ring is of another step among them, and for keys
+        that may not change (docs/checkpoints.md).
+        """
+        directory = whole_at(_local(path))
+        _check_whole(directory)
         Checkpointable.restore_from_path(self, directory, **how)
         self._stop_ring()
         self._ring = Ring(self.config.r2m, self._workload, resume=directory / RING)
@@ -152,7 +171,9 @@ class R2M(Algorithm):
     @classmethod
     def from_checkpoint(cls, path: Any, filesystem: Any = None, **how: Any) -> Any:
         """`path` may be a Tune Checkpoint. RLlib unpickles what built the algorithm: open only what you trust."""
-        return super().from_checkpoint(str(_local(path)), filesystem, **how)
+        directory = whole_at(_local(path))
+        _check_whole(directory)
+        return super().from_checkpoint(str(directory), filesystem, **how)
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **how: Any) -> dict[str, Any]:
         """RLlib's counters; the ring has a directory of its own in the checkpoint."""
@@ -180,6 +201,19 @@ class R2M(Algorithm):
     def __repr__(self) -> str:
         """Of any state: Ray asks even before `__init__`, and RLlib's own answer then fails."""
         return type(self).__name__
+
+
+def _own(name: str) -> bool:
+    """Of what a checkpoint's directory holds: RLlib's files and ours, and the hidden ones that Tune puts there."""
+    state = R2M.STATE_FILE_NAME
+    rllibs = (R2M.METADATA_FILE_NAME, R2M.CLASS_AND_CTOR_ARGS_FILE_NAME, f"{state}.pkl", f"{state}.msgpack")
+    return name in (*rllibs, RING, MANIFEST) or name.startswith(".")
+
+
+def _check_whole(directory: Path) -> None:
+    """Before anything is unpickled; a directory that is not there is for RLlib to refuse. Raises ConfigError."""
+    if directory.exists():
+        verified(directory, strays=lambda name: name.startswith("."))
 
 
 def _local(path: str | Path | Checkpoint) -> Path:

@@ -25,6 +25,7 @@ from typing import Any
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.judge_prompts import Format, Question, load_questions, question_id, read_file
 from r2m_async.prompts import Content, Record
+from r2m_async.whole import write_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,16 +93,14 @@ def answer_file(out: Path, form: Format, name: str | None, model_name: str) -> t
 def write_answers(
     path: Path, form: Format, questions: Sequence[Question], answers: Sequence[Answer], generator: str
 ) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; raises DiskError."""
     record_of = {"alpaca_eval": _alpaca_record, "mt_bench": _mt_bench_record, "tldr": _tldr_record}[form]
     records = [record_of(*both, generator) for both in zip(questions, answers, strict=True)]
     if form == "alpaca_eval":
         text = json.dumps(records, indent=2, ensure_ascii=False) + "\n"
     else:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    building = path.with_name(f".{path.name}.new")
-    building.write_text(text, encoding="utf-8")
-    building.rename(path)
+    write_file(path, text)
 
 
 def _alpaca_record(question: Question, answer: Answer, generator: str) -> dict[str, Any]:

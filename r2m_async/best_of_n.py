@@ -20,7 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from r2m_async.evaluation_data import RankedPrompt, Response, ranked
 from r2m_async.prompts import Record, load_records
-from r2m_async.run_directory import markdown_table, write_results, write_whole
+from r2m_async.run_directory import markdown_table, write_results
+from r2m_async.whole import write_file
 
 if TYPE_CHECKING:
     from r2m_async.embedded import EmbeddedModels
@@ -145,7 +146,7 @@ def write_pool(pool: Sequence[RankedPrompt], path: Path) -> None:
         }
         for one in pool
     ]
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_file(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _list(record: Record, key: str, value: Any, kind: type, length: int | None = None) -> list[Any]:

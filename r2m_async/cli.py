@@ -27,26 +27,44 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, DataError, StageLost, StalledRun, StepFailed
+from r2m_async.errors import CodecError, ConfigError, DataError, StageLost, StalledRun, StepFailed, WeightMismatch
+from r2m_async.interruption import Interrupted, interruptible
 
 Command: TypeAlias = Callable[[R2MConfig, argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; a user's mistake ends it with its message and exit code 2."""
-    sys.path.insert(0, os.getcwd())  # where `module:attr` names of the user's own are looked for
+    """Runs one command; returns its exit status.
+
+    0: done. 1: it failed. 2: a user's mistake. 128 + n: signal n asked it to leave. All but 0 say why in one message.
+    """
+    sys.path.append(os.getcwd())  # where `module:attr` names of the user's own are looked for, after all else
     parsed = _parser().parse_args(arguments)
     try:
-        return parsed.command(parsed)
+        with interruptible():
+            return parsed.command(parsed)
     except (ConfigError, DataError) as error:
-        print(f"r2m: {error}", file=sys.stderr)
-        return 2
-    except (StageLost, StalledRun, StepFailed) as error:
-        print("\n".join([f"r2m: the run ended: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("r2m: interrupted; what was measured so far is in the run directory", file=sys.stderr)
-        return 130
+        return _tell(error, 2, error)
+    except (StageLost, StalledRun, StepFailed, WeightMismatch, CodecError) as error:
+        return _tell(f"the run ended: {error}", 1, error)
+    except Interrupted as error:
+        return _tell(error, error.status, error)
+
+
+def _tell(what: object, status: int, error: BaseException) -> int:
+    print("\n".join([f"r2m: {what}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+    return status
+
+
+def entry() -> None:
+    """`main` as a process: leaves with its status, also where Ray's threads would keep Python from ending."""
+    status = main()
+    connection = sys.modules.get("r2m_async.ray_connection")
+    if connection is not None and connection.abandoned.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _directory(value: str) -> Path:
@@ -471,4 +489,4 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -137,6 +137,8 @@ def _unpack(tree: Any, tensors: list) -> Any:
         return tree
     inner = msgpack.unpackb(tree.data, strict_map_key=False)
     if tree.code == _TENSOR:
+        if type(inner) is not int or not 0 <= inner < len(tensors):
+            raise CodecError(f"has a tensor {inner!r} of {len(tensors)}")
         return tensors[inner]
     if tree.code == _TUPLE:
         return tuple(_unpack(inner, tensors))
@@ -149,7 +151,11 @@ def _unpack(tree: Any, tensors: list) -> Any:
     expected = {field.name for field in dataclasses.fields(record)}
     if set(fields) != expected:
         raise CodecError(f"has a {name} with fields {sorted(fields)}; expected {sorted(expected)}")
-    return record(**_unpack(fields, tensors))
+    values = _unpack(fields, tensors)
+    try:
+        return record(**values)
+    except (AttributeError, RuntimeError) as error:  # its own checks met a value of another type
+        raise CodecError(f"has a {name} of wrong values: {error}") from error
 
 
 def _bytes_of(tensor: Any) -> Any:
@@ -166,6 +172,11 @@ def _tensor(view: memoryview, start: int, dtype: str, shape: list[int], offset: 
         raise CodecError(f"has a tensor of dtype {dtype!r}; known are {', '.join(_DTYPES)}")
     if not all(type(size) is int and size >= 0 for size in (*shape, offset)):
         raise CodecError(f"has a tensor of shape {shape} at offset {offset}")
+    span = 1
+    for size in shape:  # torch counts strides so, also where another dimension is 0
+        span *= max(size, 1)
+        if span >= 2**63:
+            raise CodecError(f"has a tensor of shape {shape[:8]}, {len(shape)} dimensions: no tensor can be so large")
     torch_dtype = getattr(torch, dtype)
     count = math.prod(shape)
     begin, num_bytes = start + offset, count * torch_dtype.itemsize

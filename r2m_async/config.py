@@ -13,10 +13,25 @@ import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from r2m_async.errors import ConfigError
+from r2m_async.yaml_tree import check_plain, cut_repr, parse_yaml, read_yaml, write_yaml
+
+Options = dict[str, JsonValue]
+"""Keys that another library defines, or a user's estimator."""
+
+LARGEST = 1e37
+"""Of the tree's numbers. They meet float32 tensors, which end at 3.4e38, and AdamW's first step takes ten times its rate."""
 
 
 class Section(BaseModel):
@@ -28,7 +43,14 @@ class Section(BaseModel):
     _config: Any = PrivateAttr(None)
     _name: str = PrivateAttr("")
 
-    def __call__(self, **changes: Any) -> Any:
+    @field_validator("*")
+    @classmethod
+    def _in_float32(cls, value: Any) -> Any:
+        if isinstance(value, float) and abs(value) > LARGEST:
+            raise ValueError(f"beyond the {LARGEST:g} that float32 can still compute with; use a smaller number")
+        return value
+
+    def __call__(self, /, **changes: Any) -> Any:
         tree = self._config.to_dict()
         tree[self._name].update(changes)
         return type(self._config).from_dict(tree)
@@ -45,13 +67,16 @@ class ConfigTree(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    def __init__(self, **sections: Any) -> None:
+    def __init__(self, /, **sections: Any) -> None:
         try:
+            check_plain(sections)
             super().__init__(**sections)
         except ValidationError as error:
             raise ConfigError(
                 "\n".join(_explain(problem, type(self).model_fields) for problem in error.errors())
             ) from None
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def model_post_init(self, _: Any) -> None:
         for name in type(self).model_fields:
@@ -74,17 +99,20 @@ class ConfigTree(BaseModel):
                 raise ConfigError(f"{override!r} is not of the form section.key=value, e.g. run.num_steps=20")
             if not isinstance(tree.setdefault(section, {}), dict):
                 raise ConfigError(f"{path}: {section} is {tree[section]!r}, not a section of keys")
-            try:
-                tree[section][field] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise ConfigError(f"{override!r}: {value!r} is not YAML; quote it if it is a text") from None
-        return cls.from_dict(tree)
+            tree[section][field] = parse_yaml(value, cut_repr(override))
+        try:
+            return cls.from_dict(tree)
+        except ConfigError as error:
+            given = tuple(override.partition("=")[0] for override in overrides)
+            lines = str(error).splitlines()
+            told = (line if line.startswith(given) else f"{path}: {line}" for line in lines)
+            raise ConfigError("\n".join(told)) from None
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return write_yaml(self.to_dict())
 
 
 class RunSection(Section):
@@ -99,7 +127,7 @@ class LoRA(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     rank: int = Field(16, gt=0)
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(32.0, gt=0, le=LARGEST)
     """The adapters' product is scaled by alpha / rank."""
     targets: str | tuple[str, ...] = "all-linear"
     """Names of modules that get one, or all linear layers but the language-model head."""
@@ -122,7 +150,7 @@ class RewardSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     replicas: int = Field(1, gt=0)
     """Copies of the frozen backbone; the head scores in one place."""
-    max_tokens: int = Field(4096, gt=0)
+    max_tokens: int = Field(4096, gt=1)
     """Longer texts lose the beginning of their prompt."""
     functions: tuple[str, ...] = ()
     """Verifiable rewards `module:attr`, f(prompt_text, response_text) -> float, added to the model's reward."""
@@ -174,7 +202,7 @@ class RolloutsSection(Section):
     """New weights reach a vllm engine while its requests wait, rather than after they have ended."""
     keep_stale_cache: bool = False
     """With in-flight updates: go on with keys and values of the old weights instead of computing them again."""
-    engine_options: dict[str, Any] = {}
+    engine_options: Options = {}
     """Further arguments of vLLM's `EngineArgs`, e.g. gpu_memory_utilization."""
     prompts_per_step: int = Field(8, gt=0)
     """B: groups that one policy step trains."""
@@ -211,7 +239,7 @@ class QueueSection(Section):
 class AdvantageSection(Section):
     name: str = "rloo"
     """rloo, grpo, remax, reinforce_pp, reinforce_pp_baseline, gae, a registered name, or `module:attr`."""
-    options: dict[str, Any] = {}
+    options: Options = {}
 
 
 class ObjectiveSection(Section):
@@ -249,7 +277,7 @@ class LearnerSection(Section):
     """Processes, each with a GPU of its own where there are any, that share a step's groups (deepspeed)."""
     zero_stage: int = Field(0, ge=0, le=3)
     """What the ranks share out: nothing, the optimizer's state (1), gradients too (2), weights too (3) (deepspeed)."""
-    zero_options: dict[str, Any] = {}
+    zero_options: Options = {}
     """Further keys of DeepSpeed's `zero_optimization`, e.g. overlap_comm or stage3_param_persistence_threshold."""
     offload: Literal["none", "optimizer", "params"] = "none"
     """What lies in the CPU's memory instead of the GPU's: the optimizer's state and step, or the weights too (deepspeed)."""
@@ -322,6 +350,8 @@ class LoggingSection(Section):
     tensorboard: bool = True
     live: bool = True
     """A live table in the terminal (plain lines where the output is not one)."""
+    actors: bool = True
+    """What the stages' processes print, a user's own functions among them, is shown with the name of the process."""
 
 
 class R2MConfig(ConfigTree):
@@ -582,14 +612,9 @@ def check_held_out(data: Any, key: str) -> None:
 
 
 def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    tree = read_yaml(path)
     if path.resolve() in above:
         raise ConfigError(f"{path}: its base files name each other in a circle")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -609,6 +634,8 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _explain(problem: Any, sections: dict[str, Any]) -> str:
     """One line of what is wrong, from pydantic's record of it."""
     location = [str(part) for part in problem["loc"]]
+    if len(location) > 3 and sections[location[0]].annotation.model_fields[location[1]].annotation == Options:
+        location[3:] = location[4::2]  # pydantic names each value's type before its key
     key = ".".join(location)
     if problem["type"] == "extra_forbidden" and location[-1] in ("top_p", "top_k", "min_p"):
         return (
@@ -619,7 +646,11 @@ def _explain(problem: Any, sections: dict[str, Any]) -> str:
         return f"{key}: no such key{_nearest(location, sections)}"
     if not location:
         return problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; got {problem['input']!r}"
+    why = problem["msg"].removeprefix("Value error, ")
+    told = f"{key}: {why[0].lower()}{why[1:]}; got {cut_repr(problem['input'])}"
+    if problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float)):
+        told += " (YAML reads it as a number or a truth value; put it in quotes)"
+    return told
 
 
 def _nearest(location: list[str], sections: dict[str, Any]) -> str:

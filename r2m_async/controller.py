@@ -21,13 +21,18 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from r2m_async.config import R2MConfig
-from r2m_async.errors import StageLost, StalledRun
+from r2m_async.errors import StageLost, StalledRun, StepFailed
 from r2m_async.schedule import Admission, Assembly, Plan, Schedule
 from r2m_async.stages import Stage, Stages
 from r2m_async.step_metrics import Interval, StepMetrics
-from r2m_async.trajectories import Ticket
+from r2m_async.trajectories import StepReport, Ticket
+from r2m_async.waiting import Waits
 
 T = TypeVar("T")
+
+STOP_TIMEOUT = 5.0
+"""Seconds that cancelled loops have to end. A loop that takes longer is left behind."""
+_DRIVER = "driver"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +86,7 @@ class Controller:
         self._results: deque[dict[str, float]] = deque()
         self._steps_wanted = 0
         self._deaths: Counter[str] = Counter()
-        self._waiting: dict[str, str] = {}
-        self._events = 0
-        self._changed = asyncio.Event()
+        self._waits = Waits()
         self._sending = asyncio.Lock()
         self._tasks: list[asyncio.Task] = []
 
@@ -95,13 +98,19 @@ class Controller:
         if not self._policies:
             await self._publish(self.schedule.policy_version)
         if heads is None:
-            heads = {0: (await self.stages.annotators[0].call("initial_head"))[1]}
-            await self.stages.head.call("start", heads[0])
+            heads = {0: (await self._ask(self.stages.annotators[0], "initial_head"))[1]}
+            await self._ask(self.stages.head, "start", heads[0])
         self._heads = heads
         if self._evaluation_tickets:
             head_version = self.schedule.head_version
             self._ask_evaluation(self._newest_policy, head_version, heads[head_version])
-        loops = [self._training_loop(), self._head_loop(), self._overage_loop(), self._watchdog()]
+        loops = [
+            self._training_loop(),
+            self._head_loop(),
+            self._overage_loop(),
+            self._watchdog(),
+            self.stages.carrier(),
+        ]
         loops += [self._rollout_loop(stage) for stage in self.stages.rollouts]
         self._tasks = [self._spawn(loop) for loop in loops]
 
@@ -110,8 +119,8 @@ class Controller:
         if self.finished:
             raise RuntimeError(f"the run has ended at step {self.schedule.policy_version}; there is no further step")
         self._steps_wanted += 1
-        self._notify()
-        await self._until(lambda: self._failure() or self._results, "driver: a step's result")
+        self._waits.notify()
+        await self._waits.until(lambda: self._failure() or self._results, _DRIVER, "a step's result")
         self._raise_failure()
         return self._results.popleft()
 
@@ -122,16 +131,23 @@ class Controller:
             version = self.schedule.policy_version
             return self.schedule.head_version == version == self._newest_policy and not self._evaluation_queue
 
-        await self._until(lambda: self._failure() or caught_up(), "driver: head updates, weights and evaluations")
+        what = "head updates, weights and evaluations"
+        await self._waits.until(lambda: self._failure() or caught_up(), _DRIVER, what)
         self._raise_failure()
         self.schedule.audit()
 
     async def stop(self) -> None:
-        """Cancels whatever is still waiting. The stages themselves are closed by whoever made them."""
-        tasks = self._all_tasks()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Cancels whatever is still waiting. The stages themselves are closed by whoever made them.
+
+        Returns within `STOP_TIMEOUT`, whatever hangs.
+        """
+        if tasks := self._all_tasks():
+            for task in tasks:
+                task.cancel()
+            ended, _ = await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+            for task in ended:
+                if not task.cancelled():
+                    task.exception()  # looked at, or asyncio would complain of it
 
     @property
     def finished(self) -> bool:
@@ -145,18 +161,33 @@ class Controller:
     async def checkpoint(self, directory: str) -> dict[str, Any]:
         """Everything a run resumes from, as bytes by name: learner states and the versions still needed.
 
-        A policy learner of several ranks writes its part into `directory`, where `restore` is to find it.
+        A policy learner of several ranks writes its part into `directory`, where `restore` is to find it. Raises what a
+        loop raises meanwhile: a learner that hangs here ends the run as it would in a step.
         """
         await self.drain()
-        states = self.stages.policy.call("state", directory), self.stages.head.call("state")
-        (_, policy), (_, head) = await asyncio.gather(*states)
-        payloads = {"policy_learner": policy, "head_learner": head}
+        saving = self._spawn(self._checkpoint(directory))
+        try:
+            await self._waits.until(lambda: saving.done() or self._failure(), _DRIVER, "a checkpoint")
+            if not saving.done():
+                self._raise_failure()
+            return await saving
+        finally:
+            saving.cancel()
+
+    async def _checkpoint(self, directory: str) -> dict[str, Any]:
+        async with _together() as both:
+            policy = both.create_task(self._ask(self.stages.policy, "state", directory))
+            head = both.create_task(self._ask(self.stages.head, "state"))
+        payloads = {"policy_learner": policy.result()[1], "head_learner": head.result()[1]}
         kept = self._kept_policies()
         if self.config.weights.direct:  # the learner keeps them to itself; an export needs them
-            kept = {self._newest_policy: (await self.stages.policy.call("weights", True))[1]}
+            kept = {self._newest_policy: (await self._ask(self.stages.policy, "weights", True))[1]}
         payloads |= {f"policy_weights_{version}": payload for version, payload in kept.items()}
         payloads |= {f"head_weights_{version}": payload for version, payload in self._heads.items()}
-        return {name: self.stages.to_bytes(payload) for name, payload in payloads.items()}
+        return {name: await self._bytes_of(name, payload) for name, payload in payloads.items()}
+
+    async def _bytes_of(self, name: str, payload: Any) -> Any:
+        return await self._waits.work(self.stages.to_bytes(payload), name, "its bytes")
 
     # Loops
 
@@ -164,15 +195,15 @@ class Controller:
         """Consumes admissions and policy weights. Waits for a ticket; unblocked by the training loop's new version or
         by room in the queue. Produces queued groups; the last actor also generates for evaluations."""
         while True:
+            causes: list[Exception] = []
             try:
                 await self._serve(actor)
             except ExceptionGroup as failed:
-                lost = [error for error in failed.exceptions if isinstance(error, StageLost)]
-                if others := [error for error in failed.exceptions if error not in lost]:
-                    raise others[0] from None
-                if elsewhere := [error for error in lost if error.stage not in (actor.name, None)]:
-                    raise elsewhere[0] from None
-                await self._bring_back(actor, lost[0])
+                causes = _leaves(failed)
+            own = [error for error in causes if isinstance(error, StageLost) and error.stage in (actor.name, None)]
+            if others := [error for error in causes if error not in own]:
+                raise others[0]
+            await self._bring_back(actor, own[0])
 
     async def _serve(self, actor: Stage) -> None:
         """Keeps an actor busy until it is lost, which raises an ExceptionGroup; whatever it was at is then cancelled."""
@@ -181,12 +212,12 @@ class Controller:
         in_flight = self.config.rollouts.in_flight_updates
         async with asyncio.TaskGroup() as jobs:
             while True:
-                version, weights, job = await self._until(
-                    lambda loaded=loaded: self._next_job(actor, loaded, len(running)), f"{actor.name}: a ticket"
+                version, weights, job = await self._waits.until(
+                    lambda loaded=loaded: self._next_job(actor, loaded, len(running)), actor.name, "a ticket"
                 )
                 alone = isinstance(job, _Evaluation) or (loaded != version and not in_flight)
                 if alone:
-                    await self._until(lambda: not running, f"{actor.name}: its groups to end")
+                    await self._waits.until(lambda: not running, actor.name, "its groups to end")
                 if loaded != version:
                     if loaded is None:
                         await self._connect(actor)
@@ -197,15 +228,16 @@ class Controller:
                 elif job is not None:
                     task = jobs.create_task(self._generate(actor, job))
                     running.add(task)
-                    task.add_done_callback(lambda done: (running.discard(done), self._notify()))
+                    task.add_done_callback(lambda done: (running.discard(done), self._waits.notify()))
 
     async def _connect(self, actor: Stage) -> None:
         """Where the learner sends weights itself: a channel from it to the actor's new process."""
         if self.config.weights.direct:
             index, policy = self.stages.rollouts.index(actor), self.stages.policy
             async with self._exchange(actor):
-                (channel,) = await policy.call("open_channel", index)
-                await self._meet(actor, actor.call("join", channel), policy.call("connect", index))
+                (channel,) = await self._ask(policy, "open_channel", index, about=actor.name)
+                joining = self._ask(actor, "join", channel)
+                await self._meet(actor, joining, self._ask(policy, "connect", index, about=actor.name))
 
     async def _load(self, actor: Stage, version: int, weights: Any) -> None:
         """Gives the actor a version, with its tensors or over its channel."""
@@ -216,9 +248,11 @@ class Controller:
             async with self._exchange(actor):
                 sent: dict[str, Any] = {}
                 if transport == "ipc":  # handles to fetch by; the others send while the engine receives
-                    (sent,) = await policy.call("send", index, version)
+                    (sent,) = await self._ask(policy, "send", index, version, about=actor.name)
                 loading = self._call(actor, "load_weights", weights, sent, step=version)
-                sending = policy.call("send", index, version) if transport != "ipc" else _already(sent)
+                sending = _already(sent)
+                if transport != "ipc":
+                    sending = self._ask(policy, "send", index, version, about=actor.name)
                 (report,) = await self._meet(actor, loading, sending)
         self.metrics.standing["weights"] = report.metrics
 
@@ -228,15 +262,20 @@ class Controller:
 
         Raises StageLost naming the actor if the learner's end gets stuck, which NCCL's may.
         """
-        async with self._sending:
+        await self._waits.work(self._sending.acquire(), actor.name, "the learner to send it weights")
+        try:
             try:
-                async with asyncio.timeout(3 * self.config.weights.timeout):
+                async with asyncio.timeout(3 * self.config.weights.timeout) as within:
                     yield
             except TimeoutError:
+                if not within.expired():
+                    raise
                 raise StageLost(
                     actor.name,
                     f"{actor.name} and the learner did not meet within 3 x {self.config.weights.timeout} s (weights.timeout)",
                 ) from None
+        finally:
+            self._sending.release()
 
     async def _meet(self, actor: Stage, receiving: Awaitable[T], sending: Awaitable[tuple[dict[str, Any]]]) -> T:
         """What the receiver returns. Raises StageLost naming the actor if either side missed the other."""
@@ -250,17 +289,22 @@ class Controller:
         return received  # type: ignore[return-value]
 
     async def _bring_back(self, actor: Stage, error: StageLost) -> None:
-        """Gives the actor's tickets back to the schedule and waits for its restart."""
+        """Gives the actor's tickets back to the schedule and waits for its restart; a death on the way counts as one."""
         self.schedule.lost(actor.name, "actor_died" if error.stage else "payload_lost")
-        self._notify()
-        self._deaths[actor.name] += 1
-        if self._deaths[actor.name] > self.config.rollouts.max_restarts:
-            raise StageLost(
-                actor.name,
-                f"{actor.name} died {self._deaths[actor.name]} times in a row; rollouts.max_restarts is "
-                f"{self.config.rollouts.max_restarts}. Last: {error}",
-            ) from error
-        await self._waits_for(f"{actor.name}: its restart", actor.restart())
+        self._waits.notify()
+        while True:
+            self._deaths[actor.name] += 1
+            if self._deaths[actor.name] > self.config.rollouts.max_restarts:
+                raise StageLost(
+                    actor.name,
+                    f"{actor.name} died {self._deaths[actor.name]} times in a row; rollouts.max_restarts is "
+                    f"{self.config.rollouts.max_restarts}. Last: {error}",
+                ) from error
+            try:
+                await self._waits.work(actor.restart(), actor.name, "its restart")
+                return
+            except StageLost as again:
+                error = again
 
     def _next_job(
         self, actor: Stage, loaded: int | None, num_running: int
@@ -281,45 +325,46 @@ class Controller:
         return admission.policy_version, weights, self._make_ticket(admission)
 
     async def _generate(self, actor: Stage, ticket: Ticket) -> None:
-        group_id = ticket.group_id
-        report, group, feedback = await self._call(actor, "generate", ticket, step=ticket.due_step)
+        group_id, about = ticket.group_id, f"group {ticket.group_id}"
+        report, group, feedback = await self._call(actor, "generate", ticket, step=ticket.due_step, about=about)
         self._deaths[actor.name] = 0
         self.metrics.generated(report.num_tokens)
         if not self.schedule.expects(group_id, ticket.attempt):
             return
-        await self.stages.queue.call("put", group_id, ("group", "feedback"), group, feedback)
+        await self._ask(self.stages.queue, "put", group_id, ("group", "feedback"), group, feedback, about=about)
+        # Meanwhile the run may have ended (`kl_stop`), and with it this group: `void` and `arrived` then say so.
         if report.num_responses < min(2, self.config.rollouts.group_size):
             self.schedule.void(group_id, "overage")
         if not self.schedule.arrived(group_id, ticket.attempt, report.oldest_version, report.num_bytes, self._now()):
-            await self.stages.queue.call("free", (group_id,))
+            await self._ask(self.stages.queue, "free", (group_id,), about=about)
         else:
             self.metrics.arrived(group_id, report)
             self._embedding[group_id] = self._spawn(self._embed(ticket, group))
-        self._notify()
+        self._waits.notify()
 
     async def _embed(self, ticket: Ticket, group: Any) -> None:
         """The backbone pass of one group, as it arrives: it depends on no version."""
         annotator = self.stages.annotators[ticket.group_id % len(self.stages.annotators)]
-        report, embeddings = await self._call(annotator, "embed", group, step=ticket.due_step)
-        self.metrics.annotated(ticket.group_id, report.metrics.get("gold", float("nan")))
-        await self.stages.queue.call("put", ticket.group_id, ("embeddings",), embeddings)
+        step, about = ticket.due_step, f"group {ticket.group_id}"
+        async with self._in_step(step, (ticket.group_id,)):
+            report, embeddings = await self._call(annotator, "embed", group, step=step, about=about)
+            self.metrics.annotated(ticket.group_id, report.metrics.get("gold", float("nan")))
+            await self._ask(self.stages.queue, "put", ticket.group_id, ("embeddings",), embeddings, about=about)
 
     async def _training_loop(self) -> None:
         """Consumes assembled steps. Waits for all groups of the next step and a head young enough; unblocked by the
         rollout loops and the head loop. Produces policy versions and work for the head loop."""
         while not self.finished:
-            await self._until(lambda: self._steps_wanted > 0, "policy learner: the driver to want a step")
-            await self._until(self._evaluations_in_reach, "policy learner: an evaluation that needs an old version")
-            assembly = await self._until(self.schedule.assemble, "policy learner: its next step")
-            try:
+            learner = "policy learner"
+            await self._waits.until(lambda: self._steps_wanted > 0, learner, "the driver to want a step")
+            await self._waits.until(self._evaluations_in_reach, learner, "an evaluation that needs an old version")
+            assembly = await self._waits.until(self.schedule.assemble, learner, "its next step")
+            async with self._in_step(assembly.step, assembly.group_ids):
                 metrics = await self._train(assembly)
-            except StageLost as lost:
-                named = f"step {assembly.step} (groups {list(assembly.group_ids)})"
-                raise StageLost(lost.stage, f"{named}: {lost}") from lost
             self.schedule.audit()
             self._steps_wanted -= 1
             self._results.append(metrics)
-            self._notify()
+            self._waits.notify()
 
     def _evaluations_in_reach(self) -> bool:
         """A learner that sends weights itself keeps its newest versions only: it waits for an evaluation that is older."""
@@ -328,26 +373,31 @@ class Controller:
         age = self.schedule.policy_version - self._evaluation_queue[0].policy_version
         return age <= self.config.scheduling.max_policy_age
 
-    async def _train(self, assembly: Assembly) -> dict[str, float]:
-        step, group_ids = assembly.step, assembly.group_ids
-        stages, head = self.stages, self._heads[assembly.head_version]
-        groups = await self._parts(group_ids, "group")
-        proximal = asyncio.create_task(self._call(stages.policy, "proximal", step, groups, step=step))
+    @contextlib.asynccontextmanager
+    async def _in_step(self, step: int, group_ids: tuple[int, ...]) -> AsyncIterator[None]:
+        """Says of an error in which step, and on which groups, it arose, unless it says so itself."""
+        where = f"step {step} (groups {list(group_ids)})"
         try:
-            await asyncio.gather(*(self._embedding.pop(group_id) for group_id in group_ids))
-            embeddings = await self._parts(group_ids, "embeddings")
-            if not self.config.reads_feedback:
-                feedback = [None] * len(group_ids)
-            elif self.config.feedback.source == "learner":
-                feedback = (await proximal)[1]
-            else:
-                feedback = await self._parts(group_ids, "feedback")
-            scored, rewards = await self._call(
-                stages.annotators[0], "score", step, head, embeddings, feedback, step=step
-            )
-        finally:
-            await asyncio.wait([proximal])
-        await proximal
+            yield
+        except StageLost as lost:
+            if str(lost).startswith("step "):
+                raise
+            raise StageLost(lost.stage, f"{where}: {lost}") from lost
+        except StepFailed:
+            raise
+        except Exception as error:
+            if not any(note.startswith("In step ") for note in getattr(error, "__notes__", ())):
+                error.add_note(f"In {where}.")
+            raise
+
+    async def _train(self, assembly: Assembly) -> dict[str, float]:
+        step, group_ids, stages = assembly.step, assembly.group_ids, self.stages
+        head = self._heads[assembly.head_version]  # before any wait: the head loop forgets versions as it goes on
+        groups = await self._parts(group_ids, "group")
+        async with _together() as passes:  # the first to fail cancels the other and is what is raised, at once
+            proximal = passes.create_task(self._call(stages.policy, "proximal", step, groups, step=step))
+            scoring = passes.create_task(self._score(assembly, head, proximal))
+        scored, embeddings, rewards = scoring.result()
         await self._stalls_for_publication()
         trained, refreshed = await self._call(stages.policy, "train", step, rewards, step=step)
         self.schedule.policy_trained(step, self._now())
@@ -355,20 +405,44 @@ class Controller:
         measured = scored.metrics | trained.metrics
         metrics = self.metrics.of_step(assembly, self.schedule, measured, self._now())
         limit = self.config.objective.kl_stop
-        ahead: tuple[int, ...] = ()
         if limit is not None and metrics.get("kl/sequence", 0.0) > limit:
-            ahead = self.schedule.end()
             metrics["kl/stopped"] = 1.0
+            await self._end()
         every = self.config.evaluation.every
         evaluated = self._evaluation_tickets and (self.finished or (every and (step + 1) % every == 0))
         head = (self.schedule.head_version, self._heads[self.schedule.head_version]) if evaluated else None
         self._publication = self._spawn(self._publish(step + 1, head))
-        if ahead:
-            await stages.queue.call("free", ahead)
         if not self.config.publishes_beside_passes:
             await self._stalls_for_publication()
-        self._notify()
+        self._waits.notify()
         return metrics
+
+    async def _score(self, assembly: Assembly, head: Any, proximal: asyncio.Task) -> tuple[StepReport, list[Any], Any]:
+        """(report, embeddings, rewards) of a step, beside its proximal pass unless that yields the feedback."""
+        step, group_ids = assembly.step, assembly.group_ids
+        await asyncio.gather(*(self._embedding[group_id] for group_id in group_ids))
+        for group_id in group_ids:
+            del self._embedding[group_id]
+        embeddings = await self._parts(group_ids, "embeddings")
+        if not self.config.reads_feedback:
+            feedback = [None] * len(group_ids)
+        elif self.config.feedback.source == "learner":
+            feedback = (await proximal)[1]
+        else:
+            feedback = await self._parts(group_ids, "feedback")
+        scorer = self.stages.annotators[0]
+        report, rewards = await self._call(scorer, "score", step, head, embeddings, feedback, step=step)
+        return report, embeddings, rewards
+
+    async def _end(self) -> None:
+        """No further step will be trained: forgets what was admitted for later ones."""
+        ahead = self.schedule.end()
+        for group_id in ahead:
+            if embedding := self._embedding.pop(group_id, None):
+                embedding.cancel()  # a `put` that is under way reaches the queue before the `free` below
+        self.metrics.forget(ahead)
+        if ahead:
+            await self._ask(self.stages.queue, "free", ahead)
 
     async def _publish(self, version: int, head: tuple[int, Any] | None = None) -> None:
         """Makes the learner's present version one that rollout actors can load; evaluates it if given a head."""
@@ -379,7 +453,7 @@ class Controller:
         self._policies = self._kept_policies()
         if head:
             self._ask_evaluation(version, *head)
-        self._notify()
+        self._waits.notify()
 
     async def _stalls_for_publication(self) -> None:
         """The next `train` would change what is being copied."""
@@ -392,7 +466,7 @@ class Controller:
         """Consumes refreshed feedback with the embeddings and rewards of its step. Waits for the next trained step;
         unblocked by the training loop. Produces head versions and frees the step's groups."""
         while True:
-            await self._until(lambda: self._head_queue, "head learner: refreshed feedback")
+            await self._waits.until(lambda: self._head_queue, "head learner", "refreshed feedback")
             work = self._head_queue.popleft()
             report, weights = await self._call(
                 self.stages.head, "update", work.step, work.embeddings, work.refreshed, work.rewards, step=work.step
@@ -402,39 +476,40 @@ class Controller:
             freed = self.schedule.head_trained(work.step)
             oldest = self.schedule.oldest_head_version_needed
             self._heads = {version: payload for version, payload in self._heads.items() if version >= oldest}
-            await self.stages.queue.call("free", freed)
-            self._notify()
+            await self._ask(self.stages.queue, "free", freed)
+            self._waits.notify()
 
     async def _overage_loop(self) -> None:
         """Aborts late groups (`mask`, `drop`). Waits for the next deadline or a change that moves it."""
         by_name = {actor.name: actor for actor in self.stages.rollouts}
         aborted: set[tuple[int, int, str]] = set()
-        while True:
-            event, deadline = self._changed, self.schedule.next_deadline(after=aborted)
-            try:
-                await asyncio.wait_for(event.wait(), None if deadline is None else max(0.0, deadline - self._now()))
-                continue
-            except TimeoutError:
-                now = max(deadline, self._now())  # a timer may go off up to its clock's resolution before its time
-                late = [one for one in self.schedule.late(now) if one not in aborted]
-            aborted.update(late)
-            if self.schedule.plan.overage == "drop":
-                for group_id, _, _ in late:
-                    self.schedule.void(group_id, "overage")
-                self._notify()
-            for group_id, attempt, worker in late:
-                with contextlib.suppress(StageLost):  # its own loop finds out
-                    await by_name[worker].call("abort", group_id, attempt)
+        async with _together() as aborts:
+            while True:
+                event, deadline = self._waits.changed, self.schedule.next_deadline(after=aborted)
+                try:
+                    await asyncio.wait_for(event.wait(), None if deadline is None else max(0.0, deadline - self._now()))
+                    continue
+                except TimeoutError:
+                    now = max(deadline, self._now())  # a timer may go off up to its clock's resolution before its time
+                    late = [group for group in self.schedule.late(now) if group not in aborted]
+                aborted.update(late)
+                if self.schedule.plan.overage == "drop":
+                    for group_id, _, _ in late:
+                        self.schedule.void(group_id, "overage")
+                    self._waits.notify()
+                for group_id, attempt, worker in late:
+                    aborts.create_task(self._abort(by_name[worker], group_id, attempt))
+
+    async def _abort(self, actor: Stage, group_id: int, attempt: int) -> None:
+        with contextlib.suppress(StageLost):  # its own loop finds out
+            await self._ask(actor, "abort", group_id, attempt, about=f"group {group_id}")
 
     async def _watchdog(self) -> None:
         """Ends the run when the driver waits and no stage has finished anything for `stall_after` seconds."""
-        while True:
-            seen = self._events
-            await asyncio.sleep(self.config.scheduling.stall_after)
-            if self._events == seen and "driver" in self._waiting:
-                raise StalledRun(
-                    f"nothing finished for {self.config.scheduling.stall_after} s (scheduling.stall_after).\n{self.waits()}"
-                )
+        await self._waits.nothing_for(self.config.scheduling.stall_after, _DRIVER)
+        raise StalledRun(
+            f"nothing finished for {self.config.scheduling.stall_after} s (scheduling.stall_after).\n{self.waits()}"
+        )
 
     # Evaluation
 
@@ -452,69 +527,55 @@ class Controller:
         annotator, results = self.stages.annotators[0], []
 
         async def result(ticket: Ticket) -> tuple[Any, Any, Any]:
-            _, group, feedback = await self._call(actor, "generate", ticket, step=-1)
-            return group, feedback, (await self._call(annotator, "embed", group, step=-1))[1]
+            about = f"evaluation prompt {-1 - ticket.group_id}"
+            _, group, feedback = await self._call(actor, "generate", ticket, step=-1, about=about)
+            return group, feedback, (await self._call(annotator, "embed", group, step=-1, about=about))[1]
 
         at_once = self.config.rollouts.concurrent_groups
         for first in range(0, len(self._evaluation_tickets), at_once):
-            results += await asyncio.gather(*map(result, self._evaluation_tickets[first : first + at_once]))
+            async with _together() as batch:
+                tickets = self._evaluation_tickets[first : first + at_once]
+                tasks = [batch.create_task(result(ticket)) for ticket in tickets]
+            results += [task.result() for task in tasks]
         groups, feedback, embeddings = (list(column) for column in zip(*results, strict=True))
         step = evaluation.policy_version
         (report,) = await self._call(annotator, "judge", step, evaluation.head, groups, embeddings, feedback, step=-1)
         ages = {"step": float(step), "head_version": float(evaluation.head_version)}
         self.evaluations.append(ages | report.metrics)
         self._evaluation_queue.popleft()
-        self._notify()
+        self._waits.notify()
 
     # Waiting and telling
 
-    def _spawn(self, loop: Coroutine[Any, Any, None]) -> asyncio.Task:
+    def _spawn(self, loop: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task whose failure wakes whoever waits, the driver above all."""
         task = asyncio.create_task(loop)
-        task.add_done_callback(lambda _: self._notify())
+        task.add_done_callback(lambda _: self._waits.notify())
         return task
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def _notify(self) -> None:
-        event, self._changed = self._changed, asyncio.Event()
-        event.set()
+    async def _ask(self, stage: Stage, method: str, *args: Any, about: str = "") -> tuple[Any, ...]:
+        """A stage's answer; `about` names the group or engine that it is for."""
+        return await self._waits.work(
+            stage.call(method, *args), f"{stage.name} {method}", f"its end{about and ': '}{about}"
+        )
 
-    async def _until(self, condition: Callable[[], T], waiting_for: str) -> T:
-        """The condition's first value that is not empty; asked again whenever anything changed."""
-        who, _, what = waiting_for.partition(": ")
-        self._waiting[who] = what
-        try:
-            while not (value := condition()):
-                await self._changed.wait()
-            return value
-        finally:
-            self._waiting.pop(who, None)
-
-    async def _waits_for(self, waiting_for: str, awaitable: Awaitable) -> None:
-        who, _, what = waiting_for.partition(": ")
-        self._waiting[who] = what
-        try:
-            await awaitable
-        finally:
-            self._waiting.pop(who, None)
-
-    async def _call(self, stage: Stage, method: str, *args: Any, step: int, beside: bool = False) -> tuple[Any, ...]:
-        """`beside` as of `StepMetrics.worked`."""
+    async def _call(
+        self, stage: Stage, method: str, *args: Any, step: int, about: str = "", beside: bool = False
+    ) -> tuple[Any, ...]:
+        """`_ask` for what goes into the trace; `beside` as of `StepMetrics.worked`."""
         asked = self._now()
-        who = f"{stage.name} {method}"
-        self._waiting[who] = "its end"
         try:
-            return await stage.call(method, *args)
+            return await self._ask(stage, method, *args, about=about or f"step {step}")
         finally:
-            self._waiting.pop(who, None)
-            self._events += 1
             self.metrics.worked(stage.name, method, step, asked, self._now(), beside)
 
     async def _parts(self, group_ids: tuple[int, ...], part: str) -> list[Any]:
-        results = await asyncio.gather(*(self.stages.queue.call("get", group_id, part) for group_id in group_ids))
-        return [payload for _, payload in results]
+        queue = self.stages.queue
+        asked = (self._ask(queue, "get", group_id, part, about=f"group {group_id}") for group_id in group_ids)
+        return [payload for _, payload in await asyncio.gather(*asked)]
 
     @property
     def _newest_policy(self) -> int:
@@ -534,20 +595,19 @@ class Controller:
         publication = [self._publication] if self._publication else []
         return [*self._tasks, *self._embedding.values(), *publication]
 
-    def _failure(self) -> asyncio.Task | None:
+    def _failure(self) -> BaseException | None:
         for task in self._all_tasks():
-            if task.done() and not task.cancelled() and task.exception():
-                return task
+            if task.done() and not task.cancelled() and (error := task.exception()):
+                return error
         return None
 
     def _raise_failure(self) -> None:
-        if failed := self._failure():
-            raise failed.exception()  # type: ignore[misc]
+        if error := self._failure():
+            raise error
 
     def waits(self) -> str:
-        """Who waits for what, one line each."""
-        schedule = self.schedule
-        lines = [f"{who} waits for {what}" for who, what in sorted(self._waiting.items())]
+        """Who waits for what, and since when, one line each."""
+        schedule, lines = self.schedule, self._waits.lines()
         lines.append(f"policy version {schedule.policy_version}, head version {schedule.head_version}")
         in_flight = ", ".join(f"{group_id} ({worker})" for group_id, worker in sorted(schedule.in_flight().items()))
         return "\n".join([*lines, f"groups in flight: {in_flight or 'none'}"])
@@ -555,3 +615,25 @@ class Controller:
 
 async def _already(value: T) -> tuple[T]:
     return (value,)
+
+
+@contextlib.asynccontextmanager
+async def _together() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that raises the first error itself, not a group of it: the others are what its end did to them."""
+    first: Exception | None = None
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except ExceptionGroup as failed:
+        first = _leaves(failed)[0]
+    if first:  # outside of `except`, which would put the group in the place of the error's own cause
+        raise first
+
+
+def _leaves(group: ExceptionGroup) -> list[Exception]:
+    """All errors of a group and the groups in it, in the order in which they arose."""
+    return [
+        leaf
+        for error in group.exceptions
+        for leaf in (_leaves(error) if isinstance(error, ExceptionGroup) else [error])
+    ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
+from r2m_async.finite import check_weights
 from r2m_async.policy_model import PassInputs, by_response, microbatches, response_mask, settled
 from r2m_async.reward_model import second_layer
 from r2m_async.trajectories import Trajectory
@@ -63,7 +64,7 @@ def load_critic(path: str, config: R2MConfig) -> ValueModel:
 
     A linear head of one label that it has is kept: the usual start from a reward model; one of two layers is refused. Any
     other critic gets a head of zeros: all values are 0 at first, so that the first step's advantages hold rewards and no
-    noise of a head drawn at random. Raises ConfigError.
+    noise of a head drawn at random. Raises ConfigError, also where a weight is not finite.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -88,6 +89,7 @@ def load_critic(path: str, config: R2MConfig) -> ValueModel:
     mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]}
     if "score.weight" in {*info["missing_keys"], *mismatched}:
         nn.init.zeros_(head.weight)
+    check_weights(classifier, "critic.model", path)
     return ValueModel(settled(classifier, config))
 
 

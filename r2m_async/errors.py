@@ -1,5 +1,6 @@
 """The errors a user can meet. Each message gives the key (or file and line), the value, the reason and the remedy."""
 
+import contextlib
 from pathlib import Path
 
 
@@ -9,6 +10,14 @@ class ConfigError(ValueError):
 
 def name_remedy(name: str | Path) -> str:
     """What to do about a model that could not be loaded by this name of a directory or at Hugging Face."""
+    from transformers import PreTrainedConfig
+
+    with contextlib.suppress(OSError, ValueError):
+        if "auto_map" in PreTrainedConfig.get_config_dict(name, local_files_only=True)[0]:
+            return (
+                "the model comes with Python code of its own, which would have to be run to load it (trust_remote_code). "
+                "This version runs no such code and supports no such models; name one whose architecture transformers has"
+            )
     if Path(name).exists():
         return "correct the name"
     return f"there is no such directory either (now in {Path.cwd()}); correct the name"
@@ -20,6 +29,10 @@ class DataError(ValueError):
 
 class CodecError(ValueError):
     """A buffer that arrived is not what `codec.encode` writes."""
+
+
+class DiskError(RuntimeError):
+    """Something cannot be written; the message names the path, the reason and the remedy. Nothing of it is there."""
 
 
 class StageLost(RuntimeError):
@@ -42,7 +55,11 @@ class StepFailed(RuntimeError):
 
 
 class NonFiniteStep(StepFailed):
-    """Its gradient is NaN or infinite."""
+    """A number that it needs, or made, is NaN or infinite; the message names what gave it."""
+
+
+class FunctionFailed(StepFailed):
+    """A function of the user's raised, or returned what cannot be used; the message has the function's own traceback."""
 
 
 class LearnerOutOfMemory(StepFailed):

@@ -5,6 +5,7 @@
     OUT/reward_model/r2m_head.safetensors     the head's parameters by name, float32
     OUT/reward_model/r2m_head.json            the step they are of, the config's keys that a reward depends on, and the
                                               policy that the run started from (null for a directory or one built there)
+    OUT/manifest.json                         size and digest of each file: a scorer refuses weights that have changed
 
     scorer = RewardScorer("OUT")
     scorer.score("the river :", ["one response", "another"])  # [2]
@@ -16,7 +17,6 @@ An R2M head reads the policy's states, so scoring needs both directories. Where 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from r2m_async.codec import decode
+from r2m_async.checkpoints import MANIFEST, newest_weights, saved_config, seal, verified
 from r2m_async.config import R2MConfig
-from r2m_async.errors import CodecError, ConfigError, name_remedy
+from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.generation import checkpoint_generation_config
 from r2m_async.head_model import build_head, score_group
 from r2m_async.policy_model import group_feedback, load_policy, load_weights
@@ -37,6 +37,7 @@ from r2m_async.prompts import policy_reads, response_ids
 from r2m_async.reward_model import embed_group, load_reward_model, save_classifier, scoring_head
 from r2m_async.run_directory import checkpoints
 from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup, Weights
+from r2m_async.whole import whole_at, whole_directory, write_file
 from r2m_async.workload import Models, find_models
 
 _REWARD_KEYS = {
@@ -53,28 +54,26 @@ def export(source: Path, out: Path) -> Path:
     """Writes the policy and the reward model of a run's newest checkpoint, or of the checkpoint `source`, into `out`.
 
     Whole or not at all; returns the checkpoint. Raises ConfigError if there is none or it cannot be read, if the models
-    that the run started from cannot be loaded or are others now, and if `out` cannot be written or holds something.
+    that the run started from cannot be loaded or are others now, and if `out` holds something or lies below a file.
+    Raises DiskError.
     """
     checkpoint = _newest_checkpoint(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT {out}: is there already; name a new directory or an empty one")
-    step = _read(checkpoint / "step.msgpack")
-    policy, head = (_read(checkpoint / f"{name}_weights_{step}.msgpack") for name in ("policy", "head"))
-    config = R2MConfig.from_yaml(checkpoint / "config.yaml")
+    if not (there := next(one for one in (out, *out.absolute().parents) if one.exists())).is_dir():
+        raise ConfigError(f"{checkpoint}: cannot be exported to {out}: {there} is a file: Not a directory")
+    step, policy, head = newest_weights(checkpoint)
+    config = saved_config(checkpoint)
     models, keys = find_models(config), _reward_keys(config)
-    building = out.absolute().with_name(f".{out.absolute().name}.partial")
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        _write_policy(building / "policy", policy, models, _config_of(keys, "cpu"))
-        _write_reward_model(building / "reward_model", head, models, _config_of(keys, "cpu"))
-        record = {"step": step, "config": keys, "initial_policy": _portable(config.model.policy)}
-        (building / "reward_model" / "r2m_head.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        building.rename(out)
-    except (OSError, SafetensorError) as error:  # of a model that is not whole, or of the disk
+        with whole_directory(out) as building:
+            _write_policy(building / "policy", policy, models, _config_of(keys, "cpu"))
+            _write_reward_model(building / "reward_model", head, models, _config_of(keys, "cpu"))
+            record = {"step": step, "config": keys, "initial_policy": _portable(config.model.policy)}
+            write_file(building / "reward_model" / "r2m_head.json", json.dumps(record, indent=2) + "\n")
+            seal(building)
+    except (OSError, SafetensorError) as error:  # of a model that is not whole, or of a place taken meanwhile
         raise ConfigError(f"{checkpoint}: cannot be exported to {out}: {error}") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return checkpoint
 
 
@@ -105,6 +104,7 @@ class RewardScorer:
             record = json.loads((reward / "r2m_head.json").read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path}: is not what `r2m export` writes: {error}; name its OUT") from None
+        verified(path, strays=lambda name: True, checked=lambda name: name.endswith(".safetensors"))
         self._step, self._config = record["step"], _config_of(record["config"], device)
         # Steps are counted from 0, t in Eq. 4 from 1; the exported step is the one that made these versions.
         self._omega_step = (self._config.omega_horizon if at_horizon else max(1, self._step)) - 1
@@ -168,7 +168,8 @@ class RewardScorer:
 
 
 def _newest_checkpoint(source: Path) -> Path:
-    if (source / "step.msgpack").is_file():
+    source = whole_at(source)
+    if any((source / name).is_file() for name in (MANIFEST, "step.msgpack")):
         return source
     if saved := checkpoints(source):
         return saved[-1]
@@ -176,13 +177,6 @@ def _newest_checkpoint(source: Path) -> Path:
         f"{source}: is neither a checkpoint nor a run that has one; name another, or train with checkpoint.at_end or "
         f"checkpoint.every"
     )
-
-
-def _read(path: Path) -> Any:
-    try:
-        return decode(path.read_bytes())
-    except (OSError, CodecError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; export another checkpoint") from None
 
 
 def _reward_keys(config: R2MConfig) -> dict[str, dict[str, Any]]:

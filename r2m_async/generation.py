@@ -21,13 +21,24 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from r2m_async.finite import no_probability
 from r2m_async.trajectories import Ticket, Trajectory, TrajectoryGroup
 
 
 class _Draw(LogitsProcessor):
     """Draws every row's next token itself, each group's with a generator of its own, and remembers its log-probability."""
 
-    def __init__(self, tickets: Sequence[Ticket], num_responses: int, num_rows: int, temperature: float, device: Any):
+    def __init__(
+        self,
+        tickets: Sequence[Ticket],
+        num_responses: int,
+        num_rows: int,
+        temperature: float,
+        version: int,
+        device: Any,
+    ) -> None:
+        self._tickets, self._num_responses, self._num_rows = tickets, num_responses, num_rows
+        self._version = version
         self._generators = [torch.Generator(device).manual_seed(ticket.seed) for ticket in tickets]
         self._sampled = [slice(first * num_rows, first * num_rows + num_responses) for first in range(len(tickets))]
         self._temperature = temperature
@@ -36,6 +47,11 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """-inf everywhere but for the tokens drawn, which `generate` then takes; the greedy twins' are the likeliest."""
         logprobs_RV = (scores.float() / self._temperature).log_softmax(-1)
+        broken_R = logprobs_RV[:, 0].isnan()  # softmax spreads one NaN over its whole row
+        if broken_R.any():  # asked before the draw, which on a GPU would end the process
+            group, response = divmod(int(broken_R.nonzero()[0]), self._num_rows)
+            token = len(self._logprobs)
+            raise no_probability(self._tickets[group], response, self._num_responses, token, self._version)
         drawn_R1 = logprobs_RV.argmax(-1, keepdim=True)
         for rows, generator in zip(self._sampled, self._generators, strict=True):
             drawn_R1[rows] = torch.multinomial(logprobs_RV[rows].softmax(-1), 1, generator=generator)
@@ -78,7 +94,8 @@ def sample_groups(
 
     A group's draws come from its ticket's seed alone; its log-probabilities round as the batch has it, so one ticket at a
     time is a function of the weights and the ticket. `aborted` is asked after every token; once true, the group's
-    unfinished responses end with finish_reason `abort`.
+    unfinished responses end with finish_reason `abort`. Raises NonFiniteStep naming the response whose next token has no
+    finite probability.
     """
     num_rows = num_responses + greedy_twin
     prompts = [torch.tensor(ticket.prompt.token_ids) for ticket in tickets]
@@ -89,7 +106,7 @@ def sample_groups(
     width = input_ids.shape[1]
     attention_mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
     aborts = _Aborted(tickets, num_rows, aborted)
-    draw = _Draw(tickets, num_responses, num_rows, temperature, model.device)
+    draw = _Draw(tickets, num_responses, num_rows, temperature, version, model.device)
     sequences = model.generate(
         input_ids=input_ids.repeat_interleave(num_rows, 0),
         attention_mask=attention_mask.repeat_interleave(num_rows, 0),

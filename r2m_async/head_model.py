@@ -11,14 +11,22 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from r2m_async.config import R2MConfig
+from r2m_async.finite import all_finite, first_bad, head_source, response_name, reward_source, told
 from r2m_async.head_objectives import GrebtTerms, grebt_terms, preference_divergence
 from r2m_async.policy_model import load_weights
 from r2m_async.prompts import sampling_seed
 from r2m_async.reward_head import R2MHead, mixing_weight, noise_like
-from r2m_async.trajectories import GroupRewards, HeadGroup, PolicyFeedback, RewardEmbeddings, Weights
+from r2m_async.trajectories import (
+    GroupRewards,
+    HeadGroup,
+    PolicyFeedback,
+    RewardEmbeddings,
+    Weights,
+    group_place,
+)
 
-_HEAD_STREAM, _SAMPLED_NOISE_STREAM, _REFRESHED_NOISE_STREAM = 1, 2, 3
-"""Tags that keep the head's random numbers apart from the rollouts' (stream 0) under one run seed."""
+_HEAD_STREAM, _SAMPLED_NOISE_STREAM, _REFRESHED_NOISE_STREAM, _EVALUATION_NOISE_STREAM = 1, 2, 3, 5
+"""Tags that keep the head's random numbers apart from the rollouts' (stream 0) and the evaluation's (4) under one run seed."""
 
 
 def build_head(phi: nn.Module, rm_hidden_size: int, policy_hidden_size: int, config: R2MConfig) -> nn.Module:
@@ -57,17 +65,28 @@ def score_group(
     head_version: int,
     config: R2MConfig,
 ) -> GroupRewards:
-    """Binds a group's rewards: the head's, clipped, plus bonuses."""
+    """Binds a group's rewards: the head's, clipped, plus bonuses.
+
+    Raises NonFiniteStep naming the response whose reward is not finite and what made it so; under
+    `learner.on_nonfinite: skip` such rewards are returned as they are.
+    """
     omega = omega_of(step, config)
     states, greedy_states = _states(feedback, _SAMPLED_NOISE_STREAM, config)
     model_rewards = head_rewards(head, embeddings.rte, states, omega).cpu()
+    rewards = _clipped(model_rewards, config) + embeddings.bonus
     greedy = None
+    of_all = [rewards]
     if embeddings.greedy_rte is not None:
-        rewards = head_rewards(head, embeddings.greedy_rte[None], greedy_states, omega).cpu()
-        greedy = _clipped(rewards[0], config) + embeddings.greedy_bonus
+        (greedy_reward,) = head_rewards(head, embeddings.greedy_rte[None], greedy_states, omega).cpu()
+        greedy = _clipped(greedy_reward, config) + embeddings.greedy_bonus
+        of_all.append(greedy[None])
+    if bad := first_bad(torch.cat(of_all)):
+        index, place = bad[0], group_place(step, embeddings.group_id)
+        source = reward_source(embeddings, feedback, index, head, head_version, config)
+        told(f"{place}, {response_name(index, len(rewards))}: its reward is not finite: {source}", config)
     return GroupRewards(
         group_id=embeddings.group_id,
-        rewards=_clipped(model_rewards, config) + embeddings.bonus,
+        rewards=rewards,
         model_rewards=model_rewards,
         greedy_reward=greedy,
         head_version=head_version,
@@ -126,6 +145,76 @@ def _head_terms(
     return HeadTerms(loss=loss * teaches + penalty, grebt=grebt, hold=penalty.detach(), agrees=agrees, teaches=teaches)
 
 
+def improve_head(
+    head: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    held: HeldHead,
+    groups: Sequence[HeadGroup],
+    step: int,
+    config: R2MConfig,
+) -> tuple[list[HeadTerms], bool]:
+    """One update of the trained head on a step's groups (Algorithm 1, lines 17-20); its terms, and whether it counts.
+
+    A head whose loss, gradient, weights or rewards after the update are not finite is no version. Raises NonFiniteStep
+    naming the step and what made it so; under `learner.on_nonfinite: skip` head and optimizer stay as they were.
+    """
+    kept = None
+    if config.learner.on_nonfinite == "skip":
+        kept = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
+    terms = []
+    for term in head_losses(head, groups, step, config):
+        (term.loss / len(groups)).backward()
+        terms.append(term)
+    failure = _failed_update(head, groups, terms, step, config)
+    if failure is None and any(term.teaches for term in terms):
+        optimizer.step()
+        failure = _failed_head(head, groups[0], step, config)
+    optimizer.zero_grad(set_to_none=True)
+    if failure is None:
+        held.follow()
+        return terms, True
+    told(failure, config)
+    assert kept is not None
+    head.load_state_dict(kept[0])
+    optimizer.load_state_dict(kept[1])
+    return terms, False
+
+
+@torch.no_grad()
+def _failed_update(
+    head: nn.Module, groups: Sequence[HeadGroup], terms: Sequence[HeadTerms], step: int, config: R2MConfig
+) -> str | None:
+    """Why the head must not be moved by its gradients, or None."""
+    named = f"step {step} (groups {[group.embeddings.group_id for group in groups]})"
+    losses = torch.stack([term.loss.detach() for term in terms])
+    if losses.isfinite().all():
+        gradients = (parameter.grad for parameter in head.parameters() if parameter.grad is not None)
+        return None if all_finite(gradients) else f"{named}: the gradient of the head is not finite, of finite losses"
+    what = f"the loss of the head's update is {losses[~losses.isfinite()][0].item()}"
+    for group in groups:
+        frozen = group.embeddings.frozen_rewards
+        if bad := first_bad(_refreshed_rewards(head, group, step, config)):
+            source = head_source(group.embeddings.rte[bad[0]], group.feedback, bad[0], head, step, config)
+        elif bad := first_bad(frozen):
+            source = f"the reward by reward.model {config.reward.model!r} is {frozen[bad[0]].item()}"
+        else:
+            continue
+        return f"{group_place(step, group.embeddings.group_id)}, response {bad[0]}: {what}: {source}"
+    return f"{named}: {what}, of finite rewards"
+
+
+@torch.no_grad()
+def _failed_head(head: nn.Module, group: HeadGroup, step: int, config: R2MConfig) -> str | None:
+    """Why the moved head must not be published, or None. Weights may be finite and too large to give a finite reward."""
+    bad = first_bad(_refreshed_rewards(head, group, step, config))
+    if bad is None and all_finite(head.parameters()):
+        return None
+    index = bad[0] if bad else 0
+    source = head_source(group.embeddings.rte[index], group.feedback, index, head, step + 1, config)
+    place = f"{group_place(step, group.embeddings.group_id)}, response {index}"
+    return f"{place}: the head is not finite once it is updated with head.lr {config.head.lr:g}: {source}"
+
+
 def _mean_square_share(rewards: Tensor, step_rewards: Sequence[Tensor]) -> Tensor:
     """One group's share in the square of the mean of all of `step_rewards`, whose groups may be of different size: the
     mean of these shares over groups is that square, and has its gradient."""
@@ -166,7 +255,9 @@ class HeldHead:
 
 
 def _clipped(rewards: Tensor, config: R2MConfig) -> Tensor:
-    return rewards if config.reward.clip is None else rewards.clamp(-config.reward.clip, config.reward.clip)
+    """Infinity stays what it is: it is no large reward, but a sum that overflowed."""
+    clip = config.reward.clip
+    return rewards if clip is None else torch.where(rewards.isfinite(), rewards.clamp(-clip, clip), rewards)
 
 
 def _states(
@@ -177,7 +268,14 @@ def _states(
         return None, None
     states = [*feedback.hidden_states, *([] if feedback.greedy is None else [feedback.greedy])]
     if config.head.variant == "r2m_noise":
-        first = sampling_seed(config.run.seed, max(0, feedback.group_id), noise_stream)
+        first = _noise_seed(feedback.group_id, noise_stream, config)
         states = [noise_like(rows, first ^ index) for index, rows in enumerate(states)]
     num = len(feedback.hidden_states)
     return states[:num], states[num:]
+
+
+def _noise_seed(group_id: int, stream: int, config: R2MConfig) -> int:
+    """Groups of the evaluation, numbered from -1 down, have a stream of their own: none shares another group's noise."""
+    if group_id < 0:
+        return sampling_seed(config.run.seed, -1 - group_id, _EVALUATION_NOISE_STREAM)
+    return sampling_seed(config.run.seed, group_id, stream)

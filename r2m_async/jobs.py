@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from r2m_async.child_process import end_with_parent
-from r2m_async.run_directory import write_whole
+from r2m_async.whole import write_file
 
 
 class WorkerProcesses:
@@ -83,7 +83,7 @@ def wait_for(work: Mapping[Future[float], Path], tell: Callable[[str], None]) ->
         if error := done.exception():
             failed.append(directory.name)
             reason = f"{type(error).__name__}: {error}"
-            write_whole(_failure(directory), reason + "\n")
+            write_file(_failure(directory), reason + "\n")
             tell(f"{directory.name} failed: {reason}")
         else:
             _failure(directory).unlink(missing_ok=True)

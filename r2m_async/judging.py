@@ -25,7 +25,8 @@ from r2m_async.answer_files import JudgedText, Outputs, read_outputs
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.judge_prompts import read_file
 from r2m_async.prompts import Record
-from r2m_async.run_directory import append_records, write_results
+from r2m_async.run_directory import jsonl, write_results
+from r2m_async.whole import disk_errors, write_file
 from r2m_async.win_rate import Estimate, length_controlled_win_rate, mean
 
 REFERENCE = "reference"
@@ -318,13 +319,13 @@ def write_judgement(judged: tuple[dict[str, Any], list[dict[str, Any]], list[dic
         told += f"\n{win_rate_table(results['comparison'])}"
     if results["num_texts_cut"]:
         told += f"\n{results['num_texts_cut']} texts were longer than the judge reads and lost their beginning.\n"
-    write_results(out, results, told)
-    (out / "rewards.jsonl").unlink(missing_ok=True)
-    append_records(out / "rewards.jsonl", records)
-    (out / "annotations.json").unlink(missing_ok=True)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "annotations.json").unlink(missing_ok=True)
     if compared:
-        text = json.dumps(compared, indent=2, ensure_ascii=False) + "\n"
-        (out / "annotations.json").write_text(text, encoding="utf-8")
+        write_file(out / "annotations.json", json.dumps(compared, indent=2, ensure_ascii=False) + "\n")
+    write_file(out / "rewards.jsonl", jsonl(records))
+    write_results(out, results, told)  # last: where results.json is, all is
     return told
 
 

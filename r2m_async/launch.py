@@ -6,12 +6,10 @@ The one file that knows the actors and the learners.
 from __future__ import annotations
 
 import asyncio
-import shutil
-import threading
+import contextlib
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import actors
 import learners
@@ -23,29 +21,38 @@ from learners.critic import Critic
 from learners.head_learner import HeadLearner
 from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
+from r2m_async.checkpoints import kept_versions, read_checkpoint, write_parts
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
-from r2m_async.controller import Controller
+from r2m_async.controller import STOP_TIMEOUT, Controller
 from r2m_async.errors import ConfigError, StalledRun
+from r2m_async.loop_thread import LoopThread
 from r2m_async.ray_stages import Make, RayProcesses, ray_bytes
 from r2m_async.stages import LocalBatches, LocalStage, Stage, Stages, local_bytes
+from r2m_async.whole import whole_at, whole_directory
 from r2m_async.workload import TicketOffice, Workload, plan_of, resolve
+
+T = TypeVar("T")
 
 
 class Ring:
     """A running ring: `step` until `finished`, `save` between steps, `stop` at the end. Also a context manager."""
 
-    def __init__(self, config: R2MConfig, workload: Workload, in_process: bool = False, resume: Path | None = None):
-        """Starts the stages. `resume` is a directory that `save` wrote; the run goes on at its step."""
+    def __init__(
+        self, config: R2MConfig, workload: Workload, in_process: bool = False, resume: str | Path | None = None
+    ):
+        """Starts the stages. `resume` is a directory that `save` wrote; the run goes on at its step.
+
+        Raises ConfigError for a checkpoint that is not whole, and for keys that may not change (docs/checkpoints.md).
+        """
         _check_packages()
         self.config = config
         self.workload = workload
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="r2m-controller", daemon=True)
-        self._thread.start()
+        self._loop_thread = LoopThread("r2m-controller")
+        self._stopped = False
         self._close: Callable[[], None] = lambda: None
         try:
-            self._start(in_process, resume)
+            self._start(in_process, None if resume is None else whole_at(resume))
         except BaseException:
             self.stop()
             raise
@@ -76,31 +83,38 @@ class Ring:
             self._close = processes.close
             stages = _ray_stages(processes, self.workload.without_prompts())
             config = processes.config
-        saved = _read_checkpoint(resume, self.config) if resume else {}
+        saved = read_checkpoint(resume, self.config) if resume else {}
         first_step = decode(saved["step"]) if saved else 0
         tickets = TicketOffice(self.config, self.workload)
 
-        async def start() -> Controller:
-            controller = Controller(config, plan, stages, tickets.ticket, tickets.evaluation, first_step)
+        async def controller() -> Controller:
+            return Controller(config, plan, stages, tickets.ticket, tickets.evaluation, first_step)
+
+        async def start() -> None:
             if saved:
                 await stages.policy.call("restore", stages.from_bytes(saved["policy_learner"]), str(resume.absolute()))
                 await stages.head.call("restore", stages.from_bytes(saved["head_learner"]))
-                policies = {} if config.weights.direct else _versions(saved, "policy_weights_", stages)
-                await controller.start(policies, _versions(saved, "head_weights_", stages))
+                policies = {} if config.weights.direct else kept_versions(saved, "policy_weights_", stages)
+                await self.controller.start(policies, kept_versions(saved, "head_weights_", stages))
             else:
-                await controller.start()
-            return controller
+                await self.controller.start()
 
-        async def start_in_time() -> Controller:
+        async def start_in_time() -> None:
+            within = asyncio.timeout(config.scheduling.stall_after)
             try:
-                return await asyncio.wait_for(start(), self.config.scheduling.stall_after)
+                async with within:
+                    await start()
             except TimeoutError:
+                if not within.expired():
+                    raise
                 raise StalledRun(
-                    f"the learners and the annotator did not start within {self.config.scheduling.stall_after} s "
-                    f"(scheduling.stall_after): does the cluster have the GPUs and the memory they ask for?"
+                    f"the learners and the annotator did not start within {config.scheduling.stall_after} s "
+                    f"(scheduling.stall_after): does the cluster have the GPUs and the memory they ask for?\n"
+                    f"{self.controller.waits()}"
                 ) from None
 
-        self.controller = self._run(start_in_time())
+        self.controller = self._run(controller())
+        self._run(start_in_time())
 
     @property
     def finished(self) -> bool:
@@ -115,33 +129,31 @@ class Ring:
         self._run(self.controller.drain())
         return self.controller.evaluations
 
-    def save(self, directory: Path) -> None:
-        """Writes a checkpoint, whole or not at all.
+    def save(self, directory: str | Path) -> None:
+        """Writes a checkpoint, whole or not at all; an old one there stays until the new one takes its place at once.
+
+        Raises DiskError.
 
         A learner on DeepSpeed writes there from every rank: beyond one machine the directory must be shared.
         """
-        building = directory.with_name(f".{directory.name}.partial").absolute()
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        parts = self._run(self.controller.checkpoint(str(building)))
-        parts["step"] = encode(self.controller.schedule.policy_version)
-        for name, part in parts.items():
-            (building / f"{name}.msgpack").write_bytes(part)
-        (building / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
-        building.rename(directory)
+        with whole_directory(directory, replace=True) as building:
+            parts = self._run(self.controller.checkpoint(str(building)))
+            parts["step"] = encode(self.controller.schedule.policy_version)
+            write_parts(building, parts, self.config)
 
     def stop(self) -> None:
-        """Ends the ring and its processes; a second call does nothing."""
-        if self._loop.is_closed():
+        """Ends the ring and its processes, in time whatever hangs; a second call does nothing."""
+        if self._stopped:
             return
-        if hasattr(self, "controller"):
-            self._run(self.controller.stop())
-            del self.controller
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._close()
+        self._stopped = True
+        try:
+            if hasattr(self, "controller"):
+                with contextlib.suppress(StalledRun):  # told already, or of no more interest
+                    self._loop_thread.run(self.controller.stop(), 2 * STOP_TIMEOUT)
+                del self.controller
+        finally:
+            self._loop_thread.stop()
+            self._close()
 
     def __enter__(self) -> Ring:
         return self
@@ -149,57 +161,8 @@ class Ring:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-
-def _read_checkpoint(directory: Path, config: R2MConfig) -> dict[str, bytes]:
-    """Its parts by name.
-
-    Raises ConfigError if the config would number or age groups otherwise than the saved run, or if its learner cannot
-    take over what the saved run's has.
-    """
-    parts = {path.stem: path.read_bytes() for path in directory.glob("*.msgpack")}
-    if "step" not in parts:
-        raise ConfigError(f"{directory} is not a checkpoint: it has no step.msgpack; name a directory that a run saved")
-    saved = R2MConfig.from_yaml(directory / "config.yaml")
-    schedule = ("run.seed", "rollouts.prompts_per_step", "rollouts.group_size", "scheduling", "data", "head.variant")
-    policy = ("model.policy", "model.reference", "model.lora", "model.dtype", "critic.model")
-    for key in (*schedule, *policy, "learner.backend"):
-        section, _, field = key.partition(".")
-        was, now = (getattr(one, section) for one in (saved, config))
-        if field:
-            was, now = getattr(was, field), getattr(now, field)
-        if was != now:
-            raise ConfigError(
-                f"{directory} was saved with {key} = {was}, and the config has {now}: resume with the same"
-            )
-    was, now = saved.learner.zero_stage, config.learner.zero_stage
-    if was != now and {was, now} != {1, 2}:
-        raise ConfigError(
-            f"{directory} was saved with learner.zero_stage = {was}, and the config has {now}: DeepSpeed changes "
-            f"between stages 1 and 2 alone (and the number of ranks in any); resume with {'1 or 2' if was in (1, 2) else was}"
-        )
-    sharing = ("num_ranks", "zero_stage", "zero_options", "offload")
-    was, now = ({key: getattr(one.learner, key) for key in sharing} for one in (saved, config))
-    if was != now and any(one["zero_options"].get("round_robin_gradients") for one in (was, now)):
-        raise ConfigError(
-            f"{directory} was saved with learner.zero_options = {was['zero_options']}, and the config has "
-            f"{now['zero_options']}: DeepSpeed cannot share out anew what round_robin_gradients reorders; resume with "
-            f"the same {', '.join(sharing)}"
-        )
-    return parts
-
-
-def _versions(saved: dict[str, bytes], prefix: str, stages: Stages) -> dict[int, Any]:
-    """The kept weights of a checkpoint by version."""
-    names = [name for name in saved if name.startswith(prefix)]
-    return {int(name.removeprefix(prefix)): stages.from_bytes(saved[name]) for name in names}
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._loop_thread.run(coroutine, self.config.scheduling.stall_after)
 
 
 def _check_packages() -> None:
@@ -218,7 +181,8 @@ def _check_packages() -> None:
 Launch: TypeAlias = Callable[[str, type, Make], Stage]
 
 
-def _stages(config: R2MConfig, launch: Launch, to_and_from_bytes: dict[str, Callable]) -> Stages:
+def _stages(config: R2MConfig, launch: Launch, others: dict[str, Callable]) -> Stages:
+    """`others`: what else `Stages` has."""
     rollouts, replicas = range(config.rollouts.num_actors), range(config.reward.replicas)
     return Stages(
         rollouts=tuple(launch(f"rollout-{index}", RolloutActor, _rollout_actor) for index in rollouts),
@@ -226,7 +190,7 @@ def _stages(config: R2MConfig, launch: Launch, to_and_from_bytes: dict[str, Call
         annotators=tuple(launch(f"annotator-{index}", RewardAnnotator, _reward_annotator) for index in replicas),
         policy=launch("policy-learner", PolicyLearner, _policy_learner),
         head=launch("head-learner", HeadLearner, _head_learner),
-        **to_and_from_bytes,
+        **others,
     )
 
 
@@ -316,8 +280,8 @@ def _ray_stages(processes: RayProcesses, workload: Workload) -> Stages:
             return processes.gang(name, PolicyLearner, _policy_rank, workload, gpus)
         if stage_class is RolloutActor:
             num_gpus, deadline = gpus * config.rollouts.tensor_parallel, config.rollouts.hang_after
-            return processes.stage(name, stage_class, make, workload, num_gpus, restarts=True, deadline=deadline)
+            return processes.stage(name, stage_class, make, workload, num_gpus, deadline)
         on_cpu = stage_class in (ReplayQueue, HeadLearner)
         return processes.stage(name, stage_class, make, workload, 0.0 if on_cpu else gpus)
 
-    return _stages(config, launch, ray_bytes())
+    return _stages(config, launch, {**ray_bytes(), "carrier": processes.ray.watch})

@@ -1,16 +1,17 @@
 """Directories that are expensive to build, kept on disk and shared by all runs: `cached_directory`.
 
-A directory's name ends in the digest of everything that decides its content, so a hit never needs checking. It is
-built beside its final place and renamed there: other processes see all of it or nothing, and of several concurrent
-builders the first to finish wins while the others use its result.
+A directory's name ends in the digest of everything that decides its content, so a hit never needs checking. Other
+processes see all of it or nothing, and of several concurrent builders the first to finish wins while the others use its
+result.
 """
 
+import contextlib
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from r2m_async.whole import whole_directory
 
 
 def cache_root() -> Path:
@@ -22,23 +23,13 @@ def cached_directory(name: str, key: str | bytes | Iterable[str | bytes], build:
     """The directory `<cache_root>/<name>-<digest of key>`, made by `build(empty_directory)` if it is not there yet.
 
     `key` is one part or several; the digest depends on where one part ends and the next begins, and takes `"a"` and
-    `b"a"` for the same part. What `build` raises passes through and leaves nothing behind; a builder that is killed
-    leaves a directory `.<name>-*` that is never read.
+    `b"a"` for the same part. What `build` raises passes through and leaves nothing behind. Raises DiskError.
     """
     final = cache_root() / f"{name}-{key_digest(key)}"
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
-    try:
+    with contextlib.suppress(FileExistsError), whole_directory(final) as building:
         build(building)
-        building.chmod(0o755)
-        os.rename(building, final)
-    except OSError:
-        if not final.is_dir():
-            raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return final
 
 

@@ -24,6 +24,7 @@ from r2m_async.judge_prompts import Format, Question, load_questions
 from r2m_async.model_cache import key_digest
 from r2m_async.prompts import Content, policy_reads, sampling_seed
 from r2m_async.run_directory import append_records, cut_partial_line, read_records
+from r2m_async.whole import disk_errors, write_file
 
 DEFAULT_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "tldr": 50}
 """TL;DR's is that of R2M App. G.4."""
@@ -239,11 +240,12 @@ class _AnswerLog:
     def __init__(self, target: Path, fingerprint: dict[str, Any], batch: int, num_questions: int) -> None:
         self.path = target.with_name(f".{target.name}.partial")
         self.answers: list[Answer] = []
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
         cut_partial_line(self.path)
         lines = self.path.read_text(encoding="utf-8").splitlines()
         if not lines:
-            self.path.write_text(json.dumps(fingerprint) + "\n", encoding="utf-8")
+            write_file(self.path, json.dumps(fingerprint) + "\n")
             return
         begun = json.loads(lines[0])
         for key, value in fingerprint.items():
@@ -258,7 +260,7 @@ class _AnswerLog:
         ]
         whole = len(answered) if len(answered) == num_questions else len(answered) // batch * batch
         self.answers = answered[:whole]
-        self.path.write_text("".join(line + "\n" for line in lines[: 1 + whole]), encoding="utf-8")
+        write_file(self.path, "".join(line + "\n" for line in lines[: 1 + whole]))
 
     def append(self, answers: Sequence[Answer]) -> None:
         append_records(self.path, map(asdict, answers))
@@ -302,8 +304,8 @@ def _load_tokenizer(path: str) -> tuple[Any, int | None, str]:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"MODEL {path}: no model can be loaded: {reason}; {name_remedy(path)}") from None

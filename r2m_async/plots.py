@@ -8,6 +8,7 @@ Every figure is made by a function of what was read from disk, so that a report 
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from r2m_async.config import R2MConfig
 from r2m_async.run_directory import read_metrics, read_records
+from r2m_async.whole import write_file
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -319,5 +321,8 @@ def legend_above(figure: Figure, axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+    """In the format of its suffix. Raises DiskError."""
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format=path.suffix[1:] or "png")
+    write_file(path, image.getbuffer())
     return path

@@ -1,11 +1,25 @@
-"""Functions of the user's own, named `module:attr` in the config."""
+"""Functions of the user's own, named `module:attr` in the config: how they are found, and how they are called.
+
+They may raise anything, and may return anything. What goes wrong in one is told as its own: by the config's key and the
+function's name, with the traceback from the function on and none of ours or Ray's.
+"""
 
 import difflib
 import importlib
+import math
+import reprlib
+import traceback
 from collections.abc import Callable, Iterable
+from types import TracebackType
 from typing import Any
 
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, FunctionFailed
+
+FLOAT32_MAX = 3.4028234663852886e38
+"""Rewards are float32: a larger number would become infinite."""
+
+_SHORT = reprlib.Repr()  # which survives a value whose own repr raises
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def named_function(name: str, key: str) -> Callable[..., Any]:
@@ -18,10 +32,79 @@ def named_function(name: str, key: str) -> Callable[..., Any]:
             f"{key} = {name!r}: cannot import module {module_name!r} to find {attr!r} in it ({error}); "
             f"install it, or put its folder on PYTHONPATH"
         ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's module may raise anything as it starts, SystemExit too
+        frames = error.__traceback__
+        while frames and (frames is error.__traceback__ or "importlib" in frames.tb_frame.f_code.co_filename):
+            frames = frames.tb_next
+        raise ConfigError(
+            f"{key} = {name!r}: module {module_name!r} cannot be imported, it {_raised(error, frames)}\ncorrect the module"
+        ) from None
     if not callable(getattr(module, attr, None)):
         names = [name for name, value in vars(module).items() if callable(value)]
         raise ConfigError(f"{key} = {name!r}: module {module_name!r} has no callable {attr!r}{nearest(attr, names)}")
     return getattr(module, attr)
+
+
+def called(function: Callable[..., Any], arguments: tuple[Any, ...], key: str, name: str, place: str) -> Any:
+    """What the user's function `name`, under the config's `key`, returns; `place` says of which step or response.
+
+    Raises FunctionFailed for whatever the function raises, SystemExit too. KeyboardInterrupt passes: it comes from the
+    terminal, not from the function.
+    """
+    try:
+        return function(*arguments)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        beyond_us = error.__traceback__ and error.__traceback__.tb_next
+        raise FunctionFailed(f"{place}: {key} {name!r} {_raised(error, beyond_us)}") from None
+
+
+def called_for_number(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    key: str,
+    name: str,
+    place: str,
+    finite: bool = True,
+) -> float:
+    """`called` of a function that scores a response: a bool, a number of any library, or an array of one number.
+
+    Raises FunctionFailed also for anything else (None, text, several numbers), and with `finite` for NaN, for infinity
+    and for what is infinite in float32; without it the last is returned as infinity.
+    """
+    value = called(function, arguments, key, name, place)
+    number = _number(value)
+    if number is None:
+        raise FunctionFailed(
+            f"{place}: {key} {name!r} returned {_SHORT.repr(value)} ({type(value).__name__}), which is no number; it must "
+            f"return one finite number for every response"
+        )
+    if abs(number) <= FLOAT32_MAX:
+        return number
+    if finite:
+        why = "is infinite in float32" if math.isfinite(number) else "is not finite"
+        raise FunctionFailed(
+            f"{place}: {key} {name!r} returned {number}, which {why}; it must return one finite number for every response"
+        )
+    return math.copysign(math.inf, number) if number == number else number
+
+
+def _number(value: Any) -> float | None:
+    try:
+        item = value.item() if hasattr(value, "item") else value  # of arrays and tensors, where they have one number
+        return None if isinstance(item, str | bytes | bytearray) else float(item)
+    except Exception:  # whatever a value of the user's own class raises when it is to be a number, it is none
+        return None
+
+
+def _raised(error: BaseException, frames: TracebackType | None) -> str:
+    what = "".join(traceback.format_exception_only(error)).strip()
+    if frames is None:  # the call itself failed, as with too many arguments
+        return f"raised {what}"
+    return f"raised {what}\n{''.join(traceback.format_exception(type(error), error, frames)).rstrip()}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
+from r2m_async.finite import check_weights
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.trajectories import PolicyFeedback, Trajectory, TrajectoryGroup, WeightProbe, Weights
 from r2m_async.weight_digest import tensor_digest
@@ -34,15 +35,18 @@ def load_policy(path: str, config: R2MConfig) -> Any:
     """The causal language model at `path` (HF name or directory) in the configured dtype, on the device, in eval mode.
 
     Every copy keeps `requires_grad`, those that never train too: torch picks other CPU kernels without it, even where
-    no gradient is recorded, and they round otherwise.
+    no gradient is recorded, and they round otherwise. Raises ConfigError where a weight is not finite.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     dtype = getattr(torch, config.model.dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=config.model.attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=config.model.attention, trust_remote_code=False
+        )
     except ImportError as error:
         raise ConfigError(f"model.attention is {config.model.attention!r}: {error}; or use sdpa") from None
+    check_weights(model, "model.reference" if path == config.model.reference else "model.policy", path)
     own = model.generation_config  # its penalties and bans would be sampled with and not trained with
     ends = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id, "bos_token_id": own.bos_token_id}
     model.generation_config = GenerationConfig(**ends)

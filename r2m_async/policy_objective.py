@@ -5,6 +5,7 @@ Shapes: B trajectories of a step in group order, T response tokens (padded), K r
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -12,11 +13,69 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from r2m_async.advantages import PER_TOKEN, AdvantageInputs, Estimator, advantages_and_returns
+from r2m_async.advantages import (
+    PER_TOKEN,
+    AdvantageInputs,
+    AdvantageNotFinite,
+    Estimator,
+    advantages_and_returns,
+)
 from r2m_async.config import R2MConfig
+from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
+from r2m_async.finite import first_bad
 from r2m_async.objectives import PolicyLoss, kl_loss, loss_denominator, policy_loss
+from r2m_async.plugins import called
 from r2m_async.policy_model import response_mask
-from r2m_async.trajectories import ScoredGroup
+from r2m_async.trajectories import ScoredGroup, TrajectoryGroup
+
+
+def step_place(step: int, groups: Sequence[TrajectoryGroup]) -> str:
+    """A step's name in messages."""
+    return f"step {step} (groups {[group.ticket.group_id for group in groups]})"
+
+
+def check_passes(
+    groups: Sequence[TrajectoryGroup],
+    logprobs_BT: Tensor,
+    ref_BT: Tensor,
+    values_BT: Tensor | None,
+    config: R2MConfig,
+) -> None:
+    """Raises NonFiniteStep naming the first response token for which a model gave a number that is not finite.
+
+    Of the step's first passes: pi_old's and the reference's log-probabilities and the critic's values.
+    """
+    mask_BT = response_mask([trajectory for group in groups for trajectory in group.trajectories])
+    reference = f"model.reference {config.model.reference!r}" if config.model.reference else "model.policy as it began"
+    for what, of_model in (
+        ("its log-probability by the policy", logprobs_BT),
+        (f"its log-probability by the reference ({reference})", ref_BT),
+        ("its value by the critic", values_BT),
+    ):
+        if of_model is not None and (bad := first_bad(of_model, mask_BT)):
+            row, token = bad
+            raise NonFiniteStep(
+                f"{row_place(groups, row)}: {what} is {of_model[row, token].item()}, first at response token {token}: the "
+                f"model overflows in model.dtype {config.model.dtype}, or its weights are not finite"
+            )
+
+
+def row_place(groups: Sequence[TrajectoryGroup], row: int) -> str:
+    """The name in messages of a row of the step's trajectories."""
+    for group in groups:
+        if row < len(group.trajectories):
+            return f"{group.ticket.place}, response {row}"
+        row -= len(group.trajectories)
+    raise IndexError(row)
+
+
+def _check_rewards(scored: Sequence[ScoredGroup]) -> None:
+    for one in scored:
+        twin = [] if one.rewards.greedy_reward is None else [one.rewards.greedy_reward[None]]
+        rewards = torch.cat([one.rewards.rewards, *twin])
+        if bad := first_bad(rewards):
+            which = f"response {bad[0]}" if bad[0] < len(one.rewards.rewards) else "the greedy response"
+            raise NonFiniteStep(f"{one.group.ticket.place}, {which}: its reward is {rewards[bad[0]].item()}")
 
 
 def step_advantages(
@@ -31,8 +90,15 @@ def step_advantages(
 
     `logprobs_BT` are pi_old's, `values_BT` the critic's at the start of the step. Groups that the schedule cut are
     estimated apart, by size.
+
+    Raises NonFiniteStep where a reward, a log-probability, a value or then an advantage is not finite, and FunctionFailed
+    where the estimator raises or returns what it must not; both name the step.
     """
-    mask_BT = response_mask([trajectory for one in scored for trajectory in one.group.trajectories])
+    whole = [one.group for one in scored]
+    _check_rewards(scored)
+    check_passes(whole, logprobs_BT, ref_BT, values_BT, config)
+    named = step_place(whole[0].ticket.due_step, whole)
+    mask_BT = response_mask([trajectory for group in whole for trajectory in group.trajectories])
     options = dict(config.advantage.options)
     if estimator.name in PER_TOKEN:
         options.setdefault("beta", config.objective.kl_coef)
@@ -57,7 +123,13 @@ def step_advantages(
             values=None if values_BT is None else values_BT[index_nK],
         )
         order += index_nK.flatten().tolist()
-        estimates.append(advantages_and_returns(estimator, inputs, options))
+        call = functools.partial(called, key="advantage.name", name=estimator.name, place=named)
+        try:
+            estimates.append(advantages_and_returns(estimator, inputs, options, call))
+        except AdvantageNotFinite as error:
+            raise NonFiniteStep(f"{row_place(whole, rows[error.place[0]][error.place[1]])}: {error}") from None
+        except ConfigError as error:
+            raise FunctionFailed(f"{named}: {error}") from None
     assert estimates, "a step without groups has no advantages"
     advantages, returns = zip(*estimates, strict=True)
     return _in_order(order, advantages), _in_order(order, returns) if estimator.needs_values else None

@@ -152,8 +152,8 @@ def _read(
 
         directory = str((embedded or embedded_models()).policy)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = settled(AutoModelForCausalLM.from_pretrained(directory), R2MConfig())
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        model = settled(AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False), R2MConfig())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: no policy can be loaded: {error}; {name_remedy(name)}") from None
     if tokenizer.eos_token_id is None:

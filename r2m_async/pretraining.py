@@ -44,7 +44,7 @@ def train_language_model(
 
     prompt_lens: leading tokens of each sequence that are read but not predicted, at least 1; None means 1.
     steps: batches of `batch_size` sequences; the data is passed over as often as that takes.
-    microbatch_size: sequences in one forward pass; decides memory and padding, and of the result only low bits.
+    microbatch_size: sequences in one forward pass; decides memory and padding, and of the gradients only low bits.
     """
     prompt_lens = [1] * len(sequences) if prompt_lens is None else prompt_lens
     device = _device(model)

@@ -7,6 +7,7 @@ object references that the driver owns, so they survive the process that made th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import os
@@ -17,11 +18,14 @@ from typing import Any, TypeAlias
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, StageLost, StepFailed, WeightMismatch
+from r2m_async.ray_connection import RayConnection
 from r2m_async.stages import NODE_ADDRESS
 from r2m_async.workload import Workload
 
 RESTART_TIMEOUT = 300.0
-"""Seconds in which Ray must bring a dead rollout actor back."""
+"""Seconds in which a new process must be there for a dead rollout actor."""
+KILL_TIMEOUT = 10.0
+"""Seconds for Ray to take note that a process is to be killed."""
 
 Make: TypeAlias = Callable[[R2MConfig, Workload], Any]
 MakeRank: TypeAlias = Callable[[int, str, int], Make]
@@ -38,10 +42,7 @@ class RayProcesses:
         import ray
 
         self._launched: list[RayStage | RayGang] = []
-        self._started_ray = not ray.is_initialized()
-        if self._started_ray:
-            os.environ.setdefault("OMP_NUM_THREADS", "1")
-            ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        self.ray = RayConnection(config)
         available = ray.cluster_resources().get("GPU", 0.0)
         self.gpus = gpu_share(config, available)
         self.config = placed(config, self.gpus, available)
@@ -53,11 +54,10 @@ class RayProcesses:
         make: Make,
         workload: Workload,
         num_gpus: float,
-        restarts: bool = False,
         deadline: float | None = None,
     ) -> RayStage:
-        """A stage in a process of its own, which Ray starts anew if it may restart; `deadline` as of `RayStage`."""
-        options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": -1 if restarts else 0}
+        """A stage in a process of its own; `deadline` as of `RayStage`."""
+        options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0}
         stage = RayStage(name, stage_class, make, self.config, workload, deadline, options)
         self._launched.append(stage)
         return stage
@@ -70,12 +70,8 @@ class RayProcesses:
         return gang
 
     def close(self) -> None:
-        import ray
-
-        for stage in self._launched:
-            stage.kill()
-        if self._started_ray:
-            ray.shutdown()
+        """Ends the processes, and Ray if it was started here. Returns in time, whatever hangs."""
+        self.ray.close(lambda: [stage.kill() for stage in self._launched])
 
 
 def ray_bytes() -> dict[str, Callable]:
@@ -83,10 +79,10 @@ def ray_bytes() -> dict[str, Callable]:
     import numpy as np
     import ray
 
-    return {
-        "to_bytes": lambda reference: bytes(ray.get(reference)),
-        "from_bytes": lambda data: ray.put(np.frombuffer(data, np.uint8)),
-    }
+    async def to_bytes(reference: Any) -> memoryview:
+        return memoryview(await reference)
+
+    return {"to_bytes": to_bytes, "from_bytes": lambda data: ray.put(np.frombuffer(data, np.uint8))}
 
 
 def gpu_share(config: R2MConfig, available: float) -> float:
@@ -138,26 +134,35 @@ def placed(config: R2MConfig, gpus: float, available: float) -> R2MConfig:
     return config
 
 
+_USERS = (ConfigError, DataError, StepFailed)
+"""Errors whose message says all: they reach the user as they were raised in a stage's process."""
+
+
 class _Process:
     """A stage inside its Ray actor."""
 
-    def __init__(self, make: Make, config: R2MConfig, workload: Workload) -> None:
+    def __init__(self, name: str, make: Make, config: R2MConfig, workload: Workload) -> None:
         import ray
         import torch
 
+        self._name = name
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
         os.environ[NODE_ADDRESS] = ray.util.get_node_ip_address()
-        self._mistake: ConfigError | None = None
+        self._mistake: Exception | None = None
         try:
             self._stage = make(config, workload)
-        except ConfigError as error:  # told when asked: one that is raised here is Ray's to report, with a traceback
+        except _USERS as error:  # told when asked: one that is raised here is Ray's to report, with a traceback
             self._mistake = error
             return
         self._opaque = getattr(self._stage, "opaque", False)
 
+    def __repr__(self) -> str:
+        """What Ray puts before the lines that the process prints."""
+        return self._name
+
     def pid(self) -> int:
-        """Raises ConfigError if the stage could not be made."""
+        """Raises what a user must mend before the stage can be made."""
         if self._mistake:
             raise self._mistake
         return os.getpid()
@@ -200,7 +205,8 @@ class RayStage:
         self._deadline = deadline
         groups = {"control": 1, "weights": 1, "generate": config.rollouts.concurrent_groups}
         remote = ray.remote(concurrency_groups=groups)(_Process)
-        self._actor = remote.options(**options).remote(make, config, workload)
+        self._new = lambda: remote.options(**options).remote(name, make, config, workload)
+        self._actor = self._new()
         self._stage_class = stage_class
         self._started = False
 
@@ -213,55 +219,65 @@ class RayStage:
         options = {"num_returns": 1 + num_payloads}
         if method in _CONCURRENT:
             options["concurrency_group"] = _CONCURRENT[method]
+        within = asyncio.timeout(None)
         try:
             if not self._started:  # the deadline is for calls, not for starting
                 await self.pid()
                 self._started = True
             references = self._actor.call.options(**options).remote(method, packed, *payloads)
             report, *results = references if num_payloads else [references]
-            async with asyncio.timeout(self._deadline):
+            async with asyncio.timeout(self._deadline) as within:
                 return decode(await report), *results
         except (ActorDiedError, ActorUnavailableError) as error:
             raise StageLost(self.name, f"{self.name} was lost during {method}: {error}") from error
-        except TimeoutError:
-            self.kill(restart=True)
-            raise StageLost(
-                self.name, f"{self.name} did not finish {method} within {self._deadline} s (rollouts.hang_after)"
-            ) from None
-        except RayTaskError as error:
-            if isinstance(error.cause, ConfigError | DataError | StepFailed):
-                raise error.cause from None  # the user's: its message says it all
+        except RayTaskError as error:  # before TimeoutError: what a stage raised may be one of both classes
+            if isinstance(error.cause, _USERS):
+                raise error.cause from None
             if isinstance(error.cause, WeightMismatch):
                 raise WeightMismatch(f"{self.name}: {error.cause}") from None
             if isinstance(error.cause, StageLost):  # a process of its own, which it cannot do without
-                self.kill(restart=True)
+                await self.end()
                 raise StageLost(self.name, f"{self.name}: {error.cause}") from None
             raise
+        except TimeoutError:
+            if not within.expired():
+                raise
+            await self.end()
+            raise StageLost(
+                self.name, f"{self.name} did not finish {method} within {self._deadline} s (rollouts.hang_after)"
+            ) from None
         except ObjectLostError as error:
             raise StageLost(None, f"a payload for {self.name}.{method} was lost with its process: {error}") from error
 
     async def restart(self) -> None:
+        """A new process in the place of the lost one. Raises StageLost if that dies too, or takes too long."""
         from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+        await self.end()
+        self._actor, self._started = self._new(), False
         try:
             async with asyncio.timeout(RESTART_TIMEOUT):
-                while True:
-                    try:
-                        await self.pid()
-                        return
-                    except ActorUnavailableError:
-                        await asyncio.sleep(0.2)
-        except (ActorDiedError, TimeoutError) as error:
-            raise StageLost(self.name, f"{self.name} will not come back: {error or RESTART_TIMEOUT}") from error
+                await self.pid()
+        except TimeoutError:
+            why = f"no new process was there within {RESTART_TIMEOUT:g} s"
+            raise StageLost(self.name, f"{self.name} did not come back: {why}") from None
+        except (ActorDiedError, ActorUnavailableError) as error:
+            raise StageLost(self.name, f"{self.name} did not come back: {error}") from error
 
     async def pid(self) -> int:
         """Of the process that runs the stage now."""
         return await self._actor.pid.remote()
 
-    def kill(self, restart: bool = False) -> None:
+    async def end(self) -> None:
+        """Kills the process. What it holds is given up, whether or not Ray takes note in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(KILL_TIMEOUT):
+                await asyncio.to_thread(self.kill)
+
+    def kill(self) -> None:
         import ray
 
-        ray.kill(self._actor, no_restart=not restart)
+        ray.kill(self._actor)
 
 
 @dataclass(frozen=True, slots=True)

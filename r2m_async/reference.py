@@ -8,6 +8,7 @@ max(0, t - max_head_age), which is what the ring does under `scheduling.lag: exa
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers import AutoTokenizer
 
 from r2m_async.config import R2MConfig
 from r2m_async.critic_model import load_critic, proximal_values, response_values
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, NonFiniteStep
+from r2m_async.finite import all_finite
 from r2m_async.generation import sample_groups
-from r2m_async.head_model import HeldHead, build_head, head_losses, score_group
+from r2m_async.head_model import HeldHead, build_head, improve_head, score_group
 from r2m_async.objectives import value_loss
 from r2m_async.policy_model import (
     MasterWeights,
@@ -36,7 +38,13 @@ from r2m_async.policy_model import (
     response_mask,
     token_logprobs,
 )
-from r2m_async.policy_objective import denominators, microbatch_loss, minibatch_bounds, step_advantages
+from r2m_async.policy_objective import (
+    denominators,
+    microbatch_loss,
+    minibatch_bounds,
+    step_advantages,
+    step_place,
+)
 from r2m_async.reward_model import embed_group, load_reward_model, scoring_head
 from r2m_async.trajectories import HeadGroup, PolicyFeedback, ScoredGroup, Weights
 from r2m_async.workload import TicketOffice, Workload, resolve
@@ -57,6 +65,7 @@ class ReferenceRun:
 def train(config: R2MConfig, workload: Workload | None = None, engine: Any = None) -> ReferenceRun:
     """Runs Algorithm 1 for `run.num_steps` steps. On a CPU in float32 the ring gives the same bits.
 
+    Numbers that are not finite end it, or are left out, where they do so in the ring (`learner.on_nonfinite`).
     `engine` (an `actors.rollout_actor.RolloutEngine`) samples in place of transformers, for rings that use another.
     """
     if config.model.lora:
@@ -131,10 +140,16 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
         mask, behaviour = response_mask(trajectories), behaviour_logprobs(trajectories)
         ref = token_logprobs(reference, trajectories, config)
         values = proximal_values(critic, trajectories, config) if critic else None
-        advantages, returns = step_advantages(estimator, scored, old, ref, config, values)  # 9
+        left_out = False
+        try:
+            advantages, returns = step_advantages(estimator, scored, old, ref, config, values)  # 9
+        except NonFiniteStep:
+            if config.learner.on_nonfinite == "stop":
+                raise
+            left_out = True
 
         refreshed: list[Tensor] = []
-        for epoch in range(objective.epochs):  # 11
+        for epoch in range(0 if left_out else objective.epochs):  # 11
             for start, stop in minibatch_bounds(scored, objective.num_minibatches):
                 denominator, responses = denominators(mask[start:stop], config)
                 parts = microbatches(trajectories[start:stop], config.learner.tokens_per_microbatch, packed)
@@ -156,7 +171,7 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
                     loss.backward()
                     if epoch == objective.epochs - 1:  # 13
                         refreshed += feedback_states(states, config)
-                policy_optimizer.step(config.learning_rate(step))  # 12
+                policy_optimizer.step(config.learning_rate(step), step_place(step, groups))  # 12
                 if critic:  # not in Algorithm 1: PPO's
                     for rows in minibatch:
                         part = trajectories[rows]
@@ -166,9 +181,9 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
                         value_loss(
                             now, before, target, response_mask(part), clip=config.critic.clip, denominator=num_tokens
                         ).loss.backward()
-                    critic_optimizer.step(config.learning_rate(step, config.critic.lr))
+                    critic_optimizer.step(config.learning_rate(step, config.critic.lr), step_place(step, groups))
 
-        if config.trains_head:
+        if config.trains_head and not left_out:
             head_groups = []
             for index, embedding in enumerate(embeddings):
                 own = tuple(refreshed[index * rollouts.group_size : (index + 1) * rollouts.group_size])
@@ -181,14 +196,7 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
                     annotated=rewards[index],
                 )
                 head_groups.append(group)
-            taught = False
-            for terms in head_losses(head, head_groups, step, config):  # 17-19
-                (terms.loss / len(head_groups)).backward()
-                taught = taught or bool(terms.teaches)
-            if taught:
-                head_optimizer.step()  # 20
-            head_optimizer.zero_grad(set_to_none=True)
-            held.follow()
+            improve_head(head, head_optimizer, held, head_groups, step, config)  # 17-20
 
         policies.append(copy.deepcopy(policy))
         heads.append(copy.deepcopy(held.scoring))
@@ -208,15 +216,21 @@ class _Optimizer:
     """AdamW on float32 masters with clipped gradients, for the policy and the critic."""
 
     def __init__(self, model: Any, config: R2MConfig) -> None:
-        self._masters = MasterWeights(model)
-        self._max_grad_norm = config.learner.max_grad_norm
+        self._model, self._masters = model, MasterWeights(model)
+        self._max_grad_norm, self._on_nonfinite = config.learner.max_grad_norm, config.learner.on_nonfinite
         self._optimizer = torch.optim.AdamW(self._masters.tensors, weight_decay=config.learner.weight_decay)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, place: str) -> None:
+        """Raises NonFiniteStep, naming `place`, where the weights would be or are not finite."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._masters.take_gradients()
-        torch.nn.utils.clip_grad_norm_(self._masters.tensors, self._max_grad_norm)
-        self._optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(self._masters.tensors, self._max_grad_norm))
+        if math.isfinite(norm):
+            self._optimizer.step()
+            self._masters.write_back()
+        elif self._on_nonfinite == "stop":
+            raise NonFiniteStep(f"{place}: the gradient norm is {norm}")
         self._optimizer.zero_grad(set_to_none=True)
-        self._masters.write_back()
+        if not all_finite([*self._masters.copies, *self._model.parameters()]):
+            raise NonFiniteStep(f"{place}: the weights are not finite after an update with learning rate {lr:g}")

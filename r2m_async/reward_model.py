@@ -23,7 +23,8 @@ from transformers.utils import cached_file
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.plugins import named_function
+from r2m_async.finite import check_embeddings, check_weights, response_name, told
+from r2m_async.plugins import FLOAT32_MAX, called_for_number, named_function
 from r2m_async.policy_model import settled
 from r2m_async.reward_text import reward_input_ids
 from r2m_async.trajectories import RewardEmbeddings, Trajectory, TrajectoryGroup
@@ -132,15 +133,23 @@ def save_classifier(model: PreTrainedModel, directory: Path, weights: Mapping[st
 
 
 def load_reward_model(path: str, config: R2MConfig) -> PreTrainedModel:
-    """The frozen sequence classifier at `path`, on the device, in eval mode. Raises ConfigError unless it has one label."""
+    """The frozen sequence classifier at `path`, on the device, in eval mode.
+
+    Raises ConfigError unless it has one label, and where a weight is not finite.
+    """
     model = load_classifier(path, dtype=getattr(torch, config.reward.dtype))
     scoring_head(model)
+    check_weights(model, "reward.model", path)
     return settled(model, config).requires_grad_(False)
 
 
 @torch.no_grad()
 def embed_group(model: PreTrainedModel, tokenizer: Any, group: TrajectoryGroup, config: R2MConfig) -> RewardEmbeddings:
-    """The RTEs and bonuses of a group (and its twin), computed as one right-padded batch."""
+    """The RTEs and bonuses of a group (and its twin), computed as one right-padded batch.
+
+    Raises FunctionFailed for a function of `reward.functions`, and NonFiniteStep for what is not finite, both naming
+    the response; under `learner.on_nonfinite: skip` numbers that are not finite are returned.
+    """
     both = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
     prompt = group.ticket.prompt
     rows = [
@@ -154,13 +163,19 @@ def embed_group(model: PreTrainedModel, tokenizer: Any, group: TrajectoryGroup, 
     lengths = torch.tensor([len(row) for row in rows])
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
     rte = reward_token_embeddings(model, input_ids.to(model.device), attention_mask.to(model.device)).float().cpu()
-    bonus = torch.tensor([_bonus(prompt.text, trajectory, config) for trajectory in both])
     num = len(group.trajectories)
+    place = group.ticket.place
+    bonus = torch.tensor(
+        [
+            _bonus(prompt.text, trajectory, f"{place}, {response_name(index, num)}", config)
+            for index, trajectory in enumerate(both)
+        ]
+    )
     twin = group.greedy is not None
     phi = scoring_head(model)
     weights = {name: weight.float() for name, weight in phi.named_parameters()}
     frozen = torch.func.functional_call(phi, weights, (rte[:num].to(model.device),)).squeeze(-1).cpu()
-    return RewardEmbeddings(
+    embeddings = RewardEmbeddings(
         group_id=group.ticket.group_id,
         rte=rte[:num].clone(),
         greedy_rte=rte[num].clone() if twin else None,
@@ -168,13 +183,23 @@ def embed_group(model: PreTrainedModel, tokenizer: Any, group: TrajectoryGroup, 
         greedy_bonus=bonus[num].clone() if twin else None,
         frozen_rewards=frozen,
     )
+    check_embeddings(embeddings, place, config)
+    return embeddings
 
 
-def _bonus(prompt: str, trajectory: Trajectory, config: R2MConfig) -> float:
-    """What verifiable functions and penalties add to one response's reward."""
-    reward = config.reward
+def _bonus(prompt: str, trajectory: Trajectory, place: str, config: R2MConfig) -> float:
+    """What verifiable functions and penalties add to one response's reward; `place` says which response it is."""
+    reward, key, finite = config.reward, "reward.functions", config.learner.on_nonfinite == "stop"
     verified = sum(
-        float(named_function(name, "reward.functions")(prompt, trajectory.text)) for name in reward.functions
+        called_for_number(named_function(name, key), (prompt, trajectory.text), key, name, place, finite)
+        for name in reward.functions
     )
     length = reward.length_penalty * trajectory.num_response_tokens
-    return verified - length - reward.missing_eos_penalty * (trajectory.finish_reason != "stop")
+    bonus = verified - length - reward.missing_eos_penalty * (trajectory.finish_reason != "stop")
+    if not abs(bonus) <= FLOAT32_MAX:
+        told(
+            f"{place}: {', '.join((key, *map(repr, reward.functions)))}, reward.length_penalty {reward.length_penalty} and "
+            f"missing_eos_penalty {reward.missing_eos_penalty} add {bonus} together, which is not finite in float32",
+            config,
+        )
+    return bonus

@@ -17,7 +17,8 @@ import numpy as np
 
 from r2m_async.intervals import differences, differences_tables, interval, seeds_row, seeds_table
 from r2m_async.jobs import failures
-from r2m_async.run_directory import write_results, write_whole
+from r2m_async.run_directory import write_results
+from r2m_async.whole import disk_errors, write_file
 
 Parts: TypeAlias = Mapping[str, str]
 """What is measured of each reward model, `evaluation` and `best_of_n` or one of them, and the folder for it in the model's
@@ -31,8 +32,9 @@ def train_and_measure(config: str, directory: Path, parts: Parts, pool: Path, ma
     from r2m_async.reward_training import resume
 
     began = time.monotonic()
-    directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / "config.yaml", config)
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    write_file(directory / "config.yaml", config)
     resume(directory)
     missing = {part: folder for part, folder in parts.items() if not is_measured(directory, {part: folder})}
     if "evaluation" in missing:
@@ -44,7 +46,13 @@ def train_and_measure(config: str, directory: Path, parts: Parts, pool: Path, ma
 
 
 def is_measured(directory: Path, parts: Parts) -> bool:
-    return all((directory / folder / "results.json").is_file() for folder in parts.values())
+    """Whether each part's results are there and whole: half a file is what a killed writer of an older version left."""
+    for folder in parts.values():
+        try:
+            _results(directory / folder)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return False
+    return True
 
 
 def compare_reward_models(

@@ -99,7 +99,7 @@ def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(start)
+        tokenizer = AutoTokenizer.from_pretrained(start, trust_remote_code=False)
         classifier, info = AutoModelForSequenceClassification.from_pretrained(
             start,
             num_labels=1,
@@ -107,6 +107,7 @@ def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
             output_loading_info=True,
             dtype=getattr(torch, config.model.dtype),
             attn_implementation=config.model.attention,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.start {start!r}: cannot be loaded: {error}; {name_remedy(start)}") from None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from r2m_async.checkpoints import seal, verified
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep, name_remedy
 from r2m_async.model_cache import key_digest
 from r2m_async.policy_model import one_thread
@@ -44,6 +44,7 @@ from r2m_async.run_directory import (
     cut_partial_line,
     new_directory,
 )
+from r2m_async.whole import disk_errors, remove_directory, whole_directory
 
 NUM_SAMPLED = 128
 """Training pairs at most whose states are measured beside those of the held-out ones (BSR Fig. 3)."""
@@ -126,18 +127,17 @@ class RewardTrainer:
         for name, parameter in self._parameters.items():
             tensors[f"parameter/{name}"] = parameter.detach()
             tensors |= {f"{key}/{name}": value for key, value in self._optimizer.state[parameter].items()}
-        building = directory.with_name(f".{directory.name}")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
         record = {"step": str(self.steps_done), "data": self._data_digest()}
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, building / "state.safetensors", record
-        )
-        building.rename(directory)
+        with whole_directory(directory, replace=True) as building:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, building / "state.safetensors", record
+            )
+            seal(building)
 
     @torch.no_grad()
     def restore(self, directory: Path) -> None:
-        """Raises ConfigError where the data is not what the checkpoint was trained on."""
+        """Raises ConfigError where the data is not what the checkpoint was trained on, and for one that is not whole."""
+        verified(directory)
         with safe_open(directory / "state.safetensors", framework="pt") as file:
             record = file.metadata()
             if record["data"] != self._data_digest():
@@ -242,8 +242,8 @@ class RewardEnsemble:
         else:
             self.config, directories = RewardModelConfig(), [source]
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(directories[0])
-            self.models = [load_classifier(directory) for directory in directories]
+            self.tokenizer = AutoTokenizer.from_pretrained(directories[0], trust_remote_code=False)
+            self.models = [load_classifier(directory, trust_remote_code=False) for directory in directories]
         except (OSError, ValueError) as error:
             raise ConfigError(f"{source}: no reward model can be loaded: {error}; {name_remedy(source)}") from None
         for model in self.models:
@@ -272,7 +272,7 @@ def train(config: RewardModelConfig) -> Path:
         return resume(told_by_first(run))
     except (ConfigError, DataError):
         if run is not None and not any(_seed_directory(run, seed).exists() for seed in config.seeds):
-            shutil.rmtree(run)  # nothing but the config that was refused
+            remove_directory(run)  # nothing but the config that was refused
         raise
 
 
@@ -316,7 +316,8 @@ def _train_one(config: RewardModelConfig, data: PreferenceData, start: str, dire
     if saved:
         trainer.restore(saved[-1])
     if rank() == 0:
-        directory.mkdir(exist_ok=True)
+        with disk_errors(directory):
+            directory.mkdir(exist_ok=True)
         for name in ("metrics.jsonl", "evaluation.jsonl"):
             cut_partial_line(directory / name)
     if not saved:
@@ -332,7 +333,7 @@ def _train_one(config: RewardModelConfig, data: PreferenceData, start: str, dire
         if rank() == 0 and _due(config.checkpoint.every, trainer.steps_done):
             trainer.save(checkpoint_path(directory, trainer.steps_done))
             for old in checkpoints(directory)[:-1]:
-                shutil.rmtree(old)
+                remove_directory(old)
     if rank() == 0:
         _finish(trainer, directory)
 
@@ -344,11 +345,9 @@ def _append(path: Path, record: dict[str, float]) -> None:
 
 def _finish(trainer: RewardTrainer, directory: Path) -> None:
     """The model, whole or not at all, in place of its checkpoints."""
-    building = directory / ".model"
-    shutil.rmtree(building, ignore_errors=True)
-    trainer.model.save(building)
-    building.rename(directory / "model")
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    with whole_directory(directory / "model") as building:
+        trainer.model.save(building)
+    remove_directory(directory / "checkpoints")
 
 
 def _due(every: int | None, step: int) -> bool:

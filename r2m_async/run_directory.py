@@ -5,16 +5,18 @@
     evaluation.jsonl   one line per evaluation
     trace.jsonl        one line per stage call (`step_metrics.Interval`)
     events.out.*       the step metrics for TensorBoard, where `logging.tensorboard` is on
-    checkpoints/       step-000040 and so on, each a directory that `Ring.save` wrote
+    checkpoints/       step-000040 and so on, each a directory that `Ring.save` wrote (docs/checkpoints.md)
 
 NaN and infinity are no JSON: they are written as null and read back as NaN.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -23,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from r2m_async.config import ConfigTree, R2MConfig
-from r2m_async.errors import DataError
+from r2m_async.errors import DataError, DiskError
+from r2m_async.whole import append, disk_errors, listed, whole_directory, write_file
 
 if TYPE_CHECKING:
     from r2m_async.step_metrics import Interval
@@ -41,7 +44,8 @@ class RunDirectory:
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(path))
+            with disk_errors(path):
+                self._tensorboard = SummaryWriter(str(path))
 
     @classmethod
     def create(cls, config: R2MConfig) -> Self:
@@ -52,9 +56,10 @@ class RunDirectory:
         """Appends one step's metrics; `metrics["step"]` is the step TensorBoard shows them at."""
         append_records(self.path / "metrics.jsonl", [metrics])
         if self._tensorboard is not None:
-            for tag, value in metrics.items():
-                self._tensorboard.add_scalar(tag, value, global_step=int(metrics["step"]))
-            self._tensorboard.flush()
+            with disk_errors(self.path):  # what its own thread could not write is raised here too
+                for tag, value in metrics.items():
+                    self._tensorboard.add_scalar(tag, value, global_step=int(metrics["step"]))
+                self._tensorboard.flush()
 
     def write_evaluations(self, evaluations: Sequence[dict[str, float]]) -> None:
         """Takes all evaluations of this process so far and appends those that are new."""
@@ -67,13 +72,16 @@ class RunDirectory:
 
     def close(self) -> None:
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with disk_errors(self.path):
+                self._tensorboard.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What ended the run is the error to see: of a full disk, TensorBoard's writer tells once more as it is closed.
+        with contextlib.suppress(*() if kind is None else (DiskError,)):
+            self.close()
 
 
 def new_directory(parent: str, name: str, config: ConfigTree) -> Path:
@@ -83,17 +91,21 @@ def new_directory(parent: str, name: str, config: ConfigTree) -> Path:
     for number in count(1):
         path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         try:
-            path.mkdir(parents=True)
-            break
+            with whole_directory(path) as new:
+                (new / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            return path
         except FileExistsError:
             continue
-    (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    return path
+    raise AssertionError("numbers have no end")
 
 
 def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
+    """Raises DiskError, and has then appended none."""
+    append(path, jsonl(records))
+
+
+def jsonl(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -101,8 +113,15 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """A run's whole checkpoints, oldest first; one that was interrupted has another name."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    """A run's whole checkpoints, oldest first; one that was interrupted has another name, and so have copies."""
+    steps = {_step(name): path for name, path in listed(run / "checkpoints").items()}
+    return [steps[step] for step in sorted(step for step in steps if step is not None)]
+
+
+def _step(name: str) -> int | None:
+    """Of the name that `checkpoint_path` gives to a step's checkpoint, and of no other."""
+    number = re.fullmatch(r"step-(\d{6,})", name)
+    return int(number[1]) if number and checkpoint_path(Path(), int(number[1])).name == name else None
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -133,18 +152,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file is there whole or not at all, however this ends."""
-    building = path.with_name(f".{path.name}.partial")
-    building.write_text(text, encoding="utf-8")
-    building.rename(path)
-
-
 def write_results(out: Path, results: Mapping[str, Any], table: str) -> None:
-    """OUT/results.json and OUT/table.md."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(_finite(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(table, encoding="utf-8")
+    """OUT/results.json and OUT/table.md. results.json comes last: where it is, all is. Raises DiskError."""
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_file(out / "table.md", table)
+    write_file(out / "results.json", json.dumps(_finite(results), indent=1, allow_nan=False) + "\n")
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -162,5 +175,6 @@ def _finite(value: Any) -> Any:
 
 def cut_partial_line(path: Path) -> None:
     """What a killed run left half written would spoil the next line. Makes the file if it is not there."""
-    path.touch()
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    with disk_errors(path):
+        path.touch()
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

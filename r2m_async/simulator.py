@@ -19,7 +19,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.controller import Controller
 from r2m_async.errors import ConfigError, StageLost, StalledRun
 from r2m_async.schedule import Admission, Plan, Schedule
-from r2m_async.stages import Stages
+from r2m_async.stages import Stages, local_bytes
 from r2m_async.trajectories import GroupReport, Prompt, StepReport, Ticket
 
 
@@ -192,7 +192,7 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0) -> Prediction:
         policy=SimulatedStage("policy-learner", duration),
         head=SimulatedStage("head-learner", duration),
         to_bytes=bytes,
-        from_bytes=bytes,
+        **local_bytes(),
     )
     results, _ = run_virtually(config, plan, stages)
     steady = results[len(results) // 2 :]

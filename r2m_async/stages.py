@@ -8,7 +8,7 @@ says how many payloads a method returns, because a remote call must know before 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,8 +52,11 @@ class Stages:
     """Replicas of the frozen backbone; the first also scores."""
     policy: Stage
     head: Stage
-    to_bytes: Callable[[Any], Any]
+    to_bytes: Callable[[Any], Awaitable[Any]]
+    """A buffer of a payload."""
     from_bytes: Callable[[Any], Any]
+    carrier: Callable[[], Coroutine[Any, Any, None]] = lambda: asyncio.sleep(0)
+    """A loop that raises `StageLost` once what carries the stages' processes is gone."""
 
 
 TURNS_TO_ARRIVE = 3
@@ -110,4 +113,8 @@ class LocalBatches(LocalStage):
 
 def local_bytes() -> dict[str, Callable]:
     """The `to_bytes` and `from_bytes` of stages in this process."""
-    return {"to_bytes": encode, "from_bytes": decode}
+
+    async def to_bytes(payload: Any) -> memoryview:
+        return encode(payload)
+
+    return {"to_bytes": to_bytes, "from_bytes": decode}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from r2m_async.schedule import Assembly, Schedule
@@ -68,6 +68,12 @@ class StepMetrics:
     def annotated(self, group_id: int, gold: float) -> None:
         """gold: NaN where the prompt has none."""
         self._gold[group_id] = gold
+
+    def forget(self, group_ids: Iterable[int]) -> None:
+        """These groups will be in no step."""
+        for group_id in group_ids:
+            self._reports.pop(group_id, None)
+            self._gold.pop(group_id, None)
 
     def of_step(
         self, assembly: Assembly, schedule: Schedule, measured: Mapping[str, float], now: float

@@ -24,14 +24,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from r2m_async.config import ConfigTree, R2MConfig
@@ -42,6 +40,8 @@ from r2m_async.preference_data import load_preference_data
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_study import compare_reward_models, is_measured, train_and_measure
 from r2m_async.study_results import compare_cells
+from r2m_async.whole import disk_errors, whole_directory, write_file
+from r2m_async.yaml_tree import cut_repr, read_yaml
 
 TRAINED = "trained:"
 
@@ -121,9 +121,7 @@ def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], li
     Raises ConfigError for whatever is wrong in it or in a config.
     """
     try:
-        study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        study = Study.model_validate(read_yaml(path) or {})
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {_explain(one)}" for one in error.errors())) from None
     reward_models = _reward_models(path, study, out.resolve())
@@ -147,7 +145,7 @@ def _explain(problem: Any) -> str:
         kinds: dict[str, type[BaseModel]] = {"best_of_n": BestOfN, "reward_models": RewardModelSource}
         owner = kinds[place[0]] if len(place) > 1 else Study
         return f"{key}: no such key; valid are {', '.join(owner.model_fields)}"
-    told = f"{key}: {problem['msg'].replace('tuple', 'list')}; got {problem['input']!r}"
+    told = f"{key}: {problem['msg'].replace('tuple', 'list')}; got {cut_repr(problem['input'])}"
     return told + " (YAML reads it as a number or a truth value; put it in quotes)" * (place[-1:] == ["[key]"])
 
 
@@ -234,7 +232,8 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
         )
     out = out.resolve()  # the configs of runs that start from its reward models have it
     study, reward_models, runs = read_study(path, out)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
+    with disk_errors(out):
+        (out / "runs").mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if not _is_there(out / "runs" / run.name, run.config)]
     tell(f"{len(runs)} runs, {len(runs) - len(missing)} there already")
     with WorkerProcesses(workers or os.cpu_count() or 1) as processes:
@@ -316,16 +315,14 @@ def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
     from r2m_async.run_directory import RunDirectory
     from r2m_async.training import keep_checkpoint
 
-    config, building = R2MConfig.from_dict(tree), directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    (building / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    config = R2MConfig.from_dict(tree)
     threads = one_thread() if in_process else contextlib.nullcontext()
-    with threads, RunDirectory(building, config) as run, Ring.of(config, in_process=in_process) as ring:
-        while not ring.finished:
-            metrics = ring.step()
-            run.write_step(metrics)
-        run.write_evaluations(ring.drain())
-        keep_checkpoint(ring, run.path)
-    building.rename(directory)
+    with whole_directory(directory) as building, threads:
+        write_file(building / "config.yaml", config.to_yaml())
+        with RunDirectory(building, config) as run, Ring.of(config, in_process=in_process) as ring:
+            while not ring.finished:
+                metrics = ring.step()
+                run.write_step(metrics)
+            run.write_evaluations(ring.drain())
+            keep_checkpoint(ring, run.path)
     return metrics["time/since_start"]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from r2m_async.config import R2MConfig
-from r2m_async.errors import StageLost, StalledRun, StepFailed
 from r2m_async.launch import Ring
 from r2m_async.live import LiveTable
 from r2m_async.plots import plot_run
 from r2m_async.run_directory import RunDirectory, checkpoint_path, checkpoints
+from r2m_async.whole import remove_directory
 from r2m_async.workload import resolve
 
 
@@ -24,7 +23,7 @@ def train(config: R2MConfig) -> Path:
             live.message(f"data: skipped {count} records: {reason}")
         with RunDirectory.create(config) as run:
             live.message(f"starting the ring; run directory {run.path}")
-            with _naming_the_last_checkpoint(run.path), Ring(config, workload) as ring:
+            with _naming_what_is_left(run.path), Ring(config, workload) as ring:
                 while not ring.finished:
                     metrics = ring.step()
                     run.write_step(metrics)
@@ -42,13 +41,16 @@ def train(config: R2MConfig) -> Path:
 
 
 @contextlib.contextmanager
-def _naming_the_last_checkpoint(run: Path) -> Iterator[None]:
-    """Adds to what ended a run what it can go on from."""
+def _naming_what_is_left(run: Path) -> Iterator[None]:
+    """Adds to whatever ends a run early where its measurements are, and what it can go on from."""
     try:
         yield
-    except (StageLost, StalledRun, StepFailed) as error:
-        if saved := checkpoints(run):
-            error.add_note(f"The last whole checkpoint is {saved[-1]}.")
+    except BaseException as error:
+        error.add_note(f"What was measured is in {run}.")
+        saved = checkpoints(run)
+        error.add_note(
+            f"The last whole checkpoint is {saved[-1]}." if saved else "No checkpoint was saved (checkpoint.every)."
+        )
         raise
 
 
@@ -60,4 +62,4 @@ def keep_checkpoint(ring: Ring, run: Path) -> None:
         return
     ring.save(checkpoint_path(run, step))
     for old in checkpoints(run)[: -checkpoint.keep]:
-        shutil.rmtree(old)
+        remove_directory(old)

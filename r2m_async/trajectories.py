@@ -38,6 +38,20 @@ class Ticket:
     """Counts issues of this ticket from 0; a result of an older attempt is fenced."""
     prompt: Prompt
 
+    @property
+    def place(self) -> str:
+        """Which group it is, for messages."""
+        return f"{group_place(self.due_step, self.group_id)} (prompt {self.prompt.prompt_id!r})"
+
+
+def group_place(step: int, group_id: int) -> str:
+    """A group's name in messages: `step 3, group 12`, or `evaluation prompt 2` where none is trained."""
+    return (
+        f"step {step}, group {group_id}"
+        if group_id >= 0 and step >= 0
+        else f"evaluation prompt {-1 - min(-1, group_id)}"
+    )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:

@@ -9,12 +9,13 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from r2m_async import language
 from r2m_async.advantages import GROUP_RELATIVE, PER_TOKEN, Estimator, check_options, get_advantage
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.plugins import named_function
 from r2m_async.prompts import PromptStream, load_prompts, sampling_seed
 from r2m_async.schedule import Admission, Plan
@@ -121,13 +122,27 @@ def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] 
 
 
 def _hidden_size(key: str, name: str) -> int:
+    size = hidden_size(key, name)
+    assert size is not None
+    return size
+
+
+def hidden_size(key: str, name: str, fetch: bool = True) -> int | None:
+    """Numbers in a state of the model's language part; other parts, such as one that sees, have sizes of their own.
+
+    `key` is the config's key that names the model. None, with `fetch` False, for a model that is not on this machine.
+    Raises ConfigError for one that cannot be loaded.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name).get_text_config().hidden_size
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, local_files_only=not fetch, trust_remote_code=False)
+        return config.get_text_config().hidden_size
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, OSError) and not fetch and not Path(name).exists():
+            return None
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}: {name!r} cannot be loaded; name an HF model or a directory. {reason}") from None
+        raise ConfigError(f"{key}: {name!r} cannot be loaded: {reason}; {name_remedy(name)}") from None
 
 
 def check_estimator(estimator: Estimator, config: R2MConfig) -> None:

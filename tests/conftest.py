@@ -10,6 +10,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import json
 import random
+import sys
 from collections import Counter
 
 import pytest
@@ -38,6 +39,25 @@ WORDS = [
     ".",
     ":",
 ]
+
+
+PERTURBED = Path(__file__).parent / "perturbed"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--perturb-linear",
+        action="store_true",
+        help="compute matrix products as another processor might, a unit in the last place off (tests/perturbed)",
+    )
+
+
+def pytest_configure(config):
+    """torch finds the kernels on the path when it is imported, here and in every process that a test starts."""
+    if config.getoption("--perturb-linear"):
+        assert "torch" not in sys.modules, "a plugin imported torch before its kernels could be perturbed"
+        sys.path.insert(0, str(PERTURBED))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PERTURBED), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,97 @@ def test_check_looks_at_the_critics_model_as_at_the_others(capsys, tiny, tiny_fi
     assert out.splitlines()[-1] == "# ok, but for critic.model, not checked"
     assert main(["check", QUICKSTART, *gae, f"critic.model={tiny('qwen2', False)}"]) == 0
     assert "reads the tokens of model.policy was not checked" in capsys.readouterr().out
+
+
+@pytest.fixture
+def multimodal(tiny, tmp_path):
+    """`multimodal(classifier)`: a directory with the config of a Gemma 3 that sees (text 32 wide, vision 16), and a tokenizer."""
+    from transformers import AutoTokenizer, Gemma3Config
+
+    def make(classifier: bool) -> str:
+        path = tmp_path / f"gemma-{classifier}"
+        tokenizer = AutoTokenizer.from_pretrained(tiny("qwen2", False))
+        text = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        }
+        config = Gemma3Config(text_config=text, vision_config=vision, **({"num_labels": 1} if classifier else {}))
+        assert not hasattr(config, "hidden_size") and not hasattr(config, "vocab_size")
+        config.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return str(path)
+
+    return make
+
+
+@pytest.mark.models
+def test_check_reads_the_sizes_of_a_multimodal_models_language_part(capsys, multimodal, tiny_file, tiny_config):
+    policy, reward = multimodal(False), multimodal(True)
+    seeing = ["check", tiny_file, f"model.policy={policy}", f"reward.model={reward}"]
+    assert main(seeing) == 0
+    out = capsys.readouterr().out
+    assert f"# queue: at most {tiny_config.group_bytes(32, 32, greedy_twin=False)} bytes a group" in out
+    assert out.splitlines()[-1] == "# ok"
+    assert main([*seeing, "advantage.name=gae", "objective.ratio=token", f"critic.model={policy}"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "# ok"
+
+
+OWN_CODE = {
+    "AutoConfig": "code.Config",
+    "AutoModelForCausalLM": "code.Model",
+    "AutoTokenizer": ["code.Tokenizer", None],
+}
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    "command", ["check", "train", "reward-model train", "policy-states", "eval generate", "reward-model eval"]
+)
+def test_a_model_that_comes_with_code_of_its_own_is_refused_and_the_code_not_run(
+    capsys, monkeypatch, tiny, tiny_file, pairs_file, tmp_path, command
+):
+    model = tmp_path / "with-code"
+    shutil.copytree(tiny("qwen2", False), model)
+    config = json.loads((model / "config.json").read_text()) | {"auto_map": OWN_CODE, "model_type": "mine"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    empty, questions = str(tmp_path / "empty.yaml"), str(tmp_path / "questions.jsonl")
+    Path(empty).touch()
+    Path(questions).write_text(
+        json.dumps({"question_id": 1, "category": "writing", "turns": ["the old river", "and ?"]})
+    )
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers would ask, and run it
+    words = {
+        "check": ["check", tiny_file, f"model.policy={model}"],
+        "train": ["train", tiny_file, f"reward.model={model}"],
+        "reward-model train": ["reward-model", "train", empty, f"model.start={model}", f"data.preferences={pairs_file}"],
+        "reward-model eval": ["reward-model", "eval", str(model), "--pairs", str(pairs_file)],
+        "policy-states": ["policy-states", str(model), "--pairs", str(pairs_file)],
+        "eval generate": ["eval", "generate", str(model), "--prompts", questions, "--format", "mt_bench", "--out", "out"],
+    }[command]  # fmt: skip
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert str(model) in err and "Python code of its own" in err and "supports no such models" in err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.models
+def test_files_beside_the_config_are_found_by_their_names_and_stand_for_no_others(tiny_file, tmp_path):
+    for name in ("queue", "types", "statistics", "datasets", "transformers", "numpy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise SystemExit('{name} was taken from beside the config')")
+    (tmp_path / "my_reward.py").write_text(
+        "import statistics, queue\ndef length(prompt, response): return len(response)"
+    )
+    command = "import sys; from r2m_async.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["check", tiny_file, "reward.functions=[my_reward:length]"]
+    done = subprocess.run([sys.executable, "-P", "-c", command, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "# ok"
 
 
 # plan

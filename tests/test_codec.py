@@ -1,5 +1,9 @@
+import random
+import resource
 import struct
+from pathlib import Path
 
+import msgpack
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +23,9 @@ DTYPES = [
     torch.float32,
     torch.float64,
 ]
+
+
+TUPLE, TENSOR, RECORD = 1, 2, 3  # the codes of the extension types
 
 
 def same(left, right) -> bool:
@@ -116,11 +123,147 @@ def test_damaged_buffers_never_raise_anything_but_codec_errors(noise, where):
 
 
 def test_a_giant_announced_size_is_refused_without_allocating():
-    import msgpack
-
     header = msgpack.packb([None, [["float32", [2**40, 2**10], 0]]])
     with pytest.raises(CodecError, match="cut off"):
         decode(struct.pack("<4sIQ", b"R2MC", SCHEMA, len(header)) + header + b"\0" * 64)
+
+
+def buffer_of(tree, specs, rest: bytes = bytes(64)) -> bytes:
+    """As `encode` would lay it out."""
+    header = msgpack.packb([msgpack.packb(tree), specs])
+    return struct.pack("<4sIQ", b"R2MC", SCHEMA, len(header)) + header + rest
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        [2, 2, 2**62, 0],
+        [0, 2, 2, 2**62],
+        [2**63],
+        [2**63, 0],
+        [0, 2**63],
+        [2**64 - 1, 0],
+        [0] + [3] * 40,
+        [2**32, 2**32, 0],
+        [0, *[2**64 - 1] * 100_000],
+    ],
+    ids=lambda shape: str(shape)[:30],
+)
+@pytest.mark.parametrize("dtype", ["bool", "float64"])
+def test_a_shape_that_no_tensor_can_have_is_refused_also_where_it_has_no_elements(shape, dtype):
+    with pytest.raises(CodecError, match="has a tensor"):
+        decode(buffer_of(None, [[dtype, shape, 0]]))
+
+
+def test_the_largest_shape_without_elements_is_read():
+    huge = torch.empty(2**61, 2, 0, 1)
+    assert decode(encode(huge)).shape == huge.shape
+
+
+def test_a_record_whose_fields_are_of_other_types_is_refused():
+    def record(name, **fields):
+        return msgpack.ExtType(RECORD, msgpack.packb([name, fields]))
+
+    vector = msgpack.ExtType(TENSOR, msgpack.packb(0))
+    ticket = dict(group=1, rewards=2)
+    whole = dict(token_ids=vector, behaviour_logprobs=vector, policy_versions=vector, prompt_len=1, text="")
+    for broken in (
+        record("ScoredGroup", **ticket),
+        record("ScoredGroup", group=None, rewards=vector),
+        record("Trajectory", **whole, finish_reason=vector),
+        record("Trajectory", **whole | {"prompt_len": vector}, finish_reason="stop"),
+        record("Trajectory", **whole | {"token_ids": 3}, finish_reason="stop"),
+        msgpack.ExtType(TENSOR, msgpack.packb(-1)),
+        msgpack.ExtType(TENSOR, msgpack.packb(True)),
+        msgpack.ExtType(TENSOR, msgpack.packb([0])),
+    ):
+        with pytest.raises(CodecError):
+            decode(buffer_of(broken, [["float32", [2], 0]]))
+
+
+def random_header(rng: random.Random) -> bytes:
+    """Well-formed msgpack of the right outline, with numbers at and beyond every limit."""
+    numbers = (0, 1, 2, 3, 7, 64, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -1, True, 1.5, None, "x", b"", [])
+
+    def tree(depth: int = 0):
+        kind = rng.randrange(8 if depth < 3 else 2)
+        if kind == 0:
+            return rng.choice(numbers)
+        if kind == 1:
+            return msgpack.ExtType(TENSOR, msgpack.packb(rng.choice((0, 0, 1, 5, -1))))
+        if kind == 2:
+            return msgpack.ExtType(TUPLE, msgpack.packb([tree(depth + 1)]))
+        if kind == 3:
+            return msgpack.ExtType(rng.randrange(6), rng.randbytes(rng.randrange(6)))
+        if kind == 4:
+            return {rng.choice(("a", "group_id")): tree(depth + 1)}
+        if kind == 5:
+            return [tree(depth + 1) for _ in range(rng.randrange(3))]
+        fields = ("group_id", "rewards", "model_rewards", "greedy_reward", "head_version", "omega")
+        name, fields = rng.choice((("GroupRewards", fields), ("ScoredGroup", ("group", "rewards")), ("Nothing", ())))
+        return msgpack.ExtType(RECORD, msgpack.packb([name, {field: tree(depth + 1) for field in fields}]))
+
+    dtypes = ("bool", "float32", "bfloat16", "int64", "float64", "complex64", "x", 3)
+    specs = [
+        [rng.choice(dtypes), [rng.choice(numbers) for _ in range(rng.randrange(5))], rng.choice(numbers)]
+        for _ in range(rng.randrange(3))
+    ]
+    return buffer_of(tree(), specs, rng.randbytes(rng.choice((0, 64, 200))))
+
+
+def damaged(rng: random.Random, whole: bytes) -> bytes:
+    """With some bytes flipped, cut out, doubled or replaced by the msgpack codes of large things."""
+    buffer = bytearray(whole)
+    codes = (
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\xc9\xff\xff\xff\xff",
+        b"\xcf" + b"\xff" * 8,
+    )
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(min(len(buffer), 400))
+        length = rng.randrange(1, 9)
+        change = rng.randrange(4)
+        if change == 0:
+            buffer[at] = rng.randrange(256)
+        elif change == 1:
+            buffer[at : at + length] = rng.choice((rng.randbytes(length), rng.choice(codes)))
+        elif change == 2:
+            del buffer[at : at + length]
+        else:
+            buffer[at:at] = buffer[at : at + length]
+    return bytes(buffer)
+
+
+def test_ten_thousand_damaged_buffers_are_refused_or_read_as_something_that_can_be_written_in_little_memory():
+    rng = random.Random(15)
+    sound = [
+        bytes(encode(one))
+        for one in (
+            [group()],
+            (1, {"x": torch.ones(3)}),
+            Weights(version=1, tensors={"w": torch.ones(4, 4)}),
+            torch.empty(0, 5),
+        )
+    ]
+    refused = 0
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, limits[1]))  # what allocates by an announced size fails
+    try:
+        for number in range(10_000):
+            buffer = random_header(rng) if number % 2 else damaged(rng, rng.choice(sound))
+            try:
+                read = decode(buffer)
+            except CodecError:
+                refused += 1
+                continue
+            written = encode(read)
+            assert bytes(encode(decode(written))) == bytes(written)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert 5_000 < refused < 9_500
 
 
 def test_another_schema_is_refused_with_both_numbers():

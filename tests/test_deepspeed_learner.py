@@ -106,8 +106,20 @@ def learner_on(backend: type, config: R2MConfig) -> PolicyLearner:
     estimator = get_advantage(config.advantage.name)
     critic = None
     if estimator.needs_values:
-        critic = Critic(backend(load_critic(config.model.policy, config), None, config), config)
-    return PolicyLearner(backend(*models_of(config), config), estimator, config, critic)
+        values = without_amplification(backend(load_critic(config.model.policy, config), None, config))
+        critic = Critic(values, config)
+    return PolicyLearner(without_amplification(backend(*models_of(config), config)), estimator, config, critic)
+
+
+def without_amplification(backend):
+    """Its AdamW divides by |gradient| + 1e-4: what rounds in a gradient near 0 becomes no whole step.
+
+    Most gradients are larger and move weights by about the learning rate, as ever.
+    """
+    optimizer = backend._optimizer if isinstance(backend, TorchBackend) else backend.policy.optimizer
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-4
+    return backend
 
 
 def models_of(config: R2MConfig) -> tuple:

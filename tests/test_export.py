@@ -30,7 +30,7 @@ from r2m_async.policy_model import group_feedback, load_policy, load_weights, on
 from r2m_async.reward_model import load_reward_model, scoring_head
 from r2m_async.reward_text import reward_input_ids
 from r2m_async.run_directory import checkpoint_path, checkpoints
-from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup
+from r2m_async.trajectories import GroupRewards, Prompt, Ticket, Trajectory, TrajectoryGroup
 
 pytestmark = pytest.mark.models
 
@@ -140,7 +140,7 @@ def test_tokenizer_chat_template_and_generation_config_are_the_base_models(tiny_
 # The reward model
 
 
-def annotated(run: Path, config: R2MConfig, prompt: Prompt, finished: bool) -> torch.Tensor:
+def annotated(run: Path, config: R2MConfig, prompt: Prompt, finished: bool) -> GroupRewards:
     """What the ring's annotator binds, with the policy and head of the run's checkpoint, to the texts in `RESPONSES`."""
     policy_weights, head_weights = saved_weights(run, "policy"), saved_weights(run, "head")
     version, tokenizer = policy_weights.version, AutoTokenizer.from_pretrained(config.model.policy)
@@ -165,7 +165,7 @@ def annotated(run: Path, config: R2MConfig, prompt: Prompt, finished: bool) -> t
     feedback = group_feedback(policy, group, config, version) if config.reads_feedback else None
     _, embeddings = annotator.embed(group)
     _, (rewards,) = annotator.score(version - 1, head_weights, [embeddings], [feedback])
-    return rewards.rewards
+    return rewards
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -176,15 +176,16 @@ def test_the_scorer_gives_the_annotators_rewards_bit_for_bit(saved_run, tiny_con
     export(run, tmp_path / "out")
     ids = AutoTokenizer.from_pretrained(config.model.policy).encode(TEXT)
     with one_thread():
-        expected = annotated(run, config, Prompt(prompt_id="", content=TEXT, text=TEXT, token_ids=tuple(ids)), finished)
+        prompt = Prompt(prompt_id="", content=TEXT, text=TEXT, token_ids=tuple(ids))
+        expected = annotated(run, config, prompt, finished).rewards
         rewards = RewardScorer(tmp_path / "out", device="cpu").score(TEXT, RESPONSES, finished=finished)
     assert torch.equal(rewards, expected)
     assert rewards.std() > 1e-3, "rewards too alike to tell responses apart"
 
 
-@pytest.mark.parametrize(("family", "clip"), [("llama", 1.3), ("gpt_neox", 1.5)])  # clips some of the three, not all
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_turns_and_every_key_that_a_reward_depends_on_score_as_in_the_ring(
-    saved_run, tiny, tiny_config, tmp_path, monkeypatch, family, clip
+    saved_run, tiny, tiny_config, tmp_path, monkeypatch, family
 ):
     (tmp_path / "own_rewards.py").write_text(
         "def stones(prompt, response):\n    return 0.25 * response.count('stone')\n"
@@ -193,15 +194,20 @@ def test_turns_and_every_key_that_a_reward_depends_on_score_as_in_the_ring(
     base = copied_model(tiny(family, False), tmp_path / "base", TEMPLATE)
     config = tiny_config.model(policy=base, dtype="bfloat16", attention="eager").feedback(dtype="float32")
     config = config.head(variant="r2m_noise", lr=0.05, omega_floor=0.2, omega_horizon=6)
-    config = config.reward(dtype="bfloat16", max_tokens=8, clip=clip, length_penalty=0.125, missing_eos_penalty=0.5)
+    config = config.reward(dtype="bfloat16", max_tokens=8, clip=1e3, length_penalty=0.125, missing_eos_penalty=0.5)
     config = config.reward(functions=["own_rewards:stones"])
     run = saved_run(config)
-    export(run, tmp_path / "out")
     text = "<user> the wind <assistant> sings <user> not :"
     content = tuple((turn["role"], turn["content"]) for turn in TURNS)
     ids = AutoTokenizer.from_pretrained(base).encode(text)
+    prompt = Prompt(prompt_id="", content=content, text=text, token_ids=tuple(ids))
     with one_thread():
-        expected = annotated(run, config, Prompt(prompt_id="", content=content, text=text, token_ids=tuple(ids)), False)
+        # Between the largest two of three rewards: where training has brought them depends on the processor.
+        magnitudes = annotated(run, config, prompt, False).model_rewards.abs().sort().values
+        config = config.reward(clip=magnitudes[1:].mean().item())
+        (checkpoint_path(run, config.run.num_steps) / "config.yaml").write_text(config.to_yaml())
+        export(run, tmp_path / "out")
+        expected = annotated(run, config, prompt, False).rewards
         assert torch.equal(RewardScorer(tmp_path / "out", "cpu").score(TURNS, RESPONSES, finished=False), expected)
 
         path = tmp_path / "out/reward_model/r2m_head.json"
@@ -410,7 +416,7 @@ def test_a_checkpoint_that_was_being_written_when_the_run_died_is_not_taken(run_
     with pytest.raises(KeyboardInterrupt):
         training.train(run_config.checkpoint(every=1))
     (run,) = (tmp_path / "runs").iterdir()
-    assert (run / "checkpoints" / ".step-000002.partial").is_dir()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000001"], "the partial one is removed"
     assert export(run, tmp_path / "out") == checkpoint_path(run, 1)
     assert RewardScorer(tmp_path / "out", "cpu").score(TEXT, RESPONSES).isfinite().all()
 

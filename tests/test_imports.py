@@ -100,7 +100,7 @@ def test_actors_never_import_learners_nor_learners_actors():
 
 
 def test_only_its_stages_and_the_algorithm_import_ray():
-    assert importers_of("ray") == {"r2m_async.ray_stages", "r2m_async.algorithm"}
+    assert importers_of("ray") == {"r2m_async.ray_connection", "r2m_async.ray_stages", "r2m_async.algorithm"}
     assert importers_of("r2m_async.ray_stages") == {"r2m_async.launch", "r2m_async.algorithm"}
 
 

@@ -171,4 +171,5 @@ def weights_of_ring(ring):
 
     stages = ring.controller.stages
     policy, head = ring._run(stages.policy.call("weights"))[1], ring._run(stages.head.call("state"))[1]
-    return [decode(stages.to_bytes(policy)), decode(stages.to_bytes(head))["weights"]]
+    policy, head = (decode(ring._run(stages.to_bytes(payload))) for payload in (policy, head))
+    return [policy, head["weights"]]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 
 import pytest
@@ -19,9 +20,21 @@ from r2m_async.run_directory import read_metrics
 pytestmark = pytest.mark.models
 
 
+@pytest.fixture
+def spread_config(reward_model_config, tmp_path):
+    """Its start's last norm has weights that differ. A tiny model's are all 1, so are the norms of its states alike."""
+    start = tmp_path / "start"
+    shutil.copytree(reward_model_config.model.start, start)
+    model = AutoModelForCausalLM.from_pretrained(start)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.linspace(0.1, 3, model.config.hidden_size))
+    model.save_pretrained(start)
+    return reward_model_config.model(start=str(start))
+
+
 @pytest.mark.parametrize("layers", [1, 2])
-def test_pair_states_are_those_of_one_text_at_a_time(reward_model_config, layers):
-    config = reward_model_config.head(layers=layers, width=24)
+def test_pair_states_are_those_of_one_text_at_a_time(spread_config, layers):
+    config = spread_config.head(layers=layers, width=24)
     model = RewardTrainee(config.model.start, config)
     texts = load_preference_data(config).held_out
     pairs = [tokenized(pair, model.tokenizer, config.data.max_tokens) for pair in texts]
@@ -41,6 +54,7 @@ def test_pair_states_are_those_of_one_text_at_a_time(reward_model_config, layers
     assert found.rewards.T.tolist() == [pytest.approx(both, abs=1e-4) for both in rewards]
     assert found.differences.tolist() == pytest.approx(differences, rel=1e-3)
     all_norms = [norm for both in norms for norm in both]
+    assert statistics.pstdev(all_norms) > 0.03 * statistics.fmean(all_norms), "a spread far above rounding"
     assert found.record("seen") == pytest.approx(
         {
             "seen/accuracy": statistics.fmean(chosen > rejected for chosen, rejected in rewards),

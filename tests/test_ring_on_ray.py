@@ -24,7 +24,7 @@ def weights_of(ring):
 
     from r2m_async.codec import decode
 
-    policy, head = (decode(ring.controller.stages.to_bytes(payload)) for payload in ring._run(fetch()))
+    policy, head = (decode(ring._run(ring.controller.stages.to_bytes(payload))) for payload in ring._run(fetch()))
     return policy, head["weights"]
 
 
@@ -37,14 +37,14 @@ def record_groups(ring):
 
     async def listen_policy(method, *args):
         if method == "proximal":
-            groups = [decode(stages.to_bytes(payload)) for payload in args[1]]
+            groups = [decode(await stages.to_bytes(payload)) for payload in args[1]]
             seen["tokens"][args[0]] = [t.token_ids.tolist() for group in groups for t in group.trajectories]
         return await proximal(method, *args)
 
     async def listen_annotator(method, *args):
         result = await score(method, *args)
         if method == "score":
-            rewards = decode(stages.to_bytes(result[1]))
+            rewards = decode(await stages.to_bytes(result[1]))
             seen["rewards"][args[0]] = [reward for group in rewards for reward in group.rewards.tolist()]
         return result
 

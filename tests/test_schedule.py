@@ -10,7 +10,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import StageLost, StalledRun
 from r2m_async.schedule import Ledger, Plan, Schedule
 from r2m_async.simulator import SimulatedStage, run_virtually
-from r2m_async.stages import Stages
+from r2m_async.stages import Stages, local_bytes
 
 
 def plan(**changes) -> Plan:
@@ -170,8 +170,7 @@ class Ring:
             annotators=(stage("annotator-0"), stage("annotator-1")),
             policy=stage("policy-learner"),
             head=stage("head-learner"),
-            to_bytes=bytes,
-            from_bytes=bytes,
+            **local_bytes(),
         )
 
     def run(self):
@@ -273,9 +272,7 @@ def stages_of(rollouts, **others):
     return Stages(
         rollouts=rollouts,
         annotators=(still("annotator", 0.0),),
-        to_bytes=bytes,
-        from_bytes=bytes,
-        **(defaults | others),
+        **(local_bytes() | defaults | others),
     )
 
 

@@ -113,7 +113,8 @@ def test_a_study_runs_what_is_missing_and_its_runs_are_the_ones_of_their_configs
     assert [step["reward/mean"] for step in steps] == pytest.approx([np.mean(one) for one in rewards], abs=1e-6)
 
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("metrics.jsonl")}
-    shutil.move(out / "runs" / "r2m-seed5", out / "runs" / ".r2m-seed5.partial")  # as if it had been stopped
+    left = out / "runs" / ".r2m-seed5.r2m-00000000.partial"
+    shutil.move(out / "runs" / "r2m-seed5", left)  # as if it had been killed
     assert main(["study", str(path), str(out), "--workers", "1"]) == 0
     said = capsys.readouterr().out
     assert "4 runs, 3 there already" in said and "1/1 r2m-seed5: " in said and "| vanilla | " in said

@@ -107,7 +107,7 @@ def damage_weights(ring, change):
     async def damaged(method, *args):
         report, *payloads = await call(method, *args)
         if method == "weights":
-            payloads[0] = stages.from_bytes(encode(change(decode(stages.to_bytes(payloads[0])))))
+            payloads[0] = stages.from_bytes(encode(change(decode(await stages.to_bytes(payloads[0])))))
         return report, *payloads
 
     stages.policy.call = damaged
@@ -122,7 +122,7 @@ def trained_groups(ring):
 
     async def listen(method, *args):
         if method == "proximal":
-            seen[args[0]] = [decode(stages.to_bytes(payload)) for payload in args[1]]
+            seen[args[0]] = [decode(await stages.to_bytes(payload)) for payload in args[1]]
         return await call(method, *args)
 
     stages.policy.call = listen

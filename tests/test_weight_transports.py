@@ -253,5 +253,5 @@ def test_a_synchronous_gloo_ring_gives_the_bits_of_the_object_stores(vllm_config
                     *(stage.call("state") for stage in (ring.controller.stages.policy, ring.controller.stages.head))
                 )
 
-            final.append([bytes(ring.controller.stages.to_bytes(payload)) for _, payload in ring._run(state())])
+            final.append([bytes(ring._run(ring.controller.stages.to_bytes(payload))) for _, payload in ring._run(state())])
     assert final[0] == final[1]

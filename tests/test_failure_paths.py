@@ -1,0 +1,350 @@
+"""What a user sees when something in the ring fails or hangs, and when: on the simulator's clock, where a minute is free."""
+
+import asyncio
+import time
+
+import pytest
+
+from r2m_async.config import R2MConfig
+from r2m_async.controller import STOP_TIMEOUT, Controller
+from r2m_async.errors import ConfigError, StageLost, StalledRun
+from r2m_async.loop_thread import LoopThread
+from r2m_async.schedule import Plan
+from r2m_async.simulator import SimulatedStage, VirtualClockLoop, run_virtually, simulated_ticket
+from r2m_async.stages import Stages, local_bytes
+
+STALL_AFTER = 60.0
+
+
+class Faulty(SimulatedStage):
+    """Takes 0.01 s for a call; `hangs` and `fails` say at which methods, and from which of their calls on."""
+
+    def __init__(self, name, hangs=(), fails=None, first=0, seconds=0.01, **options):
+        super().__init__(name, lambda method: seconds, **options)
+        self.hangs, self.fails, self.first = hangs, fails or {}, first
+        self.calls = {}
+
+    async def call(self, method, *args):
+        self.calls[method] = number = self.calls.get(method, -1) + 1
+        if number >= self.first and method in self.hangs:
+            await asyncio.get_running_loop().create_future()
+        if number >= self.first and method in self.fails:
+            raise self.fails[method]
+        return await super().call(method, *args)
+
+    def _result(self, method, args):
+        return (None, {"optimizer": 1}) if method == "state" else super()._result(method, args)
+
+
+def stages_of(**others):
+    stages = {
+        "rollouts": (Faulty("rollout-0"),),
+        "annotators": (Faulty("annotator-0"),),
+        **{kind: Faulty(name) for kind, name in (("queue", "queue"), ("head", "head-learner"))},
+        "policy": Faulty("policy-learner"),
+    }
+    return Stages(**stages | others, **local_bytes())
+
+
+def plan_of(**changes):
+    sizes = dict(num_steps=3, groups_per_step=2, max_policy_age=0, max_head_age=0, max_bytes=1, group_bytes=0)
+    return Plan(**sizes | changes)
+
+
+CONFIG = R2MConfig().evaluation(every=None).scheduling(stall_after=STALL_AFTER)
+
+
+def drive(stages, do, config=CONFIG, plan=None):
+    """What `do(controller)` raised, when, and the controller, which has been stopped."""
+    told = {}
+
+    async def run():
+        controller = told["controller"] = Controller(config, plan or plan_of(), stages, simulated_ticket)
+        await controller.start()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            await do(controller)
+        except Exception as error:
+            told["error"], told["after"] = error, loop.time() - began
+        stopping = loop.time()
+        await controller.stop()
+        told["stopped_after"] = loop.time() - stopping
+        await asyncio.sleep(4 * STALL_AFTER)  # what cannot be cancelled ends by itself
+
+    loop = VirtualClockLoop()
+    try:
+        loop.run_until_complete(run())
+    finally:
+        loop.close()
+    return told
+
+
+async def train(controller):
+    while not controller.finished:
+        await controller.step()
+    await controller.drain()
+
+
+async def save(controller):
+    await controller.step()
+    await controller.checkpoint("nowhere")
+
+
+@pytest.mark.parametrize("method", ["embed", "score"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_an_error_beside_a_hanging_proximal_pass_is_what_the_user_sees_at_once(method, at):
+    cause = ZeroDivisionError("the real cause")
+    stages = stages_of(
+        annotators=(Faulty("annotator-0", fails={method: cause}, first=at),),
+        policy=Faulty("policy-learner", hangs=("proximal",), first=at // (2 if method == "embed" else 1)),
+    )
+    told = drive(stages, train)
+    assert told["error"] is cause and told["after"] < 1.0
+    assert any(note.startswith("In step ") for note in cause.__notes__)
+    assert "_score" in _functions(cause) or "_embed" in _functions(cause), "its own traceback"
+
+
+def test_an_error_of_the_queue_beside_a_hanging_proximal_pass_is_seen_at_once():
+    stages = stages_of(
+        queue=Faulty("queue", fails={"get": KeyError("group 0 has no 'embeddings'")}, first=2),
+        policy=Faulty("policy-learner", hangs=("proximal",)),
+    )
+    told = drive(stages, train)
+    assert isinstance(told["error"], KeyError) and told["after"] < 1.0
+
+
+def test_a_hanging_learner_does_not_hide_that_the_annotator_died():
+    stages = stages_of(
+        annotators=(Faulty("annotator-0", crashes=lambda method: method == "score"),),
+        policy=Faulty("policy-learner", hangs=("proximal",)),
+    )
+    told = drive(stages, train)
+    assert isinstance(told["error"], StageLost) and told["after"] < 1.0
+    assert str(told["error"]) == "step 0 (groups [0, 1]): annotator-0 crashed in score"
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("policy", "proximal"),
+        ("policy", "train"),
+        ("policy", "weights"),
+        ("head", "update"),
+        ("annotators", "embed"),
+        ("annotators", "score"),
+        ("rollouts", "generate"),
+        ("rollouts", "load_weights"),
+        ("queue", "put"),
+        ("queue", "get"),
+        ("queue", "free"),
+    ],
+)
+def test_whatever_hangs_is_named_within_the_deadline_and_the_ring_stops(kind, method):
+    name = {"policy": "policy-learner", "head": "head-learner"}.get(kind, kind.removesuffix("s") + "-0")
+    name = "queue" if kind == "queue" else name
+    stage = Faulty(name, hangs=(method,), first=1)
+    told = drive(stages_of(**{kind: (stage,) if kind.endswith("s") else stage}), train)
+    assert isinstance(told["error"], StalledRun), told
+    assert f"{name} {method} waits for its end" in str(told["error"])
+    assert told["after"] <= 1.1 * STALL_AFTER and told["stopped_after"] <= STOP_TIMEOUT
+
+
+def test_two_that_hang_at_once_are_both_named_and_do_not_keep_the_ring_from_stopping():
+    stages = stages_of(
+        annotators=(Faulty("annotator-0", hangs=("embed",)),), policy=Faulty("policy-learner", hangs=("proximal",))
+    )
+    told = drive(stages, train)
+    for line in ("annotator-0 embed waits for its end: group 0", "policy-learner proximal waits for its end: step 0"):
+        assert line in str(told["error"])
+    assert told["stopped_after"] <= STOP_TIMEOUT
+
+
+class Stubborn(Faulty):
+    """A call that cannot be cancelled, as one inside of a library may be."""
+
+    async def call(self, method, *args):
+        if method != "train":
+            return await super().call(method, *args)
+        ends_at = asyncio.get_running_loop().time() + 3 * STALL_AFTER
+        while asyncio.get_running_loop().time() < ends_at:
+            try:
+                await asyncio.sleep(1)
+            except asyncio.CancelledError:
+                pass
+        return self._result(method, args)
+
+
+def test_a_call_that_ignores_cancelling_does_not_keep_the_ring_from_stopping():
+    told = drive(stages_of(policy=Stubborn("policy-learner")), train)
+    assert "policy-learner train waits for its end" in str(told["error"])
+    assert told["stopped_after"] == pytest.approx(STOP_TIMEOUT)
+
+
+@pytest.mark.parametrize("kind", ["policy", "head"])
+def test_a_learner_that_freezes_while_a_checkpoint_is_written_ends_the_run_by_its_name(kind):
+    name = f"{kind}-learner"
+    told = drive(stages_of(**{kind: Faulty(name, hangs=("state",))}), save)
+    assert isinstance(told["error"], StalledRun)
+    assert f"{name} state waits for its end" in str(told["error"]) and "driver waits for a checkpoint" in str(
+        told["error"]
+    )
+    assert told["after"] <= 1.1 * STALL_AFTER
+
+
+def test_a_payload_that_never_comes_is_named_as_what_the_checkpoint_waits_for():
+    stages = stages_of()
+
+    async def never(payload):
+        await asyncio.get_running_loop().create_future()
+
+    stages = Stages(
+        **{name: getattr(stages, name) for name in ("rollouts", "queue", "annotators", "policy", "head", "from_bytes")},
+        to_bytes=never,
+    )
+    told = drive(stages, save)
+    assert isinstance(told["error"], StalledRun) and "policy_learner waits for its bytes" in str(told["error"])
+
+
+def test_a_checkpoint_of_a_ring_that_has_failed_raises_the_failure():
+    told = drive(stages_of(head=Faulty("head-learner", fails={"state": ZeroDivisionError("in the head")})), save)
+    assert isinstance(told["error"], ZeroDivisionError) and told["after"] < 1.0
+
+
+def test_every_group_that_hangs_is_named_with_its_engine():
+    """The list once had one line per engine and method, which the first group to end took away."""
+
+    class Third(Faulty):
+        async def call(self, method, *args):
+            if method == "generate" and args[0].group_id != 2:
+                return self._result(method, args)
+            return await super().call(method, *args)
+
+    config = CONFIG.rollouts(engine="vllm", concurrent_groups=4)
+    actor = Third("rollout-0", hangs=("generate",))
+    told = drive(stages_of(rollouts=(actor,)), train, config, plan_of(groups_per_step=4))
+    assert "rollout-0 generate waits for its end: group 2 (since" in str(told["error"])
+    assert "groups in flight: 2 (rollout-0)" in str(told["error"])
+
+
+def test_the_deadline_starts_anew_with_everything_that_ends():
+    """Steps of most of the deadline each, one after the other, are no stall."""
+    stages = stages_of(policy=SimulatedStage("policy-learner", lambda method: 0.9 * STALL_AFTER))
+    results, _ = run_virtually(CONFIG, plan_of(), stages)
+    assert len(results) == 3 and results[-1]["time/since_start"] > 3 * STALL_AFTER
+
+
+def test_a_driver_that_does_not_ask_for_steps_is_no_stall():
+    async def dawdle(controller):
+        await controller.step()
+        await asyncio.sleep(10 * STALL_AFTER)
+        await controller.step()
+
+    assert "error" not in drive(stages_of(), dawdle)
+
+
+class DiesComingBack(Faulty):
+    async def restart(self):
+        raise StageLost(self.name, f"{self.name} did not come back: killed again")
+
+
+def test_an_actor_killed_again_each_time_it_is_back_ends_the_run_by_max_restarts():
+    dying = DiesComingBack("rollout-0", fails={"generate": StageLost("rollout-0", "killed")})
+    told = drive(stages_of(rollouts=(dying,)), train, CONFIG.rollouts(max_restarts=5))
+    assert isinstance(told["error"], StageLost) and told["after"] < 1.0
+    assert "rollout-0 died 6 times in a row; rollouts.max_restarts is 5" in str(told["error"])
+    assert "killed again" in str(told["error"])
+
+
+def test_a_frozen_actor_does_not_keep_others_from_being_aborted():
+    frozen = Faulty("frozen", hangs=("generate", "abort"))
+    slow = SimulatedStage("slow", lambda method: 500.0 if method == "generate" else 0.0)
+    plan = plan_of(num_steps=1, groups_per_step=3, overage="drop", overage_after=3.0)
+    stages = stages_of(rollouts=(frozen, slow, Faulty("fast")))
+    told = drive(stages, train, plan=plan)
+    assert "error" not in told
+    assert told["controller"].schedule.policy_ledger.voided["overage"] == 2
+    assert slow._aborted, "the abort of the frozen actor's group was asked for first, and never ends"
+
+
+@pytest.mark.parametrize("seconds", [0.01, 5.0])
+def test_nothing_of_the_groups_ahead_is_left_when_a_run_ends_early(seconds):
+    """Also of those whose embeddings come after the end."""
+    stored = set()
+
+    class Queue(Faulty):
+        async def call(self, method, *args):
+            if method == "put":
+                stored.add(args[0])
+            if method == "free":
+                stored.difference_update(args[0])
+            return await super().call(method, *args)
+
+    class Learner(Faulty):
+        def _result(self, method, args):
+            report, *payloads = super()._result(method, args)
+            if method == "train":
+                report.metrics["kl/sequence"] = 2.0
+            return report, *payloads
+
+    stages = stages_of(
+        queue=Queue("queue"), policy=Learner("policy-learner"), annotators=(Faulty("annotator-0", seconds=seconds),)
+    )
+    plan = plan_of(num_steps=9, max_policy_age=3)
+
+    async def to_the_end(controller):
+        await train(controller)
+        await asyncio.sleep(100)  # whatever is still on its way
+
+    told = drive(stages, to_the_end, CONFIG.objective(kl_stop=1.0), plan)
+    assert "error" not in told and told["controller"].schedule.policy_version == 1
+    assert not stored
+
+
+def test_a_carrier_that_is_gone_ends_the_run():
+    async def gone():
+        await asyncio.sleep(5)
+        raise StageLost(None, "the head of the Ray cluster is gone")
+
+    stages = stages_of(policy=Faulty("policy-learner", hangs=("train",)))
+    names = ("rollouts", "queue", "annotators", "policy", "head", "from_bytes", "to_bytes")
+    told = drive(Stages(**{name: getattr(stages, name) for name in names}, carrier=gone), train)
+    assert isinstance(told["error"], StageLost) and 5 <= told["after"] < 6
+
+
+def test_a_thread_that_stands_still_is_noticed_from_outside_with_what_it_is_at():
+    """No deadline on the loop itself could go off."""
+    thread = LoopThread("blocked")
+
+    async def block():
+        time.sleep(30)
+
+    began = time.monotonic()
+    with pytest.raises(StalledRun, match=r"has stood still for 0\.4 s:(.|\n)*time\.sleep\(30\)"):
+        thread.run(block(), 0.4)
+    assert time.monotonic() - began < 20
+    thread._thread.join(0)
+
+
+def test_a_coroutines_own_timeout_is_its_own():
+    thread = LoopThread("timed-out")
+
+    async def times_out():
+        raise TimeoutError("the user's sandbox")
+
+    with pytest.raises(TimeoutError, match="the user's sandbox"):
+        thread.run(times_out(), 60)
+    thread.stop()
+
+
+def test_a_mistake_of_the_users_passes_as_it_is():
+    told = drive(stages_of(annotators=(Faulty("annotator-0", fails={"score": ConfigError("yours")}),)), train)
+    assert isinstance(told["error"], ConfigError)
+
+
+def _functions(error):
+    traceback, names = error.__traceback__, []
+    while traceback:
+        names.append(traceback.tb_frame.f_code.co_name)
+        traceback = traceback.tb_next
+    return names

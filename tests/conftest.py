@@ -11,8 +11,10 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import json
 import random
 import sys
+from collections import Counter
 
 import pytest
+from forked_workers import forked_workers
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = [
@@ -56,6 +58,22 @@ def pytest_configure(config):
         assert "torch" not in sys.modules, "a plugin imported torch before its kernels could be perturbed"
         sys.path.insert(0, str(PERTURBED))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PERTURBED), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What is fast comes first, then what needs models, then Ray, there the files with most tests first.
+
+    A file's tests of one of these parts stay together, because they share fixtures: a group for pytest-xdist's workers.
+    """
+
+    def part(item):
+        return 2 if item.get_closest_marker("ring") else 1 if item.get_closest_marker("models") else 0
+
+    counts = Counter((part(item), item.path) for item in items)
+    items.sort(key=lambda item: (part(item), -counts[part(item), item.path] if part(item) == 2 else 0))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{part(item)}"))
 
 
 def save_tokenizer(directory: Path, words: list[str]) -> int:
@@ -201,16 +219,17 @@ def tiny_config(tiny, prompts_file):
 def ray_session():
     import ray
 
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=2,
-        object_store_memory=300 * 2**20,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    with forked_workers():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=2,
+            object_store_memory=300 * 2**20,
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -66,13 +66,27 @@ def kill_one_rollout_actor(ring):
     """SIGKILL, while it generates."""
 
     async def kill():
-        while not ring.controller.schedule.in_flight():
-            await asyncio.sleep(0.01)
+        rollouts, asked = ring.controller.stages.rollouts, asyncio.Event()
+        for stage in rollouts:
+            stage.call = telling(stage.call, asked)
+        if not ring.controller.schedule.in_flight():
+            await asked.wait()
         worker = next(iter(ring.controller.schedule.in_flight().values()))
-        stage = next(stage for stage in ring.controller.stages.rollouts if stage.name == worker)
+        stage = next(stage for stage in rollouts if stage.name == worker)
         os.kill(await stage.pid(), signal.SIGKILL)
 
     ring._run(kill())
+
+
+def telling(call, asked):
+    """The call of a stage, that sets `asked` once the stage is to generate."""
+
+    async def listen(method, *args):
+        if method == "generate":
+            asked.set()
+        return await call(method, *args)
+
+    return listen
 
 
 @pytest.mark.parametrize("num_actors", [1, 3])

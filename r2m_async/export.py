@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 from r2m_async.codec import decode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import CodecError, ConfigError, name_remedy
+from r2m_async.finite import all_finite
 from r2m_async.generation import checkpoint_generation_config
 from r2m_async.head_model import build_head, score_group
 from r2m_async.policy_model import group_feedback, load_policy, load_weights
@@ -60,6 +61,11 @@ def export(source: Path, out: Path) -> Path:
         raise ConfigError(f"OUT {out}: is there already; name a new directory or an empty one")
     step = _read(checkpoint / "step.msgpack")
     policy, head = (_read(checkpoint / f"{name}_weights_{step}.msgpack") for name in ("policy", "head"))
+    for name, weights in (("policy", policy), ("head", head)):
+        if not all_finite(weights.tensors.values()):
+            raise ConfigError(
+                f"{checkpoint}: its {name} has weights that are NaN or infinite; export another checkpoint"
+            )
     config = R2MConfig.from_yaml(checkpoint / "config.yaml")
     models, keys = find_models(config), _reward_keys(config)
     building = out.absolute().with_name(f".{out.absolute().name}.partial")

@@ -11,6 +11,8 @@ from torch import nn
 
 from learners.optimizer_state import moments, restore_moments
 from r2m_async.config import R2MConfig
+from r2m_async.errors import ConfigError
+from r2m_async.finite import all_finite
 from r2m_async.head_model import HeldHead, improve_head
 from r2m_async.policy_model import load_weights, named_weights
 from r2m_async.stages import produces
@@ -86,8 +88,15 @@ class HeadLearner:
 
     @produces(0)
     def restore(self, state: dict[str, Any]) -> tuple[int]:
+        """Raises ConfigError for a head that is not finite."""
         load_weights(self._head, state["weights"])
         self._held.resume(state["scoring"])
+        for weights in (state["weights"], state["scoring"]):
+            if not all_finite(weights.tensors.values()):
+                raise ConfigError(
+                    f"the checkpoint's head (version {weights.version}) has weights that are NaN or infinite: its training "
+                    f"had diverged; resume from an older checkpoint"
+                )
         self._version = state["weights"].version
         restore_moments(self._optimizer, state["optimizer"])
         return (self._version,)

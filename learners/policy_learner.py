@@ -299,6 +299,7 @@ class PolicyLearner:
 
     @produces(0)
     def restore(self, state: dict[str, Any], directory: str | None = None) -> tuple[int]:
+        """Raises ConfigError for a checkpoint with or without a critic against this run's, and for weights not finite."""
         if ("critic" in state) != (self._critic is not None):
             saved, asked = ("with", "none") if "critic" in state else ("without", "one")
             raise ConfigError(
@@ -309,6 +310,11 @@ class PolicyLearner:
         self._backend.restore(state, path)
         if self._critic:
             self._critic.restore(state["critic"], path)
+        if not (self._backend.finite() and (self._critic is None or self._critic.backend.finite())):
+            raise ConfigError(
+                f"the checkpoint's policy (version {state['version']}) or its critic has weights that are NaN or infinite: "
+                f"their training had diverged; resume from an older checkpoint"
+            )
         self._version = state["version"]
         return (self._version,)
 

@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 from r2m_async.checkpoints import MANIFEST, newest_weights, saved_config, seal, verified
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.finite import all_finite
 from r2m_async.generation import checkpoint_generation_config
 from r2m_async.head_model import build_head, score_group
 from r2m_async.policy_model import group_feedback, load_policy, load_weights
@@ -63,6 +64,11 @@ def export(source: Path, out: Path) -> Path:
     if not (there := next(one for one in (out, *out.absolute().parents) if one.exists())).is_dir():
         raise ConfigError(f"{checkpoint}: cannot be exported to {out}: {there} is a file: Not a directory")
     step, policy, head = newest_weights(checkpoint)
+    for name, weights in (("policy", policy), ("head", head)):
+        if not all_finite(weights.tensors.values()):
+            raise ConfigError(
+                f"{checkpoint}: its {name} has weights that are NaN or infinite; export another checkpoint"
+            )
     config = saved_config(checkpoint)
     models, keys = find_models(config), _reward_keys(config)
     try:

@@ -24,6 +24,7 @@ import numpy as np
 from r2m_async.answer_files import JudgedText, Outputs, read_outputs
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.judge_prompts import read_file
+from r2m_async.plugins import as_number, named_function, own_failure, shown
 from r2m_async.prompts import Record
 from r2m_async.run_directory import jsonl, write_results
 from r2m_async.whole import disk_errors, write_file
@@ -182,8 +183,6 @@ class _Scorer:
         self._name = judge
         self._gold = self._judge = None
         if ":" in judge and not Path(judge).exists():
-            from r2m_async.plugins import named_function
-
             self._gold = named_function(judge, "--judge")
         else:
             from r2m_async.reward_evaluation import Judge, load_ensemble
@@ -210,18 +209,28 @@ class _Scorer:
 
         assert self._judge is not None
         with one_thread():
-            return self._judge.rewards([(text.prompt, text.response, text.finished) for text in texts])
+            return self._judge.scores([(text.prompt, text.response, text.finished) for text in texts])
 
     def _gold_reward(self, text: JudgedText) -> float:
         assert self._gold is not None
         prompt = text.prompt if isinstance(text.prompt, str) else "\n".join(said for _, said in text.prompt)
         try:
-            return float(self._gold(prompt, text.response, text.finished))
-        except Exception as error:  # the user's program may raise anything
+            value = self._gold(prompt, text.response, text.finished)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the user's program may raise anything, SystemExit too
+            what, frames = own_failure(error)
             raise ConfigError(
-                f"--judge {self._name}: cannot judge {_answer_of(text)}: {type(error).__name__}: {error}; correct the "
-                f"judge, or give it the answers it is for"
-            ) from error
+                f"--judge {self._name}: cannot judge {_answer_of(text)}: {what}; correct the judge, or give it the answers "
+                f"it is for{frames}"
+            ) from None
+        number = as_number(value)
+        if number is None:
+            raise ConfigError(
+                f"--judge {self._name}: its reward for {_answer_of(text)} is {shown(value)}, which is no number; correct "
+                f"the judge, or name another"
+            )
+        return number
 
 
 def _answer_of(text: JudgedText) -> str:

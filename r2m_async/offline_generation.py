@@ -198,10 +198,12 @@ class TransformersGenerator:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
+        from r2m_async.finite import check_weights
         from r2m_async.generation import eos_ids
 
         self._max_new_tokens = options.max_new_tokens
         model = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)
+        check_weights(model, "MODEL", options.path)
         self._eos = eos_ids(model.generation_config, options.tokenizer)
         model.generation_config = GenerationConfig()  # its own sampling settings
         self._model: Any = model.eval()

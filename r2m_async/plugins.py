@@ -10,7 +10,6 @@ import math
 import reprlib
 import traceback
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 from r2m_async.errors import ConfigError, FunctionFailed
@@ -35,11 +34,10 @@ def named_function(name: str, key: str) -> Callable[..., Any]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's module may raise anything as it starts, SystemExit too
-        frames = error.__traceback__
-        while frames and (frames is error.__traceback__ or "importlib" in frames.tb_frame.f_code.co_filename):
-            frames = frames.tb_next
+        what, frames = own_failure(error)
         raise ConfigError(
-            f"{key} = {name!r}: module {module_name!r} cannot be imported, it {_raised(error, frames)}\ncorrect the module"
+            f"{key} = {name!r}: cannot import module {module_name!r} to find {attr!r} in it ({what}); correct the "
+            f"module{frames}"
         ) from None
     if not callable(getattr(module, attr, None)):
         names = [name for name, value in vars(module).items() if callable(value)]
@@ -58,8 +56,8 @@ def called(function: Callable[..., Any], arguments: tuple[Any, ...], key: str, n
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        beyond_us = error.__traceback__ and error.__traceback__.tb_next
-        raise FunctionFailed(f"{place}: {key} {name!r} {_raised(error, beyond_us)}") from None
+        what, frames = own_failure(error)
+        raise FunctionFailed(f"{place}: {key} {name!r} raised {what}{frames}") from None
 
 
 def called_for_number(
@@ -70,29 +68,26 @@ def called_for_number(
     place: str,
     finite: bool = True,
 ) -> float:
-    """`called` of a function that scores a response: a bool, a number of any library, or an array of one number.
+    """`called` of a function that scores a response: the `as_number` of what it returns.
 
-    Raises FunctionFailed also for anything else (None, text, several numbers), and with `finite` for NaN, for infinity
-    and for what is infinite in float32; without it the last is returned as infinity.
+    Raises FunctionFailed also for what is no number, and with `finite` for NaN, for infinity and for what is infinite in
+    float32; without it the last is returned as infinity.
     """
     value = called(function, arguments, key, name, place)
-    number = _number(value)
-    if number is None:
-        raise FunctionFailed(
-            f"{place}: {key} {name!r} returned {_SHORT.repr(value)} ({type(value).__name__}), which is no number; it must "
-            f"return one finite number for every response"
-        )
-    if abs(number) <= FLOAT32_MAX:
+    number = as_number(value)
+    if number is not None and abs(number) <= FLOAT32_MAX:
         return number
-    if finite:
-        why = "is infinite in float32" if math.isfinite(number) else "is not finite"
+    if number is None or finite:
+        why = "no number" if number is None else "infinite in float32" if math.isfinite(number) else "not finite"
         raise FunctionFailed(
-            f"{place}: {key} {name!r} returned {number}, which {why}; it must return one finite number for every response"
+            f"{place}: {key} {name!r} returned {shown(value)}, which is {why}; it must return one finite number for every "
+            f"response"
         )
     return math.copysign(math.inf, number) if number == number else number
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """A bool, a number of any library or an array of one number, as a float; None for text and all that is no number."""
     try:
         item = value.item() if hasattr(value, "item") else value  # of arrays and tensors, where they have one number
         return None if isinstance(item, str | bytes | bytearray) else float(item)
@@ -100,11 +95,24 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _raised(error: BaseException, frames: TracebackType | None) -> str:
+def shown(value: Any) -> str:
+    """Of a value, its type and the beginning of its repr."""
+    return f"{_SHORT.repr(value)} ({type(value).__name__})"
+
+
+def own_failure(error: BaseException) -> tuple[str, str]:
+    """What the user's code raised, in a line, and its traceback from that code on, which begins with a line's end.
+
+    The caller's own frame, which caught it, and those of the import system are left out; where nothing remains, as after
+    a call with too many arguments, the traceback is empty.
+    """
     what = "".join(traceback.format_exception_only(error)).strip()
-    if frames is None:  # the call itself failed, as with too many arguments
-        return f"raised {what}"
-    return f"raised {what}\n{''.join(traceback.format_exception(type(error), error, frames)).rstrip()}"
+    frames = error.__traceback__ and error.__traceback__.tb_next
+    while frames and "importlib" in frames.tb_frame.f_code.co_filename:
+        frames = frames.tb_next
+    if frames is None:
+        return what, ""
+    return what, f"\n{''.join(traceback.format_exception(type(error), error, frames)).rstrip()}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -26,6 +26,7 @@ from r2m_async import reward_metrics
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.export import is_export
+from r2m_async.finite import check_weights
 from r2m_async.policy_model import one_thread, settled
 from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
 from r2m_async.prompts import policy_reads, response_ids
@@ -156,6 +157,7 @@ def _read(
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         model = settled(AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False), R2MConfig())
+        check_weights(model, "the policy", name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: no policy can be loaded: {error}; {name_remedy(name)}") from None
     if tokenizer.eos_token_id is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,8 @@ class ScoredPair:
     rejected_finished: bool
     margin: float | None
     """The score of the chosen response minus that of the rejected one; None where no loss asks for it."""
+    place: str = field(compare=False)
+    """Where its record stands, for messages: file and line, or data set and row."""
 
     def flipped(self) -> ScoredPair:
         """As an annotator who errs gives it: the scores go with the labels, so the margin stays."""
@@ -55,6 +57,8 @@ class TokenizedPair:
     chosen: TokenizedText
     rejected: TokenizedText
     margin: float | None
+    place: str = field(compare=False)
+    """As of `ScoredPair`."""
 
     @property
     def length(self) -> int:
@@ -130,6 +134,7 @@ def tokenized(pair: ScoredPair, tokenizer: Any, max_tokens: int) -> TokenizedPai
         chosen=text(pair.chosen, pair.chosen_finished),
         rejected=text(pair.rejected, pair.rejected_finished),
         margin=pair.margin,
+        place=pair.place,
     )
 
 
@@ -165,6 +170,7 @@ def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[
             chosen_finished=_optional(record, "chosen_finished"),
             rejected_finished=_optional(record, "rejected_finished"),
             margin=_score(record, "chosen_score") - _score(record, "rejected_score") if scored else None,
+            place=record.place,
         )
 
     return load_records(source, split, parse, data.on_bad_record)

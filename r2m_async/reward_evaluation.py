@@ -94,7 +94,19 @@ class Judge:
                 )
 
     def rewards(self, texts: Sequence[Text]) -> np.ndarray:
-        """[N]"""
+        """[N], finite; raises ConfigError naming the text whose reward is not."""
+        rewards = self.scores(texts)
+        if (broken := np.flatnonzero(~np.isfinite(rewards))).size:
+            prompt, response, _ = texts[broken[0]]
+            raise ConfigError(
+                f"{self._ensemble.source}: its reward for the response {response[:60]!r} to {str(prompt)[:60]!r} is "
+                f"{rewards[broken[0]]}, and so are {broken.size} of {len(texts)}: its weights are damaged, or its training "
+                f"diverged; evaluate another model"
+            )
+        return rewards
+
+    def scores(self, texts: Sequence[Text]) -> np.ndarray:
+        """[N] as the ensemble gives them, finite or not."""
         return self._ensemble.score_ids([self._read(text) for text in texts]).numpy().astype(float)
 
     def rewards_of_first(self, texts: Sequence[Text]) -> np.ndarray:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from r2m_async.errors import ConfigError
-
 Message = dict[str, str] | tuple[str, str]
 
 
@@ -48,7 +46,7 @@ def reward_input_ids(
 def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool) -> list[int]:
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ConfigError("the reward tokenizer has no eos_token: set one, it tells finished responses from cut ones")
+        raise ValueError("the reward tokenizer has no eos_token: set one, it tells finished responses from cut ones")
     ids = list(tokenizer(text)["input_ids"])
     if ids and ids[-1] == eos:  # some tokenizers always append it, which would make every response look finished
         ids.pop()
@@ -57,7 +55,7 @@ def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool) -> l
 
 def _without_start(ids: list[int], max_tokens: int, bos: int | None) -> list[int]:
     if max_tokens < 2:
-        raise ConfigError(f"max_tokens={max_tokens}: a reward model needs at least 2 tokens")
+        raise ValueError(f"max_tokens={max_tokens}: a reward model needs at least 2 tokens")
     if len(ids) <= max_tokens:
         return ids
     if bos is not None and ids[0] == bos:

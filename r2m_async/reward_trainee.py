@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from r2m_async.adapters import add_adapters, publications
 from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.finite import check_weights
 from r2m_async.policy_model import settled
 from r2m_async.preference_data import TokenizedText
 from r2m_async.reward_config import RewardModelConfig
@@ -36,6 +37,7 @@ class RewardTrainee(nn.Module):
         if config.head.init == "normal":
             self.classifier.score = _new_head(self.classifier, config)
         self.lm_head = _lm_head(start, self.classifier, config) if config.loss.regularizer is not None else None
+        check_weights(self, "model.start", start)
         settled(self, config)
         if config.model.frozen:
             self.classifier.base_model.requires_grad_(False)

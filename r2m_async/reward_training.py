@@ -26,6 +26,7 @@ from torch import Tensor
 
 from r2m_async.checkpoints import saved_config, seal, verified
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep, name_remedy
+from r2m_async.finite import all_finite, first_bad
 from r2m_async.model_cache import key_digest
 from r2m_async.policy_model import one_thread
 from r2m_async.preference_data import PreferenceData, TokenizedPair, load_preference_data, microbatches, tokenized
@@ -84,7 +85,10 @@ class RewardTrainer:
         return self.steps_done >= self.num_steps
 
     def step(self) -> dict[str, float]:
-        """One optimizer step on the next batch; its metrics. Raises NonFiniteStep."""
+        """One optimizer step on the next batch; its metrics.
+
+        Raises NonFiniteStep where the gradient or then a weight is not finite, with the pair that began it if one did.
+        """
         optimizer = self.config.optimizer
         batch = self._batch(self.steps_done)
         parts = self._microbatches(batch)
@@ -93,8 +97,10 @@ class RewardTrainer:
         batch_mean = self._batch_mean(own_parts, len(batch)) if in_parts else None
         sums = torch.zeros(len(_METRICS), dtype=torch.float64)
         self._optimizer.zero_grad()
+        source = ""
         for part in own_parts:
             terms, rewards = self._loss(part, batch_mean)
+            source = source or self._broken(part, rewards, terms)
             (terms.loss * (len(part) / len(batch))).backward()
             sums += torch.tensor(_metrics(terms, *rewards), dtype=torch.float64) * (len(part) / len(batch))
         for parameter in self._parameters.values():
@@ -104,12 +110,17 @@ class RewardTrainer:
         lr = self.config.learning_rate(self.steps_done, self.num_steps)
         if not gradient_norm < float("inf"):
             raise NonFiniteStep(
-                f"step {self.steps_done + 1}: the gradient's norm is {gradient_norm} at learning rate {lr:g}; lower "
+                f"step {self.steps_done + 1}: the gradient's norm is {gradient_norm} at learning rate {lr:g}{source}; lower "
                 f"optimizer.lr or use model.dtype float32"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
+        if not all_finite(self._parameters.values()):
+            raise NonFiniteStep(
+                f"step {self.steps_done + 1}: the weights are not finite after an update with learning rate {lr:g} and "
+                f"optimizer.weight_decay {optimizer.weight_decay:g}; lower them"
+            )
         self.steps_done += 1
         metrics = dict(zip(_METRICS, summed(sums).tolist(), strict=True))
         metrics["reward/std"] = max(0.0, metrics.pop("reward/square") - metrics["reward/mean"] ** 2) ** 0.5
@@ -117,10 +128,14 @@ class RewardTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """A line of evaluation.jsonl: the norm of the head, and `PairStates.record` of the held-out pairs and of a sample
-        of the training pairs that is the same throughout."""
+        of the training pairs that is the same throughout. Raises NonFiniteStep naming a pair."""
         record = {"step": self.steps_done, "head/weight_norm": head_norm(self.model.classifier.score)}
         for name, pairs in (("held_out", self.held_out), ("training", self._sample)):
-            record |= pair_states(self.model, pairs, self.config.optimizer.tokens_per_microbatch).record(name)
+            states = pair_states(self.model, pairs, self.config.optimizer.tokens_per_microbatch)
+            if bad := first_bad(states.rewards):
+                reward = _reward_of(pairs[bad[1]], bad[0], states.rewards[tuple(bad)])
+                raise NonFiniteStep(f"evaluation after step {self.steps_done}: {reward}: the model overflows")
+            record |= states.record(name)
         return record
 
     def save(self, directory: Path) -> None:
@@ -216,6 +231,14 @@ class RewardTrainer:
         )
         return terms, rewards.detach()
 
+    def _broken(self, part: Sequence[int], rewards_2B: Tensor, terms: PreferenceTerms) -> str:
+        """Of a part of the batch, in words: which of its rewards is not finite, or that its loss is not; else nothing."""
+        if bad := first_bad(rewards_2B):
+            return f": {_reward_of(self.pairs[part[bad[1]]], bad[0], rewards_2B[tuple(bad)])}"
+        if not terms.loss.isfinite():
+            return f": the loss is {terms.loss.item()}, of finite rewards of the pairs of {self.pairs[part[0]].place} and on"
+        return ""
+
     @torch.no_grad()
     def _reference_logprobs(self) -> Tensor:
         """[2, pairs] by the base model, which is what the model is before its first step."""
@@ -228,6 +251,10 @@ class RewardTrainer:
         return key_digest(json.dumps([[p.chosen.token_ids, p.rejected.token_ids, p.margin] for p in self.pairs]))
 
 
+def _reward_of(pair: TokenizedPair, side: int, reward: Tensor) -> str:
+    return f"the reward of the {('chosen', 'rejected')[side]} response of {pair.place} is {reward.item()}"
+
+
 class RewardEnsemble:
     """Rewards by the model or models of a finished run, combined as its `ensemble.combine` says."""
 
@@ -238,6 +265,7 @@ class RewardEnsemble:
         """
         from transformers import AutoTokenizer
 
+        self.source = str(source)
         run = Path(source)
         if (run / "config.yaml").is_file():
             self.config = RewardModelConfig.from_yaml(run / "config.yaml")

@@ -8,11 +8,12 @@ threads at once, one per group.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,35 @@ class Completed:
 
     outputs: dict[int, CompletionOutput] = field(default_factory=dict)
     prompt_logprobs: Any = None
+
+
+class _Aborted:
+    """Names that were aborted, until their requests have come and gone. Not to be used by several threads at once.
+
+    A request that has gone before its abort comes will not come again, nor will that of a lost attempt; so only the
+    newest `LIMIT` names are kept. Those whose requests are on their way are among them: at most two per group that an
+    actor generates at once.
+    """
+
+    LIMIT = 4096
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, names: Iterable[str]) -> None:
+        self._names |= dict.fromkeys(names)
+        for name in list(itertools.islice(self._names, max(0, len(self) - self.LIMIT))):
+            del self._names[name]
+
+    def forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._names.pop(name, None)
 
 
 class Driver(ABC):
@@ -120,7 +150,7 @@ class SteppedDriver(Driver):
         self._owner: int | None = None
         self._running: dict[str, Completed] = {}
         self._finished: set[str] = set()
-        self._aborted: set[str] = set()
+        self._aborted = _Aborted()
 
     def generate(self, requests: list[Request]) -> list[Completed]:
         ids = {request.request_id for request in requests}
@@ -135,6 +165,7 @@ class SteppedDriver(Driver):
             with self._alone():
                 if ids <= self._finished:
                     self._finished -= ids
+                    self._aborted.forget(ids)
                     return [self._running.pop(request.request_id) for request in requests]
                 self._step()
 
@@ -163,7 +194,7 @@ class SteppedDriver(Driver):
 
     def abort(self, request_ids: list[str]) -> None:
         with self._alone():
-            self._aborted.update(request_ids)
+            self._aborted.add(request_ids)
             running = [one for one in request_ids if one in self._running and one not in self._finished]
             self._engine.abort_request(running)
             self._finished.update(running)
@@ -203,7 +234,7 @@ class AsyncDriver(Driver):
     def __init__(self, args: AsyncEngineArgs, timeout: float) -> None:
         self._timeout = timeout
         self._running: set[str] = set()
-        self._aborted: set[str] = set()
+        self._aborted = _Aborted()
         os.environ[CHILD] = "1"
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if args.tensor_parallel_size == 1 else "1"
         self._loop = asyncio.new_event_loop()
@@ -222,12 +253,12 @@ class AsyncDriver(Driver):
 
     async def _generate(self, request: Request) -> Completed:
         completed, name = Completed(), request.request_id
-        if name in self._aborted:
-            return completed
-        params = request.params.clone()
-        params.output_kind = RequestOutputKind.FINAL_ONLY
-        self._running.add(name)
         try:
+            if name in self._aborted:
+                return completed
+            params = request.params.clone()
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+            self._running.add(name)
             async for output in self._engine.generate(request.prompt, params, name):
                 completed.outputs = {one.index: one for one in output.outputs if one is not None}
                 completed.prompt_logprobs = output.prompt_logprobs
@@ -235,11 +266,12 @@ class AsyncDriver(Driver):
                 await self._engine.collective_rpc("r2m_settle", self._timeout)
         finally:
             self._running.discard(name)
+            self._aborted.forget([name])
         return completed
 
     def abort(self, request_ids: list[str]) -> None:
         async def until_ended() -> None:
-            self._aborted.update(request_ids)
+            self._aborted.add(request_ids)
             while not self._running.isdisjoint(request_ids):  # vLLM forgets an abort that comes before its request
                 await self._engine.abort(request_ids)
                 await asyncio.sleep(0.01)

@@ -12,13 +12,16 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from r2m_async.config import R2MConfig
 from r2m_async.stages import NODE_ADDRESS
+
+if TYPE_CHECKING:
+    from vllm.distributed.utils import StatelessProcessGroup
 
 
 class WeightSender:
@@ -41,7 +44,11 @@ class WeightSender:
         }
 
     def staged(self, version: int) -> dict[str, Tensor]:
-        return self._staged[version]
+        """Raises RuntimeError for a version that is not, or no longer, staged."""
+        staged = self._staged  # read once: another thread may stage a version meanwhile, which drops the oldest
+        if version not in staged:
+            raise RuntimeError(f"policy version {version} is no longer staged; those are {sorted(staged)}")
+        return staged[version]
 
     def open(self, engine: int) -> dict[str, Any]:
         """A new channel to an engine; what the engine needs to join it."""
@@ -57,9 +64,8 @@ class WeightSender:
 
     def send(self, engine: int, version: int) -> dict[str, Any]:
         """Sends a staged version; what the engine must be told besides, in time for it to load."""
-        if version not in self._staged:
-            raise RuntimeError(f"policy version {version} is no longer staged; those are {sorted(self._staged)}")
-        return self._channels[engine].send(self._staged[version])
+        tensors = self.staged(version)
+        return self._channels[engine].send(tensors)
 
 
 class _Channel(Protocol):
@@ -106,12 +112,14 @@ class _NCCL:
     def __init__(self, world_size: int, timeout: float) -> None:
         from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        host = os.environ.get(NODE_ADDRESS, "127.0.0.1")
+        self._timeout = timeout
+        self._socket = socket.create_server(
+            (host, 0)
+        )  # kept: a port that is let go may be another's when we meet there
         self._info = NCCLWeightTransferInitInfo(
-            master_address=os.environ.get(NODE_ADDRESS, "127.0.0.1"),
-            master_port=port,
+            master_address=host,
+            master_port=self._socket.getsockname()[1],
             rank_offset=1,
             world_size=world_size,
             packed=True,
@@ -120,9 +128,30 @@ class _NCCL:
         self._group: Any = None
 
     def connect(self) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.utils.nccl import unpinned_nccl_env
 
-        self._group = trainer_init(self._info)
+        processes = self._meet()
+        with unpinned_nccl_env():
+            self._group = PyNcclCommunicator(processes, device=torch.accelerator.current_device_index())
+
+    def _meet(self) -> StatelessProcessGroup:
+        """As vLLM's `trainer_init` does, but at the socket that listens already, and within our deadline.
+
+        vLLM can be handed a socket, too, but closes it a second time where nobody comes, which then may be another file.
+        """
+        from vllm.distributed.utils import StatelessProcessGroup
+
+        store = torch.distributed.TCPStore(
+            self._info.master_address,
+            self._info.master_port,
+            self._info.world_size,
+            is_master=True,
+            timeout=datetime.timedelta(seconds=self._timeout),
+            use_libuv=False,
+            master_listen_fd=self._socket.detach(),
+        )
+        return StatelessProcessGroup(rank=0, world_size=self._info.world_size, store=store)
 
     def send(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
@@ -139,6 +168,7 @@ class _NCCL:
         return {}
 
     def close(self) -> None:
+        self._socket.close()
         if self._group is not None:
             self._group.destroy()
 

@@ -919,6 +919,34 @@ def test_an_abort_that_comes_before_generate_is_honoured_for_that_attempt_only(e
 
 
 @pytest.mark.ring
+def test_aborts_are_forgotten_with_their_requests_and_of_those_that_never_come_the_newest_are_kept(either, monkeypatch):
+    engine, model, config = either
+    driver = engine._driver
+    driver._aborted.forget([f"{group_id}.0" for group_id in range(1000)])
+    before = len(driver._aborted)
+    for group_id in range(200, 206):
+        engine.abort(group_id, 0)
+    for group_id in range(200, 206):
+        engine.generate(ticket_of(group_id))
+    with ThreadPoolExecutor(1) as pool:
+        clear_slab(engine)
+        running = pool.submit(engine.generate, ticket_of(206))
+        wait_until(lambda: bool((written(engine).min(1).values > 5).any()), "5 tokens of every response")
+        engine.abort(206, 0)
+        running.result()
+    left = [name for name in (f"{group_id}.0" for group_id in range(200, 207)) if name in driver._aborted]
+    assert left == []
+    monkeypatch.setattr(driver._aborted, "LIMIT", before + 20)
+    for attempt in range(50):  # of groups that are over, or whose attempt was lost on its way
+        engine.abort(206, attempt)
+    assert len(driver._aborted) == before + 20
+    whole, _ = engine.generate(ticket_of(206, attempt=49))
+    assert {one.finish_reason for one in whole.trajectories} == {"abort"}
+    driver._aborted.forget([f"206.{attempt}{twin}" for attempt in range(50) for twin in ("", ".greedy")])
+    assert_exact(model, engine.generate(ticket_of(206)), config)
+
+
+@pytest.mark.ring
 def test_an_abort_that_comes_while_generate_is_starting_is_honoured(either, monkeypatch):
     engine, _, _ = either
     generate = engine._driver.generate

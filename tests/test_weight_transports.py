@@ -3,7 +3,9 @@
 import asyncio
 import os
 import signal
+import socket
 import threading
+import types
 
 import psutil
 import pytest
@@ -141,6 +143,65 @@ def test_as_many_versions_stay_staged_as_an_evaluation_may_lag_behind():
         ours.stage(torch.nn.Linear(1, 1), version)
     with pytest.raises(RuntimeError, match=r"policy version 1 is no longer staged; those are \[2, 3, 4\]"):
         ours.send(0, 1)
+
+
+def test_a_version_that_is_dropped_while_it_is_looked_up_is_still_sent_or_an_error_of_the_engine():
+    """Training stages versions from another thread than sends."""
+    ours, sent = sender(timeout=1.0), []
+    ours._channels[0] = types.SimpleNamespace(send=lambda tensors: sent.append(tensors) or {})
+
+    class SwappedMeanwhile(dict):
+        def __contains__(self, version):
+            found = super().__contains__(version)
+            for later in range(100, 105):
+                ours.stage(torch.nn.Linear(1, 1), later)
+            return found
+
+    for version in (7, 8):
+        ours._staged = SwappedMeanwhile({7: {"w": torch.ones(1)}})
+        if version == 7:
+            assert ours.send(0, 7) == {} and sent == [{"w": torch.ones(1)}]
+        else:
+            with pytest.raises(RuntimeError, match=r"policy version 8 is no longer staged; those are \[7\]"):
+                ours.send(0, 8)
+    with pytest.raises(RuntimeError, match=r"policy version 7 is no longer staged; those are \[103, 104\]"):
+        ours.staged(7)
+
+
+@pytest.mark.models
+def test_the_port_of_an_nccl_channel_is_held_from_its_announcement_until_all_have_met_there():
+    from vllm.distributed.utils import StatelessProcessGroup
+
+    ours = WeightSender(config_of().weights(transport="nccl", timeout=30.0))
+    info = ours.open(0)
+    place = (info["master_address"], info["master_port"])
+    with pytest.raises(OSError, match="in use"), socket.socket() as other:
+        other.bind(place)
+    told = []
+
+    def join():
+        peer = StatelessProcessGroup.create(*place, rank=1, world_size=2, store_timeout=30)
+        told.append(peer.broadcast_obj(None, src=0))
+
+    joining = threading.Thread(target=join)
+    joining.start()
+    meeting = ours._channels[0]._meet()
+    meeting.broadcast_obj("met", src=0)
+    joining.join(30)
+    assert told == ["met"]
+    again = ours.open(0)  # the engine was started anew: the old channel's port is free
+    assert again["master_port"] != info["master_port"]
+
+
+@pytest.mark.models
+def test_a_channel_that_nobody_joined_lets_its_port_go_and_misses_its_deadline():
+    ours = WeightSender(config_of().weights(transport="nccl", timeout=1.0))
+    info = ours.open(0)
+    ours.open(0)
+    with socket.socket() as other:
+        other.bind((info["master_address"], info["master_port"]))
+    with pytest.raises(RuntimeError, match=r"(?i)time"):
+        ours._channels[0]._meet()
 
 
 @pytest.mark.models

@@ -1,0 +1,124 @@
+"""Ctrl-C, SIGTERM and SIGHUP: the status, the message, and that nothing keeps a process from leaving."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import psutil
+import pytest
+
+from r2m_async.interruption import Interrupted, interruptible
+
+COMMAND = """
+    import ctypes, os, sys, time
+    from r2m_async import cli, interruption
+
+    def command(parsed):
+        print("running", flush=True)
+        {body}
+
+    cli._check = lambda config, parsed: command(parsed)
+    interruption.LEAVE_TIMEOUT = {patience}
+    cli.entry()
+"""
+BODIES = {
+    "waits": "time.sleep(300)",
+    "cleans up for ever": "try: time.sleep(300)\n    finally: time.sleep(300)",
+    # A mutex that is locked already: signals do not interrupt this wait, as they do not interrupt a collective.
+    "is inside of a library": "mutex = bytes(64); [ctypes.CDLL(None).pthread_mutex_lock(mutex) for _ in range(2)]",
+}
+
+
+def start(tmp_path, body, patience=60.0, before=""):
+    (tmp_path / "empty.yaml").touch()
+    code = before + textwrap.dedent(COMMAND).format(body=BODIES[body], patience=patience)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "check", str(tmp_path / "empty.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "running\n", process.stderr.read()
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_told_and_is_the_status(tmp_path, number):
+    process = start(tmp_path, "waits")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (128 + number, f"r2m: interrupted by {number.name}\n")
+
+
+@pytest.mark.parametrize("body", ["cleans up for ever", "is inside of a library"])
+def test_whatever_hangs_the_process_leaves_in_time_with_the_signals_status(tmp_path, body):
+    process = start(tmp_path, body, patience=0.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+
+
+def test_a_second_signal_ends_the_clean_up(tmp_path):
+    process = start(tmp_path, "cleans up for ever", patience=600.0)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode in (143, 130)
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(tmp_path):
+    before = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    process = start(tmp_path, "waits", before=before)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+
+
+def test_handlers_are_put_back_and_other_threads_left_alone():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    num_threads = threading.active_count()
+    with pytest.raises(Interrupted) as raised, interruptible():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert raised.value.status == 143 and isinstance(raised.value, KeyboardInterrupt)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    for thread in threading.enumerate():
+        if thread.name == "r2m-signals":
+            thread.join(30)
+    assert threading.active_count() == num_threads
+
+    def elsewhere():
+        with interruptible():
+            pass
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.ring
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_run_leaves_with_the_status_names_what_is_left_and_leaves_no_process(tiny_config, tmp_path, number):
+    """Ray's C++ side takes SIGTERM for itself: it printed a stack and aborted the driver three seconds later."""
+    config = tiny_config.run(num_steps=10_000, output_dir=str(tmp_path / "runs")).checkpoint(every=1)
+    (tmp_path / "config.yaml").write_text(config.logging(tensorboard=False).to_yaml())
+    command = [sys.executable, "-m", "r2m_async.cli", "train", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, said
+    assert "SIGTERM received at time" not in said, "Ray's C++ stack"
+    (run,) = (tmp_path / "runs").iterdir()
+    lines = said.splitlines()
+    assert lines[-3:-1] == [f"r2m: interrupted by {number.name}", f"What was measured is in {run}."]
+    assert lines[-1].startswith(f"The last whole checkpoint is {run / 'checkpoints'}{os.sep}step-")
+    _, alive = psutil.wait_procs(children, 30)
+    assert not alive, "orphans"

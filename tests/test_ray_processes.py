@@ -1,0 +1,265 @@
+"""Stages in real processes that fail, hang and die; and Ray itself, frozen, dead or not there. One small stage, no models."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from r2m_async.config import R2MConfig
+from r2m_async.errors import ConfigError, FunctionFailed, StageLost
+from r2m_async.stages import produces
+
+pytestmark = pytest.mark.ring
+
+
+class Worker:
+    """A stage that does as it is told."""
+
+    @produces(0)
+    def work(self, what):
+        if what == "times out":
+            raise TimeoutError("the sandbox of the user's function")
+        if what == "fails":
+            raise FunctionFailed("step 1, group 4, response 2: reward.functions 'mine:f' raised ZeroDivisionError")
+        if what == "mistake":
+            raise ConfigError("reward.clip is wrong")
+        if what == "breaks":
+            raise ZeroDivisionError("in a library")
+        if what == "sleeps":
+            time.sleep(600)
+        if what == "speaks":
+            print("what a user's function prints")
+        return (what,)
+
+
+def healthy(config, workload):
+    return Worker()
+
+
+def dies_as_it_starts(config, workload):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def stage(ray_session):
+    """`stage(make, deadline)`, ended with the test."""
+    from ray import cloudpickle
+
+    from r2m_async.ray_stages import RayStage
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    made = []
+
+    def launch(make=healthy, deadline=None):
+        options = {"num_cpus": 0, "max_restarts": 0}
+        made.append(RayStage("worker-0", Worker, make, R2MConfig(), None, deadline, options))
+        return made[-1]
+
+    yield launch
+    for one in made:
+        one.kill()
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_a_timeout_of_the_users_own_is_told_as_his_and_the_process_lives(stage):
+    async def run():
+        worker = stage(deadline=300.0)
+        before = await worker.pid()
+        with pytest.raises(TimeoutError, match="the sandbox of the user's function"):
+            await worker.call("work", "times out")
+        assert await worker.pid() == before
+        with pytest.raises(FunctionFailed, match="group 4, response 2") as failed:
+            await worker.call("work", "fails")
+        assert type(failed.value) is FunctionFailed and "ray::" not in str(failed.value)
+        with pytest.raises(ConfigError, match=r"^reward\.clip is wrong$"):
+            await worker.call("work", "mistake")
+        with pytest.raises(ZeroDivisionError, match="in a library"):
+            await worker.call("work", "breaks")
+
+    asyncio.run(run())
+
+
+def test_a_hung_process_is_killed_named_and_replaced(stage):
+    async def run():
+        worker = stage(deadline=2.0)
+        hung = psutil.Process(await worker.pid())
+        with pytest.raises(StageLost, match=r"worker-0 did not finish work within 2\.0 s \(rollouts\.hang_after\)"):
+            await worker.call("work", "sleeps")
+        await worker.restart()
+        assert await worker.pid() != hung.pid
+        assert await worker.call("work", "well") == ("well",)
+        hung.wait(30)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_frozen_process_is_replaced(stage, number):
+    async def run():
+        worker = stage(deadline=2.0)
+        os.kill(await worker.pid(), number)
+        with pytest.raises(StageLost, match="worker-0"):
+            await worker.call("work", "well")
+        await worker.restart()
+        assert await worker.call("work", "well") == ("well",)
+
+    asyncio.run(run())
+
+
+def test_a_process_that_dies_whenever_it_starts_is_told_at_once_with_the_reason(stage):
+    """Ray's own restarts went on for RESTART_TIMEOUT, and the reason was empty."""
+
+    async def run():
+        worker = stage(dies_as_it_starts)
+        began = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(StageLost, match=r"worker-0 did not come back: \S"):
+                await worker.restart()
+        assert time.monotonic() - began < 200
+
+    asyncio.run(run())
+
+
+# Ray itself, in a process of its own
+
+
+SCRIPT = """
+    import os, sys, time
+    sys.path.insert(0, {tests!r})
+    import test_ray_processes as stages
+    from ray import cloudpickle
+    from r2m_async.config import R2MConfig
+    from r2m_async.ray_stages import RayProcesses
+    cloudpickle.register_pickle_by_value(stages)
+    processes = RayProcesses(R2MConfig())
+    worker = processes.stage("worker-0", stages.Worker, stages.healthy, None, 0.0)
+    import asyncio
+    print("pid", asyncio.run(worker.pid()), flush=True)
+"""
+
+
+def script(text):
+    return textwrap.dedent(SCRIPT).format(tests=str(Path(__file__).parent)) + textwrap.dedent(text)
+
+
+def run_script(text, **environment):
+    command = [sys.executable, "-c", script(text)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+
+
+def descendants(pid):
+    return psutil.Process(pid).children(recursive=True)
+
+
+def gone(processes, seconds=30.0):
+    _, alive = psutil.wait_procs(processes, seconds)
+    return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("frozen", ["raylet", "gcs_server", "worker"])
+def test_closing_ends_every_process_whatever_is_frozen(frozen):
+    text = """
+        sys.stdin.readline()
+        began = time.monotonic()
+        processes.close()
+        print("closed after", time.monotonic() - began, flush=True)
+        sys.stdin.readline()
+    """
+    command = [sys.executable, "-c", script(text)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+        _, pid = driver.stdout.readline().split()
+        children = descendants(driver.pid)
+        victim = int(pid) if frozen == "worker" else next(one.pid for one in children if frozen in one.name())
+        os.kill(victim, signal.SIGSTOP)
+        print("go", file=driver.stdin, flush=True)
+        closed = driver.stdout.readline()
+        assert closed.startswith("closed after"), closed
+        assert float(closed.split()[-1]) < 60
+        assert gone(children), "orphans"
+        print("go", file=driver.stdin, flush=True)
+
+
+def test_a_head_that_dies_ends_the_watch_with_a_message_long_before_ray_ends_the_driver():
+    text = """
+        from r2m_async import ray_connection
+        from r2m_async.errors import StageLost
+        ray_connection.WATCH_EVERY = 0.2
+        sys.stdin.readline()
+        try:
+            asyncio.run(processes.ray.watch())
+        except StageLost as lost:
+            print(lost, flush=True)
+        processes.close()
+        print("closed", flush=True)
+        os._exit(0)
+    """
+    command = [sys.executable, "-c", script(text)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+        driver.stdout.readline()
+        children = descendants(driver.pid)
+        next(one for one in children if "gcs_server" in one.name()).kill()
+        print("go", file=driver.stdin, flush=True)
+        assert "the head of the Ray cluster at" in driver.stdout.readline()
+        assert driver.stdout.readline() == "closed\n"
+        assert gone(children), "orphans"
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_what_a_stage_prints_is_seen_under_its_name_unless_told_otherwise(seen):
+    told = script("""
+        async def speak():
+            await worker.call("work", "speaks")
+        asyncio.run(speak())
+        time.sleep(3)  # Ray's monitor reads the files in which processes print
+        processes.close()
+    """).replace("RayProcesses(R2MConfig())", f"RayProcesses(R2MConfig().logging(actors={seen}))")
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "what a user's function prints" in line]
+    assert bool(said) == seen
+    assert all("worker-0" in line for line in said)
+
+
+def nobody():
+    """An address at which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return "{}:{}".format(*listener.getsockname())
+
+
+@pytest.mark.parametrize("form", ["{}", "ray://{}"])
+def test_a_ray_address_that_nobody_answers_is_the_users_mistake_and_told_at_once(form):
+    address = form.format(nobody())
+    done = run_script("", RAY_ADDRESS=address)
+    _, said = done.communicate(timeout=120)
+    assert f"RAY_ADDRESS is '{address}' and no Ray cluster answers there" in said and "unset RAY_ADDRESS" in said
+
+
+def test_something_else_that_listens_at_ray_address_is_given_up_in_time():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = "{}:{}".format(*listener.getsockname())
+        text = script("").replace(
+            "processes = ", "from r2m_async import ray_connection; ray_connection.START_TIMEOUT = 3.0\nprocesses = ", 1
+        )
+        began = time.monotonic()
+        driver = subprocess.run(
+            [sys.executable, "-c", text + "\n"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"RAY_ADDRESS": address},
+        )
+        assert f"RAY_ADDRESS is '{address}'; is that cluster up?" in driver.stderr
+        assert time.monotonic() - began < 200

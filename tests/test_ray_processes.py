@@ -105,6 +105,7 @@ def test_a_hung_process_is_killed_named_and_replaced(stage):
 def test_a_killed_or_frozen_process_is_replaced(stage, number):
     async def run():
         worker = stage(deadline=2.0)
+        assert await worker.call("work", "well") == ("well",)
         os.kill(await worker.pid(), number)
         with pytest.raises(StageLost, match="worker-0"):
             await worker.call("work", "well")

@@ -131,7 +131,7 @@ class RewardSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     replicas: int = Field(1, gt=0)
     """Copies of the frozen backbone; the head scores in one place."""
-    max_tokens: int = Field(4096, gt=0)
+    max_tokens: int = Field(4096, gt=1)
     """Longer texts lose the beginning of their prompt."""
     functions: tuple[str, ...] = ()
     """Verifiable rewards `module:attr`, f(prompt_text, response_text) -> float, added to the model's reward."""

@@ -161,7 +161,9 @@ def _add_reward_model(commands: Any) -> None:
     evaluate.add_argument(
         "--initial-policy", metavar="NAME", help="that an export's run started from, where the export does not name it"
     )
-    evaluate.add_argument("--rm-bench", type=Path, metavar="FILE", help="RM-Bench as JSONL")
+    evaluate.add_argument(
+        "--rm-bench", type=Path, metavar="FILE", help="RM-Bench's files, commas between them, or JSONL"
+    )
     evaluate.add_argument(
         "--embedded",
         action=argparse.BooleanOptionalAction,

@@ -334,9 +334,10 @@ class Controller:
         await self._ask(self.stages.queue, "put", group_id, ("group", "feedback"), group, feedback, about=about)
         # Meanwhile the run may have ended (`kl_stop`), and with it this group: `void` and `arrived` then say so.
         if report.num_responses < min(2, self.config.rollouts.group_size):
-            self.schedule.void(group_id, "overage")
+            self.schedule.void(group_id, "overage", ticket.attempt)
         if not self.schedule.arrived(group_id, ticket.attempt, report.oldest_version, report.num_bytes, self._now()):
-            await self._ask(self.stages.queue, "free", (group_id,), about=about)
+            if not self.schedule.holds(group_id):  # else another attempt's payloads are, or will be, there
+                await self._ask(self.stages.queue, "free", (group_id,), about=about)
         else:
             self.metrics.arrived(group_id, report)
             self._embedding[group_id] = self._spawn(self._embed(ticket, group))
@@ -492,7 +493,7 @@ class Controller:
                 except TimeoutError:
                     now = max(deadline, self._now())  # a timer may go off up to its clock's resolution before its time
                     late = [group for group in self.schedule.late(now) if group not in aborted]
-                aborted.update(late)
+                aborted = {group for group in aborted if self.schedule.holds(group[0])} | set(late)
                 if self.schedule.plan.overage == "drop":
                     for group_id, _, _ in late:
                         self.schedule.void(group_id, "overage")

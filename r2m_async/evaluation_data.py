@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from r2m_async.errors import DataError
+from r2m_async.judge_prompts import read_file
 from r2m_async.language import (
     ADJECTIVES,
     ADVERBS,
@@ -32,7 +34,7 @@ from r2m_async.language import (
     sample_response,
     topic,
 )
-from r2m_async.prompts import Content, Record, load_records
+from r2m_async.prompts import Content, Record, read_records
 
 if TYPE_CHECKING:
     from r2m_async.embedded import EmbeddedModels
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 SPLITS = ("in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
 NUM_RESPONSES = 4
 NUM_STYLES = 3
+RM_BENCH_DOMAINS = ("chat", "math", "code", "safety-refuse", "safety-response")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,19 +102,29 @@ def ranked(prompt: str, responses: Sequence[Response]) -> RankedPrompt:
 
 
 def load_rm_bench(path: str | Path) -> tuple[StyledPrompt, ...]:
-    """RM-Bench's JSONL: `prompt`, `domain`, and three styles each in `chosen_styles` and `rejected_styles`, or in `chosen`
-    and `rejected` as its own files have them. Raises `DataError` for anything else."""
+    """RM-Bench's files as they are published, JSON lists, or JSONL: one path, or several with commas between them.
 
-    def parse(record: Record) -> StyledPrompt:
-        prompt = record.content("prompt")
-        return StyledPrompt(
-            prompt=(("user", prompt),) if isinstance(prompt, str) else prompt,
-            domain=str(record.field("domain")),
-            chosen=_styles(record, "chosen"),
-            rejected=_styles(record, "rejected"),
-        )
-
-    return load_records(str(path), "train", parse)[0]
+    A record has `prompt`, `domain`, and three styles each in `chosen` and `rejected`, or in `chosen_styles` and
+    `rejected_styles`. The published files of one domain have it in their name alone (`safety-refuse_filtered.json`).
+    Raises `DataError` for anything else.
+    """
+    items = [str(path)] if Path(path).is_file() else [item.strip() for item in str(path).split(",")]
+    styled = []
+    for item in items:
+        named = Path(item).stem.removesuffix("_filtered")
+        for record in read_file(item) if Path(item).is_file() else read_records(item):
+            prompt = record.content("prompt")
+            in_name = named in RM_BENCH_DOMAINS and "domain" not in record.fields()
+            one = StyledPrompt(
+                prompt=(("user", prompt),) if isinstance(prompt, str) else prompt,
+                domain=named if in_name else str(record.field("domain")),
+                chosen=_styles(record, "chosen"),
+                rejected=_styles(record, "rejected"),
+            )
+            styled.append(one)
+    if not styled:
+        raise DataError(f"{path}: no record of RM-Bench in it; give its data/total_dataset.json")
+    return tuple(styled)
 
 
 def _styles(record: Record, side: str) -> tuple[str, ...]:

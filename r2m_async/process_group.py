@@ -8,13 +8,16 @@ Without a group the functions below answer for the one process there is.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from r2m_async.errors import StageLost
 
 
 @contextmanager
@@ -53,20 +56,52 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def told_by_first(path: Path | None) -> Path:
-    """The first rank's `path`, which alone need not be None, in all ranks."""
-    told = [path]
-    if num_ranks() > 1:
-        dist.broadcast_object_list(told)
-    assert told[0] is not None
-    return told[0]
+def made_by_first(make: Callable[[], Path]) -> Path:
+    """What `make` returns in the first rank, which alone calls it, in all ranks.
+
+    Raises in all of them if it fails there: its own error in the first, StageLost naming that in the others.
+    """
+    if rank() > 0:
+        return _told_by_first()
+    with _telling_failure():
+        made = make()
+    _tell(made=made)
+    return made
 
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """The other ranks come in when the first one is out: they find what it has built or fetched."""
+    """The other ranks come in when the first one is out: they find what it has built or fetched.
+
+    Raises StageLost in them if the first one fails: they wait no longer, and do not come in.
+    """
     if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and num_ranks() > 1:
-        dist.barrier()
+        _told_by_first()
+        yield
+        return
+    with _telling_failure():
+        yield
+    _tell()
+
+
+@contextmanager
+def _telling_failure() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:  # Ctrl-C, too: the others wait for this rank, whatever ends it
+        _tell(failure=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _tell(made: Path | None = None, failure: str | None = None) -> None:
+    if num_ranks() > 1:
+        dist.broadcast_object_list([made, failure])
+
+
+def _told_by_first() -> Any:
+    told: list[Any] = [None, None]
+    dist.broadcast_object_list(told)
+    made, failure = told
+    if failure is not None:
+        raise StageLost("rank 0", f"the first rank failed, and this one ends with it: {failure}")
+    return made

@@ -51,7 +51,8 @@ class LossSection(Section):
     bsr: Literal["squared_mean", "mean_square"] | None = None
     """BSR's square of the batch's mean reward (Eq. 25), or the mean of squares that Eq. 28 is the gradient of."""
     bsr_weight: float = Field(1e-3, gt=0)
-    """lambda of Eq. 24."""
+    """lambda of Eq. 24 as printed. The authors' code multiplies its own by the pairs of one device's forward pass: their
+    recipe, 1e-3 with 16 pairs per device, is 1.6e-2 here."""
     pos_reg_weight: float = Field(0.0, ge=0)
     """gamma of GRM App. C.6."""
     regularizer: Literal["sft", "sft_nll", "dpo", "dpo_noref"] | None = None

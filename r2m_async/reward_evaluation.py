@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -285,23 +285,31 @@ def _split_results(judge: Judge, split: Sequence[RankedPrompt]) -> dict[str, Any
 
 
 def _rm_bench_results(judge: Judge, styled: Sequence[StyledPrompt]) -> dict[str, Any]:
-    """By domain, with `safety` the mean of its two halves, and `all` the mean of the domains, as RM-Bench has them."""
+    """By domain, by the halves of `safety`, and `all`, the mean of the domains.
+
+    `safety` pools the prompts of its halves, as RM-Bench's own script does (scripts/utils.py, `split_dataset_by_domain`):
+    there are more to refuse than to answer.
+    """
     rewards = judge.rewards(_styled_texts(styled)).reshape(len(styled), 2, NUM_STYLES)
-    grids = {}
-    for domain in dict.fromkeys(one.domain for one in styled):
-        rows = [index for index, one in enumerate(styled) if one.domain == domain]
-        grids[domain] = reward_metrics.style_grid(rewards[rows, 0], rewards[rows, 1])
-    nums = {domain: sum(one.domain == domain for one in styled) for domain in grids}
-    whole: dict[str, list[str]] = {}
-    for domain in grids:
-        whole.setdefault(domain.split("-")[0], []).append(domain)
-    means = {name: np.mean([grids[domain] for domain in halves], axis=0) for name, halves in whole.items()}
-    shown = grids | means | {"all": np.mean(list(means.values()), axis=0)}
-    nums |= {name: sum(nums[domain] for domain in halves) for name, halves in whole.items()} | {"all": len(styled)}
+
+    def grid_of(name: str, part: Callable[[str], str]) -> tuple[np.ndarray, int]:
+        rows = [index for index, one in enumerate(styled) if part(one.domain) == name]
+        return reward_metrics.style_grid(rewards[rows, 0], rewards[rows, 1]), len(rows)
+
+    halves = dict.fromkeys(one.domain for one in styled)
+    domains = dict.fromkeys(_domain(half) for half in halves)
+    whole = {name: grid_of(name, _domain) for name in domains}
+    shown = {name: grid_of(name, str) for name in halves} | whole
+    shown["all"] = np.mean([grid for grid, _ in whole.values()], axis=0), len(styled)
     return {
-        name: asdict(reward_metrics.style_averages(grid)) | {"grid": grid.tolist(), "num": nums[name]}
-        for name, grid in shown.items()
+        name: asdict(reward_metrics.style_averages(grid)) | {"grid": grid.tolist(), "num": num}
+        for name, (grid, num) in shown.items()
     }
+
+
+def _domain(half: str) -> str:
+    """`safety` of `safety-refuse`; other domains are whole."""
+    return half.split("-")[0]
 
 
 def _state_results(judge: Judge, sets: Mapping[str, Sequence[Text]], seed: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from r2m_async.model_cache import key_digest
 from r2m_async.policy_model import one_thread
 from r2m_async.preference_data import PreferenceData, TokenizedPair, load_preference_data, microbatches, tokenized
 from r2m_async.pretraining import score
-from r2m_async.process_group import first_rank_first, num_ranks, rank, summed, told_by_first
+from r2m_async.process_group import first_rank_first, made_by_first, num_ranks, rank, summed
 from r2m_async.resuming import REWARD_MODEL_MAY_CHANGE, keys_of, refuse_changes
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_model import load_classifier, scoring_head
@@ -303,11 +303,11 @@ def train(config: RewardModelConfig) -> Path:
 
     Within a process group the ranks train together, and the first one alone writes.
     """
-    run = new_directory(config.run.output_dir, config.run.name, config) if rank() == 0 else None
+    run = made_by_first(lambda: new_directory(config.run.output_dir, config.run.name, config))
     try:
-        return resume(told_by_first(run))
+        return resume(run)
     except (ConfigError, DataError):
-        if run is not None and not any(_seed_directory(run, seed).exists() for seed in config.seeds):
+        if rank() == 0 and not any(_seed_directory(run, seed).exists() for seed in config.seeds):
             remove_directory(run)  # nothing but the config that was refused
         raise
 

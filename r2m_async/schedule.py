@@ -198,9 +198,20 @@ class Schedule:
             self.reissued[reason] += 1
         return tuple(orphans)
 
-    def void(self, group_id: int, reason: str) -> None:
-        """Gives a group up for both learners, unless its step was assembled already."""
-        group = self._groups[group_id]
+    def holds(self, group_id: int) -> bool:
+        """Whether the group was admitted and neither voided nor freed: something may still be kept for it."""
+        return group_id in self._groups
+
+    def void(self, group_id: int, reason: str, attempt: int | None = None) -> bool:
+        """Gives a group up for both learners.
+
+        False, and nothing happens, for a group that is no longer held, and for one that is generated, or arrived, in
+        another attempt than `attempt`: whoever waited for something meanwhile need not ask first. Raises RuntimeError
+        if the group's step was assembled already.
+        """
+        group = self._groups.get(group_id)
+        if group is None or attempt not in (None, group.attempt):
+            return False
         if group.passed_policy or (self._leased and group_id in self._leased.group_ids):
             raise RuntimeError(f"group {group_id} was voided ({reason}) after its step {group.due_step} was assembled")
         del self._groups[group_id]
@@ -212,6 +223,7 @@ class Schedule:
             else:
                 ledger.in_flight -= 1
             ledger.voided[reason] += 1
+        return True
 
     def late(self, now: float) -> tuple[tuple[int, int, str], ...]:
         """(group, attempt, worker) of the next step's groups that are late and may be aborted (`mask` and `drop` only)."""

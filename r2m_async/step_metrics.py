@@ -15,6 +15,9 @@ from r2m_async.schedule import Assembly, Schedule
 from r2m_async.stages import Stages
 from r2m_async.trajectories import GroupReport
 
+MAX_INTERVALS = 100_000
+"""Of a trace that nobody takes, the newest are kept: about 15 MB, some twenty steps of the largest preset."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
@@ -32,6 +35,9 @@ class StepMetrics:
 
     def __init__(self, stages: Stages, now: float) -> None:
         self.trace: list[Interval] = []
+        """Since somebody took it, by putting an empty one in its place; at most `MAX_INTERVALS`."""
+        self.num_dropped = 0
+        """Intervals, the oldest of their time, that nobody took before there were too many."""
         self.standing: dict[str, dict[str, float]] = {}
         """By their source, metrics that stay until it is heard of again: a head update, a publication."""
         self._kinds = {
@@ -54,6 +60,10 @@ class StepMetrics:
             start = max(asked, self._free_at[stage])
             self._free_at[stage] = end
             self._busy[stage] += end - start
+        if len(self.trace) >= MAX_INTERVALS:
+            too_old = MAX_INTERVALS // 10  # in parts, because each time all others move up
+            del self.trace[:too_old]
+            self.num_dropped += too_old
         self.trace.append(
             Interval(stage=stage, method=method, step=step, start=start - self._began, end=end - self._began)
         )

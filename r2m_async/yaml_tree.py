@@ -96,7 +96,10 @@ for _one in (_Loader, _Dumper):
 
 
 def read_yaml(path: Path) -> Any:
-    """What the file holds: None, bool, int, float, str, and lists and dicts of these. Raises ConfigError with the reason."""
+    """What the file holds: None, bool, int, float, str, and lists and dicts of these.
+
+    Raises ConfigError with the file and the reason, and where it can be said the line.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -63,6 +63,7 @@ def test_an_unknown_section_like_nothing_known_is_refused_with_all_sections():
         ({"model": {"dtype": "float16"}}, "model.dtype", "'float16'"),
         ({"reward": {"functions": "module:attr"}}, "reward.functions", "'module:attr'"),
         ({"reward": {"clip": 0}}, "reward.clip", "0"),
+        ({"reward": {"max_tokens": 1}}, "reward.max_tokens", "1"),
         ({"head": {"omega_floor": 1.5}}, "head.omega_floor", "1.5"),
         ({"head": {"alpha": -0.1}}, "head.alpha", "-0.1"),
         ({"head": {"variant": "r2m_no_gre"}}, "head.variant", "'r2m_no_gre'"),

@@ -130,7 +130,7 @@ def test_rm_bench_by_domain_is_a_loop_over_its_nine_cells(tiny, tmp_path):
         domain: np.array([[cell(domain, row, column) for column in range(3)] for row in range(3)])
         for domain in ("chat", "safety-refuse", "safety-response")
     }
-    grids["safety"] = (grids["safety-refuse"] + grids["safety-response"]) / 2
+    grids["safety"] = (2 * grids["safety-refuse"] + grids["safety-response"]) / 3  # all three prompts alike
     grids["all"] = (grids["chat"] + grids["safety"]) / 2
     assert {name: one["num"] for name, one in results.items()} == {
         "chat": 3, "safety-refuse": 2, "safety-response": 1, "safety": 3, "all": 6,
@@ -147,6 +147,25 @@ def test_rm_benchs_own_files_are_read_too_and_others_refused(tmp_path):
     assert (loaded.prompt, loaded.chosen, loaded.rejected) == ((("user", "why?"),), ("a", "b", "c"), ("d", "e", "f"))
     with pytest.raises(DataError, match=r"line 1: rejected = .*not 3 texts, one per style"):
         load_rm_bench(written(tmp_path / "two.jsonl", [record | {"rejected": ["d", "e"]}]))
+    published = [{"id": 8, "subset": "x", **record}, {"id": 9, "subset": "x", **record, "prompt": "how?"}]
+    total = tmp_path / "total_dataset.json"
+    total.write_text(json.dumps(published, indent=4))
+    assert [(one.domain, one.prompt[0][1]) for one in load_rm_bench(total)] == [("math", "why?"), ("math", "how?")]
+    files = []
+    for domain in ("chat", "code", "math", "safety-refuse", "safety-response"):
+        files.append(tmp_path / f"{domain}_filtered.json")
+        files[-1].write_text(
+            json.dumps([{k: v for k, v in one.items() if k != "domain"} for one in published], indent=4)
+        )
+        assert {one.domain for one in load_rm_bench(files[-1])} == {domain}
+    together = load_rm_bench(", ".join(map(str, files)))
+    assert len(together) == 10 and [one.domain for one in together[-3:]] == ["safety-refuse"] + ["safety-response"] * 2
+    with pytest.raises(DataError, match=r"poetry_filtered.json, record 1: domain"):
+        load_rm_bench(files[0].rename(tmp_path / "poetry_filtered.json"))
+    for text, told in (("[]", "no record of RM-Bench"), ("[1]", "record 1: a JSON int"), ("[{]", "not JSON")):
+        total.write_text(text)
+        with pytest.raises(DataError, match=told):
+            load_rm_bench(total)
     if RM_BENCH.is_file():  # what was published, where it lies beside the project
         styled = load_rm_bench(RM_BENCH)
         assert len(styled) == 285 and {one.domain for one in styled} == {"chat", "safety-refuse", "safety-response"}

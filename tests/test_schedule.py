@@ -107,6 +107,39 @@ def test_a_group_cannot_be_voided_once_its_step_is_assembled():
         schedule.void(0, "overage")
 
 
+def test_a_group_that_the_run_ended_meanwhile_is_neither_voided_again_nor_taken():
+    """The driver waits for the queue between asking whether a group is expected and voiding it; kl_stop may come between."""
+    schedule = Schedule(plan(overage="mask", max_policy_age=2))
+    ahead = [schedule.admit("a", 0, 0.0) for _ in range(4)]
+    for admission in ahead[:2]:
+        assert finish(schedule, admission)
+    schedule.assemble()
+    schedule.policy_trained(0, 0.0)
+    cut = ahead[2]
+    assert schedule.expects(cut.group_id, cut.attempt) and schedule.holds(cut.group_id)
+    assert schedule.end() == (2, 3)
+    assert schedule.void(cut.group_id, "overage") is False and not schedule.holds(cut.group_id)
+    assert not finish(schedule, cut) and schedule.fenced == 1
+    assert schedule.policy_ledger.voided == {"run_ended": 2} == schedule.head_ledger.voided
+    assert schedule.holds(0) and schedule.head_trained(0) == (0, 1) and not schedule.holds(0)
+    assert schedule.void(0, "overage") is False and schedule.void(99, "overage") is False
+    schedule.audit()
+
+
+def test_a_lost_attempt_does_not_void_the_group_that_was_issued_again_meanwhile():
+    schedule = Schedule(plan(overage="mask"))
+    first = schedule.admit("a", 0, 0.0)
+    assert schedule.expects(first.group_id, first.attempt)
+    schedule.lost("a", "died")
+    again = schedule.admit("b", 0, 0.0)
+    assert schedule.void(first.group_id, "overage", first.attempt) is False
+    assert finish(schedule, again)
+    assert schedule.void(first.group_id, "overage", first.attempt) is False
+    assert schedule.void(again.group_id, "overage", again.attempt) is True
+    assert schedule.policy_ledger.voided == {"overage": 1}
+    schedule.audit()
+
+
 def test_an_unbalanced_ledger_is_noticed():
     ledger = Ledger(admitted=2, in_flight=1)
     with pytest.raises(RuntimeError, match="does not balance"):

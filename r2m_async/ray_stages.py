@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -28,20 +27,6 @@ RESTART_TIMEOUT = 300.0
 KILL_TIMEOUT = 10.0
 """Seconds for Ray to take note that a process is to be killed."""
 
-
-def _put_the_users_folder_last() -> None:
-    """Ray puts the driver's folder before all else on its workers' path: a `statistics.py` there would be taken for Python's.
-
-    This runs as a worker imports this module, before it imports the rest.
-    """
-    import ray
-
-    if ray._private.worker.global_worker.mode == ray.WORKER_MODE:
-        sys.path.sort(key=os.getcwd().__eq__)  # a stable sort: whether it is that folder
-
-
-if "ray" in sys.modules:
-    _put_the_users_folder_last()
 
 Make: TypeAlias = Callable[[R2MConfig, Workload], Any]
 MakeRank: TypeAlias = Callable[[int, str, int], Make]

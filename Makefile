@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export TRANSFORMERS_VERBOSITY := error
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: train test test-fast lint
+.PHONY: train test test-fast test-kernels lint
 
 train: $(VENV)/.ready
 	$(BIN)/r2m train configs/quickstart.yaml
@@ -17,6 +17,14 @@ test: $(VENV)/.ready
 
 test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m "not ring and not models"
+
+# Rounding is another on every processor, and no test may depend on it: hours, with each set of kernels that this one has.
+KERNELS := default avx2 $(shell grep -qm1 avx512f /proc/cpuinfo && echo avx512)
+test-kernels: $(VENV)/.ready
+	$(BIN)/python -m pytest -q --timeout 900 --perturb-linear
+	set -e; for kernels in $(KERNELS); do for threads in 1 2; do \
+	  ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q --timeout 900; \
+	done; done
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

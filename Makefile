@@ -9,7 +9,7 @@ export RAY_AUTH_MODE ?= disabled
 # Two tests at a time, a file's on one worker in their order; the 25 slowest at the end.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations 25 --timeout 900
 
-.PHONY: train test test-fast test-all lint
+.PHONY: train test test-fast test-all test-kernels lint
 
 train: $(VENV)/.ready
 	$(BIN)/r2m train configs/quickstart.yaml
@@ -22,6 +22,14 @@ test-fast: $(VENV)/.ready
 
 test-all: $(VENV)/.ready
 	$(PYTEST)
+
+# Rounding is another on every processor, and no test may depend on it: hours, with each set of kernels that this one has.
+KERNELS := default avx2 $(shell grep -qm1 avx512f /proc/cpuinfo && echo avx512)
+test-kernels: $(VENV)/.ready
+	$(PYTEST) --perturb-linear
+	set -e; for kernels in $(KERNELS); do for threads in 1 2; do \
+	  ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads $(PYTEST); \
+	done; done
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: workers would starve beside another test
 
 import json
 import random
@@ -255,7 +256,7 @@ def ray_session():
         ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def little_embedded(tmp_path_factory):
     """The embedded language's, by a policy that has learnt a little."""
     from r2m_async import embedded
@@ -265,6 +266,6 @@ def little_embedded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("R2M_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(embedded, "NUM_MEASURED_PROMPTS", 4)
-        yield embedded_models(
+        return embedded_models(
             settings=EmbeddedSettings(**sizes, reward_width=16, reward_layers=1, reward_prompts=4, reward_epochs=1)
         )

@@ -83,7 +83,8 @@ def test_ctrl_c_cancels_what_waits_and_ends_what_runs(tmp_path, to_all):
     )
     try:
         while len(running) < 2:
-            assert (word := word_of(begun, seconds=120))
+            word = word_of(begun, seconds=120)
+            assert word
             running += [psutil.Process(int(pid)) for pid in word.split()]
         (os.killpg if to_all else os.kill)(command.pid, signal.SIGINT)
         errors = command.communicate(timeout=30)[1]

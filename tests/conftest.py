@@ -7,10 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: workers would starve beside another test
 
 import json
 import random
+import select
 import sys
+import time
 from collections import Counter
 
 import pytest
@@ -74,6 +77,27 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (part(item), -counts[part(item), item.path] if part(item) == 2 else 0))
     for item in items:
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{part(item)}"))
+
+
+def left_of(processes, seconds: float = 30.0) -> list:
+    """Those of psutil's processes that have not ended within so many seconds. Returns as soon as all have."""
+    deadline, left = time.monotonic() + seconds, []
+    for process in processes:
+        try:
+            descriptor = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            continue
+        try:  # asked once the descriptor is there: another process may have had its number since
+            if process.is_running() and not select.select([descriptor], [], [], max(0, deadline - time.monotonic()))[0]:
+                left.append(process)
+        finally:
+            os.close(descriptor)
+    return left
+
+
+def word_of(pipe: int, seconds: float) -> str:
+    """What processes write next into a pipe; nothing once all have closed it, or if that takes longer."""
+    return os.read(pipe, 1 << 16).decode() if select.select([pipe], [], [], seconds)[0] else ""
 
 
 def save_tokenizer(directory: Path, words: list[str]) -> int:
@@ -232,7 +256,7 @@ def ray_session():
         ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def little_embedded(tmp_path_factory):
     """The embedded language's, by a policy that has learnt a little."""
     from r2m_async import embedded
@@ -242,6 +266,6 @@ def little_embedded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("R2M_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(embedded, "NUM_MEASURED_PROMPTS", 4)
-        yield embedded_models(
+        return embedded_models(
             settings=EmbeddedSettings(**sizes, reward_width=16, reward_layers=1, reward_prompts=4, reward_epochs=1)
         )

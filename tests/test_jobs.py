@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from conftest import left_of, word_of
 
 from r2m_async.jobs import WorkerProcesses, failures, wait_for
 
@@ -30,10 +32,9 @@ def refuse(reason: str) -> float:
 
 
 def begin(name: str) -> float:
-    """A long job that first leaves its process's number."""
-    written = Path(f".{name}")
-    written.write_text(str(os.getpid()))
-    written.rename(f"{name}.begun")
+    """A long job that first tells its process's number."""
+    with open("begun", "w") as pipe:
+        pipe.write(f"{os.getpid()}\n")
     return seconds(600)
 
 
@@ -74,23 +75,22 @@ def test_ctrl_c_cancels_what_waits_and_ends_what_runs(tmp_path, to_all):
         "    wait_for({processes.submit(begin, str(number)): Path(str(number)) for number in range(6)}, print)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    os.mkfifo(tmp_path / "begun")
+    begun = os.open(tmp_path / "begun", os.O_RDWR)
+    running: list[psutil.Process] = []
     command = subprocess.Popen(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE
     )
     try:
-        until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
-        running = [int(path.read_text()) for path in tmp_path.glob("*.begun")]
+        while len(running) < 2:
+            word = word_of(begun, seconds=120)
+            assert word
+            running += [psutil.Process(int(pid)) for pid in word.split()]
         (os.killpg if to_all else os.kill)(command.pid, signal.SIGINT)
         errors = command.communicate(timeout=30)[1]
     finally:
         command.kill()
     assert command.returncode == -signal.SIGINT and errors.count(b"Traceback") == 1
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in running))
-    assert len(list(tmp_path.glob("*.begun"))) == 2
-
-
-def until(condition, limit=120.0):
-    end_of_wait = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end_of_wait, "did not come true in time"
-        time.sleep(0.05)
+    assert left_of(running) == []
+    assert word_of(begun, seconds=0) == "", "a job that waited has begun"
+    os.close(begun)

@@ -29,10 +29,12 @@ def golds(record):
 
 
 @pytest.fixture(scope="module")
-def small(little_embedded):
+def small(little_embedded, tmp_path_factory):
     """The embedded language's start and comparisons."""
     settings = EmbeddedPreferenceSettings(prompts=60, held_out_prompts=20, width=16, layers=1, texts=60, steps=10)
-    return embedded_preferences.embedded_preferences(little_embedded, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R2M_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return embedded_preferences.embedded_preferences(little_embedded, settings)
 
 
 @pytest.mark.models

@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
+from conftest import left_of, word_of
 from scipy import stats
 
 from r2m_async import reference
@@ -205,33 +206,42 @@ def test_an_ensemble_is_no_runs_start_and_shares_no_member_with_that_of_another_
 @pytest.mark.models
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_a_study_that_is_killed_takes_its_runs_with_it(study_file, tmp_path, by):
-    path, out = study_file(set={"run.num_steps": 10_000}, seeds=[1]), tmp_path / "out"
+    (tmp_path / "bell.py").write_text(
+        "from pathlib import Path\n"
+        "def gold(prompt, text, finished):\n"
+        "    with open(Path(__file__).with_name('rung'), 'w') as pipe:\n"
+        "        pipe.write('.')\n"
+        "    return 0.0\n"
+    )
+    os.mkfifo(tmp_path / "rung")
+    rung = os.open(tmp_path / "rung", os.O_RDWR)
+    grid = {"gold": {"bell": {"evaluation.gold": "bell:gold"}}}
+    path, out = study_file(set={"run.num_steps": 10_000}, seeds=[1], grid=grid), tmp_path / "out"
     command = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     command += "from r2m_async.cli import main; sys.exit(main(sys.argv[1:]))"
     study = subprocess.Popen([sys.executable, "-c", command, "study", path, out, "--workers", "1"], cwd=tmp_path)
-    metrics = wait_for(lambda: next((out / "runs").glob(".*.partial/metrics.jsonl"), None))
-    wait_for(lambda: len(metrics.read_text().splitlines()) > 1)
-    assert tmp_path in working_directories()
+    scored = 0
+    while scored < 4 * 6:  # responses of four steps
+        word = word_of(rung, seconds=300)
+        assert word
+        scored += len(word)
+    (metrics,) = (out / "runs").glob(".*.partial/metrics.jsonl")
+    assert len(metrics.read_text().splitlines()) > 1
+    running = at_work_in(tmp_path)
+    assert len(running) >= 2
     study.send_signal(by)
     assert study.wait(timeout=120) == (130 if by == signal.SIGINT else -by)
-    wait_for(lambda: tmp_path not in working_directories(), seconds=30)
+    assert left_of(running) == at_work_in(tmp_path) == []
+    os.close(rung)
 
 
-def wait_for(condition, seconds=300.0):
-    """What it gives once that is true."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "did not come true in time"
-        time.sleep(0.2)
-    return found
-
-
-def working_directories() -> set[Path]:
-    """Of all processes that may be looked at."""
-    found = set()
-    for link in Path("/proc").glob("[0-9]*/cwd"):
-        with contextlib.suppress(OSError):
-            found.add(Path(os.readlink(link)))
+def at_work_in(directory: Path) -> list[psutil.Process]:
+    """All processes whose working directory it is and that may be looked at."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(directory):
+                found.append(process)
     return found
 
 

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, save_tiny_model
+from conftest import WORDS, left_of, save_tiny_model, word_of
 
 import actors.state_slab
 from actors.state_slab import UNWRITTEN, SlabShape, StateSlab, create_slab_file
@@ -164,11 +164,14 @@ def assert_exact(model, result, config, tolerance=1e-4):
     assert state_error(model, whole, feedback, config) < tolerance
 
 
-def wait_until(condition, what, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.002)
+def step_until(condition, engine, *groups):
+    """Returns between two steps of the engine, after the first that makes the condition true of the running groups."""
+    while True:
+        ended = any(group.done() for group in groups)
+        if condition():
+            return
+        assert not ended, "a group ended first"
+        engine._driver.rpc("r2m_settle")
 
 
 def clear_slab(engine):
@@ -783,7 +786,7 @@ def generate_across_an_update(engine, old, new):
     clear_slab(engine)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(engine.generate, ticket_of(0, prompt_tokens=70))
-        wait_until(all_have(engine, 270), "200 tokens of every response")
+        step_until(all_have(engine, 270), engine, future)
         engine.load(named_weights(new, 2, probe=True))
         assert not future.done(), "the update was too late to be in flight"
         return future.result()
@@ -876,7 +879,7 @@ def test_an_abort_ends_the_group_and_keeps_what_had_ended_by_itself(either, monk
     clear_slab(engine)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(engine.generate, ticket_of(40))
-        wait_until(one_has_ended(engine), "the end of one response")
+        step_until(one_has_ended(engine), engine, future)
         engine.abort(40, 0)
         whole, feedback = future.result()
     reasons = Counter(one.finish_reason for one in whole.trajectories)
@@ -899,7 +902,7 @@ def test_an_abort_of_one_group_leaves_the_others_running(either):
     clear_slab(engine)
     with ThreadPoolExecutor(2) as pool:
         doomed, other = (pool.submit(engine.generate, ticket_of(group_id)) for group_id in (50, 51))
-        wait_until(lambda: bool((written(engine).min(1).values > 30).sum() == 2), "30 tokens of both groups")
+        step_until(lambda: bool((written(engine).min(1).values > 30).sum() == 2), engine, doomed, other)
         engine.abort(50, 0)
         whole, feedback = doomed.result()
         assert not other.done()
@@ -931,7 +934,7 @@ def test_aborts_are_forgotten_with_their_requests_and_of_those_that_never_come_t
     with ThreadPoolExecutor(1) as pool:
         clear_slab(engine)
         running = pool.submit(engine.generate, ticket_of(206))
-        wait_until(lambda: bool((written(engine).min(1).values > 5).any()), "5 tokens of every response")
+        step_until(all_have(engine, 6), engine, running)
         engine.abort(206, 0)
         running.result()
     left = [name for name in (f"{group_id}.0" for group_id in range(200, 207)) if name in driver._aborted]
@@ -988,7 +991,7 @@ def test_nothing_is_written_into_a_block_once_its_aborted_group_is_back(flying):
         clear_slab(engine)
         with ThreadPoolExecutor(2) as pool:
             future = pool.submit(engine.generate, ticket_of(group_id))
-            wait_until(all_have(engine, 20), "20 tokens")
+            step_until(all_have(engine, 20), engine, future)
             os.kill(core.pid, signal.SIGSTOP)  # most likely in the middle of a step
             try:
                 pool.submit(engine.abort, group_id, 0)
@@ -1013,7 +1016,7 @@ def test_a_group_whose_twin_was_aborted_has_no_feedback(checkpoint):
         clear_slab(engine)
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(engine.generate, ticket_of(40))
-            wait_until(one_has_ended(engine), "the end of one response")
+            step_until(one_has_ended(engine), engine, future)
             engine.abort(40, 0)
             whole, feedback = future.result()
     assert "stop" in {one.finish_reason for one in whole.trajectories}
@@ -1062,14 +1065,12 @@ def test_an_option_that_nothing_else_sets_reaches_vllm_over_our_default(checkpoi
 # The end of the process that has an engine
 
 OWNER = """
-import json, os, sys, time
-from pathlib import Path
+import json, os, sys
 
 def main():
     import psutil
     import actors.state_slab
-    how, directory, config = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    actors.state_slab.DIRECTORY = str(directory / "shared")
+    how, actors.state_slab.DIRECTORY, config, pipe = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
     from transformers import AutoTokenizer
     from actors.vllm_engine import VLLMEngine
     from r2m_async.config import R2MConfig
@@ -1077,15 +1078,11 @@ def main():
     config = R2MConfig.from_dict(config)
     engine = VLLMEngine(config.model.policy, AutoTokenizer.from_pretrained(config.model.policy), 64, config, False)
     children = {child.pid: child.cmdline() for child in psutil.Process().children(recursive=True)}
-    (directory / "building").write_text(json.dumps(children))
-    (directory / "building").rename(directory / "children")
-    while not (directory / "go").exists():
-        time.sleep(0.05)
+    os.write(pipe, json.dumps(children).encode())
+    input()
     if how == "exit":
         os._exit(0)
-    if how == "exception":
-        raise RuntimeError("a bug")
-    time.sleep(600)
+    raise RuntimeError("a bug")
 
 if __name__ == "__main__":
     main()
@@ -1100,40 +1097,37 @@ def test_an_engines_processes_and_memory_go_with_whoever_started_it_however_it_e
     config = config_of(checkpoint(), 1).to_dict()
     (tmp_path / "owner.py").write_text(OWNER)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    owners, engines = {}, []
+    owners, pipes, engines = {}, {}, {}
     try:
         for how in ENDS:
-            (tmp_path / how / "shared").mkdir(parents=True)
-            with open(tmp_path / how / "output", "w") as output:  # a pipe would be held open by what is left
+            shared = tmp_path / how
+            shared.mkdir()
+            pipes[how], writer = os.pipe()
+            command = [sys.executable, str(tmp_path / "owner.py"), how, str(shared), json.dumps(config), str(writer)]
+            with open(tmp_path / f"{how}.log", "w") as log:  # a pipe would be held open by what is left
                 owners[how] = subprocess.Popen(
-                    [sys.executable, str(tmp_path / "owner.py"), how, str(tmp_path / how), json.dumps(config)],
-                    stdout=output,
-                    stderr=output,
-                    env=environment,
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=[writer]
                 )
-        for how, owner in owners.items():
-            path = tmp_path / how / "children"
-            wait_until(lambda: path.exists() or owner.poll() is not None, f"{how}: an engine", 150)  # noqa: B023
-            assert owner.poll() is None, (tmp_path / how / "output").read_text()[-3000:]
-            children = json.loads(path.read_text())
+            os.close(writer)
+        for how, pipe in pipes.items():
+            word = word_of(pipe, seconds=150)
+            assert word, f"{how}: no engine: {(tmp_path / f'{how}.log').read_text()[-3000:]}"
+            children = json.loads(word)
             assert any("spawn_main" in part or "EngineCore" in part for line in children.values() for part in line)
-            engines += [(how, psutil.Process(int(pid))) for pid in children]
+            engines[how] = [psutil.Process(int(pid)) for pid in children]
         for how, owner in owners.items():
-            (tmp_path / how / "go").touch()
             if how in ("kill", "terminate"):
                 owner.send_signal(-ENDS[how])
+            else:
+                owner.communicate(b"go\n", 60)
         assert {how: owner.wait(60) for how, owner in owners.items()} == ENDS
-        wait_until(lambda: not _alive(engines), "the end of the engines", 30)
-        assert [str(file) for how in ENDS for file in (tmp_path / how / "shared").iterdir()] == []
+        assert {how: left for how, one in engines.items() if (left := left_of(one))} == {}
+        assert [str(file) for how in ENDS for file in (tmp_path / how).iterdir()] == []
     finally:
-        for process in (*owners.values(), *(engine for _, engine in engines)):
+        for pipe in pipes.values():
+            os.close(pipe)
+        for process in (*owners.values(), *(one for of_owner in engines.values() for one in of_owner)):
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
-
-
-def _alive(engines):
-    import psutil
-
-    return [how for how, one in engines if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]

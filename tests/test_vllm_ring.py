@@ -12,12 +12,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import WORDS, save_tiny_model
+from conftest import WORDS, left_of, save_tiny_model, word_of
 from test_ring_on_ray import assert_same_bits, record_groups
 
 from r2m_async import reference
@@ -27,8 +26,6 @@ from r2m_async.launch import Ring
 from r2m_async.workload import resolve
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart_vllm.yaml"
-GONE_AFTER = 30.0
-"""Seconds in which an engine's process must follow whoever owned it."""
 
 
 @pytest.fixture(scope="module")
@@ -211,21 +208,6 @@ def engines_of(pid):
             if "resource_tracker" not in " ".join(child.cmdline()):
                 found.append(child)
     return found
-
-
-def left_of(processes, seconds=GONE_AFTER):
-    """Those that still run when the time is over."""
-
-    def runs(process):
-        try:
-            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-    deadline = time.monotonic() + seconds
-    while (left := [process for process in processes if runs(process)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 # Exact, in one process
@@ -450,8 +432,8 @@ def test_late_groups_are_cut_or_dropped_inside_vllm_and_the_ledger_balances(brie
 
 
 DRIVER = """
+import os
 import sys
-from pathlib import Path
 
 import ray
 
@@ -461,9 +443,7 @@ from r2m_async.launch import Ring
 ray.init(address="local", include_dashboard=False, num_cpus=2, object_store_memory=200 * 2**20, log_to_driver=False)
 ring = Ring.of(R2MConfig.from_yaml(sys.argv[1]))
 ring.step()
-partial = Path(sys.argv[2] + ".partial")
-partial.write_text(str(ring._run(ring.controller.stages.rollouts[0].pid())))
-partial.rename(sys.argv[2])
+os.write(int(sys.argv[2]), str(ring._run(ring.controller.stages.rollouts[0].pid())).encode())
 while not ring.finished:
     ring.step()
 """
@@ -473,16 +453,16 @@ while not ring.finished:
 def test_no_engine_outlives_a_driver_killed_with_minus_9(vllm_config, tmp_path):
     config = vllm_config.run(num_steps=10**6).scheduling(max_policy_age=1)
     (tmp_path / "ring.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    stepped, below = tmp_path / "stepped", []
+    below = []
+    stepped, writer = os.pipe()
     with open(tmp_path / "log", "wb") as log:
-        command = [sys.executable, "-c", DRIVER, str(tmp_path / "ring.yaml"), str(stepped)]
-        driver = subprocess.Popen(command, stdout=log, stderr=log)
+        command = [sys.executable, "-c", DRIVER, str(tmp_path / "ring.yaml"), str(writer)]
+        driver = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[writer])
+    os.close(writer)
     try:
-        deadline = time.monotonic() + 200
-        while not stepped.exists():
-            assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.1)
-        engines = engines_of(int(stepped.read_text()))
+        actor = word_of(stepped, seconds=200)
+        assert actor, (tmp_path / "log").read_text()
+        engines = engines_of(int(actor))
         below = psutil.Process(driver.pid).children(recursive=True)
         assert len(engines) == 1
         driver.kill()
@@ -491,6 +471,7 @@ def test_no_engine_outlives_a_driver_killed_with_minus_9(vllm_config, tmp_path):
     finally:
         driver.kill()
         driver.wait()
+        os.close(stepped)
         for process in left_of(below, 5):
             process.kill()
 

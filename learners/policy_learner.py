@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,13 @@ from torch import Tensor
 from learners.backend import Backend, PolicyBackend
 from learners.critic import Critic, CriticStep
 from learners.kept_states import KeptStates
+from learners.memory import memory_enough_for
 from learners.shares import MicroBatch, group_shares, rank_microbatches
 from learners.step_statistics import StepStatistics, batch_metrics
 from learners.weight_sender import WeightSender
 from r2m_async.advantages import Estimator
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, LearnerOutOfMemory, NonFiniteStep, StepFailed
+from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.policy_model import (
     behaviour_logprobs,
     logprobs_and_states,
@@ -101,7 +101,7 @@ class PolicyLearner:
 
         May run beside `proximal` where `config.publishes_beside_passes`.
         """
-        with _memory_enough_for(f"policy version {self._version}, being copied out"):
+        with memory_enough_for(f"policy version {self._version}, being copied out"):
             return StepReport(version=self._version, metrics={}), self._weights(whole)
 
     def _weights(self, whole: bool) -> Weights | None:
@@ -157,7 +157,7 @@ class PolicyLearner:
         Returns pi_old's feedback on this rank's groups where `feedback.source` is `learner`. Raises NonFiniteStep naming
         the response and the model whose numbers are not finite, unless `learner.on_nonfinite` is `skip`.
         """
-        with _memory_enough_for(step_place(step, groups)):
+        with memory_enough_for(step_place(step, groups)):
             return StepReport(version=self._version, metrics={}), self._proximal(step, groups)
 
     def _proximal(self, step: int, groups: list[TrajectoryGroup]) -> tuple[PolicyFeedback, ...] | None:
@@ -206,7 +206,7 @@ class PolicyLearner:
             return StepReport(version=self._version, metrics={}), ()
         if batch.step != step:
             raise RuntimeError(f"train got step {step} after proximal got step {batch.step}")
-        with _memory_enough_for(step_place(step, batch.groups)):
+        with memory_enough_for(step_place(step, batch.groups)):
             metrics, refreshed = self._train(batch, rewards)
         self._version += 1
         return StepReport(version=self._version, metrics=metrics), refreshed
@@ -414,25 +414,3 @@ def _refreshed(batch: LearnerBatch, states: dict[int, Tensor]) -> tuple[PolicyFe
         for group, rows in zip(batch.groups, batch.rows, strict=True)
         if all(row in states for row in rows)
     )
-
-
-_OUT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
-"""What a process's allocator, CUDA and its libraries say."""
-
-
-@contextmanager
-def _memory_enough_for(what: str) -> Iterator[None]:
-    """Raises LearnerOutOfMemory naming `what` where memory, the device's or this process's, ran out."""
-    try:
-        yield
-    except StepFailed:  # a user's estimator, too, may say that it is out of memory
-        raise
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
-            words in str(error) for words in _OUT_OF_MEMORY
-        ):
-            raise
-        raise LearnerOutOfMemory(
-            f"{what}: the policy learner is out of memory. Lower learner.tokens_per_microbatch, or use "
-            f"learner.activation_checkpointing, or backend deepspeed with more num_ranks or a higher zero_stage. {error}"
-        ) from None

@@ -153,7 +153,8 @@ class RewardSection(Section):
     max_tokens: int = Field(4096, gt=1)
     """Longer texts lose the beginning of their prompt."""
     functions: tuple[str, ...] = ()
-    """Verifiable rewards `module:attr`, f(prompt_text, response_text) -> float, added to the model's reward."""
+    """Verifiable rewards `module:attr`, f(prompt_text, response_text) -> float, added to the model's reward. Each must return
+    one number for every response, finite in float32; what a function raises ends the run."""
     clip: float | None = Field(None, gt=0)
     """Clips the model's reward to [-clip, clip]."""
     length_penalty: float = Field(0.0, ge=0)
@@ -295,7 +296,8 @@ class LearnerSection(Section):
     """A pass is one row of whole trajectories without padding, each attending to itself alone. For `flash_attention_2`: other
     attention computes the whole row's square and masks it, which costs more than padding unless lengths differ widely."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step with NaN or infinite gradients: end the run, or leave the weights and go on."""
+    """Where a reward, an advantage, a gradient or the head's update is NaN or infinite: end the run with what made it so, or
+    leave the weights and go on. A step with such a reward or advantage is left out whole, for the head too."""
 
 
 class WeightsSection(Section):
@@ -334,7 +336,8 @@ class EvaluationSection(Section):
     """Steps between evaluations, besides one before the first and one after the last; None: no evaluation."""
     num_prompts: int = Field(16, gt=0)
     gold: str | None = None
-    """`module:attr`, f(prompt_text, response_text, finished) -> float: reported beside the proxy, never trained on."""
+    """`module:attr`, f(prompt_text, response_text, finished) -> float: reported beside the proxy, never trained on. It must be
+    finite; under `learner.on_nonfinite: skip` a step or evaluation with a NaN among its golds reports none."""
 
 
 class CheckpointSection(Section):

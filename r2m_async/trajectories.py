@@ -41,7 +41,8 @@ class Ticket:
     @property
     def place(self) -> str:
         """Which group it is, for messages."""
-        return f"{group_place(self.due_step, self.group_id)} (prompt {self.prompt.prompt_id!r})"
+        prompt = f" (prompt {self.prompt.prompt_id!r})" if self.prompt.prompt_id else ""
+        return group_place(self.due_step, self.group_id) + prompt
 
 
 def group_place(step: int, group_id: int) -> str:

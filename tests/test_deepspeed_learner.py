@@ -499,6 +499,32 @@ def test_a_step_that_is_not_finite_is_skipped_where_the_config_says_so(config, r
         assert (ours.weights[name] - tensor).abs().max() < 1e-5, name
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [*((stage, "float32") for stage in STAGES), (1, "bfloat16"), (3, "bfloat16")]
+)
+def test_weights_that_an_update_made_infinite_end_the_run_on_every_rank(config, ranks, stage, dtype):
+    """By a decay that overflows; skipping could not undo it."""
+    config = sharded(config.model(dtype=dtype), stage, on_nonfinite="skip").learner(
+        lr=1e30, weight_decay=1e37, warmup=0
+    )
+    ours = ranks.learn(config, steps(1))
+    assert ours.error.startswith(
+        "step 0 (groups [0, 1, 2, 3]): the policy's weights are not finite after an update of finite"
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_step_with_a_reward_that_is_not_finite_is_left_out_on_every_rank(config, ranks, stage):
+    config = sharded(config, stage, on_nonfinite="skip")
+    batches = steps(3) | {1: batch_of(1, rewards_of_first=float("nan"))}
+    theirs, ours = with_torch(config, batches), ranks.learn(config, batches)
+    assert [metrics["policy/skipped_updates"] for metrics in ours.metrics] == [0.0, 4.0, 0.0]
+    for name, tensor in theirs.weights.items():
+        assert (ours.weights[name] - tensor).abs().max() < 1e-5, name
+    ours = ranks.learn(sharded(config, stage, on_nonfinite="stop"), batches)
+    assert ours.error == "step 1, group 4, response 0: its reward is nan"
+
+
 # The ring
 
 

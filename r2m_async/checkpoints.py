@@ -172,14 +172,13 @@ def verified(
     Raises ConfigError naming the directory, the file, what is wrong with it, and the newest whole directory beside it.
     """
     while True:
-        place = whole_at(directory)
-        before = _manifest_of(place)
+        place, before = whole_at(directory), None
         try:
+            before = _manifest_of(place)
             return _verified(place, before, wanted, strays, checked)
         except _Damaged as damage:
-            if _manifest_of(whole_at(directory)) != before:
-                continue  # a new one took its place meanwhile
-            raise ConfigError(f"{damage}; {_remedy(place)}") from None
+            if not _replaced(directory, before):
+                raise ConfigError(f"{damage}; {_remedy(place)}") from None
 
 
 class _Damaged(Exception):
@@ -193,7 +192,15 @@ def _manifest_of(directory: Path) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; {_remedy(directory)}") from None
+        raise _Damaged(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _replaced(directory: str | Path, before: bytes | None) -> bool:
+    """Whether a new one took its place while it was read."""
+    try:
+        return _manifest_of(whole_at(directory)) != before
+    except _Damaged:
+        return False
 
 
 def _entries(directory: Path, manifest: bytes | None) -> dict[str, dict[str, Any]]:
@@ -232,16 +239,15 @@ def _verified(
             continue
         path = directory / name
         try:
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                raise _Damaged(f"{path}: is damaged: it has {size} bytes, and {entry['bytes']} were written")
             data = path.read_bytes() if wanted(name) else None
+            found = _entry_of(path) if data is None else _entry(len(data), xxhash.xxh3_128_hexdigest(data))
         except OSError as error:
             raise _Damaged(f"{path}: cannot be read: {error.strerror}") from None
-        found = _entry_of(path) if data is None else _entry(len(data), xxhash.xxh3_128_hexdigest(data))
         if found != entry:
-            what = f"is damaged{_origin(directory, name, found)}: its bytes are not those that were written"
-            raise _Damaged(f"{path}: {what}")
+            what = "its bytes are not those that were written"
+            if found["bytes"] != entry["bytes"]:
+                what = f"it has {found['bytes']} bytes, and {entry['bytes']} were written"
+            raise _Damaged(f"{path}: is damaged{_origin(directory, name, found)}: {what}")
         if data is not None:
             read[name] = data
     return read
@@ -256,7 +262,7 @@ def _others(directory: Path) -> Iterator[Path]:
 
 def _origin(directory: Path, name: str, entry: dict[str, Any]) -> str:
     for other in _others(directory):
-        with contextlib.suppress(_Damaged, ConfigError):
+        with contextlib.suppress(_Damaged):
             if _entries(other, _manifest_of(other)).get(name) == entry:
                 return f", or rather that of {other.name}"
     return ""
@@ -264,7 +270,7 @@ def _origin(directory: Path, name: str, entry: dict[str, Any]) -> str:
 
 def _remedy(directory: Path) -> str:
     for other in _others(directory):
-        with contextlib.suppress(_Damaged, ConfigError):
+        with contextlib.suppress(_Damaged):
             _verified(other, _manifest_of(other))
             return f"use {other}, the newest whole one"
     return "there is no whole one beside it"

@@ -109,9 +109,8 @@ def remove_directory(path: str | Path) -> None:
 
 def whole_at(path: str | Path) -> Path:
     """Where a reader finds the directory: `path`, or where the old one is if a killed writer had moved it aside."""
-    path = Path(path)
-    old = _aside(path)
-    return old if not os.path.lexists(path) and old.is_dir() else path
+    path, old = Path(path), _aside(_followed(path))
+    return old if not path.exists() and old.is_dir() else path
 
 
 def listed(folder: Path) -> dict[str, Path]:

@@ -1,5 +1,7 @@
 """R2M as an RLlib algorithm: training, checkpoints, callbacks, Tune. The examples of docs/rllib.md are these."""
 
+import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +111,63 @@ def test_a_run_trains_reports_saves_and_goes_on_from_its_checkpoint_bit_for_bit(
         assert trained_bits(algo, tmp_path / "resumed") == expected
     finally:
         algo.stop()
+
+
+@pytest.mark.ring
+def test_a_checkpoint_is_replaced_as_a_whole_and_parts_of_two_are_refused(
+    tiny_config, ray_session, tmp_path, monkeypatch
+):
+    place, before = tmp_path / "place", tmp_path / "before"
+    algo = R2M(config=tiny_config)
+    try:
+        algo.train()
+        algo.save_to_path(place)
+        shutil.copytree(place, before)
+        algo.train()
+        with monkeypatch.context() as broken:  # after the ring's part, within RLlib's
+            broken.setattr(R2M, "get_state", lambda self, **how: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                algo.save_to_path(place)
+        assert digests(place) == digests(before) and sorted(path.name for path in tmp_path.iterdir()) == [
+            "before",
+            "place",
+        ]
+        algo.save_to_path(place)
+        assert digests(place) != digests(before) and sorted(path.name for path in tmp_path.iterdir()) == [
+            "before",
+            "place",
+        ]
+
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+        with pytest.raises(
+            ConfigError, match=r"mine: holds thesis\.txt, which is no part of a checkpoint and would be lost"
+        ):
+            algo.save_to_path(tmp_path / "mine")
+        assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+        mixed = shutil.copytree(place, tmp_path / "mixed")
+        shutil.rmtree(mixed / "ring")
+        shutil.copytree(before / "ring", mixed / "ring")
+        (place / ".tune_metadata").write_text("as Tune does")
+        for open_it in (R2M.from_checkpoint, algo.restore_from_path):
+            with pytest.raises(
+                ConfigError, match=rf"{mixed}/ring/manifest\.json: is damaged, or rather that of before"
+            ):
+                open_it(mixed)
+        assert algo.training_iteration == 2
+        (mixed / "class_and_ctor_args.pkl").write_bytes(b"nothing that may be unpickled")
+        with pytest.raises(ConfigError, match=r"class_and_ctor_args\.pkl: is damaged"):
+            R2M.from_checkpoint(mixed)
+        algo.restore_from_path(place)
+        assert algo.train()["r2m"]["step"] == 3
+    finally:
+        algo.stop()
+
+
+def digests(directory: Path) -> dict[str, str]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.ring

@@ -122,6 +122,27 @@ def test_parts_of_another_version_are_refused_by_name(tmp_path, monkeypatch):
         read_checkpoint(tmp_path, config)
 
 
+def test_manifests_that_cannot_be_read_are_told_and_no_other_is_waited_for(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"step-00000{step}" / MANIFEST).mkdir(parents=True)  # of which the disk says an error
+    with pytest.raises(
+        ConfigError, match=r"step-000002/manifest\.json: cannot be read: Is a directory; there is no whole"
+    ):
+        read_checkpoint(tmp_path / "step-000002", R2MConfig())
+
+
+def test_a_part_of_another_size_is_told_as_that_of_the_other_checkpoint(tmp_path):
+    for step in (1, 2):
+        (tmp_path / str(step)).mkdir()
+        write_parts(tmp_path / str(step), {"step": encode(step), "head_learner": encode("x" * 100 * step)}, R2MConfig())
+    shutil.copy(tmp_path / "1" / "head_learner.msgpack", tmp_path / "2")
+    size = len((tmp_path / "1" / "head_learner.msgpack").read_bytes())
+    with pytest.raises(
+        ConfigError, match=rf"2/head_learner\.msgpack: is damaged, or rather that of 1: it has {size} bytes"
+    ):
+        read_checkpoint(tmp_path / "2", R2MConfig())
+
+
 # Saving
 
 

@@ -125,7 +125,10 @@ def test_through_a_link_its_target_is_replaced(tmp_path, way):
         (tmp_path / f"{kind}-link").symlink_to(tmp_path / kind)
         make(tmp_path / f"{kind}-link", "new")
         assert (tmp_path / f"{kind}-link").is_symlink()
+    assert whole_at(tmp_path / "directory-link") == tmp_path / "directory-link"
     assert read(tmp_path / "directory") == (tmp_path / "file").read_text() == "new"
+    (tmp_path / "directory").rename(tmp_path / ".directory.old")
+    assert read(tmp_path / "directory-link") == "new"
 
 
 def test_writers_and_readers_of_one_place_at_once_find_whole_directories(tmp_path, way):

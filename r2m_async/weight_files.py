@@ -43,12 +43,15 @@ def _files(key: str, name: str | Path) -> Iterator[Path]:
 def _found(name: str | Path, file: str) -> Path | None:
     from transformers.utils import cached_file
 
-    path = cached_file(
-        name,
-        file,
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        path = cached_file(
+            name,
+            file,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no name that a model can have: whoever loads it says so
+        return None
     return None if path is None else Path(path)

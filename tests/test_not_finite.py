@@ -510,9 +510,7 @@ def test_a_first_pass_that_is_not_finite_names_the_model_or_leaves_the_step_out(
     poke({"policy": backend.policy, "reference": backend._reference, "critic": learner._critic.backend.policy}[which])
     groups, rewards = step_of()
     if on_nonfinite == "stop":
-        with pytest.raises(
-            NonFiniteStep, match=rf"^step 0, group 0, response 0: {said}, first at response token 0"
-        ):
+        with pytest.raises(NonFiniteStep, match=rf"^step 0, group 0, response 0: {said}, first at response token 0"):
             learner.proximal(0, groups)
         return
     learner.proximal(0, groups)

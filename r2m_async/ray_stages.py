@@ -145,7 +145,9 @@ class _Process:
     def __init__(self, name: str, make: Make, config: R2MConfig, workload: Workload) -> None:
         import ray
         import torch
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of loading: a ring's processes would draw all of theirs over each other
         self._name = name
         if not torch.cuda.is_available():
             torch.set_num_threads(1)

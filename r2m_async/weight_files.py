@@ -41,17 +41,12 @@ def _files(key: str, name: str | Path) -> Iterator[Path]:
 
 
 def _found(name: str | Path, file: str) -> Path | None:
-    from transformers.utils import cached_file
+    from huggingface_hub import try_to_load_from_cache
 
+    if Path(name).is_dir():
+        return path if (path := Path(name, file)).is_file() else None
     try:
-        path = cached_file(
-            name,
-            file,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # no name that a model can have: whoever loads it says so
+        cached = try_to_load_from_cache(str(name), file)
+    except ValueError:  # no name of a model, which its loader will say
         return None
-    return None if path is None else Path(path)
+    return Path(cached) if isinstance(cached, str) else None

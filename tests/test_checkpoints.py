@@ -12,7 +12,7 @@ import torch
 from test_whole import names, no_file_larger_than
 
 from r2m_async import codec
-from r2m_async.checkpoints import MANIFEST, read_checkpoint, seal, write_parts
+from r2m_async.checkpoints import MANIFEST, read_checkpoint, seal, verified, write_parts
 from r2m_async.codec import encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DiskError
@@ -141,6 +141,23 @@ def test_a_part_of_another_size_is_told_as_that_of_the_other_checkpoint(tmp_path
         ConfigError, match=rf"2/head_learner\.msgpack: is damaged, or rather that of 1: it has {size} bytes"
     ):
         read_checkpoint(tmp_path / "2", R2MConfig())
+
+
+@pytest.mark.parametrize("way", ["exchange", "fallback"])
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, faults, monkeypatch, way):
+    if way == "fallback":
+        monkeypatch.setattr("r2m_async.whole._exchange", lambda one, other: False)
+    faults.save(tmp_path / "place", 1)
+    asked = []
+
+    def wanted(name: str) -> bool:
+        asked.append(name)
+        if len(asked) == 3:
+            faults.save(tmp_path / "place", 2)
+        return name == "step.msgpack"
+
+    (step,) = verified(tmp_path / "place", wanted).values()
+    assert codec.decode(step) == 2 and len(asked) > 9
 
 
 # Saving

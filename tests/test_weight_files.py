@@ -128,4 +128,20 @@ def test_the_second_layer_of_a_reward_models_head_is_one_of_its_files(tiny, tmp_
     (model / "reward_head.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"reward.model .*reward_head\.safetensors is no whole weight file"):
         check_weight_files("reward.model", model)
-    check_weight_files("reward.model", "no/such-model-on-this-machine")
+    for absent in ("no/such-model-on-this-machine", tmp_path / "no", "no name, at all"):
+        check_weight_files("reward.model", absent)  # for the loader to refuse
+
+
+def test_a_model_in_the_hubs_cache_is_looked_at_too(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--some--model"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0123")
+    shutil.copytree(tiny("qwen2", False), model / "snapshots" / "0123")
+    check_weight_files("model.policy", "some/model")
+    (model / "snapshots" / "0123" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(
+        ConfigError, match=r"model.policy 'some/model': .*0123/model\.safetensors is no whole weight file"
+    ):
+        check_weight_files("model.policy", "some/model")

@@ -2,8 +2,8 @@
 
 import json
 import math
+import os
 from itertools import combinations, permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,16 +174,14 @@ def test_more_prompts_than_there_are_are_refused_before_anything_is_built(tmp_pa
 
 
 def test_a_pool_is_written_whole_or_not_at_all(pool_file, tmp_path, monkeypatch):
-    def interrupted(path, text, **options):
-        with path.open("w") as file:
-            file.write(text[: len(text) // 2])
+    def interrupted(descriptor):
         raise KeyboardInterrupt
 
     pool = load_pool(pool_file)
-    monkeypatch.setattr(Path, "write_text", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)  # when the text is written, and not yet on the disk
     with pytest.raises(KeyboardInterrupt):
         write_pool(pool, tmp_path / "interrupted.jsonl")
-    assert not (tmp_path / "interrupted.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["pool.jsonl"]  # the fixture's
 
 
 @pytest.mark.models

@@ -46,13 +46,12 @@ def serve(listener: socket.socket) -> None:
     import select
     import signal
 
-    # Not ray: at its import it reads from the environment which job a worker is for.
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
 
     import r2m_async.launch  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
-    gc.freeze()
+    served: dict[str, str] = {}
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
@@ -60,11 +59,21 @@ def serve(listener: socket.socket) -> None:
         connection, _ = listener.accept()
         with connection:
             message, outputs, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-            if os.fork() == 0:
+            worker = json.loads(message)
+            job = {name: worker["environment"][name] for name in ("RAY_JOB_ID", "RAY_RAYLET_PID")}
+            if not served and job["RAY_JOB_ID"].strip("f"):  # Ray's first workers wait for any job
+                os.environ.update(job)
+                import ray  # noqa: F401  # at its import it takes these from the environment, for good
+
+                gc.freeze()
+                served = job
+            if served and job != served:
+                connection.send(b"no")
+            elif os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 listener.close()
                 connection.close()
-                return become(outputs, **json.loads(message))
+                return become(outputs, **worker)
         for output in outputs:
             os.close(output)
 
@@ -88,7 +97,7 @@ def become(outputs: list[int], program: str, arguments: list[str], environment: 
 
 
 def ask(arguments: list[str]) -> None:
-    """Has a worker forked. The first two arguments that Ray gives are for its `setup_worker.py`."""
+    """Has a worker forked, or becomes it: of another job. Two of Ray's arguments are for its `setup_worker.py`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--serialized-runtime-env-context", type=json.loads, default={})
     parser.add_argument("--language")
@@ -98,7 +107,8 @@ def ask(arguments: list[str]) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect("\0" + os.environ[ADDRESS])
         socket.send_fds(connection, [json.dumps(worker).encode()], [0, 1, 2])
-        connection.recv(1)
+        if connection.recv(1):
+            os.execve(sys.executable, [sys.executable, program, *arguments], environment)
 
 
 if __name__ == "__main__":

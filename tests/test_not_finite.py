@@ -510,9 +510,7 @@ def test_a_first_pass_that_is_not_finite_names_the_model_or_leaves_the_step_out(
     poke({"policy": backend.policy, "reference": backend._reference, "critic": learner._critic.backend.policy}[which])
     groups, rewards = step_of()
     if on_nonfinite == "stop":
-        with pytest.raises(
-            NonFiniteStep, match=rf"^step 0, group 0, response 0: {said}, first at response token 0"
-        ):
+        with pytest.raises(NonFiniteStep, match=rf"^step 0, group 0, response 0: {said}, first at response token 0"):
             learner.proximal(0, groups)
         return
     learner.proximal(0, groups)
@@ -541,6 +539,18 @@ def test_weights_that_an_update_made_infinite_end_the_run_before_they_are_a_vers
     with pytest.raises(NonFiniteStep, match=named):
         learner.train(0, rewards)
     assert learner._version == 0, "it is no version"
+
+
+def test_a_version_that_a_probe_finds_not_finite_is_not_published_for_an_engine_to_be_blamed(tiny_config):
+    learner = learner_of(tiny_config.rollouts(engine="vllm").weights(transport="object_store"))
+    learner.weights()
+    with torch.no_grad():
+        for parameter in learner._backend.policy.parameters():
+            parameter.mul_(1e15)
+    with pytest.raises(
+        NonFiniteStep, match=r"^policy version 0: its log-probabilities of the probe text are not finite"
+    ):
+        learner.weights()
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])

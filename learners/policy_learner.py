@@ -28,6 +28,7 @@ from learners.weight_sender import WeightSender
 from r2m_async.advantages import Estimator
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, NonFiniteStep
+from r2m_async.finite import all_finite
 from r2m_async.policy_model import (
     behaviour_logprobs,
     logprobs_and_states,
@@ -99,7 +100,8 @@ class PolicyLearner:
     def weights(self, whole: bool = False) -> tuple[StepReport, Weights | None]:
         """The present version, on rank 0: a copy, or with a direct transport what is staged of it, unless `whole`.
 
-        May run beside `proximal` where `config.publishes_beside_passes`.
+        May run beside `proximal` where `config.publishes_beside_passes`. Raises NonFiniteStep where a probe (`weights.probe`)
+        shows that the policy computes no finite log-probabilities.
         """
         with memory_enough_for(f"policy version {self._version}, being copied out"):
             return StepReport(version=self._version, metrics={}), self._weights(whole)
@@ -119,7 +121,13 @@ class PolicyLearner:
             weights = dataclasses.replace(weights, layout=layout)
             tensors = self._sender.staged(self._version)
         if self._config.probes_weights and not whole:
-            weights = dataclasses.replace(weights, probe=weight_probe(backend.probed, tensors))
+            probe = weight_probe(backend.probed, tensors)
+            if not all_finite([probe.logprobs]):  # an engine would be blamed for not computing the same
+                raise NonFiniteStep(
+                    f"policy version {self._version}: its log-probabilities of the probe text are not finite, of finite "
+                    f"weights: they have grown too large for its arithmetic; lower learner.lr"
+                )
+            weights = dataclasses.replace(weights, probe=probe)
         return weights if backend.rank == 0 else None
 
     # Direct transports, called while another thread trains. What fails is told, not raised: the engine is lost, not we.

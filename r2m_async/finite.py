@@ -32,7 +32,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(one.isfinite().all()) for one in tensors)
 
 
-def told(message: str, config: R2MConfig) -> None:
+def stop_or_log(message: str, config: R2MConfig) -> None:
     """Raises NonFiniteStep; under `learner.on_nonfinite: skip` it is a line in the log instead."""
     if config.learner.on_nonfinite == "stop":
         raise NonFiniteStep(message)
@@ -57,7 +57,7 @@ def response_name(index: int, num_responses: int) -> str:
 
 
 def check_embeddings(embeddings: RewardEmbeddings, place: str, config: R2MConfig) -> None:
-    """`told` of the first response that the reward model embeds, or rewards, with numbers that are not finite."""
+    """`stop_or_log` of the first response that the reward model embeds, or rewards, with numbers that are not finite."""
     twin = [] if embeddings.greedy_rte is None else [embeddings.greedy_rte]
     rows = [*embeddings.rte, *twin]
     if all_finite([embeddings.rte, embeddings.frozen_rewards, *twin]):
@@ -67,7 +67,7 @@ def check_embeddings(embeddings: RewardEmbeddings, place: str, config: R2MConfig
         frozen = embeddings.frozen_rewards[index] if index < num else row
         if not all_finite([row, frozen]):
             what = "its reward" if all_finite([row]) else "the response's embedding"
-            told(
+            stop_or_log(
                 f"{place}, {response_name(index, num)}: {what} by reward.model {config.reward.model!r} is not finite, of "
                 f"finite weights: the model overflows in reward.dtype {config.reward.dtype}",
                 config,

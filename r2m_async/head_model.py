@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from r2m_async.config import R2MConfig
-from r2m_async.finite import all_finite, first_bad, head_source, response_name, reward_source, told
+from r2m_async.finite import all_finite, first_bad, head_source, response_name, reward_source, stop_or_log
 from r2m_async.head_objectives import GrebtTerms, grebt_terms, preference_divergence
 from r2m_async.policy_model import load_weights
 from r2m_async.prompts import sampling_seed
@@ -83,7 +83,7 @@ def score_group(
     if bad := first_bad(torch.cat(of_all)):
         index, place = bad[0], group_place(step, embeddings.group_id)
         source = reward_source(embeddings, feedback, index, head, head_version, config)
-        told(f"{place}, {response_name(index, len(rewards))}: its reward is not finite: {source}", config)
+        stop_or_log(f"{place}, {response_name(index, len(rewards))}: its reward is not finite: {source}", config)
     return GroupRewards(
         group_id=embeddings.group_id,
         rewards=rewards,
@@ -173,7 +173,7 @@ def improve_head(
     if failure is None:
         held.follow()
         return terms, True
-    told(failure, config)
+    stop_or_log(failure, config)
     assert kept is not None
     head.load_state_dict(kept[0])
     optimizer.load_state_dict(kept[1])

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.finite import check_embeddings, check_weights, response_name, told
+from r2m_async.finite import check_embeddings, check_weights, response_name, stop_or_log
 from r2m_async.plugins import FLOAT32_MAX, called_for_number, named_function
 from r2m_async.policy_model import settled
 from r2m_async.reward_text import reward_input_ids
@@ -197,7 +197,7 @@ def _bonus(prompt: str, trajectory: Trajectory, place: str, config: R2MConfig) -
     length = reward.length_penalty * trajectory.num_response_tokens
     bonus = verified - length - reward.missing_eos_penalty * (trajectory.finish_reason != "stop")
     if not abs(bonus) <= FLOAT32_MAX:
-        told(
+        stop_or_log(
             f"{place}: {', '.join((key, *map(repr, reward.functions)))}, reward.length_penalty {reward.length_penalty} and "
             f"missing_eos_penalty {reward.missing_eos_penalty} add {bonus} together, which is not finite in float32",
             config,

@@ -541,6 +541,18 @@ def test_weights_that_an_update_made_infinite_end_the_run_before_they_are_a_vers
     assert learner._version == 0, "it is no version"
 
 
+def test_a_version_that_a_probe_finds_not_finite_is_not_published_for_an_engine_to_be_blamed(tiny_config):
+    learner = learner_of(tiny_config.rollouts(engine="vllm").weights(transport="object_store"))
+    learner.weights()
+    with torch.no_grad():
+        for parameter in learner._backend.policy.parameters():
+            parameter.mul_(1e15)
+    with pytest.raises(
+        NonFiniteStep, match=r"^policy version 0: its log-probabilities of the probe text are not finite"
+    ):
+        learner.weights()
+
+
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_a_learning_rate_far_too_high_ends_ring_and_reference_by_a_name(tiny_config, on_nonfinite):
     config = tiny_config.learner(lr=1e30, on_nonfinite=on_nonfinite)

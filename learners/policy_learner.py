@@ -307,13 +307,7 @@ class PolicyLearner:
 
     @produces(0)
     def restore(self, state: dict[str, Any], directory: str | None = None) -> tuple[int]:
-        """Raises ConfigError for a checkpoint with or without a critic against this run's, and for weights not finite."""
-        if ("critic" in state) != (self._critic is not None):
-            saved, asked = ("with", "none") if "critic" in state else ("without", "one")
-            raise ConfigError(
-                f"the checkpoint was saved {saved} a critic and advantage.name {self._estimator.name!r} asks for {asked}: "
-                f"resume with the estimator that it was saved with"
-            )
+        """Raises ConfigError for weights that are not finite."""
         path = None if directory is None else Path(directory)
         self._backend.restore(state, path)
         if self._critic:

@@ -265,16 +265,15 @@ def test_a_resumed_run_ends_with_the_same_policy_and_critic_bit_for_bit(config, 
         assert all(torch.equal(ours.tensors[name], tensor) for name, tensor in theirs.tensors.items())
 
 
-@pytest.mark.parametrize(("then", "now", "said"), [("gae", "rloo", "with .* none"), ("rloo", "gae", "without .* one")])
+@pytest.mark.parametrize(("then", "now"), [("gae", "rloo"), ("rloo", "gae")])
 def test_a_checkpoint_with_a_critic_is_for_an_estimator_that_needs_one_and_the_reverse(
-    tiny_config, tmp_path, then, now, said
+    tiny_config, tmp_path, then, now
 ):
     config = tiny_config.objective(ratio="token")
     with Ring.of(config.advantage(name=then), in_process=True) as ring:
         ring.step()
         ring.save(tmp_path / "checkpoint")
-    saved, asked = said.split(" .* ")
-    message = rf"was saved {saved} a critic and advantage\.name '{now}' asks for {asked}: resume with the estimator"
+    message = rf"was saved with advantage\.name = {then}, and the config has {now}: resume with the same"
     with pytest.raises(ConfigError, match=message):
         Ring.of(config.advantage(name=now), in_process=True, resume=tmp_path / "checkpoint")
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from actors.reward_annotator import RewardAnnotator
 from r2m_async import launch, training
+from r2m_async.checkpoints import seal
 from r2m_async.cli import main
 from r2m_async.codec import decode
 from r2m_async.config import R2MConfig
@@ -205,7 +206,9 @@ def test_turns_and_every_key_that_a_reward_depends_on_score_as_in_the_ring(
         # Between the largest two of three rewards: where training has brought them depends on the processor.
         magnitudes = annotated(run, config, prompt, False).model_rewards.abs().sort().values
         config = config.reward(clip=magnitudes[1:].mean().item())
-        (checkpoint_path(run, config.run.num_steps) / "config.yaml").write_text(config.to_yaml())
+        saved = checkpoint_path(run, config.run.num_steps)
+        (saved / "config.yaml").write_text(config.to_yaml())
+        seal(saved)
         export(run, tmp_path / "out")
         expected = annotated(run, config, prompt, False).rewards
         assert torch.equal(RewardScorer(tmp_path / "out", "cpu").score(TURNS, RESPONSES, finished=False), expected)

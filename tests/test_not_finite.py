@@ -21,6 +21,7 @@ from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
 from r2m_async import reference
 from r2m_async.advantages import get_advantage
+from r2m_async.checkpoints import seal
 from r2m_async.config import LARGEST, R2MConfig
 from r2m_async.critic_model import load_critic
 from r2m_async.errors import ConfigError, NonFiniteStep
@@ -587,6 +588,7 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_not_resumed_nor_exported(t
             first = next(iter(weights.tensors))
             weights.tensors[first] = weights.tensors[first] * NAN
             (bad / f"{name}.msgpack").write_bytes(encode(state))
+        seal(bad)
         with pytest.raises(ConfigError, match=rf"^the checkpoint's {part} \(version 1\) .* NaN or infinite: "):
             Ring.of(tiny_config, in_process=True, resume=bad)
         with pytest.raises(

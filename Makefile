@@ -6,8 +6,8 @@ export OMP_NUM_THREADS := 1
 export TRANSFORMERS_VERBOSITY := error
 export RAY_AUTH_MODE ?= disabled
 
-# Two tests at a time, a file's on one worker in their order; the 25 slowest at the end.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations 25 --timeout 900
+# Two tests at a time, on two cores; the 25 slowest at the end.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --durations 25 --timeout 900
 
 .PHONY: train test test-fast test-all test-kernels lint
 

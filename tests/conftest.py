@@ -65,18 +65,13 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What is fast comes first, then what needs models, then Ray, there the files with most tests first.
-
-    A file's tests of one of these parts stay together, because they share fixtures: a group for pytest-xdist's workers.
-    """
+    """What is fast comes first, then what needs models, then Ray, there the files with most tests first."""
 
     def part(item):
         return 2 if item.get_closest_marker("ring") else 1 if item.get_closest_marker("models") else 0
 
     counts = Counter((part(item), item.path) for item in items)
     items.sort(key=lambda item: (part(item), -counts[part(item), item.path] if part(item) == 2 else 0))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{part(item)}"))
 
 
 def left_of(processes, seconds: float = 30.0) -> list:
@@ -98,6 +93,13 @@ def left_of(processes, seconds: float = 30.0) -> list:
 def word_of(pipe: int, seconds: float) -> str:
     """What processes write next into a pipe; nothing once all have closed it, or if that takes longer."""
     return os.read(pipe, 1 << 16).decode() if select.select([pipe], [], [], seconds)[0] else ""
+
+
+@pytest.fixture(autouse=True)
+def threads_can_be_set():
+    """A vLLM engine in this process forbids `torch.set_num_threads` from there on, to all tests that follow."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads = torch._C.set_num_threads
 
 
 def save_tokenizer(directory: Path, words: list[str]) -> int:

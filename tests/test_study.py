@@ -254,10 +254,12 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(study_file, tmp_path):
     )
     grid = {"gold": {"bad": {"evaluation.gold": "moody:gold"}, "good": {}}}
     path, out, told = study_file(grid=grid, seeds=[1]), tmp_path / "out", []
-    reason = f"FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path / 'mood'}'"
+    missing = f"FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path / 'mood'}'"
     assert run_study(path, out, workers=1, tell=told.append) == ["bad-seed1"]
+    reason = (out / "runs" / "bad-seed1.failed").read_text().strip()
+    assert reason.startswith("FunctionFailed: step 0, group 0 (prompt 'prompts.jsonl:")
+    assert f"evaluation.gold 'moody:gold' raised {missing}\n" in reason
     assert f"bad-seed1 failed: {reason}" in told
-    assert (out / "runs" / "bad-seed1.failed").read_text().strip() == reason
     results = json.loads((out / "results.json").read_text())
     assert results["failed"] == {"bad-seed1": reason}
     assert results["cells"]["bad"] == {"num_seeds": 0, "num_planned": 1} and results["cells"]["good"]["num_seeds"] == 1

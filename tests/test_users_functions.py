@@ -254,7 +254,7 @@ def test_the_command_line_names_function_prompt_and_last_checkpoint(
     (tmp_path / "config.yaml").write_text(config.reward(functions=["mine:f"]).to_yaml())
     monkeypatch.setattr(training, "Ring", functools.partial(Ring, in_process=True))
     assert main(["train", str(tmp_path / "config.yaml")]) == 1
-    told, checkpoint = capsys.readouterr().err.splitlines()
+    told, _, checkpoint = capsys.readouterr().err.splitlines()
     assert told.startswith("r2m: the run ended: step 1, group 2 (prompt 'prompts.jsonl:")
     assert f"response 2: reward.functions 'mine:f' {said} (" in told
     assert re.fullmatch(r"The last whole checkpoint is .*step-0*1\.", checkpoint)

@@ -115,13 +115,17 @@ class Controller:
         self._tasks = [self._spawn(loop) for loop in loops]
 
     async def step(self) -> dict[str, float]:
-        """Lets the policy take one step and returns its metrics. The first failing loop's error is raised here."""
+        """Lets the policy take one step and returns its metrics.
+
+        Raises the error of the first loop that failed, once the steps that were finished before have been returned.
+        """
         if self.finished:
             raise RuntimeError(f"the run has ended at step {self.schedule.policy_version}; there is no further step")
         self._steps_wanted += 1
         self._waits.notify()
-        await self._waits.until(lambda: self._failure() or self._results, _DRIVER, "a step's result")
-        self._raise_failure()
+        await self._waits.until(lambda: self._results or self._failure(), _DRIVER, "a step's result")
+        if not self._results:
+            self._raise_failure()
         return self._results.popleft()
 
     async def drain(self) -> None:

@@ -301,6 +301,21 @@ def test_nothing_of_the_groups_ahead_is_left_when_a_run_ends_early(seconds):
     assert not stored
 
 
+def test_a_step_that_was_finished_is_returned_although_another_loop_has_failed_since():
+    """Its metrics would be lost."""
+    told = {"steps": []}
+
+    async def late(controller):
+        controller._steps_wanted = 1
+        await asyncio.sleep(30)  # the first step ends, and a group of the second fails
+        for _ in range(3):
+            told["steps"].append((await controller.step())["step"])
+
+    failing = Faulty("annotator-0", fails={"embed": ZeroDivisionError("of the second step")}, first=3)
+    told |= drive(stages_of(annotators=(failing,)), late, plan=plan_of(max_policy_age=1))
+    assert told["steps"] == [1.0] and isinstance(told["error"], ZeroDivisionError)
+
+
 def test_a_carrier_that_is_gone_ends_the_run():
     async def gone():
         await asyncio.sleep(5)

@@ -369,7 +369,7 @@ _PLACE = "payload of this call"
 
 
 def _emptied(value: Any, payloads: list[Any]) -> Any:
-    """The value with every object reference moved to `payloads`, a place left where it was."""
+    """The value with every object reference in it moved to `payloads`, a place left where it was."""
     import ray
 
     if isinstance(value, ray.ObjectRef):
@@ -378,8 +378,10 @@ def _emptied(value: Any, payloads: list[Any]) -> Any:
     if isinstance(value, _Shares):
         payloads.extend(value.references)
         return {_PLACE: list(range(len(payloads) - len(value.references), len(payloads)))}
-    if isinstance(value, list):
-        return [_emptied(item, payloads) for item in value]
+    if isinstance(value, list | tuple):
+        return type(value)(_emptied(item, payloads) for item in value)
+    if isinstance(value, dict):
+        return {key: _emptied(item, payloads) for key, item in value.items()}
     return value
 
 
@@ -387,8 +389,10 @@ def _filled(value: Any, payloads: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {_PLACE}:
         place = value[_PLACE]
         return _merged([payloads[one] for one in place]) if isinstance(place, list) else payloads[place]
-    if isinstance(value, list):
-        return [_filled(item, payloads) for item in value]
+    if isinstance(value, list | tuple):
+        return type(value)(_filled(item, payloads) for item in value)
+    if isinstance(value, dict):
+        return {key: _filled(item, payloads) for key, item in value.items()}
     return value
 
 

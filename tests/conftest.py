@@ -11,9 +11,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: workers wo
 
 import json
 import random
-import select
 import sys
-import time
 from collections import Counter
 
 import pytest
@@ -65,34 +63,16 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What is fast comes first, then what needs models, then Ray, there the files with most tests first."""
+    """What is fast comes first, then what needs models, then Ray.
+
+    There the files with the fewest tests come first: theirs are the longest, and the end is then even on both workers.
+    """
 
     def part(item):
         return 2 if item.get_closest_marker("ring") else 1 if item.get_closest_marker("models") else 0
 
     counts = Counter((part(item), item.path) for item in items)
-    items.sort(key=lambda item: (part(item), -counts[part(item), item.path] if part(item) == 2 else 0))
-
-
-def left_of(processes, seconds: float = 30.0) -> list:
-    """Those of psutil's processes that have not ended within so many seconds. Returns as soon as all have."""
-    deadline, left = time.monotonic() + seconds, []
-    for process in processes:
-        try:
-            descriptor = os.pidfd_open(process.pid)
-        except ProcessLookupError:
-            continue
-        try:  # asked once the descriptor is there: another process may have had its number since
-            if process.is_running() and not select.select([descriptor], [], [], max(0, deadline - time.monotonic()))[0]:
-                left.append(process)
-        finally:
-            os.close(descriptor)
-    return left
-
-
-def word_of(pipe: int, seconds: float) -> str:
-    """What processes write next into a pipe; nothing once all have closed it, or if that takes longer."""
-    return os.read(pipe, 1 << 16).decode() if select.select([pipe], [], [], seconds)[0] else ""
+    items.sort(key=lambda item: (part(item), counts[part(item), item.path] if part(item) == 2 else 0))
 
 
 @pytest.fixture(autouse=True)

@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import random
 import resource
 import struct
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r2m_async import codec
 from r2m_async.codec import SCHEMA, decode, encode
 from r2m_async.errors import CodecError
 from r2m_async.trajectories import PolicyFeedback, Prompt, Ticket, Trajectory, TrajectoryGroup, Weights
@@ -293,3 +296,12 @@ def test_a_record_of_unknown_fields_is_refused():
 def test_the_same_object_is_always_the_same_bytes():
     tree = {"a": torch.ones(3), "b": torch.arange(5, dtype=torch.uint8), "c": group()}
     assert len({bytes(encode(tree)) for _ in range(20)}) == 1
+
+
+def test_a_change_of_a_records_fields_needs_another_schema():
+    """Readers of the old layout would fail somewhere else, or take one field for another: raise SCHEMA with these digits."""
+    fields = {
+        name: [(field.name, str(field.type)) for field in dataclasses.fields(record)]
+        for name, record in sorted(codec._RECORDS.items())
+    }
+    assert (SCHEMA, hashlib.sha256(repr(fields).encode()).hexdigest()[:16]) == (3, "acc46f7f8fb56f9b")

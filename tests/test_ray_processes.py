@@ -39,6 +39,14 @@ class Worker:
             print("what a user's function prints")
         return (what,)
 
+    @produces(1)
+    def make(self, value):
+        return None, value
+
+    @produces(0)
+    def read(self, values):
+        return (values,)
+
 
 def healthy(config, workload):
     return Worker()
@@ -125,6 +133,18 @@ def test_a_process_that_dies_whenever_it_starts_is_told_at_once_with_the_reason(
             with pytest.raises(StageLost, match=r"worker-0 did not come back: \S"):
                 await worker.restart()
         assert time.monotonic() - began < 200
+
+    asyncio.run(run())
+
+
+def test_payloads_are_found_wherever_they_stand_in_the_arguments(stage):
+    """One in a tuple or a dict once ended as an object that the codec cannot write."""
+
+    async def run():
+        worker = stage()
+        made = [(await worker.call("make", number))[1] for number in range(4)]
+        given = [1, made[0], [made[1]], (made[2], "text"), {"key": made[3], "other": None}]
+        assert await worker.call("read", given) == ([1, 0, [1], (2, "text"), {"key": 3, "other": None}],)
 
     asyncio.run(run())
 

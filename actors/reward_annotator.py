@@ -101,7 +101,7 @@ class RewardAnnotator:
             if len(values) > 1:
                 known = math.isfinite(metrics[name])
                 metrics[f"{name}_se"] = statistics.stdev(values) / len(values) ** 0.5 if known else math.nan
-        if any(len(set(of_prompt)) > 1 for of_prompt in gold):
+        if any(len(set(of_prompt)) > 1 for of_prompt in gold) and math.isfinite(metrics["gold"]):
             metrics |= {
                 "proxy_accuracy": ranking_accuracy(proxy, gold),
                 "frozen_accuracy": ranking_accuracy(frozen, gold),

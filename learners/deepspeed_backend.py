@@ -158,7 +158,7 @@ class DeepSpeedBackend:
             universal = [""]
             if self.rank == 0:
                 universal[0] = str(stack.enter_context(scratch_directory(directory)))
-                with disk_errors(Path(universal[0])):
+                with disk_errors(Path(universal[0]), Path(universal[0])):
                     _to_universal(directory / _FOLDER / _TAG, Path(universal[0]) / _TAG)
             dist.broadcast_object_list(universal)
             self.policy._config.load_universal_checkpoint = True  # DeepSpeed asks for it only as it loads

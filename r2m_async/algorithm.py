@@ -23,11 +23,12 @@ from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from ray.tune import Checkpoint, PlacementGroupFactory
 
-from r2m_async.checkpoints import MANIFEST, seal, verified
+from r2m_async.checkpoints import MANIFEST, saved_config, seal, verified
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.launch import Ring
 from r2m_async.ray_stages import gpu_share
+from r2m_async.resuming import check_resumable
 from r2m_async.whole import whole_at, whole_directory
 from r2m_async.workload import resolve
 
@@ -164,6 +165,9 @@ class R2M(Algorithm):
         """
         directory = whole_at(_local(path))
         _check_whole(directory)
+        if (directory / RING).is_dir():  # all of it, before the running ring ends
+            verified(directory / RING)
+            check_resumable(directory / RING, saved_config(directory / RING), self.config.r2m)
         Checkpointable.restore_from_path(self, directory, **how)
         self._stop_ring()
         self._ring = Ring(self.config.r2m, self._workload, resume=directory / RING)

@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -66,7 +67,11 @@ def _tell(what: object, status: int, error: BaseException) -> int:
 
 def entry() -> None:
     """`main` as a process: leaves with its status, also where Ray's threads would keep Python from ending."""
-    status = main()
+    try:
+        status = main()
+    except Exception:  # an error that no message was written for
+        traceback.print_exc()
+        status = 1
     connection = sys.modules.get("r2m_async.ray_connection")
     if connection is not None and connection.abandoned.is_set():
         sys.stdout.flush()

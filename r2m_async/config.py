@@ -27,6 +27,14 @@ from pydantic import (
 from r2m_async.errors import ConfigError
 from r2m_async.yaml_tree import check_plain, cut_repr, parse_yaml, read_yaml, write_yaml
 
+
+def _as_lists(value: Any) -> Any:
+    """YAML and JSON have no tuples; Python's users do."""
+    if isinstance(value, dict):
+        return {key: _as_lists(item) for key, item in value.items()}
+    return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 Options = dict[str, JsonValue]
 """Keys that another library defines, or a user's estimator."""
 
@@ -47,12 +55,12 @@ class Section(BaseModel):
     @classmethod
     def _in_float32(cls, value: Any) -> Any:
         if isinstance(value, float) and abs(value) > LARGEST:
-            raise ValueError(f"beyond the {LARGEST:g} that float32 can still compute with; use a smaller number")
+            raise ValueError(f"beyond what float32 can still compute with; use at most {LARGEST:g}")
         return value
 
     def __call__(self, /, **changes: Any) -> Any:
         tree = self._config.to_dict()
-        tree[self._name].update(changes)
+        tree[self._name].update(_as_lists(changes))
         return type(self._config).from_dict(tree)
 
     def __eq__(self, other: object) -> bool:

@@ -48,6 +48,7 @@ class _Evaluation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _HeadWork:
     step: int
+    group_ids: tuple[int, ...]
     embeddings: list[Any]
     refreshed: Any
     rewards: Any
@@ -92,8 +93,37 @@ class Controller:
 
     # Life
 
-    async def start(self, policies: dict[int, Any] | None = None, heads: dict[int, Any] | None = None) -> None:
-        """Starts the loops, from the learners' present weights or from a checkpoint's kept versions."""
+    async def start(
+        self,
+        policies: dict[int, Any] | None = None,
+        heads: dict[int, Any] | None = None,
+        learners: tuple[Any, str, Any] | None = None,
+    ) -> None:
+        """Starts the loops, from the learners' present weights or from a checkpoint's kept versions.
+
+        learners: what the policy learner restores, the checkpoint's directory, and what the head learner restores.
+        Raises StageLost if what carries the stages is gone meanwhile.
+        """
+        self._tasks = [self._spawn(self.stages.carrier())]
+        starting = self._spawn(self._first_versions(policies, heads, learners))
+        try:
+            await self._waits.until(lambda: starting.done() or self._failure(), _DRIVER, "the stages to start")
+            if not starting.done():
+                self._raise_failure()
+            await starting
+        finally:
+            starting.cancel()
+        loops = [self._training_loop(), self._head_loop(), self._overage_loop(), self._watchdog()]
+        loops += [self._rollout_loop(stage) for stage in self.stages.rollouts]
+        self._tasks += [self._spawn(loop) for loop in loops]
+
+    async def _first_versions(
+        self, policies: dict[int, Any] | None, heads: dict[int, Any] | None, learners: tuple[Any, str, Any] | None
+    ) -> None:
+        if learners is not None:
+            policy, directory, head = learners
+            await self._ask(self.stages.policy, "restore", policy, directory)
+            await self._ask(self.stages.head, "restore", head)
         self._policies = policies or {}
         if not self._policies:
             await self._publish(self.schedule.policy_version)
@@ -104,15 +134,6 @@ class Controller:
         if self._evaluation_tickets:
             head_version = self.schedule.head_version
             self._ask_evaluation(self._newest_policy, head_version, heads[head_version])
-        loops = [
-            self._training_loop(),
-            self._head_loop(),
-            self._overage_loop(),
-            self._watchdog(),
-            self.stages.carrier(),
-        ]
-        loops += [self._rollout_loop(stage) for stage in self.stages.rollouts]
-        self._tasks = [self._spawn(loop) for loop in loops]
 
     async def step(self) -> dict[str, float]:
         """Lets the policy take one step and returns its metrics.
@@ -254,8 +275,9 @@ class Controller:
                 if transport == "ipc":  # handles to fetch by; the others send while the engine receives
                     (sent,) = await self._ask(policy, "send", index, version, about=actor.name)
                 loading = self._call(actor, "load_weights", weights, sent, step=version)
-                sending = _already(sent)
-                if transport != "ipc":
+                if transport == "ipc":
+                    sending = _already(sent)
+                else:
                     sending = self._ask(policy, "send", index, version, about=actor.name)
                 (report,) = await self._meet(actor, loading, sending)
         self.metrics.standing["weights"] = report.metrics
@@ -284,12 +306,13 @@ class Controller:
     async def _meet(self, actor: Stage, receiving: Awaitable[T], sending: Awaitable[tuple[dict[str, Any]]]) -> T:
         """What the receiver returns. Raises StageLost naming the actor if either side missed the other."""
         received, sent = await asyncio.gather(receiving, sending, return_exceptions=True)
-        for outcome in (received, sent):
-            if isinstance(outcome, BaseException):
-                raise outcome
-        (told,) = sent  # type: ignore[misc]
+        if isinstance(sent, BaseException):  # first: what the receiver met is then what this did to it
+            raise sent
+        (told,) = sent
         if "failed" in told:
             raise StageLost(actor.name, f"the learner could not send {actor.name} its weights: {told['failed']}")
+        if isinstance(received, BaseException):
+            raise received
         return received  # type: ignore[return-value]
 
     async def _bring_back(self, actor: Stage, error: StageLost) -> None:
@@ -335,7 +358,8 @@ class Controller:
         self.metrics.generated(report.num_tokens)
         if not self.schedule.expects(group_id, ticket.attempt):
             return
-        await self._ask(self.stages.queue, "put", group_id, ("group", "feedback"), group, feedback, about=about)
+        async with self._in_step(ticket.due_step, (group_id,)):
+            await self._ask(self.stages.queue, "put", group_id, ("group", "feedback"), group, feedback, about=about)
         # Meanwhile the run may have ended (`kl_stop`), and with it this group: `void` and `arrived` then say so.
         if report.num_responses < min(2, self.config.rollouts.group_size):
             self.schedule.void(group_id, "overage", ticket.attempt)
@@ -406,7 +430,9 @@ class Controller:
         await self._stalls_for_publication()
         trained, refreshed = await self._call(stages.policy, "train", step, rewards, step=step)
         self.schedule.policy_trained(step, self._now())
-        self._head_queue.append(_HeadWork(step=step, embeddings=embeddings, refreshed=refreshed, rewards=rewards))
+        self._head_queue.append(
+            _HeadWork(step=step, group_ids=group_ids, embeddings=embeddings, refreshed=refreshed, rewards=rewards)
+        )
         measured = scored.metrics | trained.metrics
         metrics = self.metrics.of_step(assembly, self.schedule, measured, self._now())
         limit = self.config.objective.kl_stop
@@ -473,9 +499,10 @@ class Controller:
         while True:
             await self._waits.until(lambda: self._head_queue, "head learner", "refreshed feedback")
             work = self._head_queue.popleft()
-            report, weights = await self._call(
-                self.stages.head, "update", work.step, work.embeddings, work.refreshed, work.rewards, step=work.step
-            )
+            async with self._in_step(work.step, work.group_ids):
+                report, weights = await self._call(
+                    self.stages.head, "update", work.step, work.embeddings, work.refreshed, work.rewards, step=work.step
+                )
             self.metrics.standing["head"] = {"head/step": float(work.step + 1), **report.metrics}
             self._heads[work.step + 1] = weights
             freed = self.schedule.head_trained(work.step)

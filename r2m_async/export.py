@@ -108,8 +108,9 @@ class RewardScorer:
         policy, reward = Path(path, "policy"), Path(path, "reward_model")
         try:
             record = json.loads((reward / "r2m_head.json").read_text(encoding="utf-8"))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: is not what `r2m export` writes: {error}; name its OUT") from None
+        # The weights. What a user may edit, r2m_head.json among it, is taken as it is.
         verified(path, strays=lambda name: True, checked=lambda name: name.endswith(".safetensors"))
         self._step, self._config = record["step"], _config_of(record["config"], device)
         # Steps are counted from 0, t in Eq. 4 from 1; the exported step is the one that made these versions.

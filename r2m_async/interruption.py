@@ -12,7 +12,9 @@ from collections.abc import Iterator
 
 LEAVE_TIMEOUT = 20.0
 """Seconds for the clean-up after the first signal. A second signal ends it at once."""
+KILL_TIMEOUT = 3.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_active = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,7 +38,8 @@ def interruptible() -> Iterator[None]:
     others.setblocking(False)
     # Python runs a handler between two steps of the main thread, which may be inside of a call that never returns. The
     # number is written to this socket at once, and so the thread that reads it can enforce the deadline.
-    before_fd = signal.set_wakeup_fd(others.fileno(), warn_on_full_buffer=False)
+    global _active
+    before_fd, _active = signal.set_wakeup_fd(others.fileno(), warn_on_full_buffer=False), True
     threading.Thread(target=_leave_in_time, args=(mine,), name="r2m-signals", daemon=True).start()
     before = {}
     for number in _SIGNALS:
@@ -48,7 +51,20 @@ def interruptible() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(before_fd)
+        _active = False
         others.close()  # which ends the thread
+
+
+def _forget_in_a_forked_child() -> None:
+    """It would write its own signals to this process's socket, whose reader takes them for this process's."""
+    if _active:
+        with contextlib.suppress(ValueError):  # not in the main thread: there is nothing to put back
+            signal.set_wakeup_fd(-1)
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget_in_a_forked_child)
 
 
 def _raise(number: int, _: object) -> None:
@@ -65,9 +81,14 @@ def _leave_in_time(signals: socket.socket) -> None:
                 return  # the block was left
         except TimeoutError:
             pass
-        if connection := sys.modules.get("r2m_async.ray_connection"):
-            connection.kill_processes()
-        os._exit(128 + first)
+        try:
+            os.write(2, f"r2m: interrupted by {signal.Signals(first).name}; its clean-up did not end\n".encode())
+            if connection := sys.modules.get("r2m_async.ray_connection"):
+                ending = threading.Thread(target=connection.kill_processes, daemon=True)  # which may hang, too
+                ending.start()
+                ending.join(KILL_TIMEOUT)
+        finally:
+            os._exit(128 + first)
 
 
 def _asked_to_leave(signals: socket.socket) -> int:

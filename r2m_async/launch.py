@@ -64,6 +64,7 @@ class Ring:
 
     def _start(self, in_process: bool, resume: Path | None) -> None:
         config, plan = self.config, plan_of(self.config, self.workload)
+        saved = read_checkpoint(resume, self.config) if resume else {}  # refused before any process starts
         if in_process:
             if config.weights.direct:
                 raise ConfigError(
@@ -83,7 +84,6 @@ class Ring:
             self._close = processes.close
             stages = _ray_stages(processes, self.workload.without_prompts())
             config = processes.config
-        saved = read_checkpoint(resume, self.config) if resume else {}
         first_step = decode(saved["step"]) if saved else 0
         tickets = TicketOffice(self.config, self.workload)
 
@@ -92,10 +92,10 @@ class Ring:
 
         async def start() -> None:
             if saved:
-                await stages.policy.call("restore", stages.from_bytes(saved["policy_learner"]), str(resume.absolute()))
-                await stages.head.call("restore", stages.from_bytes(saved["head_learner"]))
+                policy, head = (stages.from_bytes(saved[f"{name}_learner"]) for name in ("policy", "head"))
                 policies = {} if config.weights.direct else kept_versions(saved, "policy_weights_", stages)
-                await self.controller.start(policies, kept_versions(saved, "head_weights_", stages))
+                heads = kept_versions(saved, "head_weights_", stages)
+                await self.controller.start(policies, heads, (policy, str(resume.absolute()), head))
             else:
                 await self.controller.start()
 

@@ -5,7 +5,6 @@ processes see all of it or nothing, and of several concurrent builders the first
 result.
 """
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -28,8 +27,12 @@ def cached_directory(name: str, key: str | bytes | Iterable[str | bytes], build:
     final = cache_root() / f"{name}-{key_digest(key)}"
     if final.is_dir():
         return final
-    with contextlib.suppress(FileExistsError), whole_directory(final) as building:
-        build(building)
+    try:
+        with whole_directory(final) as building:
+            build(building)
+    except FileExistsError:
+        if not final.is_dir():  # else another process was faster, and has built the same
+            raise
     return final
 
 

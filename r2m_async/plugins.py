@@ -26,18 +26,18 @@ def named_function(name: str, key: str) -> Callable[..., Any]:
     module_name, _, attr = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"{key} = {name!r}: cannot import module {module_name!r} to find {attr!r} in it ({error}); "
-            f"install it, or put its folder on PYTHONPATH"
-        ) from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's module may raise anything as it starts, SystemExit too
         what, frames = own_failure(error)
+        if not frames and isinstance(
+            error, ImportError | ValueError
+        ):  # no line of the module has run: it was not found
+            what, frames = str(error), "; install it, or put its folder on PYTHONPATH"
+        else:
+            frames = f"; correct the module{frames}"
         raise ConfigError(
-            f"{key} = {name!r}: cannot import module {module_name!r} to find {attr!r} in it ({what}); correct the "
-            f"module{frames}"
+            f"{key} = {name!r}: cannot import module {module_name!r} to find {attr!r} in it ({what}){frames}"
         ) from None
     if not callable(getattr(module, attr, None)):
         names = [name for name, value in vars(module).items() if callable(value)]

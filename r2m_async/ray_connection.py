@@ -29,8 +29,8 @@ CLOSE_TIMEOUT = 5.0
 ANSWER_TIMEOUT = 5.0
 """Seconds in which the head of a cluster must accept a connection."""
 WATCH_EVERY = 5.0
-JOINED_GRACE = 45.0
-"""Seconds that the head of a joined cluster may be gone: it may be restarted. Ray ends the driver after 60."""
+OWN_GRACE, JOINED_GRACE = 15.0, 40.0
+"""Seconds that the head of a cluster may not answer: a joined one may be restarted. Ray ends the driver after 60."""
 
 abandoned = threading.Event()
 """Set if Ray did not end. Python's own end would then wait for it: leave by `os._exit`."""
@@ -48,61 +48,72 @@ class RayConnection:
         self._started_here = not ray.is_initialized()
         self._closing = threading.Event()
         self._ended: Future[None] = Future()
+        there: Future[tuple[str, float]] = Future()
         if self._started_here:
-            self._start(config)
-        self._head = ray.get_runtime_context().gcs_address
-
-    def _start(self, config: R2MConfig) -> None:
-        _check_address(os.environ.get("RAY_ADDRESS", ""))
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        there: Future[None] = Future()
+            _check_address(os.environ.get("RAY_ADDRESS", ""))
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
         # One thread starts Ray, stays, and ends it: the kernel kills Ray's processes when the thread that started them
         # ends. Where a call of Ray hangs, the main thread is free to say so and to take signals.
         threading.Thread(target=self._live, args=(there, config.logging.actors), name="ray", daemon=True).start()
         try:
-            there.result(START_TIMEOUT)
+            self._head, self.num_gpus = there.result(START_TIMEOUT)
         except NotInTime:
-            _abandon()
-            raise StageLost(None, f"Ray did not start within {START_TIMEOUT:g} s: {_remedy()}") from None
-        if threading.current_thread() is threading.main_thread():
+            if self._started_here:
+                self._closing.set()
+                kill_processes()
+                _abandon()
+            raise StageLost(None, f"Ray did not answer within {START_TIMEOUT:g} s: {_remedy()}") from None
+        self._processes = _ray_processes() if self._started_here else []
+        self._owns_head = any("gcs_server" in process.name() for process in self._processes)
+        if self._started_here and threading.current_thread() is threading.main_thread():
             # Ray's C++ side takes SIGTERM for itself: a stack, and an abort three seconds later. Python's goes back.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
-    def _live(self, there: Future[None], log_to_driver: bool) -> None:
+    def _live(self, there: Future[tuple[str, float]], log_to_driver: bool) -> None:
         import ray
 
         try:
-            ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=log_to_driver)
+            if self._started_here:
+                ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=log_to_driver)
+            head = ray.get_runtime_context().gcs_address
+            there.set_result((head, ray.cluster_resources().get("GPU", 0.0)))
         except Exception as error:  # of many classes, plain Exception among them
             lost = StageLost(None, f"Ray did not start: {error}\n{_remedy()}")
             lost.__cause__ = error
             there.set_exception(lost)
             return
-        there.set_result(None)
-        self._closing.wait()
-        ray.shutdown()
-        self._ended.set_result(None)
+        if self._started_here:
+            self._closing.wait()
+            ray.shutdown()
+            self._ended.set_result(None)
 
     async def watch(self) -> None:
         """Raises StageLost once the head of the cluster is gone: without it Ray ends the whole driver after a minute."""
+        from ray.util.client import ray as client
+
+        if client.is_connected():
+            return  # the head's address is then one of the cluster's own network
         host, _, port = self._head.rpartition(":")
-        grace, gone = (0.0 if self._started_here else JOINED_GRACE), 0.0
+        loop, gone_since = asyncio.get_running_loop(), None
         while True:
             await asyncio.sleep(WATCH_EVERY)
             try:
                 async with asyncio.timeout(ANSWER_TIMEOUT):
                     _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
                 writer.close()
-                gone = 0.0
+                gone_since = None
             except OSError as error:  # TimeoutError is one
-                gone += WATCH_EVERY
-                if gone > grace:
+                gone_since = loop.time() if gone_since is None else gone_since
+                grace = OWN_GRACE if self._owns_head else JOINED_GRACE
+                if self._owns_head and isinstance(error, ConnectionRefusedError):
+                    grace = 0.0  # its process has ended, and nobody starts another
+                if loop.time() - gone_since >= grace:
                     reason = str(error) or f"no answer in {ANSWER_TIMEOUT:g} s"
                     raise StageLost(None, f"the head of the Ray cluster at {self._head} is gone: {reason}") from None
 
     def close(self, end_stages: Callable[[], Any]) -> None:
         """Ends the stages, and Ray if it was started here: politely, and after `CLOSE_TIMEOUT` by killing its processes."""
-        processes = _ray_processes() if self._started_here else []
+        processes = [*self._processes, *(_ray_processes() if self._started_here else [])]
         stages: Future[None] = Future()
 
         def end() -> None:

@@ -11,7 +11,9 @@ import contextlib
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -40,13 +42,14 @@ class RayProcesses:
     """
 
     def __init__(self, config: R2MConfig) -> None:
-        import ray
-
         self._launched: list[RayStage | RayGang] = []
         self.ray = RayConnection(config)
-        available = ray.cluster_resources().get("GPU", 0.0)
-        self.gpus = gpu_share(config, available)
-        self.config = placed(config, self.gpus, available)
+        try:
+            self.gpus = gpu_share(config, self.ray.num_gpus)
+            self.config = placed(config, self.gpus, self.ray.num_gpus)
+        except BaseException:
+            self.close()
+            raise
 
     def stage(
         self,
@@ -222,12 +225,12 @@ class RayStage:
         options = {"num_returns": 1 + num_payloads}
         if method in _CONCURRENT:
             options["concurrency_group"] = _CONCURRENT[method]
-        within = asyncio.timeout(None)
+        within, actor = asyncio.timeout(None), self._actor
         try:
             if not self._started:  # the deadline is for calls, not for starting
                 await self.pid()
                 self._started = True
-            references = self._actor.call.options(**options).remote(method, packed, *payloads)
+            references = actor.call.options(**options).remote(method, packed, *payloads)
             report, *results = references if num_payloads else [references]
             async with asyncio.timeout(self._deadline) as within:
                 return decode(await report), *results
@@ -239,13 +242,13 @@ class RayStage:
             if isinstance(error.cause, WeightMismatch):
                 raise WeightMismatch(f"{self.name}: {error.cause}") from None
             if isinstance(error.cause, StageLost):  # a process of its own, which it cannot do without
-                await self.end()
+                await self._end(actor)
                 raise StageLost(self.name, f"{self.name}: {error.cause}") from None
             raise
         except TimeoutError:
             if not within.expired():
                 raise
-            await self.end()
+            await self._end(actor)
             raise StageLost(
                 self.name, f"{self.name} did not finish {method} within {self._deadline} s (rollouts.hang_after)"
             ) from None
@@ -256,7 +259,7 @@ class RayStage:
         """A new process in the place of the lost one. Raises StageLost if that dies too, or takes too long."""
         from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-        await self.end()
+        await self._end(self._actor)
         self._actor, self._started = self._new(), False
         try:
             async with asyncio.timeout(RESTART_TIMEOUT):
@@ -268,19 +271,41 @@ class RayStage:
             raise StageLost(self.name, f"{self.name} did not come back: {error}") from error
 
     async def pid(self) -> int:
-        """Of the process that runs the stage now."""
-        return await self._actor.pid.remote()
+        """Of the process that runs the stage now. Raises what a user must mend before the stage can be made."""
+        from ray.exceptions import RayTaskError
 
-    async def end(self) -> None:
-        """Kills the process. What it holds is given up, whether or not Ray takes note in time."""
+        try:
+            return await self._actor.pid.remote()
+        except RayTaskError as error:
+            if isinstance(error.cause, _USERS):
+                raise error.cause from None
+            raise
+
+    async def _end(self, actor: Any) -> None:
+        """Kills a process: that one, and none that has taken its place meanwhile. It is given up in any case.
+
+        In a daemon thread, because a call that hangs in Ray must keep neither the loop nor Python's end waiting.
+        """
+        ended: Future[None] = Future()
+
+        def end() -> None:
+            try:
+                _kill(actor)
+            finally:
+                ended.set_result(None)
+
+        threading.Thread(target=end, name=f"{self.name}-end", daemon=True).start()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(KILL_TIMEOUT):
-                await asyncio.to_thread(self.kill)
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(ended)), KILL_TIMEOUT)
 
     def kill(self) -> None:
-        import ray
+        _kill(self._actor)
 
-        ray.kill(self._actor)
+
+def _kill(actor: Any) -> None:
+    import ray
+
+    ray.kill(actor)
 
 
 @dataclass(frozen=True, slots=True)

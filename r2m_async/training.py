@@ -47,7 +47,9 @@ def _naming_what_is_left(run: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         error.add_note(f"What was measured is in {run}.")
-        saved = checkpoints(run)
+        saved = []
+        with contextlib.suppress(OSError):  # a disk that fails must not hide what failed
+            saved = checkpoints(run)
         error.add_note(
             f"The last whole checkpoint is {saved[-1]}." if saved else "No checkpoint was saved (checkpoint.every)."
         )

@@ -9,7 +9,7 @@ place in one step. Its writer holds a lock (flock) on it: what bears such a name
 that was killed, and the next one that writes into the folder removes it. (Where a filesystem has no locks it stays.)
 
 An old directory and a new one exchange their names, so that a reader finds one of them at every instant. Filesystems
-that cannot exchange names (NFS is one) rename the old one to `.NAME.old` for a moment: `whole_at` finds it there.
+that cannot exchange names (NFS is one) rename the old one to `.NAME.r2m-old` for a moment: `whole_at` finds it there.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def whole_at(path: str | Path) -> Path:
 def listed(folder: Path) -> dict[str, Path]:
     """The directories of a folder by their good names, each where `whole_at` finds it; none if it is not there."""
     names = {path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")}
-    names |= {path.name[1:].removesuffix(".old") for path in folder.glob(".*.old") if path.is_dir()}
+    names |= {path.name[1:].removesuffix(".r2m-old") for path in folder.glob(".*.r2m-old") if path.is_dir()}
     return {name: whole_at(folder / name) for name in sorted(names)}
 
 
@@ -172,7 +172,7 @@ def _followed(path: str | Path) -> Path:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+    return path.with_name(f".{path.name}.r2m-old")
 
 
 def _hidden_name(path: Path) -> Path:

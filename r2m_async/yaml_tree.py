@@ -24,8 +24,8 @@ MAX_VALUES = 100_000
 """Of one tree, keys included, each alias counted as if it were written out."""
 
 _PREFIX = "tag:yaml.org,2002:"
-_EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+\Z")
-"""The floats of YAML 1.2 that YAML 1.1 reads as texts are all of this form."""
+_EXPONENT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+|[-+]\.[0-9]+)\Z")
+"""The floats of YAML 1.2 that YAML 1.1 reads as texts: with an exponent, or with a sign before a point."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -404,3 +404,9 @@ def test_the_queue_of_a_preset_holds_a_step_of_the_papers_models(name, widths):
 @pytest.mark.parametrize("key", ["top_p", "top_k", "min_p"])
 def test_sampling_from_a_part_of_the_distribution_is_refused_with_the_reason(key):
     assert "would bias the ratio of Eq. 2" in refusal(rollouts={key: 0.9})
+
+
+def test_a_tuple_in_a_free_option_is_a_list_as_it_is_in_a_file():
+    config = R2MConfig().advantage(options={"betas": (0.1, {"deep": (1, 2)})})
+    assert config.advantage.options == {"betas": [0.1, {"deep": [1, 2]}]}
+    assert R2MConfig.from_dict(config.to_dict()) == config

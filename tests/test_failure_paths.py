@@ -324,7 +324,7 @@ def test_a_carrier_that_is_gone_ends_the_run():
     stages = stages_of(policy=Faulty("policy-learner", hangs=("train",)))
     names = ("rollouts", "queue", "annotators", "policy", "head", "from_bytes", "to_bytes")
     told = drive(Stages(**{name: getattr(stages, name) for name in names}, carrier=gone), train)
-    assert isinstance(told["error"], StageLost) and 5 <= told["after"] < 6
+    assert isinstance(told["error"], StageLost) and 4.9 < told["after"] < 6
 
 
 def test_a_thread_that_stands_still_is_noticed_from_outside_with_what_it_is_at():
@@ -338,7 +338,6 @@ def test_a_thread_that_stands_still_is_noticed_from_outside_with_what_it_is_at()
     with pytest.raises(StalledRun, match=r"has stood still for 0\.4 s:(.|\n)*time\.sleep\(30\)"):
         thread.run(block(), 0.4)
     assert time.monotonic() - began < 20
-    thread._thread.join(0)
 
 
 def test_a_coroutines_own_timeout_is_its_own():

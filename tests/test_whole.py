@@ -127,7 +127,7 @@ def test_through_a_link_its_target_is_replaced(tmp_path, way):
         assert (tmp_path / f"{kind}-link").is_symlink()
     assert whole_at(tmp_path / "directory-link") == tmp_path / "directory-link"
     assert read(tmp_path / "directory") == (tmp_path / "file").read_text() == "new"
-    (tmp_path / "directory").rename(tmp_path / ".directory.old")
+    (tmp_path / "directory").rename(tmp_path / ".directory.r2m-old")
     assert read(tmp_path / "directory-link") == "new"
 
 
@@ -166,7 +166,7 @@ def test_a_directory_that_was_moved_aside_by_a_killed_writer_is_found_and_put_ba
     place = checkpoint_path(tmp_path, 4)
     write(place, "old")
     write(checkpoint_path(tmp_path, 2), "older")
-    aside = place.with_name(".step-000004.old")
+    aside = place.with_name(".step-000004.r2m-old")
     place.rename(aside)
     assert read(place) == "old" and checkpoints(tmp_path) == [checkpoint_path(tmp_path, 2), aside]
     write(place, "new")
@@ -228,7 +228,9 @@ def test_a_full_disk_is_told_as_one(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk; a limit of file sizes is tried above")
 def test_a_full_disk_is_as_empty_afterwards_as_before(tmp_path, way):
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"root may not mount here, as in many a container: {mounted.stderr.decode().strip()}")
     try:
         write(tmp_path / "place", "old" * 5000)
         before = os.statvfs(tmp_path).f_bfree

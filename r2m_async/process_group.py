@@ -88,10 +88,9 @@ def first_rank_first() -> Iterator[None]:
 def _telling_failure() -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        raise  # a signal reaches every rank, and those that are gone cannot be told
-    except BaseException as error:  # the others wait for this rank, whatever ends it
-        _tell(failure=f"{type(error).__name__}: {error}")
+    except BaseException as error:  # Ctrl-C, too: the others wait for this rank, whatever ends it
+        with suppress(RuntimeError):  # they are gone already: what ended this rank is the news
+            _tell(failure=f"{type(error).__name__}: {error}")
         raise
 
 

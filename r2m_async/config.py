@@ -55,7 +55,7 @@ class Section(BaseModel):
     @classmethod
     def _in_float32(cls, value: Any) -> Any:
         if isinstance(value, float) and abs(value) > LARGEST:
-            raise ValueError(f"beyond what float32 can still compute with; use at most {LARGEST:g}")
+            raise ValueError(f"beyond the {LARGEST:g} that float32 can still compute with; use a smaller number")
         return value
 
     def __call__(self, /, **changes: Any) -> Any:

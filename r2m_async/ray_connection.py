@@ -64,7 +64,7 @@ class RayConnection:
                 _abandon()
             raise StageLost(None, f"Ray did not answer within {START_TIMEOUT:g} s: {_remedy()}") from None
         self._processes = _ray_processes() if self._started_here else []
-        self._owns_head = any("gcs_server" in process.name() for process in self._processes)
+        self._owns_head = any("gcs_server" in _name(process) for process in self._processes)
         if self._started_here and threading.current_thread() is threading.main_thread():
             # Ray's C++ side takes SIGTERM for itself: a stack, and an abort three seconds later. Python's goes back.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
@@ -178,6 +178,15 @@ def _kill(processes: list[Any]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):  # it is gone already, as it should be
             process.kill()
+
+
+def _name(process: Any) -> str:
+    """Empty for one that has ended since it was listed, as Ray's short-lived helpers do."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return process.name()
+    return ""
 
 
 def _ray_processes() -> list[Any]:

@@ -16,25 +16,30 @@ COMMAND = """
     import ctypes, os, sys, time
     from r2m_async import cli, interruption
 
+    mutex, libc = bytes(64), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+
     def command(parsed):
-        print("running", flush=True)
-        {body}
+        try:
+            print("running", flush=True)  # from here on the signal may come, and the clean-up follows wherever it does
+            {waits}
+        finally:
+            {cleans_up}
 
     cli._check = lambda config, parsed: command(parsed)
     interruption.LEAVE_TIMEOUT = {patience}
     cli.entry()
 """
-BODIES = {
-    "waits": "time.sleep(300)",
-    "cleans up for ever": "try: time.sleep(300)\n    finally: time.sleep(300)",
-    # A mutex that is locked already: signals do not interrupt this wait, as they do not interrupt a collective.
-    "is inside of a library": "mutex = bytes(64); [ctypes.CDLL(None).pthread_mutex_lock(mutex) for _ in range(2)]",
-}
+SLEEP = "time.sleep(300)"
+# A mutex that is locked already: signals do not interrupt this wait, as they do not interrupt a collective.
+LOCK = "libc.pthread_mutex_lock(mutex)"
+BODIES = {"waits": (SLEEP, "pass"), "cleans up for ever": (SLEEP, SLEEP), "is inside of a library": (LOCK, LOCK)}
 
 
 def start(tmp_path, body, patience=60.0, before=""):
     (tmp_path / "empty.yaml").touch()
-    code = before + textwrap.dedent(COMMAND).format(body=BODIES[body], patience=patience)
+    waits, cleans_up = BODIES[body]
+    code = before + textwrap.dedent(COMMAND).format(waits=waits, cleans_up=cleans_up, patience=patience)
     process = subprocess.Popen(
         [sys.executable, "-c", code, "check", str(tmp_path / "empty.yaml")],
         stdout=subprocess.PIPE,

@@ -391,7 +391,7 @@ class R2MConfig(ConfigTree):
 
     def build_algo(self, **how: Any) -> Any:
         """The RLlib algorithm that runs this config; its ring starts with its first step. `callbacks` are RLlib's."""
-        from r2m_async.algorithm import R2M
+        from r2m_async import R2M  # through the package's door: a config knows no algorithm
 
         return R2M(config=self, **how)
 

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from r2m_async.answer_files import Answer, answer_file, write_answers
 from r2m_async.errors import ConfigError, DataError, name_remedy
+from r2m_async.generator import GenerationRequest, Generator, GeneratorOptions, TransformersGenerator
 from r2m_async.judge_prompts import Format, Question, load_questions
 from r2m_async.model_cache import key_digest
 from r2m_async.prompts import Content, policy_reads, sampling_seed
@@ -64,43 +65,6 @@ class GenerationSettings:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"--temperature {self.temperature}: must be a number from 0 (greedy) upwards")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
-    token_ids: tuple[int, ...]
-    temperature: float
-    """Zero is greedy."""
-    seed: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratedText:
-    token_ids: tuple[int, ...]
-    """The response without its end-of-text token."""
-    finished: bool
-    """Whether it ended by itself."""
-
-
-class Generator(Protocol):
-    """A policy that is loaded; answers come in the order of requests."""
-
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedText]: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratorOptions:
-    path: str
-    tokenizer: Any
-    context: int
-    """Tokens of prompt and response together, at most."""
-    max_new_tokens: int
-    max_requests: int
-    """At once."""
-    dtype: str
-    tensor_parallel: int
 
 
 def generate_answers(
@@ -189,53 +153,6 @@ def answer_batch(
         for said, ends in zip(texts, reasons, strict=True)
     ]
     return answers, num_cut
-
-
-class TransformersGenerator:
-    """One prompt after the other: an answer depends on its own prompt and seed alone."""
-
-    def __init__(self, options: GeneratorOptions) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
-
-        from r2m_async.finite import check_weights
-        from r2m_async.generation import eos_ids
-
-        self._max_new_tokens = options.max_new_tokens
-        model = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)
-        check_weights(model, "MODEL", options.path)
-        self._eos = eos_ids(model.generation_config, options.tokenizer)
-        model.generation_config = GenerationConfig()  # its own sampling settings
-        self._model: Any = model.eval()
-        self._model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedText]:
-        from r2m_async.policy_model import one_thread
-
-        with one_thread():
-            return [self._generate(request) for request in requests]
-
-    def _generate(self, request: GenerationRequest) -> GeneratedText:
-        import torch
-        from transformers import GenerationConfig
-
-        how = {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": 1.0}
-        config = GenerationConfig(
-            max_new_tokens=self._max_new_tokens,
-            eos_token_id=self._eos,
-            pad_token_id=self._eos[0],
-            **(how if request.temperature > 0 else {"do_sample": False}),
-        )
-        prompt = torch.tensor([request.token_ids], device=self._model.device)
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(request.seed)
-            row = self._model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[0]
-        ids = row[len(request.token_ids) :].tolist()
-        finished = bool(ids) and ids[-1] in self._eos
-        return GeneratedText(token_ids=tuple(ids[:-1] if finished else ids), finished=finished)
-
-    def close(self) -> None:
-        del self._model
 
 
 class _AnswerLog:

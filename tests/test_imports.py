@@ -124,8 +124,9 @@ def test_actors_and_learners_know_nothing_of_the_ring_they_are_in():
 
 
 def test_no_module_imports_itself_round_a_circle():
+    """Neither at the top nor in a function. The package's door stands apart: a config builds its algorithm through it."""
     graph = {
-        module: {name for name in imported_by(path, everywhere=False) if name in files()}
+        module: {name for name in imported_by(path) if name in files()} - {"r2m_async"}
         for module, path in files().items()
     }
     done: set[str] = set()

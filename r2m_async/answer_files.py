@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r2m_async.data.records import Content, Record
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.judge_prompts import Format, Question, load_questions, question_id, read_file
-from r2m_async.prompts import Content, Record
 from r2m_async.whole import write_file
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from r2m_async.data.records import Record, load_records
 from r2m_async.evaluation_data import RankedPrompt, Response, ranked
-from r2m_async.prompts import Record, load_records
 from r2m_async.run_directory import markdown_table, write_results
 from r2m_async.whole import write_file
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -29,12 +28,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from r2m_async import language, pretraining, reward_text
+from r2m_async import language, pretraining
+from r2m_async.data import reward_text
+from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.language import gold_reward, prompts, sample_response
-from r2m_async.model_cache import cached_directory
+from r2m_async.model_cache import cached_directory, made_by
 from r2m_async.policy_model import one_thread
 from r2m_async.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
-from r2m_async.reward_text import reward_input_ids
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 HEAD_WIDTH = 32
@@ -118,12 +118,9 @@ def embedded_models(*, settings: EmbeddedSettings | None = None, on_progress: On
     They are the same bit for bit on the same machine; a change to their source files or `settings` makes new ones.
     """
     settings = settings or EmbeddedSettings()
-    source_files = (language.__file__, pretraining.__file__, reward_text.__file__, __file__)
-    directory = cached_directory(
-        "embedded",
-        [*(Path(file).read_bytes() for file in source_files), json.dumps(asdict(settings)), transformers.__version__],
-        lambda path: _build(path, settings, on_progress or _silent),
-    )
+    code = made_by(language.__file__, pretraining.__file__, reward_text.__file__, __file__)
+    key = [*code, json.dumps(asdict(settings))]
+    directory = cached_directory("embedded", key, lambda path: _build(path, settings, on_progress or _silent))
     return EmbeddedModels(
         policy=directory / "policy",
         reward_model=directory / "reward_model",

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from r2m_async import embedded, language
 from r2m_async.embedded import EmbeddedModels, Sample, embedded_models, sample_policy
 from r2m_async.language import sample_response
-from r2m_async.model_cache import cached_directory
+from r2m_async.model_cache import cached_directory, made_by
 from r2m_async.policy_model import one_thread
 from r2m_async.pretraining import train_language_model
 
@@ -56,7 +56,7 @@ def embedded_preferences(
 ) -> EmbeddedPreferences:
     """Found in the cache or made of the embedded `models`, in about half a minute of one core."""
     models, settings = models or embedded_models(), settings or EmbeddedPreferenceSettings()
-    key = [Path(__file__).read_bytes(), models.policy.parent.name, json.dumps(asdict(settings))]
+    key = [*made_by(__file__), models.policy.parent.name, json.dumps(asdict(settings))]
     directory = cached_directory("embedded-preferences", key, lambda path: _build(path, models, settings))
     files = {name: directory / f"{name}.jsonl" for name in ("training", "golden", "held_out")}
     return EmbeddedPreferences(start=directory / "start", **files)

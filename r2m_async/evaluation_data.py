@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from r2m_async.data.records import Content, Record, read_records
 from r2m_async.errors import DataError
 from r2m_async.judge_prompts import read_file
 from r2m_async.language import (
@@ -34,7 +35,6 @@ from r2m_async.language import (
     sample_response,
     topic,
 )
-from r2m_async.prompts import Content, Record, read_records
 
 if TYPE_CHECKING:
     from r2m_async.embedded import EmbeddedModels

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from r2m_async.config import R2MConfig
+from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.finite import all_finite, first_bad, head_source, response_name, reward_source, stop_or_log
 from r2m_async.head_objectives import GrebtTerms, grebt_terms, preference_divergence
 from r2m_async.policy_model import load_weights
-from r2m_async.prompts import sampling_seed
 from r2m_async.reward_head import R2MHead, mixing_weight, noise_like
 from r2m_async.trajectories import (
     GroupRewards,
@@ -25,15 +25,12 @@ from r2m_async.trajectories import (
     group_place,
 )
 
-_HEAD_STREAM, _SAMPLED_NOISE_STREAM, _REFRESHED_NOISE_STREAM, _EVALUATION_NOISE_STREAM = 1, 2, 3, 5
-"""Tags that keep the head's random numbers apart from the rollouts' (stream 0) and the evaluation's (4) under one run seed."""
-
 
 def build_head(phi: nn.Module, rm_hidden_size: int, policy_hidden_size: int, config: R2MConfig) -> nn.Module:
     """A module with `.scoring_head`, a copy of phi; an `R2MHead` where the variant reads feedback. Float32."""
     phi = copy.deepcopy(phi).float().cpu().requires_grad_(True)
     if config.reads_feedback:
-        generator = torch.Generator().manual_seed(sampling_seed(config.run.seed, 0, _HEAD_STREAM))
+        generator = torch.Generator().manual_seed(sampling_seed(config.run.seed, 0, Stream.HEAD))
         return R2MHead(rm_hidden_size, policy_hidden_size, config.head.width, phi, generator=generator)
     head = nn.Module()
     head.scoring_head = phi
@@ -71,7 +68,7 @@ def score_group(
     `learner.on_nonfinite: skip` such rewards are returned as they are.
     """
     omega = omega_of(step, config)
-    states, greedy_states = _states(feedback, _SAMPLED_NOISE_STREAM, config)
+    states, greedy_states = _states(feedback, Stream.SAMPLED_NOISE, config)
     model_rewards = head_rewards(head, embeddings.rte, states, omega).cpu()
     rewards = _clipped(model_rewards, config) + embeddings.bonus
     greedy = None
@@ -121,7 +118,7 @@ def head_losses(head: nn.Module, groups: Sequence[HeadGroup], step: int, config:
 
 
 def _refreshed_rewards(head: nn.Module, group: HeadGroup, step: int, config: R2MConfig) -> Tensor:
-    states, _ = _states(group.feedback, _REFRESHED_NOISE_STREAM, config)
+    states, _ = _states(group.feedback, Stream.REFRESHED_NOISE, config)
     return head_rewards(head, group.embeddings.rte, states, omega_of(step, config))
 
 
@@ -277,5 +274,5 @@ def _states(
 def _noise_seed(group_id: int, stream: int, config: R2MConfig) -> int:
     """Groups of the evaluation, numbered from -1 down, have a stream of their own: none shares another group's noise."""
     if group_id < 0:
-        return sampling_seed(config.run.seed, -1 - group_id, _EVALUATION_NOISE_STREAM)
+        return sampling_seed(config.run.seed, -1 - group_id, Stream.EVALUATION_NOISE)
     return sampling_seed(config.run.seed, group_id, stream)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from r2m_async.data.records import Content, Record, read_records
 from r2m_async.errors import ConfigError, DataError
-from r2m_async.prompts import Content, Record, read_records
 
 Format: TypeAlias = Literal["alpaca_eval", "mt_bench", "tldr"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from r2m_async.answer_files import JudgedText, Outputs, read_outputs
+from r2m_async.data.records import Record
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.judge_prompts import read_file
 from r2m_async.plugins import as_number, named_function, own_failure, shown
-from r2m_async.prompts import Record
 from r2m_async.run_directory import jsonl, write_results
 from r2m_async.whole import disk_errors, write_file
 from r2m_async.win_rate import Estimate, length_controlled_win_rate, mean

@@ -5,9 +5,11 @@ processes see all of it or nothing, and of several concurrent builders the first
 result.
 """
 
+import ast
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 from r2m_async.whole import whole_directory
@@ -34,6 +36,12 @@ def cached_directory(name: str, key: str | bytes | Iterable[str | bytes], build:
         if not final.is_dir():  # else another process was faster, and has built the same
             raise
     return final
+
+
+def made_by(*files: str) -> list[str]:
+    """Key parts: the code of these source files without its comments, and the versions of what it computes with."""
+    code = [ast.unparse(ast.parse(Path(file).read_text(encoding="utf-8"))) for file in files]
+    return [*code, *(f"{package} {version(package)}" for package in ("torch", "transformers", "tokenizers"))]
 
 
 def key_digest(key: str | bytes | Iterable[str | bytes]) -> str:

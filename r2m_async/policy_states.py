@@ -24,12 +24,12 @@ import numpy as np
 
 from r2m_async import reward_metrics
 from r2m_async.config import R2MConfig
+from r2m_async.data.prompts import policy_reads, response_ids
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.export import is_export
 from r2m_async.finite import check_weights
 from r2m_async.policy_model import one_thread, settled
 from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
-from r2m_async.prompts import policy_reads, response_ids
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import Judge, load_ensemble
 from r2m_async.run_directory import markdown_table, write_results

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from r2m_async.prompts import PROMPT_FIELD, Content, Record, Source, load_records, policy_reads
+from r2m_async.data.prompts import policy_reads
+from r2m_async.data.records import PROMPT_FIELD, Content, Record, Source, load_records
+from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.reward_config import RewardModelConfig
-from r2m_async.reward_text import reward_input_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

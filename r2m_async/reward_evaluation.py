@@ -26,6 +26,8 @@ import numpy as np
 import torch
 
 from r2m_async import reward_metrics
+from r2m_async.data.records import Content
+from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.evaluation_data import NUM_STYLES, RankedPrompt, StyledPrompt, embedded_splits, load_rm_bench
 from r2m_async.export import RewardScorer, initial_policy_of, is_export
@@ -33,9 +35,7 @@ from r2m_async.language import check_held_out
 from r2m_async.policy_model import one_thread, settled
 from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
 from r2m_async.pretraining import score
-from r2m_async.prompts import Content
 from r2m_async.reward_model import scored_positions
-from r2m_async.reward_text import reward_input_ids
 from r2m_async.reward_training import RewardEnsemble
 from r2m_async.run_directory import markdown_table, write_results
 from r2m_async.text_states import (

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from r2m_async.config import R2MConfig
+from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.finite import check_embeddings, check_weights, response_name, stop_or_log
 from r2m_async.plugins import FLOAT32_MAX, called_for_number, named_function
 from r2m_async.policy_model import settled
-from r2m_async.reward_text import reward_input_ids
 from r2m_async.trajectories import RewardEmbeddings, Trajectory, TrajectoryGroup
 from r2m_async.weight_files import SECOND_LAYER, check_weight_files
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from r2m_async.checkpoints import saved_config, seal, verified
+from r2m_async.data.reward_text import Message, reward_input_ids
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep, name_remedy
 from r2m_async.finite import all_finite, first_bad
 from r2m_async.model_cache import key_digest
@@ -37,7 +38,6 @@ from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_model import load_classifier, scoring_head
 from r2m_async.reward_objectives import PreferenceTerms, ResponseLogprobs, preference_loss
 from r2m_async.reward_states import head_norm, pair_states
-from r2m_async.reward_text import Message, reward_input_ids
 from r2m_async.reward_trainee import RewardTrainee
 from r2m_async.run_directory import (
     append_records,

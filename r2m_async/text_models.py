@@ -33,26 +33,19 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from r2m_async import pretraining, prompts, reward_text
-from r2m_async.model_cache import cached_directory
+from r2m_async import pretraining
+from r2m_async.data import prompts, records, reward_text
+from r2m_async.data.prompts import Preference, load_preferences, prompt_text
+from r2m_async.data.records import PROMPT_FIELD, Content, OnBadRecord, Record, Source, load_records
+from r2m_async.data.reward_text import reward_input_ids
+from r2m_async.model_cache import cached_directory, made_by
 from r2m_async.policy_model import one_thread
 from r2m_async.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
-from r2m_async.prompts import (
-    PROMPT_FIELD,
-    OnBadRecord,
-    Preference,
-    Record,
-    Source,
-    load_preferences,
-    load_records,
-    prompt_text,
-)
-from r2m_async.reward_text import reward_input_ids
 
 OnStage = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
 
-Document = tuple[prompts.Content, str]
+Document = tuple[Content, str]
 """A prompt and its response; an empty response where the record has none."""
 
 INITIALIZER_RANGE = 0.08
@@ -296,12 +289,12 @@ def _save(directory: Path, model: Any, tokenizer: PreTrainedTokenizerFast, measu
     (directory / "measurements.json").write_text(json.dumps(measured, indent=2) + "\n")
 
 
-def _key(data: Any, skipped: dict[str, int], settings: TextPolicySettings | TextRewardSettings) -> list[str | bytes]:
-    sources = [Path(str(module.__file__)).read_bytes() for module in (pretraining, prompts, reward_text)]
-    return [*sources, Path(__file__).read_bytes(), json.dumps([data, skipped, asdict(settings)])]
+def _key(data: Any, skipped: dict[str, int], settings: TextPolicySettings | TextRewardSettings) -> list[str]:
+    code = made_by(pretraining.__file__, prompts.__file__, records.__file__, reward_text.__file__, __file__)
+    return [*code, json.dumps([data, skipped, asdict(settings)])]
 
 
-def _raw(content: prompts.Content) -> str:
+def _raw(content: Content) -> str:
     return content if isinstance(content, str) else "\n".join(text for _, text in content)
 
 

@@ -15,17 +15,16 @@ from typing import Any, NamedTuple
 from r2m_async import language
 from r2m_async.advantages import GROUP_RELATIVE, PER_TOKEN, Estimator, check_options, get_advantage
 from r2m_async.config import R2MConfig
+from r2m_async.data.prompts import PromptStream, load_prompts
+from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.plugins import named_function
-from r2m_async.prompts import PromptStream, load_prompts, sampling_seed
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket
 from r2m_async.weight_files import check_weight_files
 
 BUILT_HERE = ("embedded", "from_scratch")
 """Values of `model.policy` and `reward.model` that name no model but one that `resolve` makes."""
-
-_EVALUATION_STREAM = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +247,7 @@ class TicketOffice:
             Ticket(
                 group_id=-1 - index,
                 due_step=-1,
-                seed=sampling_seed(0, index, _EVALUATION_STREAM),
+                seed=sampling_seed(0, index, Stream.EVALUATION),
                 attempt=0,
                 prompt=prompt,
             )

@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from r2m_async import offline_generation
 from r2m_async.answer_files import Answer, read_outputs, write_answers
 from r2m_async.cli import main
+from r2m_async.data.prompts import policy_reads
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.generator import TransformersGenerator
 from r2m_async.judge_prompts import load_questions
 from r2m_async.judging import judge
 from r2m_async.language import gold_reward
 from r2m_async.offline_generation import GenerationSettings, generate_answers
-from r2m_async.prompts import policy_reads
 from r2m_async.reward_training import RewardEnsemble
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

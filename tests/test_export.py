@@ -23,13 +23,13 @@ from r2m_async.checkpoints import seal
 from r2m_async.cli import main
 from r2m_async.codec import decode
 from r2m_async.config import R2MConfig
+from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.export import RewardScorer, _portable, export
 from r2m_async.head_model import build_head
 from r2m_async.launch import Ring
 from r2m_async.policy_model import group_feedback, load_policy, load_weights, one_thread
 from r2m_async.reward_model import load_reward_model, scoring_head
-from r2m_async.reward_text import reward_input_ids
 from r2m_async.run_directory import checkpoint_path, checkpoints
 from r2m_async.trajectories import GroupRewards, Prompt, Ticket, Trajectory, TrajectoryGroup
 

@@ -24,13 +24,13 @@ from r2m_async.advantages import get_advantage
 from r2m_async.checkpoints import seal
 from r2m_async.config import LARGEST, R2MConfig
 from r2m_async.critic_model import load_critic
+from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.export import export
 from r2m_async.finite import all_finite, check_weights
 from r2m_async.head_model import build_head, score_group
 from r2m_async.launch import Ring
 from r2m_async.policy_model import load_policy, named_weights
-from r2m_async.prompts import sampling_seed
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import Judge
 from r2m_async.reward_head import noise_like

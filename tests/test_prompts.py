@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from r2m_async.data.prompts import Preference, PromptStream, load_preferences, load_prompts
+from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, DataError
-from r2m_async.prompts import Preference, PromptStream, load_preferences, load_prompts, sampling_seed
 from r2m_async.trajectories import Prompt
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"

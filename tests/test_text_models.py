@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import DataError
 from r2m_async.model_cache import cached_directory
 from r2m_async.pretraining import score
-from r2m_async.reward_text import reward_input_ids
 from r2m_async.text_models import TextPolicySettings, TextRewardSettings, text_policy, text_reward_model
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"

@@ -30,9 +30,9 @@ from conftest import WORDS, left_of, save_tiny_model, word_of
 import actors.state_slab
 from actors.state_slab import UNWRITTEN, SlabShape, StateSlab, create_slab_file
 from r2m_async.config import R2MConfig
+from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, WeightMismatch
 from r2m_async.policy_model import group_feedback, load_policy, named_weights, token_logprobs
-from r2m_async.prompts import sampling_seed
 from r2m_async.trajectories import Prompt, Ticket
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,11 +26,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from r2m_async import whole
-from r2m_async.checkpoints import MANIFEST, read_checkpoint, write_parts
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.run_directory import checkpoint_path, checkpoints
+from r2m_async.runs.checkpoints import MANIFEST, checkpoint_path, checkpoints, read_checkpoint, write_parts
 
 CONFIG = R2MConfig()
 KEEP = 2

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from r2m_async.data.records import Record, load_records
 from r2m_async.evaluation_data import RankedPrompt, Response, ranked
-from r2m_async.run_directory import markdown_table, write_results
+from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.whole import write_file
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def measure_best_of_n(
 
 def write_best_of_n(results: Mapping[str, Any], out: Path) -> str:
     """Writes OUT's files; returns the table."""
-    from r2m_async.plots import plot_best_of_n
+    from r2m_async.runs.plots import plot_best_of_n
 
     told = table(results)
     write_results(out, results, told)

@@ -283,7 +283,7 @@ def _study(parsed: argparse.Namespace) -> int:
 
 
 def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
-    from r2m_async.run_directory import read_records
+    from r2m_async.runs.records import read_records
     from r2m_async.simulator import StageTimes, simulate, times_of_run
 
     times = StageTimes()
@@ -483,7 +483,7 @@ def _judge(parsed: argparse.Namespace) -> int:
 
 def _win_rate(parsed: argparse.Namespace) -> int:
     from r2m_async.judging import read_annotations, win_rate_table, win_rates
-    from r2m_async.run_directory import write_results
+    from r2m_async.runs.results import write_results
 
     out = parsed.out or parsed.annotations.with_name(f"{parsed.annotations.stem}-win-rate")
     results = win_rates(read_annotations(parsed.annotations))

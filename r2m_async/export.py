@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from r2m_async.checkpoints import MANIFEST, newest_weights, saved_config, seal, verified
 from r2m_async.config import R2MConfig
 from r2m_async.data.prompts import policy_reads, response_ids
 from r2m_async.errors import ConfigError, name_remedy
@@ -36,7 +35,7 @@ from r2m_async.generation import checkpoint_generation_config
 from r2m_async.head_model import build_head, score_group
 from r2m_async.policy_model import group_feedback, load_policy, load_weights
 from r2m_async.reward_model import embed_group, load_reward_model, save_classifier, scoring_head
-from r2m_async.run_directory import checkpoints
+from r2m_async.runs.checkpoints import MANIFEST, checkpoints, newest_weights, saved_config, seal, verified
 from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup, Weights
 from r2m_async.whole import whole_at, whole_directory, write_file
 from r2m_async.workload import Models, find_models

@@ -26,7 +26,8 @@ from r2m_async.data.records import Record
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.judge_prompts import read_file
 from r2m_async.plugins import as_number, named_function, own_failure, shown
-from r2m_async.run_directory import jsonl, write_results
+from r2m_async.runs.records import jsonl
+from r2m_async.runs.results import write_results
 from r2m_async.whole import disk_errors, write_file
 from r2m_async.win_rate import Estimate, length_controlled_win_rate, mean
 

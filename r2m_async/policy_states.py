@@ -32,7 +32,7 @@ from r2m_async.policy_model import one_thread, settled
 from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import Judge, load_ensemble
-from r2m_async.run_directory import markdown_table, write_results
+from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
 from r2m_async.weight_files import check_weight_files
 

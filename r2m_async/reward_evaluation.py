@@ -37,7 +37,7 @@ from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_d
 from r2m_async.pretraining import score
 from r2m_async.reward_model import scored_positions
 from r2m_async.reward_training import RewardEnsemble
-from r2m_async.run_directory import markdown_table, write_results
+from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.text_states import (
     Text,
     chosen_texts,

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from r2m_async.plots import COLORS, Records, bare, color_cycle, column, grid, legend_above, line, save
-from r2m_async.run_directory import read_metrics
+from r2m_async.runs.drawing import COLORS, bare, color_cycle, grid, legend_above, line, save
+from r2m_async.runs.records import Records, column, read_metrics
 
 
 def plot_reward_training(directories: Mapping[str, Path], out: Path) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 
 from r2m_async.intervals import differences, differences_tables, interval, seeds_row, seeds_table
 from r2m_async.jobs import failures
-from r2m_async.run_directory import write_results
+from r2m_async.runs.results import write_results
 from r2m_async.whole import disk_errors, write_file
 
 Parts: TypeAlias = Mapping[str, str]
@@ -63,7 +63,7 @@ def compare_reward_models(
     draw: Sequence[str] = (),
 ) -> None:
     """Writes OUT's files: a row for every name, of those of its directories, by seed, that are measured; and the
-    differences from `against`, of which names that are no reward model's are left out. draw: `plots.chosen` of them."""
+    differences from `against`, of which names that are no reward model's are left out. draw: `drawing.chosen` of them."""
     there = {
         name: {seed: one for seed, one in ones.items() if is_measured(one, parts)} for name, ones in models.items()
     }
@@ -73,7 +73,8 @@ def compare_reward_models(
     paired = differences(summaries, planned, against)
     results: dict[str, Any] = {"models": rows, "against": paired}
     if "best_of_n" in parts and any(there.values()):
-        from r2m_async.plots import chosen, plot_best_of_n
+        from r2m_async.runs.drawing import chosen
+        from r2m_async.runs.plots import plot_best_of_n
 
         measured = {name: [_results(one / parts["best_of_n"]) for one in ones.values()] for name, ones in there.items()}
         first = next(one for ones in measured.values() for one in ones)

@@ -24,7 +24,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r2m_async.checkpoints import saved_config, seal, verified
 from r2m_async.data.reward_text import Message, reward_input_ids
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep, name_remedy
 from r2m_async.finite import all_finite, first_bad
@@ -33,19 +32,15 @@ from r2m_async.policy_model import one_thread
 from r2m_async.preference_data import PreferenceData, TokenizedPair, load_preference_data, microbatches, tokenized
 from r2m_async.pretraining import score
 from r2m_async.process_group import first_rank_first, made_by_first, num_ranks, rank, summed
-from r2m_async.resuming import REWARD_MODEL_MAY_CHANGE, keys_of, refuse_changes
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_model import load_classifier, scoring_head
 from r2m_async.reward_objectives import PreferenceTerms, ResponseLogprobs, preference_loss
 from r2m_async.reward_states import head_norm, pair_states
 from r2m_async.reward_trainee import RewardTrainee
-from r2m_async.run_directory import (
-    append_records,
-    checkpoint_path,
-    checkpoints,
-    cut_partial_line,
-    new_directory,
-)
+from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, saved_config, seal, verified
+from r2m_async.runs.directory import new_directory
+from r2m_async.runs.records import append_records, cut_partial_line
+from r2m_async.runs.resuming import REWARD_MODEL_MAY_CHANGE, keys_of, refuse_changes
 from r2m_async.weight_files import check_weight_files
 from r2m_async.whole import disk_errors, remove_directory, whole_directory
 
@@ -314,11 +309,11 @@ def train(config: RewardModelConfig) -> Path:
 
 def resume(run: Path) -> Path:
     """Goes on with a run where it ended: finished models stay, an unfinished one starts from its newest checkpoint."""
-    from r2m_async.progress import TrainingProgress
     from r2m_async.reward_plots import plot_reward_training, plot_training_states
+    from r2m_async.runs.progress import TrainingProgress
 
     config = RewardModelConfig.from_yaml(run / "config.yaml")
-    with one_thread(), TrainingProgress(config) as progress:
+    with one_thread(), TrainingProgress(config.logging.live) as progress:
         with first_rank_first():
             start, data = _found(config, progress)
         for reason, count in data.skipped.items():

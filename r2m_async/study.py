@@ -312,7 +312,7 @@ def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
     """One run in a process of its own; seconds of the ring."""
     from r2m_async.launch import Ring
     from r2m_async.policy_model import one_thread
-    from r2m_async.run_directory import RunDirectory
+    from r2m_async.runs.directory import RunDirectory
     from r2m_async.training import keep_checkpoint
 
     config = R2MConfig.from_dict(tree)

@@ -14,8 +14,10 @@ import numpy as np
 
 from r2m_async.intervals import differences, differences_tables, seeds_row, seeds_table
 from r2m_async.jobs import failures
-from r2m_async.plots import chosen, column, compare_runs, samples_kl
-from r2m_async.run_directory import read_metrics, read_records, write_results
+from r2m_async.runs.drawing import chosen
+from r2m_async.runs.plots import compare_runs
+from r2m_async.runs.records import column, read_metrics, read_records, samples_kl
+from r2m_async.runs.results import write_results
 
 SMOOTHING = 5
 """Steps over which gold and KL are averaged before they are compared: a step is few responses."""
@@ -37,7 +39,7 @@ def compare_cells(
 
     cells: by name, then by seed, a run's directory, which is there if the run was done to its end.
     against: those of them that are cells are compared with each of the others, seed by seed.
-    draw: `plots.chosen` of them.
+    draw: `drawing.chosen` of them.
     """
     there = {cell: {seed: path for seed, path in runs.items() if path.exists()} for cell, runs in cells.items()}
     steps = {path: read_metrics(path / "metrics.jsonl") for runs in there.values() for path in runs.values()}

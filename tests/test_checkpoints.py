@@ -12,13 +12,20 @@ import torch
 from test_whole import names, no_file_larger_than
 
 from r2m_async import codec
-from r2m_async.checkpoints import MANIFEST, read_checkpoint, seal, verified, write_parts
 from r2m_async.codec import encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DiskError
 from r2m_async.launch import Ring
-from r2m_async.resuming import MAY_CHANGE, check_resumable
-from r2m_async.run_directory import checkpoint_path, checkpoints
+from r2m_async.runs.checkpoints import (
+    MANIFEST,
+    checkpoint_path,
+    checkpoints,
+    read_checkpoint,
+    seal,
+    verified,
+    write_parts,
+)
+from r2m_async.runs.resuming import MAY_CHANGE, check_resumable
 from r2m_async.training import keep_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,6 @@ from transformers import (
 
 from actors.reward_annotator import RewardAnnotator
 from r2m_async import launch, training
-from r2m_async.checkpoints import seal
 from r2m_async.cli import main
 from r2m_async.codec import decode
 from r2m_async.config import R2MConfig
@@ -30,7 +29,7 @@ from r2m_async.head_model import build_head
 from r2m_async.launch import Ring
 from r2m_async.policy_model import group_feedback, load_policy, load_weights, one_thread
 from r2m_async.reward_model import load_reward_model, scoring_head
-from r2m_async.run_directory import checkpoint_path, checkpoints
+from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, seal
 from r2m_async.trajectories import GroupRewards, Prompt, Ticket, Trajectory, TrajectoryGroup
 
 pytestmark = pytest.mark.models

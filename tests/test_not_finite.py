@@ -21,7 +21,6 @@ from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
 from r2m_async import reference
 from r2m_async.advantages import get_advantage
-from r2m_async.checkpoints import seal
 from r2m_async.config import LARGEST, R2MConfig
 from r2m_async.critic_model import load_critic
 from r2m_async.data.seeds import sampling_seed
@@ -36,6 +35,7 @@ from r2m_async.reward_evaluation import Judge
 from r2m_async.reward_head import noise_like
 from r2m_async.reward_model import load_reward_model, scoring_head
 from r2m_async.reward_training import RewardEnsemble, RewardTrainer
+from r2m_async.runs.checkpoints import seal
 from r2m_async.trajectories import GroupRewards, PolicyFeedback, Prompt, Ticket, TrajectoryGroup
 
 pytestmark = pytest.mark.models

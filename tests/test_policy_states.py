@@ -20,7 +20,7 @@ from r2m_async.policy_states import PolicySources, policy_states
 from r2m_async.preference_data import given_pairs
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_training import RewardEnsemble
-from r2m_async.run_directory import checkpoint_path
+from r2m_async.runs.checkpoints import checkpoint_path
 from r2m_async.text_states import compared_texts
 
 pytestmark = pytest.mark.models

@@ -15,7 +15,7 @@ from r2m_async.language import gold_reward, prompts
 from r2m_async.pretraining import score
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_model import load_classifier
-from r2m_async.run_directory import read_metrics
+from r2m_async.runs.records import read_metrics
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "reward_model").glob("*.yaml"))
 

@@ -24,7 +24,8 @@ from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import EvaluationSources, Judge, evaluate, table
 from r2m_async.reward_model import embed_group
 from r2m_async.reward_training import RewardEnsemble, train
-from r2m_async.run_directory import checkpoint_path, read_metrics
+from r2m_async.runs.checkpoints import checkpoint_path
+from r2m_async.runs.records import read_metrics
 
 RM_BENCH = SHARED_DATA / "rm_bench_part.jsonl"
 

@@ -15,7 +15,7 @@ from r2m_async.reward_model import two_layer_head
 from r2m_async.reward_states import head_norm, pair_states
 from r2m_async.reward_trainee import RewardTrainee
 from r2m_async.reward_training import NUM_SAMPLED, RewardTrainer, train
-from r2m_async.run_directory import read_metrics
+from r2m_async.runs.records import read_metrics
 
 pytestmark = pytest.mark.models
 

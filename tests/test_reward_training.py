@@ -25,7 +25,8 @@ from r2m_async.pretraining import score
 from r2m_async.reward_model import load_classifier, load_reward_model, save_classifier, scoring_head
 from r2m_async.reward_trainee import RewardTrainee
 from r2m_async.reward_training import RewardEnsemble, RewardTrainer, resume, train
-from r2m_async.run_directory import checkpoints, read_metrics
+from r2m_async.runs.checkpoints import checkpoints
+from r2m_async.runs.records import read_metrics
 
 pytestmark = pytest.mark.models
 

@@ -15,19 +15,18 @@ from rich.console import Console
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import DataError
-from r2m_async.live import LiveTable
-from r2m_async.plots import (
+from r2m_async.runs.directory import RunDirectory
+from r2m_async.runs.live import LiveTable
+from r2m_async.runs.plots import (
     ages_figure,
-    binned,
     compare_runs,
     comparison_figure,
     loss_figure,
-    mean_curve,
     plot_run,
     reward_figure,
     stages_figure,
 )
-from r2m_async.run_directory import RunDirectory, read_metrics, read_records
+from r2m_async.runs.records import binned, mean_curve, read_metrics, read_records
 from r2m_async.step_metrics import Interval
 
 EVALUATIONS = [

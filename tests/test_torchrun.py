@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from r2m_async.reward_training import RewardTrainer, train
-from r2m_async.run_directory import checkpoints, read_metrics
+from r2m_async.runs.checkpoints import checkpoints
+from r2m_async.runs.records import read_metrics
 
 pytestmark = pytest.mark.models
 

@@ -15,7 +15,10 @@ import pytest
 
 from r2m_async import whole
 from r2m_async.errors import DiskError
-from r2m_async.run_directory import RunDirectory, append_records, checkpoint_path, checkpoints, write_results
+from r2m_async.runs.checkpoints import checkpoint_path, checkpoints
+from r2m_async.runs.directory import RunDirectory
+from r2m_async.runs.records import append_records
+from r2m_async.runs.results import write_results
 from r2m_async.whole import append, remove_directory, scratch_directory, whole_at, whole_directory, write_file
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,11 +22,11 @@ from test_deepspeed_learner import (
 )
 
 from learners import deepspeed_backend
-from r2m_async.checkpoints import read_checkpoint, write_parts
 from r2m_async.codec import encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.launch import Ring
+from r2m_async.runs.checkpoints import read_checkpoint, write_parts
 
 pytestmark = [pytest.mark.ring, pytest.mark.usefixtures("ray_session")]
 __all__ = ["config"]

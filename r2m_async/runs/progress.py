@@ -9,17 +9,15 @@ from typing import Self
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from r2m_async.reward_config import RewardModelConfig
-
 NUM_PLAIN_LINES = 10
 
 
 class TrainingProgress:
     """One bar per model."""
 
-    def __init__(self, config: RewardModelConfig) -> None:
+    def __init__(self, live: bool) -> None:
         console = Console(file=sys.stdout)
-        self._progress = Progress(console=console) if config.logging.live and console.is_terminal else None
+        self._progress = Progress(console=console) if live and console.is_terminal else None
         self._tasks: dict[int, TaskID] = {}
 
     def __enter__(self) -> Self:

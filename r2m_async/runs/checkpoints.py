@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +27,7 @@ import xxhash
 from r2m_async.codec import decode
 from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import CodecError, ConfigError
-from r2m_async.resuming import check_resumable
+from r2m_async.runs.resuming import check_resumable
 from r2m_async.whole import listed, whole_at
 
 if TYPE_CHECKING:
@@ -274,3 +275,19 @@ def _remedy(directory: Path) -> str:
             _verified(other, _manifest_of(other))
             return f"use {other}, the newest whole one"
     return "there is no whole one beside it"
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's whole checkpoints, oldest first; one that was interrupted has another name, and so have copies."""
+    steps = {_step(name): path for name, path in listed(run / "checkpoints").items()}
+    return [steps[step] for step in sorted(step for step in steps if step is not None)]
+
+
+def _step(name: str) -> int | None:
+    """Of the name that `checkpoint_path` gives to a step's checkpoint, and of no other."""
+    number = re.fullmatch(r"step-(\d{6,})", name)
+    return int(number[1]) if number and checkpoint_path(Path(), int(number[1])).name == name else None

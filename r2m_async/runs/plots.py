@@ -8,30 +8,20 @@ Every figure is made by a function of what was read from disk, so that a report 
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from r2m_async.config import R2MConfig
-from r2m_async.run_directory import read_metrics, read_records
-from r2m_async.whole import write_file
+from r2m_async.runs.drawing import COLORS, GREY, bare, grid, legend_above, line, line_cycle, save
+from r2m_async.runs.records import Records, binned, column, mean_curve, read_metrics, read_records, samples_kl
 
-Records = Sequence[Mapping[str, Any]]
-
-T = TypeVar("T")
-
-LINE_STYLES = ("-", "--", ":", "-.")
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, told apart by all readers."""
-GREY = "#8a8a8a"
 KL_LABEL = "KL from the reference (nats per response)"
 STEP_LABEL = "policy step"
 REWARDS = (("reward/mean", "proxy", "proxy reward"), ("reward/gold", "gold", "gold reward"))
@@ -39,7 +29,6 @@ REWARDS = (("reward/mean", "proxy", "proxy reward"), ("reward/gold", "gold", "go
 METHODS = ("generate", "embed", "proximal", "score", "train", "weights", "update", "judge")
 """In the order in which a step passes through them."""
 NUM_TRACED_STEPS = 4
-NUM_KL_BINS = 12
 
 
 def plot_run(directory: Path) -> list[Path]:
@@ -213,40 +202,6 @@ def best_of_n_figure(results: Mapping[str, Any], *, band: str) -> Figure:
 # Numbers
 
 
-def chosen(drawn: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
-    """What is named, in the order of `drawn`; all of it where none is."""
-    return {name: one for name, one in drawn.items() if name in names} or dict(drawn)
-
-
-def column(records: Records, key: str) -> np.ndarray:
-    """One metric of all records, NaN where a record lacks it."""
-    return np.array([record.get(key, np.nan) for record in records], dtype=float)
-
-
-def samples_kl(records: Records) -> np.ndarray:
-    """KL to the reference of the policies that sampled each step, to which its rewards belong.
-
-    Of runs from before `kl/behaviour` was written it is pi_old's, the same where both staleness bounds are 0.
-    """
-    return np.array([record.get("kl/behaviour", record.get("kl/sequence", np.nan)) for record in records], dtype=float)
-
-
-def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of (x, y) curves at each x that all of them have; NaN where one of them is."""
-    shared = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves)))
-    return np.array(shared), np.mean([y[np.isin(x, shared)] for x, y in curves], axis=0)
-
-
-def binned(x: np.ndarray, y: np.ndarray, num_bins: int = NUM_KL_BINS) -> tuple[np.ndarray, np.ndarray]:
-    """Means of x and of y over bins of equally many points by rising x; points with a NaN are left out."""
-    known = np.isfinite(x) & np.isfinite(y)
-    order = np.argsort(x[known], kind="stable")
-    bins = np.array_split(order, min(num_bins, max(1, len(order))))
-    if not len(order):
-        return np.array([]), np.array([])
-    return np.array([x[known][one].mean() for one in bins]), np.array([y[known][one].mean() for one in bins])
-
-
 def _kl_of(versions: np.ndarray, step: np.ndarray, kl: np.ndarray) -> np.ndarray:
     """The KL of policy versions: a step's record has that of the version it started from, so step v + 1 has v's."""
     known = np.isfinite(kl)
@@ -280,49 +235,6 @@ def _other(interval: Mapping[str, Any]) -> tuple[str, str]:
     return ("black", "load weights") if interval["method"] == "load_weights" else ("#c8c8c8", "evaluation")
 
 
-def color_cycle(number: int) -> list[str]:
-    return [COLORS[place % len(COLORS)] for place in range(number)]
-
-
-def line_cycle(number: int) -> list[dict[str, str]]:
-    """Colours and line styles that tell so many lines apart: the colours drawn through, then dashed, dotted, dash-dotted."""
-    return [{"color": color, "ls": LINE_STYLES[at // len(COLORS) % 4]} for at, color in enumerate(color_cycle(number))]
-
-
-def grid(num_rows: int, num_columns: int) -> tuple[Figure, np.ndarray]:
-    """Panels [rows, columns]; those of one column share their x axis."""
-    figure = Figure(figsize=(10, 0.6 + 2.4 * num_rows), layout="constrained")
-    axes = figure.subplots(num_rows, num_columns, sharex="col", squeeze=False)
-    for panel in axes.flat:
-        bare(panel)
-    return figure, axes
-
-
-def bare(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#e6e6e6", lw=0.7)
-    axes.set_axisbelow(True)
-
-
 def _label_bottom(axes: np.ndarray) -> None:
     axes[-1][0].set_xlabel(STEP_LABEL)
     axes[-1][1].set_xlabel(KL_LABEL)
-
-
-def line(axes: Axes, steps: Records, key: str, color: str, label: str | None = None) -> None:
-    """A metric against step; the points of a short run are marked, for a single one draws no line."""
-    marker = "." if len(steps) <= 30 else ""
-    axes.plot(column(steps, "step"), column(steps, key), color=color, lw=1.3, marker=marker, label=label)
-
-
-def legend_above(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """In the format of its suffix. Raises DiskError."""
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120, format=path.suffix[1:] or "png")
-    write_file(path, image.getbuffer())
-    return path

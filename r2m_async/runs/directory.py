@@ -13,20 +13,17 @@ NaN and infinity are no JSON: they are written as null and read back as NaN.
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from r2m_async.config import ConfigTree, R2MConfig
-from r2m_async.errors import DataError, DiskError
-from r2m_async.whole import append, disk_errors, listed, whole_directory, write_file
+from r2m_async.errors import DiskError
+from r2m_async.runs.records import append_records, cut_partial_line
+from r2m_async.whole import disk_errors, whole_directory
 
 if TYPE_CHECKING:
     from r2m_async.step_metrics import Interval
@@ -97,84 +94,3 @@ def new_directory(parent: str, name: str, config: ConfigTree) -> Path:
         except FileExistsError:
             continue
     raise AssertionError("numbers have no end")
-
-
-def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Raises DiskError, and has then appended none."""
-    append(path, jsonl(records))
-
-
-def jsonl(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:06d}"
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """A run's whole checkpoints, oldest first; one that was interrupted has another name, and so have copies."""
-    steps = {_step(name): path for name, path in listed(run / "checkpoints").items()}
-    return [steps[step] for step in sorted(step for step in steps if step is not None)]
-
-
-def _step(name: str) -> int | None:
-    """Of the name that `checkpoint_path` gives to a step's checkpoint, and of no other."""
-    number = re.fullmatch(r"step-(\d{6,})", name)
-    return int(number[1]) if number and checkpoint_path(Path(), int(number[1])).name == name else None
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, a partial last line left out. Raises `DataError` for any other bad line."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if not line.endswith("\n"):
-                break
-            raise DataError(f"{path}:{number}: is not JSON ({error.msg}): remove the line") from None
-        records.append({key: math.nan if value is None else value for key, value in record.items()})
-    return records
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl or evaluation.jsonl, by rising step.
-
-    A resumed run repeats the steps after its checkpoint: the repetition replaces them and all that followed them.
-    """
-    metrics: list[dict[str, Any]] = []
-    for record in read_records(path):
-        while metrics and metrics[-1]["step"] >= record["step"]:
-            metrics.pop()
-        metrics.append(record)
-    return metrics
-
-
-def write_results(out: Path, results: Mapping[str, Any], table: str) -> None:
-    """OUT/results.json and OUT/table.md. results.json comes last: where it is, all is. Raises DiskError."""
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "table.md", table)
-    write_file(out / "results.json", json.dumps(_finite(results), indent=1, allow_nan=False) + "\n")
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def cut_partial_line(path: Path) -> None:
-    """What a killed run left half written would spoil the next line. Makes the file if it is not there."""
-    with disk_errors(path):
-        path.touch()
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -24,7 +24,7 @@ from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.whole import write_file
 
 if TYPE_CHECKING:
-    from r2m_async.embedded import EmbeddedModels
+    from r2m_async.from_scratch.embedded import EmbeddedModels
 
 MAX_N = 405
 """The papers'."""
@@ -101,8 +101,8 @@ def embedded_pool(models: EmbeddedModels, seed: int, num_prompts: int, num_sampl
     """The embedded policy's samples on held-out prompts with the language's gold rewards, a function of the arguments."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from r2m_async import language
-    from r2m_async.embedded import sample_policy
+    from r2m_async.from_scratch import language
+    from r2m_async.from_scratch.embedded import sample_policy
 
     policy, tokenizer = (kind.from_pretrained(models.policy) for kind in (AutoModelForCausalLM, AutoTokenizer))
     pool = []

@@ -439,8 +439,8 @@ def _policy_states(parsed: argparse.Namespace) -> int:
 
 def _best_of_n(parsed: argparse.Namespace) -> int:
     from r2m_async.best_of_n import embedded_pool, load_pool, measure_best_of_n, write_best_of_n, write_pool
-    from r2m_async.embedded import embedded_models
-    from r2m_async.language import check_held_out
+    from r2m_async.from_scratch.embedded import embedded_models
+    from r2m_async.from_scratch.language import check_held_out
     from r2m_async.policy_model import one_thread
 
     if parsed.pool is not None:

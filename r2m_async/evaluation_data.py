@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 
 from r2m_async.data.records import Content, Record, read_records
 from r2m_async.errors import DataError
-from r2m_async.judge_prompts import read_file
-from r2m_async.language import (
+from r2m_async.from_scratch.language import (
     ADJECTIVES,
     ADVERBS,
     DETERMINERS,
@@ -35,9 +34,10 @@ from r2m_async.language import (
     sample_response,
     topic,
 )
+from r2m_async.judge_prompts import read_file
 
 if TYPE_CHECKING:
-    from r2m_async.embedded import EmbeddedModels
+    from r2m_async.from_scratch.embedded import EmbeddedModels
 
 SPLITS = ("in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
 NUM_RESPONSES = 4
@@ -76,7 +76,7 @@ def embedded_splits(
     """SPLITS by name with `num_prompts` (at most NUM_HELD_OUT_PROMPTS) prompts each, a function of the arguments alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from r2m_async.embedded import sample_policy
+    from r2m_async.from_scratch.embedded import sample_policy
 
     policy, tokenizer = (kind.from_pretrained(models.policy) for kind in (AutoModelForCausalLM, AutoTokenizer))
     splits: dict[str, tuple[RankedPrompt, ...]] = {}

@@ -37,7 +37,7 @@ from r2m_async.text_states import Text, compared_texts, layer_means, preference_
 from r2m_async.weight_files import check_weight_files
 
 if TYPE_CHECKING:
-    from r2m_async.embedded import EmbeddedModels
+    from r2m_async.from_scratch.embedded import EmbeddedModels
 
 DEEP = 30 / 32
 """Of the layers: where Fig. 2 is taken."""
@@ -150,7 +150,7 @@ def _read(
 
     directory = str(Path(name, "policy")) if is_export(name) else name
     if name == "embedded":
-        from r2m_async.embedded import embedded_models
+        from r2m_async.from_scratch.embedded import embedded_models
 
         directory = str((embedded or embedded_models()).policy)
     check_weight_files("policy", directory)

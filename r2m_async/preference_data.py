@@ -83,7 +83,7 @@ def load_preference_data(config: RewardModelConfig) -> PreferenceData:
     data = config.data
     preferences, held_out_source = data.preferences, data.eval
     if preferences in EMBEDDED:
-        from r2m_async.embedded_preferences import embedded_preferences
+        from r2m_async.from_scratch.preferences import embedded_preferences
 
         files = embedded_preferences()
         held_out_source = held_out_source or str(files.held_out)

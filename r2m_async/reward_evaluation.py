@@ -31,10 +31,10 @@ from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.evaluation_data import NUM_STYLES, RankedPrompt, StyledPrompt, embedded_splits, load_rm_bench
 from r2m_async.export import RewardScorer, initial_policy_of, is_export
-from r2m_async.language import check_held_out
+from r2m_async.from_scratch.language import check_held_out
+from r2m_async.from_scratch.pretraining import score
 from r2m_async.policy_model import one_thread, settled
 from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
-from r2m_async.pretraining import score
 from r2m_async.reward_model import scored_positions
 from r2m_async.reward_training import RewardEnsemble
 from r2m_async.runs.results import markdown_table, write_results
@@ -49,7 +49,7 @@ from r2m_async.text_states import (
 )
 
 if TYPE_CHECKING:
-    from r2m_async.embedded import EmbeddedModels
+    from r2m_async.from_scratch.embedded import EmbeddedModels
 
 NUM_STATES = 256
 """Texts at most whose norms and effective rank are taken; as many of every set as the smallest has."""
@@ -339,7 +339,7 @@ def _similarity_results(judge: Judge, pairs: Sequence[ScoredPair], seed: int) ->
 
 
 def _embedded_models() -> EmbeddedModels:
-    from r2m_async.embedded import embedded_models
+    from r2m_async.from_scratch.embedded import embedded_models
 
     return embedded_models()
 

@@ -27,10 +27,10 @@ from torch import Tensor
 from r2m_async.data.reward_text import Message, reward_input_ids
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep, name_remedy
 from r2m_async.finite import all_finite, first_bad
-from r2m_async.model_cache import key_digest
+from r2m_async.from_scratch.cache import key_digest
+from r2m_async.from_scratch.pretraining import score
 from r2m_async.policy_model import one_thread
 from r2m_async.preference_data import PreferenceData, TokenizedPair, load_preference_data, microbatches, tokenized
-from r2m_async.pretraining import score
 from r2m_async.process_group import first_rank_first, made_by_first, num_ranks, rank, summed
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_model import load_classifier, scoring_head
@@ -333,8 +333,8 @@ def _found(config: RewardModelConfig, progress: Any) -> tuple[str, PreferenceDat
     """The name or directory of the start, and the pairs; the embedded language's are built where they are not there."""
     start = config.model.start
     if start in ("embedded", "embedded_reward"):
-        from r2m_async.embedded import embedded_models
-        from r2m_async.embedded_preferences import embedded_preferences
+        from r2m_async.from_scratch.embedded import embedded_models
+        from r2m_async.from_scratch.preferences import embedded_preferences
 
         progress.message("the embedded language's models and preferences: found or built")
         start = str(embedded_preferences().start if start == "embedded" else embedded_models().reward_model)

@@ -34,8 +34,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import ConfigError, DataError
+from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS
 from r2m_async.jobs import WorkerProcesses, wait_for
-from r2m_async.language import NUM_HELD_OUT_PROMPTS
 from r2m_async.preference_data import load_preference_data
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_study import compare_reward_models, is_measured, train_and_measure
@@ -292,7 +292,7 @@ def _train_reward_models(
 
 def _sample_pool(best_of_n: BestOfN, path: Path) -> None:
     from r2m_async.best_of_n import embedded_pool, write_pool
-    from r2m_async.embedded import embedded_models
+    from r2m_async.from_scratch.embedded import embedded_models
     from r2m_async.policy_model import one_thread
 
     with one_thread():

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from r2m_async import language
 from r2m_async.advantages import GROUP_RELATIVE, PER_TOKEN, Estimator, check_options, get_advantage
 from r2m_async.config import R2MConfig
 from r2m_async.data.prompts import PromptStream, load_prompts
 from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.from_scratch import language
 from r2m_async.plugins import named_function
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket
@@ -99,18 +99,18 @@ def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] 
     logging.disable_progress_bar()
     policy, reward_model = config.model.policy, config.reward.model
     if "embedded" in (policy, reward_model):
-        from r2m_async.embedded import embedded_models
+        from r2m_async.from_scratch.embedded import embedded_models
 
         built = embedded_models(on_progress=on_progress)
         policy = str(built.policy) if policy == "embedded" else policy
         reward_model = str(built.reward_model) if reward_model == "embedded" else reward_model
     if policy == "from_scratch":
-        from r2m_async.text_models import text_policy
+        from r2m_async.from_scratch.text_models import text_policy
 
         sources = [source for source in (config.data.prompts, config.data.preferences) if source]
         policy = str(text_policy(sources, **_records(config), on_progress=on_progress))
     if reward_model == "from_scratch":
-        from r2m_async.text_models import text_reward_model
+        from r2m_async.from_scratch.text_models import text_reward_model
 
         reward_model = str(text_reward_model(config.data.preferences, **_records(config), on_progress=on_progress))
     return Models(

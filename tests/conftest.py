@@ -264,8 +264,8 @@ def ray_session():
 @pytest.fixture(scope="session")
 def little_embedded(tmp_path_factory):
     """The embedded language's, by a policy that has learnt a little."""
-    from r2m_async import embedded
-    from r2m_async.embedded import EmbeddedSettings, embedded_models
+    from r2m_async.from_scratch import embedded
+    from r2m_async.from_scratch.embedded import EmbeddedSettings, embedded_models
 
     sizes = {"policy_width": 32, "policy_layers": 1, "policy_texts": 400, "policy_steps": 60, "policy_lr": 1e-2}
     with pytest.MonkeyPatch.context() as patch:

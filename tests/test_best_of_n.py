@@ -8,7 +8,6 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 
-from r2m_async import embedded
 from r2m_async.best_of_n import (
     best_of_n,
     best_of_n_kl,
@@ -22,7 +21,8 @@ from r2m_async.best_of_n import (
 )
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError, DataError
-from r2m_async.language import NUM_HELD_OUT_PROMPTS, gold_reward, prompts
+from r2m_async.from_scratch import embedded
+from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS, gold_reward, prompts
 from r2m_async.reward_training import RewardEnsemble
 
 

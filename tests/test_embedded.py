@@ -7,11 +7,11 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from r2m_async import embedded
 from r2m_async.data.reward_text import reward_input_ids
-from r2m_async.embedded import EmbeddedSettings, embedded_models, sample_policy
-from r2m_async.language import WORDS, prompts
-from r2m_async.pretraining import reward_accuracy, train_language_model, train_reward_model
+from r2m_async.from_scratch import embedded
+from r2m_async.from_scratch.embedded import EmbeddedSettings, embedded_models, sample_policy
+from r2m_async.from_scratch.language import WORDS, prompts
+from r2m_async.from_scratch.pretraining import reward_accuracy, train_language_model, train_reward_model
 
 pytestmark = pytest.mark.ring
 

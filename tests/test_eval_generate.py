@@ -16,10 +16,10 @@ from r2m_async.answer_files import Answer, read_outputs, write_answers
 from r2m_async.cli import main
 from r2m_async.data.prompts import policy_reads
 from r2m_async.errors import ConfigError, DataError
+from r2m_async.from_scratch.language import gold_reward
 from r2m_async.generator import TransformersGenerator
 from r2m_async.judge_prompts import load_questions
 from r2m_async.judging import judge
-from r2m_async.language import gold_reward
 from r2m_async.offline_generation import GenerationSettings, generate_answers
 from r2m_async.reward_training import RewardEnsemble
 
@@ -529,20 +529,20 @@ def test_a_program_judges_by_its_name(tmp_path):
         {"prompt": prompt, "response": text, "finish_reason": end} for text, end in ((good, "stop"), (bad, "length"))
     ]
     path = lines_of(tmp_path / "answers.jsonl", records)
-    _, told, _ = judge(path, "r2m_async.language:gold_reward")
+    _, told, _ = judge(path, "r2m_async.from_scratch.language:gold_reward")
     assert (
         [one["reward"] for one in told]
         == [gold_reward(prompt, good, True), gold_reward(prompt, bad, False)]
         == [1.0, -1.0]
     )
     with pytest.raises(ConfigError, match="no callable 'gold_rewar'; did you mean 'gold_reward'"):
-        judge(path, "r2m_async.language:gold_rewar")
+        judge(path, "r2m_async.from_scratch.language:gold_rewar")
     path = lines_of(tmp_path / "other.jsonl", [{"prompt": "POST", "response": "a"}])
     with pytest.raises(
         ConfigError,
         match=r"cannot judge the answer to 'POST' \(.*other.jsonl, line 1\): ValueError: not a prompt of the",
     ):
-        judge(path, "r2m_async.language:gold_reward")
+        judge(path, "r2m_async.from_scratch.language:gold_reward")
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ def test_annotations_of_an_earlier_comparison_do_not_outlive_it(tmp_path):
 
 
 def test_answers_that_cannot_be_compared_are_refused(tmp_path, answered):
-    gold = "r2m_async.language:gold_reward"
+    gold = "r2m_async.from_scratch.language:gold_reward"
     ours, theirs = answered
 
     def against(text, other, message, kind=DataError):

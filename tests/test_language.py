@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from r2m_async.language import (
+from r2m_async.from_scratch.language import (
     NUM_HELD_OUT_PROMPTS,
     NUM_TRAINING_PROMPTS,
     WORDS,

@@ -7,12 +7,13 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from r2m_async import embedded, embedded_preferences
 from r2m_async.cli import main
-from r2m_async.embedded_preferences import EmbeddedPreferenceSettings
 from r2m_async.errors import ConfigError
-from r2m_async.language import gold_reward, prompts
-from r2m_async.pretraining import score
+from r2m_async.from_scratch import embedded
+from r2m_async.from_scratch import preferences as embedded_preferences
+from r2m_async.from_scratch.language import gold_reward, prompts
+from r2m_async.from_scratch.preferences import EmbeddedPreferenceSettings
+from r2m_async.from_scratch.pretraining import score
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_model import load_classifier
 from r2m_async.runs.records import read_metrics

@@ -9,17 +9,19 @@ import torch
 from conftest import SHARED_DATA
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from r2m_async import embedded, embedded_preferences, reward_evaluation
+from r2m_async import reward_evaluation
 from r2m_async.cli import main
-from r2m_async.embedded_preferences import EmbeddedPreferenceSettings
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.evaluation_data import OTHER_WRITERS, SPLITS, embedded_splits, load_rm_bench
 from r2m_async.export import RewardScorer, export
+from r2m_async.from_scratch import embedded
+from r2m_async.from_scratch import preferences as embedded_preferences
+from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS, NUM_TRAINING_PROMPTS, gold_reward, prompts
+from r2m_async.from_scratch.preferences import EmbeddedPreferenceSettings
+from r2m_async.from_scratch.pretraining import score
 from r2m_async.head_model import score_group
-from r2m_async.language import NUM_HELD_OUT_PROMPTS, NUM_TRAINING_PROMPTS, gold_reward, prompts
 from r2m_async.launch import Ring
 from r2m_async.policy_model import group_feedback, one_thread
-from r2m_async.pretraining import score
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import EvaluationSources, Judge, evaluate, table
 from r2m_async.reward_model import embed_group

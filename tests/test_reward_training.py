@@ -19,9 +19,9 @@ from transformers import (
 from r2m_async.cli import main
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep
+from r2m_async.from_scratch.pretraining import score
 from r2m_async.policy_model import one_thread
 from r2m_async.preference_data import given_pairs, load_preference_data, tokenized
-from r2m_async.pretraining import score
 from r2m_async.reward_model import load_classifier, load_reward_model, save_classifier, scoring_head
 from r2m_async.reward_trainee import RewardTrainee
 from r2m_async.reward_training import RewardEnsemble, RewardTrainer, resume, train
@@ -536,7 +536,7 @@ def test_pairs_of_the_embedded_language_to_measure_on_are_the_held_out_ones(conf
     for name, part in parts.items():
         (tmp_path / name).write_text("".join(part))
     files = SimpleNamespace(**{name: tmp_path / name for name in parts})
-    monkeypatch.setattr("r2m_async.embedded_preferences.embedded_preferences", lambda: files)
+    monkeypatch.setattr("r2m_async.from_scratch.preferences.embedded_preferences", lambda: files)
     for name in ("embedded", "embedded_golden"):
         assert given_pairs(name, config) == given_pairs(str(files.held_out), config)
     assert len(given_pairs("embedded", config)) == 3

@@ -497,7 +497,9 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
     (tmp_path / "bt.yaml").write_text(yaml.safe_dump(config))
     path, out, told = tmp_path / "study.yaml", tmp_path / "out", []
     path.write_text(yaml.safe_dump(study, sort_keys=False))
-    monkeypatch.setattr("r2m_async.embedded.embedded_models", lambda: little_embedded)  # whose samples are the pool
+    monkeypatch.setattr(
+        "r2m_async.from_scratch.embedded.embedded_models", lambda: little_embedded
+    )  # whose samples are the pool
     drawn: list[list[str]] = []
 
     def drawing(results, out, *, band):

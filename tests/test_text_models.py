@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import DataError
-from r2m_async.model_cache import cached_directory
-from r2m_async.pretraining import score
-from r2m_async.text_models import TextPolicySettings, TextRewardSettings, text_policy, text_reward_model
+from r2m_async.from_scratch.cache import cached_directory
+from r2m_async.from_scratch.pretraining import score
+from r2m_async.from_scratch.text_models import TextPolicySettings, TextRewardSettings, text_policy, text_reward_model
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 ANIMALS = ("fox", "owl", "hen", "cat", "dog", "rat", "bee", "ant")

@@ -28,13 +28,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from r2m_async import language, pretraining
 from r2m_async.data import reward_text
 from r2m_async.data.reward_text import reward_input_ids
-from r2m_async.language import gold_reward, prompts, sample_response
-from r2m_async.model_cache import cached_directory, made_by
+from r2m_async.from_scratch import language, pretraining
+from r2m_async.from_scratch.cache import cached_directory, made_by
+from r2m_async.from_scratch.language import gold_reward, prompts, sample_response
+from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
 from r2m_async.policy_model import one_thread
-from r2m_async.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 HEAD_WIDTH = 32
@@ -113,7 +113,7 @@ class Comparison:
 
 
 def embedded_models(*, settings: EmbeddedSettings | None = None, on_progress: OnStage | None = None) -> EmbeddedModels:
-    """The embedded models, built unless the cache has them (`model_cache` says where, and what concurrent builders do).
+    """The embedded models, built unless the cache has them (`cache` says where, and what concurrent builders do).
 
     They are the same bit for bit on the same machine; a change to their source files or `settings` makes new ones.
     """

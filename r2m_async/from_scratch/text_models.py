@@ -33,14 +33,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from r2m_async import pretraining
 from r2m_async.data import prompts, records, reward_text
 from r2m_async.data.prompts import Preference, load_preferences, prompt_text
 from r2m_async.data.records import PROMPT_FIELD, Content, OnBadRecord, Record, Source, load_records
 from r2m_async.data.reward_text import reward_input_ids
-from r2m_async.model_cache import cached_directory, made_by
+from r2m_async.from_scratch import pretraining
+from r2m_async.from_scratch.cache import cached_directory, made_by
+from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
 from r2m_async.policy_model import one_thread
-from r2m_async.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
 
 OnStage = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from r2m_async import embedded, language
-from r2m_async.embedded import EmbeddedModels, Sample, embedded_models, sample_policy
-from r2m_async.language import sample_response
-from r2m_async.model_cache import cached_directory, made_by
+from r2m_async.from_scratch import embedded, language
+from r2m_async.from_scratch.cache import cached_directory, made_by
+from r2m_async.from_scratch.embedded import EmbeddedModels, Sample, embedded_models, sample_policy
+from r2m_async.from_scratch.language import sample_response
+from r2m_async.from_scratch.pretraining import train_language_model
 from r2m_async.policy_model import one_thread
-from r2m_async.pretraining import train_language_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from r2m_async.config import R2MConfig
-from r2m_async.head_model import score_group
+from r2m_async.models.heads import score_group
+from r2m_async.models.reward import embed_group
+from r2m_async.models.weights import load_weights, named_weights
 from r2m_async.plugins import called_for_number, named_function
-from r2m_async.policy_model import load_weights, named_weights
 from r2m_async.reward_metrics import ranking_accuracy
-from r2m_async.reward_model import embed_group
 from r2m_async.stages import produces
 from r2m_async.trajectories import (
     GroupRewards,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from r2m_async.config import R2MConfig
-from r2m_async.generation import sample_groups
-from r2m_async.policy_model import group_feedback, load_weights
+from r2m_async.models.generation import sample_groups
+from r2m_async.models.policy import group_feedback
+from r2m_async.models.weights import load_weights
 from r2m_async.trajectories import PolicyFeedback, Ticket, TrajectoryGroup, Weights
 
 

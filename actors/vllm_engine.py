@@ -30,7 +30,7 @@ from actors.vllm_weights import BACKENDS, NOT_AS_SENT
 from actors.vllm_worker import SEQUENCE
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StageLost, WeightMismatch
-from r2m_async.generation import checkpoint_generation_config, eos_ids
+from r2m_async.models.generation import checkpoint_generation_config, eos_ids
 from r2m_async.trajectories import PolicyFeedback, Ticket, Trajectory, TrajectoryGroup, WeightProbe, Weights
 
 log = logging.getLogger(__name__)

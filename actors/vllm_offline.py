@@ -16,8 +16,8 @@ from vllm.outputs import CompletionOutput
 
 from actors.vllm_drivers import leave_transformers_alone
 from actors.vllm_engine import cpu_options
-from r2m_async.generation import checkpoint_generation_config, eos_ids
-from r2m_async.generator import GeneratedText, GenerationRequest, GeneratorOptions
+from r2m_async.models.generation import checkpoint_generation_config, eos_ids
+from r2m_async.models.generator import GeneratedText, GenerationRequest, GeneratorOptions
 
 _MAX_SEQUENCES = 256
 

@@ -27,7 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from r2m_async.weight_digest import tensor_digest
+from r2m_async.models.weights import tensor_digest
 
 BACKENDS = {
     "auto": "shared_memory",

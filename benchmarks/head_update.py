@@ -32,9 +32,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from learners.head_learner import HeadLearner
 from r2m_async.config import R2MConfig
-from r2m_async.head_model import build_head
 from r2m_async.head_objectives import grebt
-from r2m_async.reward_model import reward_token_embeddings, scoring_head
+from r2m_async.models.heads import build_head
+from r2m_async.models.reward import reward_token_embeddings, scoring_head
 from r2m_async.trajectories import GroupRewards, PolicyFeedback, RewardEmbeddings
 
 VOCABULARY = 1024

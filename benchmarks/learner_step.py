@@ -37,7 +37,9 @@ from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
 from r2m_async.advantages import get_advantage
 from r2m_async.config import R2MConfig
-from r2m_async.policy_model import MasterWeights, checkpoint_activations, settled, token_logprobs
+from r2m_async.models.loading import checkpoint_activations, settled
+from r2m_async.models.policy import token_logprobs
+from r2m_async.models.weights import MasterWeights
 from r2m_async.trajectories import GroupRewards, Prompt, Ticket, Trajectory, TrajectoryGroup
 
 GROUP = 4
@@ -79,7 +81,7 @@ class Shape:
                 dtype=getattr(torch, config.model.dtype),
                 attn_implementation=config.model.attention,
             )
-        return settled(model, config)
+        return settled(model, config.run.device)
 
     def flops(self) -> float:
         """Of a step, forward and backward: 6 per weight and token, the head only at response tokens, and causal attention."""

@@ -35,7 +35,8 @@ from actors.vllm_engine import VLLMEngine
 from learners.weight_sender import WeightSender
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
-from r2m_async.policy_model import load_policy, named_weights, weight_probe
+from r2m_async.models.loading import load_policy
+from r2m_async.models.weights import named_weights, weight_probe
 from r2m_async.trajectories import Prompt, Ticket, Weights
 
 K = TypeVar("K")

@@ -16,9 +16,9 @@ from torch import Tensor
 from learners.backend import Backend
 from learners.shares import MicroBatch
 from r2m_async.config import R2MConfig
-from r2m_async.critic_model import response_values
+from r2m_async.models.critic import response_values
+from r2m_async.models.policy import response_mask
 from r2m_async.objectives import value_loss
-from r2m_async.policy_model import response_mask
 from r2m_async.trajectories import Trajectory
 
 

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from r2m_async.adapters import Publication, TrainedPart, adapters_off, add_adapters, publications
 from r2m_async.config import R2MConfig
-from r2m_async.critic_model import ValueModel
 from r2m_async.errors import ConfigError
 from r2m_async.finite import all_finite
-from r2m_async.policy_model import PolicyForward, checkpoint_activations
+from r2m_async.models.adapters import Publication, TrainedPart, adapters_off, add_adapters, publications
+from r2m_async.models.critic import ValueModel
+from r2m_async.models.loading import checkpoint_activations
+from r2m_async.models.policy import PolicyForward
 from r2m_async.whole import disk_errors, scratch_directory
 
 GATHERED_BYTES = 256 * 2**20
@@ -54,7 +55,7 @@ class DeepSpeedBackend:
         self._model = model
         self._weight_decay, self._max_grad_norm = config.learner.weight_decay, config.learner.max_grad_norm
         if config.model.lora:
-            add_adapters(model, config)
+            add_adapters(model, config.model.lora, config.run.seed)
         if config.learner.activation_checkpointing:
             checkpoint_activations(model)
         trained = TrainedPart(model).parameters()

@@ -13,8 +13,8 @@ from learners.optimizer_state import moments, restore_moments
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.finite import all_finite
-from r2m_async.head_model import HeldHead, improve_head
-from r2m_async.policy_model import load_weights, named_weights
+from r2m_async.models.heads import HeldHead, improve_head
+from r2m_async.models.weights import load_weights, named_weights
 from r2m_async.stages import produces
 from r2m_async.trajectories import GroupRewards, HeadGroup, PolicyFeedback, RewardEmbeddings, StepReport, Weights
 

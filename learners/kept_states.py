@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from r2m_async.config import R2MConfig
-from r2m_async.policy_model import feedback_states
+from r2m_async.models.policy import feedback_states
 
 
 class KeptStates:

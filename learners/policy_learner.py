@@ -29,15 +29,8 @@ from r2m_async.advantages import Estimator
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.finite import all_finite
-from r2m_async.policy_model import (
-    behaviour_logprobs,
-    logprobs_and_states,
-    named_weights,
-    proximal_feedback,
-    response_mask,
-    weight_probe,
-)
-from r2m_async.policy_objective import (
+from r2m_async.models.policy import behaviour_logprobs, logprobs_and_states, proximal_feedback, response_mask
+from r2m_async.models.policy_objective import (
     check_passes,
     denominators,
     microbatch_loss,
@@ -45,6 +38,7 @@ from r2m_async.policy_objective import (
     step_advantages,
     step_place,
 )
+from r2m_async.models.weights import named_weights, weight_probe
 from r2m_async.stages import produces
 from r2m_async.trajectories import (
     GroupRewards,

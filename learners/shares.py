@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from r2m_async.policy_model import microbatches
+from r2m_async.models.policy import microbatches
 from r2m_async.trajectories import Trajectory
 
 

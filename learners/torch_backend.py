@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from learners.optimizer_state import moments, restore_moments
-from r2m_async.adapters import TrainedPart, adapters_off, add_adapters, publications
 from r2m_async.config import R2MConfig
 from r2m_async.finite import all_finite
-from r2m_async.policy_model import MasterWeights, checkpoint_activations, load_weights, named_weights
+from r2m_async.models.adapters import TrainedPart, adapters_off, add_adapters, publications
+from r2m_async.models.loading import checkpoint_activations
+from r2m_async.models.weights import MasterWeights, load_weights, named_weights
 
 
 class TorchBackend:
@@ -26,7 +27,7 @@ class TorchBackend:
 
     def __init__(self, model: Any, reference: Any | None, config: R2MConfig) -> None:
         if config.model.lora:
-            add_adapters(model, config)
+            add_adapters(model, config.model.lora, config.run.seed)
         self.policy = self.probed = model
         self._reference = reference
         self._max_grad_norm = config.learner.max_grad_norm

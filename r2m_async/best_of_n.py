@@ -177,7 +177,7 @@ def measure_best_of_n(
     Raises ConfigError for what cannot be loaded, for a pool with fewer than `max_n` samples and for one without golds.
     """
     from r2m_async.errors import ConfigError
-    from r2m_async.policy_model import one_thread
+    from r2m_async.models.loading import one_thread
 
     fewest = min(len(one.responses) for one in pool)
     if not 1 <= max_n <= fewest:

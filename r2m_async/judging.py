@@ -206,7 +206,7 @@ class _Scorer:
         return rewards
 
     def _model_rewards(self, texts: Sequence[JudgedText]) -> np.ndarray:
-        from r2m_async.policy_model import one_thread
+        from r2m_async.models.loading import one_thread
 
         assert self._judge is not None
         with one_thread():

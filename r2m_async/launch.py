@@ -205,7 +205,7 @@ def _rollout_actor(config: R2MConfig, workload: Workload) -> RolloutActor:
         engine: RolloutEngine = VLLMEngine(workload.policy, tokenizer, workload.policy_hidden_size, config, twin)
     else:
         from actors.transformers_engine import TransformersEngine
-        from r2m_async.policy_model import load_policy
+        from r2m_async.models.loading import load_policy
 
         engine = TransformersEngine(load_policy(workload.policy, config), tokenizer, config, twin)
     itemsize = getattr(torch, config.feedback_dtype).itemsize
@@ -215,8 +215,8 @@ def _rollout_actor(config: R2MConfig, workload: Workload) -> RolloutActor:
 def _reward_annotator(config: R2MConfig, workload: Workload) -> RewardAnnotator:
     from transformers import AutoTokenizer
 
-    from r2m_async.head_model import build_head
-    from r2m_async.reward_model import load_reward_model, scoring_head
+    from r2m_async.models.heads import build_head
+    from r2m_async.models.reward import load_reward_model, scoring_head
 
     model = load_reward_model(workload.reward_model, config)
     head = build_head(scoring_head(model), workload.reward_hidden_size, workload.policy_hidden_size, config)
@@ -224,8 +224,8 @@ def _reward_annotator(config: R2MConfig, workload: Workload) -> RewardAnnotator:
 
 
 def _policy_learner(config: R2MConfig, workload: Workload) -> PolicyLearner:
-    from r2m_async.critic_model import load_critic
-    from r2m_async.policy_model import load_policy
+    from r2m_async.models.critic import load_critic
+    from r2m_async.models.loading import load_policy
 
     model = load_policy(workload.policy, config)
     reference = None if config.model.lora else load_policy(workload.reference, config)
@@ -240,8 +240,8 @@ def _policy_rank(rank: int, host: str, port: int) -> Make:
 
     def make(config: R2MConfig, workload: Workload) -> PolicyLearner:
         from learners.deepspeed_backend import DeepSpeedBackend, join_ranks
-        from r2m_async.critic_model import load_critic
-        from r2m_async.policy_model import load_policy
+        from r2m_async.models.critic import load_critic
+        from r2m_async.models.loading import load_policy
 
         model = load_policy(workload.policy, config)
         reference = None if config.model.lora else load_policy(workload.reference, config)
@@ -254,8 +254,8 @@ def _policy_rank(rank: int, host: str, port: int) -> Make:
 
 
 def _head_learner(config: R2MConfig, workload: Workload) -> HeadLearner:
-    from r2m_async.head_model import build_head
-    from r2m_async.reward_model import classifier_skeleton, scoring_head
+    from r2m_async.models.heads import build_head
+    from r2m_async.models.reward import classifier_skeleton, scoring_head
 
     phi = scoring_head(classifier_skeleton(workload.reward_model)).to_empty(
         device="cpu"

@@ -24,10 +24,10 @@ from r2m_async.data.records import Content
 from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, DataError, name_remedy
 from r2m_async.from_scratch.cache import key_digest
-from r2m_async.generator import GenerationRequest, Generator, GeneratorOptions, TransformersGenerator
 from r2m_async.judge_prompts import Format, Question, load_questions
+from r2m_async.models.generator import GenerationRequest, Generator, GeneratorOptions, TransformersGenerator
+from r2m_async.models.weight_files import check_weight_files
 from r2m_async.runs.records import append_records, cut_partial_line, read_records
-from r2m_async.weight_files import check_weight_files
 from r2m_async.whole import disk_errors, write_file
 
 DEFAULT_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "tldr": 50}

@@ -23,18 +23,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from r2m_async import reward_metrics
-from r2m_async.config import R2MConfig
 from r2m_async.data.prompts import policy_reads, response_ids
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.export import is_export
 from r2m_async.finite import check_weights
-from r2m_async.policy_model import one_thread, settled
+from r2m_async.models.loading import one_thread, settled
+from r2m_async.models.weight_files import check_weight_files
 from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import Judge, load_ensemble
 from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
-from r2m_async.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     from r2m_async.from_scratch.embedded import EmbeddedModels
@@ -156,7 +155,7 @@ def _read(
     check_weight_files("policy", directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        model = settled(AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False), R2MConfig())
+        model = settled(AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False))
         check_weights(model, "the policy", name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: no policy can be loaded: {error}; {name_remedy(name)}") from None

@@ -17,35 +17,33 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from r2m_async.config import R2MConfig
-from r2m_async.critic_model import load_critic, proximal_values, response_values
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.finite import all_finite
-from r2m_async.generation import sample_groups
-from r2m_async.head_model import HeldHead, build_head, improve_head, score_group
-from r2m_async.objectives import value_loss
-from r2m_async.policy_model import (
-    MasterWeights,
+from r2m_async.models.critic import load_critic, proximal_values, response_values
+from r2m_async.models.generation import sample_groups
+from r2m_async.models.heads import HeldHead, build_head, improve_head, score_group
+from r2m_async.models.loading import load_policy, one_thread
+from r2m_async.models.policy import (
     behaviour_logprobs,
     feedback_states,
     group_feedback,
-    load_policy,
     logprobs_and_states,
     microbatches,
-    named_weights,
-    one_thread,
     proximal_feedback,
     proximal_pass,
     response_mask,
     token_logprobs,
 )
-from r2m_async.policy_objective import (
+from r2m_async.models.policy_objective import (
     denominators,
     microbatch_loss,
     minibatch_bounds,
     step_advantages,
     step_place,
 )
-from r2m_async.reward_model import embed_group, load_reward_model, scoring_head
+from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
+from r2m_async.models.weights import MasterWeights, named_weights
+from r2m_async.objectives import value_loss
 from r2m_async.trajectories import HeadGroup, PolicyFeedback, ScoredGroup, Weights
 from r2m_async.workload import TicketOffice, Workload, resolve
 

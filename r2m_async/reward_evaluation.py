@@ -33,9 +33,9 @@ from r2m_async.evaluation_data import NUM_STYLES, RankedPrompt, StyledPrompt, em
 from r2m_async.export import RewardScorer, initial_policy_of, is_export
 from r2m_async.from_scratch.language import check_held_out
 from r2m_async.from_scratch.pretraining import score
-from r2m_async.policy_model import one_thread, settled
+from r2m_async.models.loading import one_thread, settled
+from r2m_async.models.reward import scored_positions
 from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
-from r2m_async.reward_model import scored_positions
 from r2m_async.reward_training import RewardEnsemble
 from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.text_states import (
@@ -84,7 +84,7 @@ class Judge:
         self._ids: dict[Text, list[int]] = {}
         self.num_cut = 0
         for model in ensemble.models:
-            settled(model, ensemble.config)
+            settled(model, ensemble.config.run.device)
             text_config = model.config.get_text_config()
             if text_config.pad_token_id is None:
                 text_config.pad_token_id = ensemble.tokenizer.pad_token_id

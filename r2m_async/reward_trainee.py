@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2m_async.adapters import add_adapters, publications
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.finite import check_weights
-from r2m_async.policy_model import settled
+from r2m_async.models.adapters import add_adapters, publications
+from r2m_async.models.loading import settled
+from r2m_async.models.reward import save_classifier, scored_positions, two_layer_head
+from r2m_async.models.weight_files import check_weight_files
 from r2m_async.preference_data import TokenizedText
 from r2m_async.reward_config import RewardModelConfig
-from r2m_async.reward_model import save_classifier, scored_positions, two_layer_head
-from r2m_async.weight_files import check_weight_files
 
 
 class RewardTrainee(nn.Module):
@@ -38,11 +38,11 @@ class RewardTrainee(nn.Module):
             self.classifier.score = _new_head(self.classifier, config)
         self.lm_head = _lm_head(start, self.classifier, config) if config.loss.regularizer is not None else None
         check_weights(self, "model.start", start)
-        settled(self, config)
+        settled(self, config.run.device)
         if config.model.frozen:
             self.classifier.base_model.requires_grad_(False)
         if config.model.lora is not None:
-            add_adapters(self.classifier.base_model, config)
+            add_adapters(self.classifier.base_model, config.model.lora, config.run.seed)
             if self.lm_head is not None:
                 self.lm_head.requires_grad_(False)
         self.classifier.score.requires_grad_(True)

@@ -29,11 +29,12 @@ from r2m_async.errors import ConfigError, DataError, NonFiniteStep, name_remedy
 from r2m_async.finite import all_finite, first_bad
 from r2m_async.from_scratch.cache import key_digest
 from r2m_async.from_scratch.pretraining import score
-from r2m_async.policy_model import one_thread
+from r2m_async.models.loading import one_thread
+from r2m_async.models.reward import load_classifier, scoring_head
+from r2m_async.models.weight_files import check_weight_files
 from r2m_async.preference_data import PreferenceData, TokenizedPair, load_preference_data, microbatches, tokenized
 from r2m_async.process_group import first_rank_first, made_by_first, num_ranks, rank, summed
 from r2m_async.reward_config import RewardModelConfig
-from r2m_async.reward_model import load_classifier, scoring_head
 from r2m_async.reward_objectives import PreferenceTerms, ResponseLogprobs, preference_loss
 from r2m_async.reward_states import head_norm, pair_states
 from r2m_async.reward_trainee import RewardTrainee
@@ -41,7 +42,6 @@ from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, saved_confi
 from r2m_async.runs.directory import new_directory
 from r2m_async.runs.records import append_records, cut_partial_line
 from r2m_async.runs.resuming import REWARD_MODEL_MAY_CHANGE, keys_of, refuse_changes
-from r2m_async.weight_files import check_weight_files
 from r2m_async.whole import disk_errors, remove_directory, whole_directory
 
 NUM_SAMPLED = 128

@@ -293,7 +293,7 @@ def _train_reward_models(
 def _sample_pool(best_of_n: BestOfN, path: Path) -> None:
     from r2m_async.best_of_n import embedded_pool, write_pool
     from r2m_async.from_scratch.embedded import embedded_models
-    from r2m_async.policy_model import one_thread
+    from r2m_async.models.loading import one_thread
 
     with one_thread():
         write_pool(embedded_pool(embedded_models(), best_of_n.seed, best_of_n.prompts, best_of_n.n), path)
@@ -311,7 +311,7 @@ def _is_there(directory: Path, config: ConfigTree) -> bool:
 def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
     """One run in a process of its own; seconds of the ring."""
     from r2m_async.launch import Ring
-    from r2m_async.policy_model import one_thread
+    from r2m_async.models.loading import one_thread
     from r2m_async.runs.directory import RunDirectory
     from r2m_async.training import keep_checkpoint
 

@@ -18,10 +18,10 @@ from r2m_async.data.prompts import PromptStream, load_prompts
 from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.from_scratch import language
+from r2m_async.models.weight_files import check_weight_files
 from r2m_async.plugins import named_function
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket
-from r2m_async.weight_files import check_weight_files
 
 BUILT_HERE = ("embedded", "from_scratch")
 """Values of `model.policy` and `reward.model` that name no model but one that `resolve` makes."""
@@ -175,7 +175,7 @@ def check_critic(critic: str, policy: str, tokenizer: Any) -> None:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    from r2m_async.critic_model import check_one_layer
+    from r2m_async.models.critic import check_one_layer
 
     _hidden_size("critic.model", critic)
     check_one_layer(critic)

@@ -17,12 +17,12 @@ from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
 from r2m_async.advantages import get_advantage
 from r2m_async.config import R2MConfig
-from r2m_async.critic_model import load_critic
 from r2m_async.errors import ConfigError, StageLost, StepFailed
 from r2m_async.launch import Ring
-from r2m_async.policy_model import load_policy, named_weights, one_thread
+from r2m_async.models.critic import load_critic
+from r2m_async.models.loading import load_policy, one_thread
+from r2m_async.models.weights import named_weights, tensor_digest
 from r2m_async.trajectories import GroupRewards, Prompt, Ticket, Trajectory, TrajectoryGroup
-from r2m_async.weight_digest import tensor_digest
 
 pytestmark = [pytest.mark.ring, pytest.mark.usefixtures("ray_session")]
 

@@ -17,9 +17,9 @@ from r2m_async.cli import main
 from r2m_async.data.prompts import policy_reads
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.from_scratch.language import gold_reward
-from r2m_async.generator import TransformersGenerator
 from r2m_async.judge_prompts import load_questions
 from r2m_async.judging import judge
+from r2m_async.models.generator import TransformersGenerator
 from r2m_async.offline_generation import GenerationSettings, generate_answers
 from r2m_async.reward_training import RewardEnsemble
 

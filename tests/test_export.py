@@ -25,10 +25,12 @@ from r2m_async.config import R2MConfig
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.export import RewardScorer, _portable, export
-from r2m_async.head_model import build_head
 from r2m_async.launch import Ring
-from r2m_async.policy_model import group_feedback, load_policy, load_weights, one_thread
-from r2m_async.reward_model import load_reward_model, scoring_head
+from r2m_async.models.heads import build_head
+from r2m_async.models.loading import load_policy, one_thread
+from r2m_async.models.policy import group_feedback
+from r2m_async.models.reward import load_reward_model, scoring_head
+from r2m_async.models.weights import load_weights
 from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, seal
 from r2m_async.trajectories import GroupRewards, Prompt, Ticket, Trajectory, TrajectoryGroup
 

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 from actors import transformers_engine
 from r2m_async import reference
 from r2m_async.errors import ConfigError
-from r2m_async.generation import sample_groups
 from r2m_async.launch import Ring
-from r2m_async.policy_model import load_policy
+from r2m_async.models.generation import sample_groups
+from r2m_async.models.loading import load_policy
 from r2m_async.workload import TicketOffice, resolve
 
 pytestmark = pytest.mark.models

@@ -11,8 +11,8 @@ from learners.head_learner import HeadLearner
 from r2m_async import R2MConfig
 from r2m_async.config import HeadSection
 from r2m_async.errors import ConfigError
-from r2m_async.head_model import HeldHead, head_losses
 from r2m_async.head_objectives import grebt, preference_divergence
+from r2m_async.models.heads import HeldHead, head_losses
 from r2m_async.trajectories import GroupRewards, HeadGroup, RewardEmbeddings
 
 RTE = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]], [[0.5, 2.0], [1.0, -1.0], [0.0, 0.5]]])

@@ -10,12 +10,14 @@ from test_packing import groups_of
 from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
 from r2m_async import reference
-from r2m_async.adapters import TrainedPart, add_adapters, publications
 from r2m_async.advantages import get_advantage
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.launch import Ring
-from r2m_async.policy_model import load_policy, load_weights, named_weights, token_logprobs
+from r2m_async.models.adapters import TrainedPart, add_adapters, publications
+from r2m_async.models.loading import load_policy
+from r2m_async.models.policy import token_logprobs
+from r2m_async.models.weights import load_weights, named_weights
 
 pytestmark = pytest.mark.models
 
@@ -137,10 +139,10 @@ def test_what_the_config_refuses(changes, message):
 def test_a_target_that_no_module_has_and_a_missing_peft_are_refused(tiny_config, monkeypatch):
     config = tiny_config.model(lora={"targets": ["q_prj"]})
     with pytest.raises(ConfigError, match=r"model.lora.targets is \('q_prj',\): Target modules .*q_prj.* not found"):
-        add_adapters(base_of(config), config)
+        add_adapters(base_of(config), config.model.lora, config.run.seed)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"peft is not installed: pip install 'r2m-async\[lora\]'"):
-        add_adapters(base_of(config), config)
+        add_adapters(base_of(config), config.model.lora, config.run.seed)
 
 
 def test_the_reference_implementation_does_without(tiny_config):

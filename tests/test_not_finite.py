@@ -22,18 +22,19 @@ from learners.torch_backend import TorchBackend
 from r2m_async import reference
 from r2m_async.advantages import get_advantage
 from r2m_async.config import LARGEST, R2MConfig
-from r2m_async.critic_model import load_critic
 from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.export import export
 from r2m_async.finite import all_finite, check_weights
-from r2m_async.head_model import build_head, score_group
 from r2m_async.launch import Ring
-from r2m_async.policy_model import load_policy, named_weights
+from r2m_async.models.critic import load_critic
+from r2m_async.models.heads import build_head, score_group
+from r2m_async.models.loading import load_policy
+from r2m_async.models.reward import load_reward_model, scoring_head
+from r2m_async.models.weights import named_weights
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import Judge
 from r2m_async.reward_head import noise_like
-from r2m_async.reward_model import load_reward_model, scoring_head
 from r2m_async.reward_training import RewardEnsemble, RewardTrainer
 from r2m_async.runs.checkpoints import seal
 from r2m_async.trajectories import GroupRewards, PolicyFeedback, Prompt, Ticket, TrajectoryGroup
@@ -601,7 +602,7 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_not_resumed_nor_exported(t
 
 
 def test_every_evaluation_group_has_noise_of_its_own_and_training_groups_keep_theirs(tiny_config):
-    from r2m_async.head_model import _states
+    from r2m_async.models.heads import _states
 
     config = tiny_config.head(variant="r2m_noise")
     states = tuple(torch.randn(9, 32) for _ in range(3))

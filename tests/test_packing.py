@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
 from r2m_async.advantages import get_advantage
-from r2m_async.policy_model import load_policy, logprobs_and_states, microbatches
+from r2m_async.models.loading import load_policy
+from r2m_async.models.policy import logprobs_and_states, microbatches
 from r2m_async.trajectories import GroupRewards, Prompt, Ticket, Trajectory, TrajectoryGroup
 
 pytestmark = pytest.mark.models

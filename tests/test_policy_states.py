@@ -15,7 +15,7 @@ from r2m_async.cli import main
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
 from r2m_async.launch import Ring
-from r2m_async.policy_model import one_thread
+from r2m_async.models.loading import one_thread
 from r2m_async.policy_states import PolicySources, policy_states
 from r2m_async.preference_data import given_pairs
 from r2m_async.reward_config import RewardModelConfig

@@ -14,8 +14,8 @@ from r2m_async.from_scratch import preferences as embedded_preferences
 from r2m_async.from_scratch.language import gold_reward, prompts
 from r2m_async.from_scratch.preferences import EmbeddedPreferenceSettings
 from r2m_async.from_scratch.pretraining import score
+from r2m_async.models.reward import load_classifier
 from r2m_async.reward_config import RewardModelConfig
-from r2m_async.reward_model import load_classifier
 from r2m_async.runs.records import read_metrics
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "reward_model").glob("*.yaml"))

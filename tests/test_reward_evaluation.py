@@ -19,12 +19,13 @@ from r2m_async.from_scratch import preferences as embedded_preferences
 from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS, NUM_TRAINING_PROMPTS, gold_reward, prompts
 from r2m_async.from_scratch.preferences import EmbeddedPreferenceSettings
 from r2m_async.from_scratch.pretraining import score
-from r2m_async.head_model import score_group
 from r2m_async.launch import Ring
-from r2m_async.policy_model import group_feedback, one_thread
+from r2m_async.models.heads import score_group
+from r2m_async.models.loading import one_thread
+from r2m_async.models.policy import group_feedback
+from r2m_async.models.reward import embed_group
 from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import EvaluationSources, Judge, evaluate, table
-from r2m_async.reward_model import embed_group
 from r2m_async.reward_training import RewardEnsemble, train
 from r2m_async.runs.checkpoints import checkpoint_path
 from r2m_async.runs.records import read_metrics

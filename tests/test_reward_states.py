@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from r2m_async.models.reward import two_layer_head
 from r2m_async.preference_data import load_preference_data, tokenized
-from r2m_async.reward_model import two_layer_head
 from r2m_async.reward_states import head_norm, pair_states
 from r2m_async.reward_trainee import RewardTrainee
 from r2m_async.reward_training import NUM_SAMPLED, RewardTrainer, train

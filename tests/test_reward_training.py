@@ -20,9 +20,9 @@ from r2m_async.cli import main
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep
 from r2m_async.from_scratch.pretraining import score
-from r2m_async.policy_model import one_thread
+from r2m_async.models.loading import one_thread
+from r2m_async.models.reward import load_classifier, load_reward_model, save_classifier, scoring_head
 from r2m_async.preference_data import given_pairs, load_preference_data, tokenized
-from r2m_async.reward_model import load_classifier, load_reward_model, save_classifier, scoring_head
 from r2m_async.reward_trainee import RewardTrainee
 from r2m_async.reward_training import RewardEnsemble, RewardTrainer, resume, train
 from r2m_async.runs.checkpoints import checkpoints

@@ -20,10 +20,10 @@ from actors.transformers_engine import TransformersEngine
 from r2m_async import reference
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, FunctionFailed, NonFiniteStep
-from r2m_async.head_model import build_head, score_group
 from r2m_async.launch import Ring
-from r2m_async.policy_model import load_policy
-from r2m_async.reward_model import embed_group, load_reward_model, scoring_head
+from r2m_async.models.heads import build_head, score_group
+from r2m_async.models.loading import load_policy
+from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
 from r2m_async.trajectories import Prompt, RewardEmbeddings, Ticket, Trajectory, TrajectoryGroup, Weights
 from r2m_async.workload import resolve
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from learners.shares import rank_microbatches, shares
 from r2m_async import ray_stages
 from r2m_async.errors import NonFiniteStep, StageLost
-from r2m_async.policy_model import microbatches
+from r2m_async.models.policy import microbatches
 from r2m_async.trajectories import Trajectory
 
 

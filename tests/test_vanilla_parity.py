@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from r2m_async.errors import ConfigError
+from r2m_async.models.reward import reward_token_embeddings, scoring_head
 from r2m_async.reward_head import R2MHead
-from r2m_async.reward_model import reward_token_embeddings, scoring_head
 
 PAD = 3
 LENGTHS = (7, 4, 1)

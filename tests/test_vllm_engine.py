@@ -32,7 +32,9 @@ from actors.state_slab import UNWRITTEN, SlabShape, StateSlab, create_slab_file
 from r2m_async.config import R2MConfig
 from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, WeightMismatch
-from r2m_async.policy_model import group_feedback, load_policy, named_weights, token_logprobs
+from r2m_async.models.loading import load_policy
+from r2m_async.models.policy import group_feedback, token_logprobs
+from r2m_async.models.weights import named_weights
 from r2m_async.trajectories import Prompt, Ticket
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ import pytest
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.weight_files import check_weight_files
+from r2m_async.models.weight_files import check_weight_files
 
 pytestmark = pytest.mark.models
 
@@ -26,19 +26,19 @@ def ring(model: Path, config: R2MConfig) -> None:
 
 
 def loaded_policy(model: Path, config: R2MConfig) -> None:
-    from r2m_async.policy_model import load_policy
+    from r2m_async.models.loading import load_policy
 
     load_policy(str(model), config)
 
 
 def loaded_reward_model(model: Path, config: R2MConfig) -> None:
-    from r2m_async.reward_model import load_reward_model
+    from r2m_async.models.reward import load_reward_model
 
     load_reward_model(str(model), config)
 
 
 def loaded_critic(model: Path, config: R2MConfig) -> None:
-    from r2m_async.critic_model import load_critic
+    from r2m_async.models.critic import load_critic
 
     load_critic(str(model), config)
 

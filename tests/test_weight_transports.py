@@ -18,9 +18,9 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
 from r2m_async.launch import Ring
-from r2m_async.policy_model import load_policy
+from r2m_async.models.loading import load_policy
+from r2m_async.models.weights import tensor_digest
 from r2m_async.ray_stages import gpu_share, placed
-from r2m_async.weight_digest import tensor_digest
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,9 @@ def test_an_engine_of_two_ranks_takes_weights_and_gives_states_as_one_does(vllm_
     from transformers import AutoTokenizer
 
     from actors.vllm_engine import VLLMEngine
-    from r2m_async.policy_model import group_feedback, load_policy, token_logprobs, weight_probe
+    from r2m_async.models.loading import load_policy
+    from r2m_async.models.policy import group_feedback, token_logprobs
+    from r2m_async.models.weights import weight_probe
     from r2m_async.trajectories import Prompt, Ticket, Weights
 
     config = (

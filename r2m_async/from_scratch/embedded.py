@@ -34,7 +34,7 @@ from r2m_async.from_scratch import language, pretraining
 from r2m_async.from_scratch.cache import cached_directory, made_by
 from r2m_async.from_scratch.language import gold_reward, prompts, sample_response
 from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
-from r2m_async.policy_model import one_thread
+from r2m_async.models.loading import one_thread
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 HEAD_WIDTH = 32

@@ -22,7 +22,7 @@ from r2m_async.from_scratch.cache import cached_directory, made_by
 from r2m_async.from_scratch.embedded import EmbeddedModels, Sample, embedded_models, sample_policy
 from r2m_async.from_scratch.language import sample_response
 from r2m_async.from_scratch.pretraining import train_language_model
-from r2m_async.policy_model import one_thread
+from r2m_async.models.loading import one_thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

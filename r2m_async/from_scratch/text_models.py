@@ -40,7 +40,7 @@ from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.from_scratch import pretraining
 from r2m_async.from_scratch.cache import cached_directory, made_by
 from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
-from r2m_async.policy_model import one_thread
+from r2m_async.models.loading import one_thread
 
 OnStage = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""

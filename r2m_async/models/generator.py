@@ -55,7 +55,7 @@ class TransformersGenerator:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         from r2m_async.finite import check_weights
-        from r2m_async.generation import eos_ids
+        from r2m_async.models.generation import eos_ids
 
         self._max_new_tokens = options.max_new_tokens
         model = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)
@@ -66,7 +66,7 @@ class TransformersGenerator:
         self._model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedText]:
-        from r2m_async.policy_model import one_thread
+        from r2m_async.models.loading import one_thread
 
         with one_thread():
             return [self._generate(request) for request in requests]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.finite import check_weights
-from r2m_async.policy_model import PassInputs, by_response, microbatches, response_mask, settled
-from r2m_async.reward_model import second_layer
+from r2m_async.models.loading import settled
+from r2m_async.models.policy import PassInputs, by_response, microbatches, response_mask
+from r2m_async.models.reward import second_layer
+from r2m_async.models.weight_files import check_weight_files
 from r2m_async.trajectories import Trajectory
-from r2m_async.weight_files import check_weight_files
 
 
 class ValueModel(nn.Module):
@@ -92,7 +93,7 @@ def load_critic(path: str, config: R2MConfig) -> ValueModel:
     if "score.weight" in {*info["missing_keys"], *mismatched}:
         nn.init.zeros_(head.weight)
     check_weights(classifier, "critic.model", path)
-    return ValueModel(settled(classifier, config))
+    return ValueModel(settled(classifier, config.run.device))
 
 
 def response_values(model: Any, trajectories: Sequence[Trajectory], packed: bool = False) -> Tensor:

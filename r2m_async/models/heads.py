@@ -14,7 +14,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.finite import all_finite, first_bad, head_source, response_name, reward_source, stop_or_log
 from r2m_async.head_objectives import GrebtTerms, grebt_terms, preference_divergence
-from r2m_async.policy_model import load_weights
+from r2m_async.models.weights import load_weights
 from r2m_async.reward_head import R2MHead, mixing_weight, noise_like
 from r2m_async.trajectories import (
     GroupRewards,

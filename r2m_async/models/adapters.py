@@ -11,26 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2m_async.config import R2MConfig
+from r2m_async.config import LoRA
 from r2m_async.errors import ConfigError
-from r2m_async.reward_config import RewardModelConfig
 
 
-def add_adapters(model: Any, config: R2MConfig | RewardModelConfig) -> None:
+def add_adapters(model: Any, lora: LoRA | None, seed: int) -> None:
     """Puts `model.lora`'s adapters into the model, in place; they alone train. At first they change nothing.
 
-    Raises ConfigError if peft is not installed or finds no module that a target names.
+    seed: of the adapters' first weights, the same on every rank. Raises ConfigError if peft is not installed or finds no module that a target names.
     """
     try:
         from peft import LoraConfig
     except ImportError:
         raise ConfigError("model.lora is set and peft is not installed: pip install 'r2m-async[lora]'") from None
-    lora = config.model.lora
     assert lora is not None
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(config.run.seed)  # so that every rank has the same
+        torch.manual_seed(seed)
         try:
             model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
         except ValueError as error:

@@ -25,10 +25,10 @@ from r2m_async.config import R2MConfig
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.finite import check_embeddings, check_weights, response_name, stop_or_log
+from r2m_async.models.loading import settled
+from r2m_async.models.weight_files import SECOND_LAYER, check_weight_files
 from r2m_async.plugins import FLOAT32_MAX, called_for_number, named_function
-from r2m_async.policy_model import settled
 from r2m_async.trajectories import RewardEmbeddings, Trajectory, TrajectoryGroup
-from r2m_async.weight_files import SECOND_LAYER, check_weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,7 +140,7 @@ def load_reward_model(path: str, config: R2MConfig) -> PreTrainedModel:
     model = load_classifier(path, dtype=getattr(torch, config.reward.dtype))
     scoring_head(model)
     check_weights(model, "reward.model", path)
-    return settled(model, config).requires_grad_(False)
+    return settled(model, config.run.device).requires_grad_(False)
 
 
 @torch.no_grad()

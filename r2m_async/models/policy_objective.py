@@ -23,9 +23,9 @@ from r2m_async.advantages import (
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
 from r2m_async.finite import first_bad
+from r2m_async.models.policy import response_mask
 from r2m_async.objectives import PolicyLoss, kl_loss, loss_denominator, policy_loss
 from r2m_async.plugins import called
-from r2m_async.policy_model import response_mask
 from r2m_async.trajectories import ScoredGroup, TrajectoryGroup
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from r2m_async.stages import produces
+from r2m_async.ring.stages import produces
 
 
 class ReplayQueue:

@@ -20,7 +20,7 @@ from r2m_async.models.reward import embed_group
 from r2m_async.models.weights import load_weights, named_weights
 from r2m_async.plugins import called_for_number, named_function
 from r2m_async.reward_metrics import ranking_accuracy
-from r2m_async.stages import produces
+from r2m_async.ring.stages import produces
 from r2m_async.trajectories import (
     GroupRewards,
     PolicyFeedback,

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from r2m_async.codec import encoded_size
 from r2m_async.finite import first_bad, no_probability
-from r2m_async.stages import produces
+from r2m_async.ring.stages import produces
 from r2m_async.trajectories import GroupReport, PolicyFeedback, StepReport, Ticket, TrajectoryGroup, Weights
 
 

@@ -15,7 +15,7 @@ from r2m_async.errors import ConfigError
 from r2m_async.finite import all_finite
 from r2m_async.models.heads import HeldHead, improve_head
 from r2m_async.models.weights import load_weights, named_weights
-from r2m_async.stages import produces
+from r2m_async.ring.stages import produces
 from r2m_async.trajectories import GroupRewards, HeadGroup, PolicyFeedback, RewardEmbeddings, StepReport, Weights
 
 

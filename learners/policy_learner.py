@@ -39,7 +39,7 @@ from r2m_async.models.policy_objective import (
     step_place,
 )
 from r2m_async.models.weights import named_weights, weight_probe
-from r2m_async.stages import produces
+from r2m_async.ring.stages import produces
 from r2m_async.trajectories import (
     GroupRewards,
     PolicyFeedback,

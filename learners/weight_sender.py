@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from r2m_async.config import R2MConfig
-from r2m_async.stages import NODE_ADDRESS
+from r2m_async.ring.stages import NODE_ADDRESS
 
 if TYPE_CHECKING:
     from vllm.distributed.utils import StatelessProcessGroup

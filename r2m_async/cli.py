@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("train", _train, "Run the ring: a live table, then metrics, plots and TensorBoard events in the run directory.")
     plan = add("plan", _plan, "Predict throughput, idle shares and ages on a virtual clock, for given stage times.")
     plan.add_argument("--times", metavar="RUN", type=Path, help="a run directory whose measured stage times are taken")
-    from r2m_async.simulator import StageTimes
+    from r2m_async.ring.simulator import StageTimes
 
     for field in dataclasses.fields(StageTimes):
         flag = f"--{field.name.replace('_', '-')}"
@@ -283,8 +283,8 @@ def _study(parsed: argparse.Namespace) -> int:
 
 
 def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
+    from r2m_async.ring.simulator import StageTimes, simulate, times_of_run
     from r2m_async.runs.records import read_records
-    from r2m_async.simulator import StageTimes, simulate, times_of_run
 
     times = StageTimes()
     if parsed.times:

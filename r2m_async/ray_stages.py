@@ -21,7 +21,7 @@ from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, DiskError, StageLost, StepFailed, WeightMismatch
 from r2m_async.ray_connection import RayConnection
-from r2m_async.stages import NODE_ADDRESS
+from r2m_async.ring.stages import NODE_ADDRESS
 from r2m_async.workload import Workload
 
 RESTART_TIMEOUT = 300.0

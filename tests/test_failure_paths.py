@@ -6,12 +6,12 @@ import time
 import pytest
 
 from r2m_async.config import R2MConfig
-from r2m_async.controller import STOP_TIMEOUT, Controller
 from r2m_async.errors import ConfigError, StageLost, StalledRun
 from r2m_async.loop_thread import LoopThread
+from r2m_async.ring.controller import STOP_TIMEOUT, Controller
+from r2m_async.ring.simulator import SimulatedStage, VirtualClockLoop, run_virtually, simulated_ticket
+from r2m_async.ring.stages import Stages, local_bytes
 from r2m_async.schedule import Plan
-from r2m_async.simulator import SimulatedStage, VirtualClockLoop, run_virtually, simulated_ticket
-from r2m_async.stages import Stages, local_bytes
 
 STALL_AFTER = 60.0
 

@@ -15,7 +15,7 @@ import pytest
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, StageLost
-from r2m_async.stages import produces
+from r2m_async.ring.stages import produces
 
 pytestmark = pytest.mark.ring
 

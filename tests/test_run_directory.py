@@ -15,6 +15,7 @@ from rich.console import Console
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import DataError
+from r2m_async.ring.step_metrics import Interval
 from r2m_async.runs.directory import RunDirectory
 from r2m_async.runs.live import LiveTable
 from r2m_async.runs.plots import (
@@ -27,7 +28,6 @@ from r2m_async.runs.plots import (
     stages_figure,
 )
 from r2m_async.runs.records import binned, mean_curve, read_metrics, read_records
-from r2m_async.step_metrics import Interval
 
 EVALUATIONS = [
     {"step": 0.0, "head_version": 0.0, "proxy": -1.0, "proxy_se": 0.1, "frozen": -1.0, "frozen_se": 0.1, "gold": 1.5},

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import StageLost, StalledRun
+from r2m_async.ring.simulator import SimulatedStage, run_virtually
+from r2m_async.ring.stages import Stages, local_bytes
 from r2m_async.schedule import Ledger, Plan, Schedule
-from r2m_async.simulator import SimulatedStage, run_virtually
-from r2m_async.stages import Stages, local_bytes
 
 
 def plan(**changes) -> Plan:

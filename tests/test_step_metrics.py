@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from r2m_async import step_metrics
-from r2m_async.step_metrics import StepMetrics
+from r2m_async.ring import step_metrics
+from r2m_async.ring.step_metrics import StepMetrics
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from r2m_async.runs.resuming import check_resumable
 from r2m_async.whole import listed, whole_at
 
 if TYPE_CHECKING:
-    from r2m_async.stages import Stages
+    from r2m_async.ring.stages import Stages
     from r2m_async.trajectories import Weights
 
 C = TypeVar("C", bound=ConfigTree)

@@ -26,7 +26,7 @@ from r2m_async.runs.records import append_records, cut_partial_line
 from r2m_async.whole import disk_errors, whole_directory
 
 if TYPE_CHECKING:
-    from r2m_async.step_metrics import Interval
+    from r2m_async.ring.step_metrics import Interval
 
 
 class RunDirectory:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from r2m_async.config import R2MConfig
-from r2m_async.controller import Controller
 from r2m_async.errors import ConfigError, StageLost, StalledRun
+from r2m_async.ring.controller import Controller
+from r2m_async.ring.stages import Stages, local_bytes
 from r2m_async.schedule import Admission, Plan, Schedule
-from r2m_async.stages import Stages, local_bytes
 from r2m_async.trajectories import GroupReport, Prompt, StepReport, Ticket
 
 

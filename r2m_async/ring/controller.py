@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import StageLost, StalledRun, StepFailed
+from r2m_async.ring.stages import Stage, Stages
+from r2m_async.ring.step_metrics import Interval, StepMetrics
+from r2m_async.ring.waiting import Waits
 from r2m_async.schedule import Admission, Assembly, Plan, Schedule
-from r2m_async.stages import Stage, Stages
-from r2m_async.step_metrics import Interval, StepMetrics
 from r2m_async.trajectories import StepReport, Ticket
-from r2m_async.waiting import Waits
 
 T = TypeVar("T")
 

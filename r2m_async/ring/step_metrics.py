@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from r2m_async.ring.stages import Stages
 from r2m_async.schedule import Assembly, Schedule
-from r2m_async.stages import Stages
 from r2m_async.trajectories import GroupReport
 
 MAX_INTERVALS = 100_000

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from r2m_async.config import R2MConfig
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 from r2m_async.ring.simulator import physical_bound, serial_time, simulate, times_of_run
 
 WARM_UP = 5

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from vllm_engine import SHAPES, make_model
 
 from r2m_async.config import R2MConfig
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 
 WARM_UP = 2
 

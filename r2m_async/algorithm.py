@@ -25,12 +25,12 @@ from ray.tune import Checkpoint, PlacementGroupFactory
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.launch import Ring
-from r2m_async.ray_stages import gpu_share
+from r2m_async.launch.ray_stages import gpu_share
+from r2m_async.launch.ring import Ring
+from r2m_async.launch.workload import resolve
 from r2m_async.runs.checkpoints import MANIFEST, saved_config, seal, verified
 from r2m_async.runs.resuming import check_resumable
 from r2m_async.whole import whole_at, whole_directory
-from r2m_async.workload import resolve
 
 RING = "ring"
 """The directory of `Ring.save` inside an RLlib checkpoint, whose manifest knows it by its own."""

@@ -72,7 +72,7 @@ def entry() -> None:
     except Exception:  # an error that no message was written for
         traceback.print_exc()
         status = 1
-    connection = sys.modules.get("r2m_async.ray_connection")
+    connection = sys.modules.get("r2m_async.launch.ray_connection")
     if connection is not None and connection.abandoned.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -265,7 +265,7 @@ def _add_eval(commands: Any) -> None:
 
 
 def _train(config: R2MConfig, _: argparse.Namespace) -> int:
-    from r2m_async.training import train
+    from r2m_async.launch.training import train
 
     directory = train(config)
     print(f"run directory: {directory}")
@@ -317,7 +317,7 @@ def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
 def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     """Models that are not on this machine are named, not downloaded: the rest is checked without them."""
     from r2m_async.advantages import check_options, get_advantage
-    from r2m_async.workload import check_engine, check_estimator, check_functions
+    from r2m_async.launch.workload import check_engine, check_estimator, check_functions
 
     estimator = get_advantage(config.advantage.name)
     check_options(estimator, config.advantage.options)
@@ -342,7 +342,7 @@ def _check_models(config: R2MConfig) -> tuple[dict[str, int], list[str]]:
     """Hidden sizes of the models that are here, by key, and the keys of what could not be checked."""
     from transformers import AutoTokenizer
 
-    from r2m_async.workload import BUILT_HERE, check_critic, hidden_size
+    from r2m_async.launch.workload import BUILT_HERE, check_critic, hidden_size
 
     policy, critic = config.model.policy, config.critic.model
     sizes, unchecked = {}, []

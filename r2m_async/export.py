@@ -31,6 +31,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.data.prompts import policy_reads, response_ids
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.finite import all_finite
+from r2m_async.launch.workload import Models, find_models
 from r2m_async.models.generation import checkpoint_generation_config
 from r2m_async.models.heads import build_head, score_group
 from r2m_async.models.loading import load_policy
@@ -40,7 +41,6 @@ from r2m_async.models.weights import load_weights
 from r2m_async.runs.checkpoints import MANIFEST, checkpoints, newest_weights, saved_config, seal, verified
 from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup, Weights
 from r2m_async.whole import whole_at, whole_directory, write_file
-from r2m_async.workload import Models, find_models
 
 _REWARD_KEYS = {
     "run": ("seed",),

@@ -83,7 +83,7 @@ def _leave_in_time(signals: socket.socket) -> None:
             pass
         try:
             os.write(2, f"r2m: interrupted by {signal.Signals(first).name}; its clean-up did not end\n".encode())
-            if connection := sys.modules.get("r2m_async.ray_connection"):
+            if connection := sys.modules.get("r2m_async.launch.ray_connection"):
                 ending = threading.Thread(target=connection.kill_processes, daemon=True)  # which may hang, too
                 ending.start()
                 ending.join(KILL_TIMEOUT)

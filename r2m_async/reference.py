@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.finite import all_finite
+from r2m_async.launch.workload import TicketOffice, Workload, resolve
 from r2m_async.models.critic import load_critic, proximal_values, response_values
 from r2m_async.models.generation import sample_groups
 from r2m_async.models.heads import HeldHead, build_head, improve_head, score_group
@@ -45,7 +46,6 @@ from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
 from r2m_async.models.weights import MasterWeights, named_weights
 from r2m_async.objectives import value_loss
 from r2m_async.trajectories import HeadGroup, PolicyFeedback, ScoredGroup, Weights
-from r2m_async.workload import TicketOffice, Workload, resolve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -224,7 +224,7 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
     workers: jobs at once; None for the number of cores.
     Raises ConfigError if OUT has a run or a reward model of that name with another config.
     """
-    from r2m_async.workload import resolve
+    from r2m_async.launch.workload import resolve
 
     if workers is not None and workers < 1:
         raise ConfigError(
@@ -310,10 +310,10 @@ def _is_there(directory: Path, config: ConfigTree) -> bool:
 
 def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
     """One run in a process of its own; seconds of the ring."""
-    from r2m_async.launch import Ring
+    from r2m_async.launch.ring import Ring
+    from r2m_async.launch.training import keep_checkpoint
     from r2m_async.models.loading import one_thread
     from r2m_async.runs.directory import RunDirectory
-    from r2m_async.training import keep_checkpoint
 
     config = R2MConfig.from_dict(tree)
     threads = one_thread() if in_process else contextlib.nullcontext()

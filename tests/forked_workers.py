@@ -48,7 +48,7 @@ def serve(listener: socket.socket) -> None:
 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
 
-    import r2m_async.launch  # noqa: F401
+    import r2m_async.launch.ring  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
     served: dict[str, str] = {}

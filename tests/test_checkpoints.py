@@ -15,7 +15,8 @@ from r2m_async import codec
 from r2m_async.codec import encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DiskError
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
+from r2m_async.launch.training import keep_checkpoint
 from r2m_async.runs.checkpoints import (
     MANIFEST,
     checkpoint_path,
@@ -26,7 +27,6 @@ from r2m_async.runs.checkpoints import (
     write_parts,
 )
 from r2m_async.runs.resuming import MAY_CHANGE, check_resumable
-from r2m_async.training import keep_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

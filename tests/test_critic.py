@@ -13,14 +13,14 @@ from r2m_async import reference
 from r2m_async.advantages import get_advantage
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
+from r2m_async.launch.workload import resolve
 from r2m_async.models.adapters import TrainedPart
 from r2m_async.models.critic import load_critic, proximal_values, response_values
 from r2m_async.models.loading import load_policy
 from r2m_async.models.policy import response_mask
 from r2m_async.models.reward import save_classifier, two_layer_head
 from r2m_async.models.weights import load_weights, named_weights
-from r2m_async.workload import resolve
 
 pytestmark = pytest.mark.models
 

@@ -18,7 +18,7 @@ from learners.torch_backend import TorchBackend
 from r2m_async.advantages import get_advantage
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StageLost, StepFailed
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 from r2m_async.models.critic import load_critic
 from r2m_async.models.loading import load_policy, one_thread
 from r2m_async.models.weights import named_weights, tensor_digest

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from actors import reward_annotator
 from r2m_async import reference
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 from r2m_async.models.reward import embed_group, load_classifier, save_classifier, two_layer_head
 
 pytestmark = pytest.mark.models

@@ -9,10 +9,10 @@ from transformers import AutoTokenizer
 from actors import transformers_engine
 from r2m_async import reference
 from r2m_async.errors import ConfigError
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
+from r2m_async.launch.workload import TicketOffice, resolve
 from r2m_async.models.generation import sample_groups
 from r2m_async.models.loading import load_policy
-from r2m_async.workload import TicketOffice, resolve
 
 pytestmark = pytest.mark.models
 

@@ -82,7 +82,7 @@ def loaded_by(*modules: str) -> list[str]:
 def test_only_the_launch_knows_actors_and_learners():
     known = {module for target in ("actors", "learners") for module in importers_of(target)}
     assert {module for module in known if module.startswith("r2m_async")} == {
-        "r2m_async.launch",
+        "r2m_async.launch.ring",
         "r2m_async.offline_generation",
     }
     assert not {
@@ -91,7 +91,11 @@ def test_only_the_launch_knows_actors_and_learners():
 
 
 def test_only_what_starts_rings_knows_the_launch():
-    assert importers_of("r2m_async.launch") == {"r2m_async.algorithm", "r2m_async.training", "r2m_async.study"}
+    assert importers_of("r2m_async.launch.ring") == {
+        "r2m_async.algorithm",
+        "r2m_async.launch.training",
+        "r2m_async.study",
+    }
 
 
 def test_actors_never_import_learners_nor_learners_actors():
@@ -100,8 +104,12 @@ def test_actors_never_import_learners_nor_learners_actors():
 
 
 def test_only_its_stages_and_the_algorithm_import_ray():
-    assert importers_of("ray") == {"r2m_async.ray_connection", "r2m_async.ray_stages", "r2m_async.algorithm"}
-    assert importers_of("r2m_async.ray_stages") == {"r2m_async.launch", "r2m_async.algorithm"}
+    assert importers_of("ray") == {
+        "r2m_async.launch.ray_connection",
+        "r2m_async.launch.ray_stages",
+        "r2m_async.algorithm",
+    }
+    assert importers_of("r2m_async.launch.ray_stages") == {"r2m_async.launch.ring", "r2m_async.algorithm"}
 
 
 def test_only_its_actors_and_the_weight_sender_import_vllm():
@@ -113,7 +121,7 @@ def test_only_its_actors_and_the_weight_sender_import_vllm():
 def test_only_its_backend_imports_deepspeed_and_only_the_launch_imports_that():
     assert importers_of("deepspeed") == {"learners.deepspeed_backend"}
     assert "deepspeed" not in imported_by(ROOT / "learners" / "deepspeed_backend.py", everywhere=False)
-    assert importers_of("learners.deepspeed_backend") == {"r2m_async.launch"}
+    assert importers_of("learners.deepspeed_backend") == {"r2m_async.launch.ring"}
     assert "learners.deepspeed_backend" not in imported_by(ROOT / "r2m_async" / "launch.py", everywhere=False)
 
 

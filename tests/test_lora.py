@@ -13,7 +13,7 @@ from r2m_async import reference
 from r2m_async.advantages import get_advantage
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 from r2m_async.models.adapters import TrainedPart, add_adapters, publications
 from r2m_async.models.loading import load_policy
 from r2m_async.models.policy import token_logprobs

@@ -26,7 +26,7 @@ from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.export import export
 from r2m_async.finite import all_finite, check_weights
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 from r2m_async.models.critic import load_critic
 from r2m_async.models.heads import build_head, score_group
 from r2m_async.models.loading import load_policy

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 from r2m_async.models.loading import one_thread
 from r2m_async.policy_states import PolicySources, policy_states
 from r2m_async.preference_data import given_pairs

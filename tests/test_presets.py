@@ -14,7 +14,7 @@ from test_deepspeed_learner import SHARDED
 
 from r2m_async import reference
 from r2m_async.config import R2MConfig
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 
 pytestmark = pytest.mark.models
 

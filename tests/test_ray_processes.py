@@ -61,7 +61,7 @@ def stage(ray_session):
     """`stage(make, deadline)`, ended with the test."""
     from ray import cloudpickle
 
-    from r2m_async.ray_stages import RayStage
+    from r2m_async.launch.ray_stages import RayStage
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     made = []
@@ -158,7 +158,7 @@ SCRIPT = """
     import test_ray_processes as stages
     from ray import cloudpickle
     from r2m_async.config import R2MConfig
-    from r2m_async.ray_stages import RayProcesses
+    from r2m_async.launch.ray_stages import RayProcesses
     cloudpickle.register_pickle_by_value(stages)
     processes = RayProcesses(R2MConfig())
     worker = processes.stage("worker-0", stages.Worker, stages.healthy, None, 0.0)
@@ -212,7 +212,7 @@ def test_closing_ends_every_process_whatever_is_frozen(frozen):
 
 def test_a_head_that_dies_ends_the_watch_with_a_message_long_before_ray_ends_the_driver():
     text = """
-        from r2m_async import ray_connection
+        from r2m_async.launch import ray_connection
         from r2m_async.errors import StageLost
         ray_connection.WATCH_EVERY = 0.2
         sys.stdin.readline()

@@ -19,7 +19,7 @@ from r2m_async.from_scratch import preferences as embedded_preferences
 from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS, NUM_TRAINING_PROMPTS, gold_reward, prompts
 from r2m_async.from_scratch.preferences import EmbeddedPreferenceSettings
 from r2m_async.from_scratch.pretraining import score
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 from r2m_async.models.heads import score_group
 from r2m_async.models.loading import one_thread
 from r2m_async.models.policy import group_feedback

@@ -9,7 +9,7 @@ import torch
 
 from r2m_async import reference
 from r2m_async.errors import StageLost
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 
 pytestmark = [pytest.mark.ring, pytest.mark.usefixtures("ray_session")]
 

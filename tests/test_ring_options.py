@@ -20,12 +20,12 @@ from actors.transformers_engine import TransformersEngine
 from r2m_async import reference
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, FunctionFailed, NonFiniteStep
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
+from r2m_async.launch.workload import resolve
 from r2m_async.models.heads import build_head, score_group
 from r2m_async.models.loading import load_policy
 from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
 from r2m_async.trajectories import Prompt, RewardEmbeddings, Ticket, Trajectory, TrajectoryGroup, Weights
-from r2m_async.workload import resolve
 
 pytestmark = pytest.mark.models
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learners.shares import rank_microbatches, shares
-from r2m_async import ray_stages
 from r2m_async.errors import NonFiniteStep, StageLost
+from r2m_async.launch import ray_stages
 from r2m_async.models.policy import microbatches
 from r2m_async.trajectories import Trajectory
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from learners import policy_learner
-from r2m_async import reference, training
+from r2m_async import reference
 from r2m_async.cli import main
 from r2m_async.errors import LearnerOutOfMemory, NonFiniteStep
-from r2m_async.launch import Ring
+from r2m_async.launch import training
+from r2m_async.launch.ring import Ring
 
 pytestmark = pytest.mark.models
 

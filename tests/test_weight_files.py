@@ -20,7 +20,7 @@ DAMAGES = {
 
 
 def ring(model: Path, config: R2MConfig) -> None:
-    from r2m_async.launch import Ring
+    from r2m_async.launch.ring import Ring
 
     Ring.of(config, in_process=True).stop()
 

@@ -17,10 +17,10 @@ from r2m_async.codec import decode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
-from r2m_async.launch import Ring
+from r2m_async.launch.ray_stages import gpu_share, placed
+from r2m_async.launch.ring import Ring
 from r2m_async.models.loading import load_policy
 from r2m_async.models.weights import tensor_digest
-from r2m_async.ray_stages import gpu_share, placed
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from learners import deepspeed_backend
 from r2m_async.codec import encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
 from r2m_async.runs.checkpoints import read_checkpoint, write_parts
 
 pytestmark = [pytest.mark.ring, pytest.mark.usefixtures("ray_session")]

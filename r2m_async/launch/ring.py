@@ -24,13 +24,13 @@ from learners.torch_backend import TorchBackend
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StalledRun
-from r2m_async.loop_thread import LoopThread
-from r2m_async.ray_stages import Make, RayProcesses, ray_bytes
+from r2m_async.launch.loop_thread import LoopThread
+from r2m_async.launch.ray_stages import Make, RayProcesses, ray_bytes
+from r2m_async.launch.workload import TicketOffice, Workload, plan_of, resolve
 from r2m_async.ring.controller import STOP_TIMEOUT, Controller
 from r2m_async.ring.stages import LocalBatches, LocalStage, Stage, Stages, local_bytes
 from r2m_async.runs.checkpoints import kept_versions, read_checkpoint, write_parts
 from r2m_async.whole import whole_at, whole_directory
-from r2m_async.workload import TicketOffice, Workload, plan_of, resolve
 
 T = TypeVar("T")
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r2m_async.config import R2MConfig
-from r2m_async.launch import Ring
+from r2m_async.launch.ring import Ring
+from r2m_async.launch.workload import resolve
 from r2m_async.runs.checkpoints import checkpoint_path, checkpoints
 from r2m_async.runs.directory import RunDirectory
 from r2m_async.runs.live import LiveTable
 from r2m_async.runs.plots import plot_run
 from r2m_async.whole import remove_directory
-from r2m_async.workload import resolve
 
 
 def train(config: R2MConfig) -> Path:

@@ -317,7 +317,7 @@ def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
 def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     """Models that are not on this machine are named, not downloaded: the rest is checked without them."""
     from r2m_async.advantages import check_options, get_advantage
-    from r2m_async.launch.workload import check_engine, check_estimator, check_functions
+    from r2m_async.launch.workload import check_engine, check_estimator, check_functions, check_queue, worst_group_bytes
 
     estimator = get_advantage(config.advantage.name)
     check_options(estimator, config.advantage.options)
@@ -330,8 +330,8 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     print(f"# policy age at most {config.scheduling.max_policy_age}, head age at most {config.scheduling.max_head_age}")
     sizes, unchecked = _check_models(config)
     if {"model.policy", "reward.model"} <= sizes.keys():
-        group_bytes = config.group_bytes(sizes["model.policy"], sizes["reward.model"], estimator.needs_greedy)
-        config.check_queue(group_bytes)
+        group_bytes = worst_group_bytes(config, sizes["model.policy"], sizes["reward.model"], estimator.needs_greedy)
+        check_queue(config, group_bytes)
         steps = config.queue.max_bytes / (group_bytes * config.rollouts.prompts_per_step)
         print(f"# queue: at most {group_bytes} bytes a group; max_bytes holds {steps:.1f} whole steps")
     print(f"# ok, but for {' and '.join(unchecked)}, not checked" if unchecked else "# ok")

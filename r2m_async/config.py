@@ -453,29 +453,6 @@ class R2MConfig(ConfigTree):
         share = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
         return lr * share[learner.schedule]
 
-    def group_bytes(self, policy_hidden_size: int, reward_hidden_size: int, greedy_twin: bool) -> int:
-        """The worst case of one group in the queue: K responses (and twin) at full length.
-
-        = (K + twin) (16 S + 256 T + 2 F (S - 1) D_p + 4 D_m + 1024) + 512 P + 4096, with S = P + T tokens (ids, log-probs,
-        versions), F the bytes of a feedback number (0 without feedback; twice: as sampled and refreshed), 256 bytes
-        a token for text, 4096 for names and headers.
-        """
-        prompt, new = self.rollouts.max_prompt_tokens, self.rollouts.max_new_tokens
-        width = {"float32": 4, "bfloat16": 2}[self.feedback_dtype] if self.reads_feedback else 0
-        tokens = prompt + new
-        per_response = 16 * tokens + 256 * new + 2 * width * (tokens - 1) * policy_hidden_size + 4 * reward_hidden_size
-        return (self.rollouts.group_size + greedy_twin) * (per_response + 1024) + 512 * prompt + 4096
-
-    def check_queue(self, group_bytes: int) -> None:
-        """Raises `ConfigError` if one whole step does not fit into the queue, which could then wait for ever."""
-        step = group_bytes * self.rollouts.prompts_per_step
-        if self.queue.max_bytes < step:
-            raise ConfigError(
-                f"queue.max_bytes is {self.queue.max_bytes}, one step of rollouts.prompts_per_step "
-                f"{self.rollouts.prompts_per_step} groups can take {step}: raise queue.max_bytes to at least {step}, or "
-                f"lower rollouts.prompts_per_step, group_size or max_new_tokens"
-            )
-
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         rollouts, scheduling, objective = self.rollouts, self.scheduling, self.objective

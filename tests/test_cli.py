@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from r2m_async.cli import main
+from r2m_async.launch.workload import worst_group_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
@@ -83,11 +84,11 @@ def test_check_prints_the_resolved_config_and_what_one_step_is(capsys, tmp_path)
 
 @pytest.mark.models
 def test_check_reports_the_queues_bytes_where_the_models_are_here(capsys, tiny_file, tiny_config):
-    group_bytes = tiny_config.group_bytes(32, 48, greedy_twin=False)
+    group_bytes = worst_group_bytes(tiny_config, 32, 48, greedy_twin=False)
     assert main(["check", tiny_file, f"queue.max_bytes={5 * group_bytes}"]) == 0
     out = capsys.readouterr().out
     assert f"# queue: at most {group_bytes} bytes a group; max_bytes holds 2.5 whole steps" in out
-    with_twin = tiny_config.group_bytes(32, 48, greedy_twin=True)
+    with_twin = worst_group_bytes(tiny_config, 32, 48, greedy_twin=True)
     assert main(["check", tiny_file, "advantage.name=remax"]) == 0
     assert f"# queue: at most {with_twin} bytes a group" in capsys.readouterr().out
 
@@ -151,7 +152,7 @@ def test_check_reads_the_sizes_of_a_multimodal_models_language_part(capsys, mult
     seeing = ["check", tiny_file, f"model.policy={policy}", f"reward.model={reward}"]
     assert main(seeing) == 0
     out = capsys.readouterr().out
-    assert f"# queue: at most {tiny_config.group_bytes(32, 32, greedy_twin=False)} bytes a group" in out
+    assert f"# queue: at most {worst_group_bytes(tiny_config, 32, 32, greedy_twin=False)} bytes a group" in out
     assert out.splitlines()[-1] == "# ok"
     assert main([*seeing, "advantage.name=gae", "objective.ratio=token", f"critic.model={policy}"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "# ok"

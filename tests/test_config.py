@@ -8,6 +8,7 @@ import yaml
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
+from r2m_async.launch.workload import check_queue, worst_group_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("studies", "reward_model"))
@@ -273,8 +274,8 @@ def test_a_queue_below_one_step_is_refused_with_both_numbers_and_one_step_is_eno
     with pytest.raises(
         ConfigError, match=r"queue\.max_bytes is 3999, one step of rollouts\.prompts_per_step 4 .* 4000"
     ):
-        config.check_queue(1000)
-    config.queue(max_bytes=4000).check_queue(1000)
+        check_queue(config, 1000)
+    check_queue(config.queue(max_bytes=4000), 1000)
 
 
 def test_the_bytes_of_a_group_are_what_the_hand_computes():
@@ -282,11 +283,11 @@ def test_the_bytes_of_a_group_are_what_the_hand_computes():
         rollouts={"group_size": 2, "max_prompt_tokens": 10, "max_new_tokens": 5}, model={"dtype": "bfloat16"}
     )
     per_response = 16 * 15 + 256 * 5 + 2 * 2 * 14 * 8 + 4 * 6 + 1024
-    assert config.group_bytes(8, 6, greedy_twin=False) == 2 * per_response + 512 * 10 + 4096
-    assert config.group_bytes(8, 6, greedy_twin=True) == 3 * per_response + 512 * 10 + 4096
-    in_float32 = config.feedback(dtype="float32").group_bytes(8, 6, greedy_twin=False)
+    assert worst_group_bytes(config, 8, 6, greedy_twin=False) == 2 * per_response + 512 * 10 + 4096
+    assert worst_group_bytes(config, 8, 6, greedy_twin=True) == 3 * per_response + 512 * 10 + 4096
+    in_float32 = worst_group_bytes(config.feedback(dtype="float32"), 8, 6, greedy_twin=False)
     assert in_float32 == 2 * (per_response + 2 * 2 * 14 * 8) + 512 * 10 + 4096
-    without_feedback = config.head(variant="vanilla").group_bytes(8, 6, greedy_twin=False)
+    without_feedback = worst_group_bytes(config.head(variant="vanilla"), 8, 6, greedy_twin=False)
     assert without_feedback == 2 * (per_response - 2 * 2 * 14 * 8) + 512 * 10 + 4096
 
 
@@ -398,7 +399,7 @@ def test_the_dialogue_presets_have_temperature_two_epochs_and_the_papers_models(
 )
 def test_the_queue_of_a_preset_holds_a_step_of_the_papers_models(name, widths):
     config = R2MConfig.from_yaml(CONFIGS / "presets" / f"{name}.yaml")
-    config.check_queue(config.group_bytes(*widths, greedy_twin=False))
+    check_queue(config, worst_group_bytes(config, *widths, greedy_twin=False))
 
 
 @pytest.mark.parametrize("key", ["top_p", "top_k", "min_p"])

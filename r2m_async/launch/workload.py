@@ -216,12 +216,37 @@ def check_functions(config: R2MConfig) -> None:
         named_function(config.evaluation.gold, "evaluation.gold")
 
 
+def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_size: int, greedy_twin: bool) -> int:
+    """The worst case of one group in the queue: K responses (and twin) at full length.
+
+    = (K + twin) (16 S + 256 T + 2 F (S - 1) D_p + 4 D_m + 1024) + 512 P + 4096, with S = P + T tokens (ids, log-probs,
+    versions), F the bytes of a feedback number (0 without feedback; twice: as sampled and refreshed), 256 bytes
+    a token for text, 4096 for names and headers.
+    """
+    prompt, new = config.rollouts.max_prompt_tokens, config.rollouts.max_new_tokens
+    width = {"float32": 4, "bfloat16": 2}[config.feedback_dtype] if config.reads_feedback else 0
+    tokens = prompt + new
+    per_response = 16 * tokens + 256 * new + 2 * width * (tokens - 1) * policy_hidden_size + 4 * reward_hidden_size
+    return (config.rollouts.group_size + greedy_twin) * (per_response + 1024) + 512 * prompt + 4096
+
+
+def check_queue(config: R2MConfig, group_bytes: int) -> None:
+    """Raises `ConfigError` if one whole step does not fit into the queue, which could then wait for ever."""
+    step = group_bytes * config.rollouts.prompts_per_step
+    if config.queue.max_bytes < step:
+        raise ConfigError(
+            f"queue.max_bytes is {config.queue.max_bytes}, one step of rollouts.prompts_per_step "
+            f"{config.rollouts.prompts_per_step} groups can take {step}: raise queue.max_bytes to at least {step}, or "
+            f"lower rollouts.prompts_per_step, group_size or max_new_tokens"
+        )
+
+
 def plan_of(config: R2MConfig, workload: Workload) -> Plan:
     """The schedule's part of the config. Raises ConfigError if the queue does not hold one step."""
-    group_bytes = config.group_bytes(
-        workload.policy_hidden_size, workload.reward_hidden_size, workload.estimator.needs_greedy
+    group_bytes = worst_group_bytes(
+        config, workload.policy_hidden_size, workload.reward_hidden_size, workload.estimator.needs_greedy
     )
-    config.check_queue(group_bytes)
+    check_queue(config, group_bytes)
     scheduling, responses = config.scheduling, config.rollouts.group_size + workload.estimator.needs_greedy
     return Plan(
         num_steps=config.run.num_steps,

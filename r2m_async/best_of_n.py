@@ -204,7 +204,7 @@ def measure_best_of_n(
 
 def write_best_of_n(results: Mapping[str, Any], out: Path) -> str:
     """Writes OUT's files; returns the table."""
-    from r2m_async.runs.plots import plot_best_of_n
+    from r2m_async.evaluation.plots import plot_best_of_n
 
     told = table(results)
     write_results(out, results, told)

@@ -368,11 +368,11 @@ def _check_models(config: R2MConfig) -> tuple[dict[str, int], list[str]]:
 
 
 def _train_reward_model(parsed: argparse.Namespace) -> int:
-    from r2m_async.reward_config import RewardModelConfig
+    from r2m_async.reward_models.config import RewardModelConfig
 
     config = RewardModelConfig.from_yaml(parsed.config, parsed.overrides)
-    from r2m_async.process_group import process_group
-    from r2m_async.reward_training import train
+    from r2m_async.reward_models.process_group import process_group
+    from r2m_async.reward_models.training import train
 
     with process_group(config.run.device):
         print(f"run directory: {train(config)}")
@@ -380,11 +380,11 @@ def _train_reward_model(parsed: argparse.Namespace) -> int:
 
 
 def _resume_reward_model(parsed: argparse.Namespace) -> int:
-    from r2m_async.reward_config import RewardModelConfig
+    from r2m_async.reward_models.config import RewardModelConfig
 
     config = RewardModelConfig.from_yaml(parsed.run / "config.yaml")
-    from r2m_async.process_group import process_group
-    from r2m_async.reward_training import resume
+    from r2m_async.reward_models.process_group import process_group
+    from r2m_async.reward_models.training import resume
 
     with process_group(config.run.device):
         print(f"run directory: {resume(parsed.run)}")

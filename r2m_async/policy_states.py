@@ -29,9 +29,9 @@ from r2m_async.export import is_export
 from r2m_async.finite import check_weights
 from r2m_async.models.loading import one_thread, settled
 from r2m_async.models.weight_files import check_weight_files
-from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
-from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import Judge, load_ensemble
+from r2m_async.reward_models.config import RewardModelConfig
+from r2m_async.reward_models.preferences import ScoredPair, given_pairs, load_preference_data
 from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
 
@@ -102,7 +102,7 @@ def policy_states(sources: PolicySources, embedded: EmbeddedModels | None = None
 
 def write_policy_states(results: Mapping[str, Any], out: Path) -> str:
     """Writes OUT's files; returns the table."""
-    from r2m_async.reward_plots import plot_policy_states
+    from r2m_async.evaluation.plots import plot_policy_states
 
     told = table(results)
     write_results(out, results, told)

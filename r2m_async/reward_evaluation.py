@@ -35,8 +35,8 @@ from r2m_async.from_scratch.language import check_held_out
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.models.loading import one_thread, settled
 from r2m_async.models.reward import scored_positions
-from r2m_async.preference_data import ScoredPair, given_pairs, load_preference_data
-from r2m_async.reward_training import RewardEnsemble
+from r2m_async.reward_models.ensemble import RewardEnsemble
+from r2m_async.reward_models.preferences import ScoredPair, given_pairs, load_preference_data
 from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.text_states import (
     Text,
@@ -191,7 +191,7 @@ def load_ensemble(model: str, max_tokens: int | None = None, embedded: EmbeddedM
 
 def write_evaluation(results: Mapping[str, Any], out: Path) -> str:
     """Writes OUT's files; returns the table."""
-    from r2m_async.reward_plots import plot_reward_evaluation
+    from r2m_async.evaluation.plots import plot_reward_evaluation
 
     told = table(results)
     write_results(out, results, told)

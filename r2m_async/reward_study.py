@@ -29,7 +29,7 @@ def train_and_measure(config: str, directory: Path, parts: Parts, pool: Path, ma
     """Trains, or goes on; then measures `parts`, best of n from the pool. Seconds."""
     from r2m_async.best_of_n import load_pool, measure_best_of_n, write_best_of_n
     from r2m_async.reward_evaluation import evaluate, write_evaluation
-    from r2m_async.reward_training import resume
+    from r2m_async.reward_models.training import resume
 
     began = time.monotonic()
     with disk_errors(directory):
@@ -73,8 +73,8 @@ def compare_reward_models(
     paired = differences(summaries, planned, against)
     results: dict[str, Any] = {"models": rows, "against": paired}
     if "best_of_n" in parts and any(there.values()):
+        from r2m_async.evaluation.plots import plot_best_of_n
         from r2m_async.runs.drawing import chosen
-        from r2m_async.runs.plots import plot_best_of_n
 
         measured = {name: [_results(one / parts["best_of_n"]) for one in ones.values()] for name, ones in there.items()}
         first = next(one for ones in measured.values() for one in ones)

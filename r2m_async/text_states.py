@@ -19,7 +19,7 @@ from torch import Tensor
 
 from r2m_async import reward_metrics
 from r2m_async.data.records import Content
-from r2m_async.preference_data import ScoredPair
+from r2m_async.reward_models.preferences import ScoredPair
 
 NUM_COMPARED = 100
 """Chosen texts, and rejected ones, that are compared by layer (R2M App. G.1)."""

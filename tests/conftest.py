@@ -214,7 +214,7 @@ def pairs_file(tmp_path_factory):
 @pytest.fixture
 def reward_model_config(tiny, pairs_file, tmp_path):
     """A reward model's training that takes a second."""
-    from r2m_async.reward_config import RewardModelConfig
+    from r2m_async.reward_models.config import RewardModelConfig
 
     return RewardModelConfig.from_dict(
         {

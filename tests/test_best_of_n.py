@@ -23,7 +23,7 @@ from r2m_async.cli import main
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.from_scratch import embedded
 from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS, gold_reward, prompts
-from r2m_async.reward_training import RewardEnsemble
+from r2m_async.reward_models.ensemble import RewardEnsemble
 
 
 def by_all_subsets(rewards, values, n):

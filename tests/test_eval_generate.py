@@ -21,7 +21,7 @@ from r2m_async.judge_prompts import load_questions
 from r2m_async.judging import judge
 from r2m_async.models.generator import TransformersGenerator
 from r2m_async.offline_generation import GenerationSettings, generate_answers
-from r2m_async.reward_training import RewardEnsemble
+from r2m_async.reward_models.ensemble import RewardEnsemble
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 

@@ -32,10 +32,11 @@ from r2m_async.models.heads import build_head, score_group
 from r2m_async.models.loading import load_policy
 from r2m_async.models.reward import load_reward_model, scoring_head
 from r2m_async.models.weights import named_weights
-from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import Judge
 from r2m_async.reward_head import noise_like
-from r2m_async.reward_training import RewardEnsemble, RewardTrainer
+from r2m_async.reward_models.config import RewardModelConfig
+from r2m_async.reward_models.ensemble import RewardEnsemble
+from r2m_async.reward_models.trainer import RewardTrainer
 from r2m_async.runs.checkpoints import seal
 from r2m_async.trajectories import GroupRewards, PolicyFeedback, Prompt, Ticket, TrajectoryGroup
 
@@ -661,7 +662,7 @@ def test_a_reward_model_that_reads_one_token_is_refused():
 
 
 def trainer_of(config: RewardModelConfig) -> RewardTrainer:
-    from r2m_async.preference_data import load_preference_data
+    from r2m_async.reward_models.preferences import load_preference_data
 
     return RewardTrainer(config, load_preference_data(config), config.model.start)
 

@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist
 
 from r2m_async.errors import ConfigError, StageLost
-from r2m_async.process_group import first_rank_first, made_by_first
+from r2m_async.reward_models.process_group import first_rank_first, made_by_first
 
 
 def fails() -> Path:

@@ -15,7 +15,7 @@ from r2m_async.from_scratch.language import gold_reward, prompts
 from r2m_async.from_scratch.preferences import EmbeddedPreferenceSettings
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.models.reward import load_classifier
-from r2m_async.reward_config import RewardModelConfig
+from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.runs.records import read_metrics
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "reward_model").glob("*.yaml"))

@@ -24,9 +24,10 @@ from r2m_async.models.heads import score_group
 from r2m_async.models.loading import one_thread
 from r2m_async.models.policy import group_feedback
 from r2m_async.models.reward import embed_group
-from r2m_async.reward_config import RewardModelConfig
 from r2m_async.reward_evaluation import EvaluationSources, Judge, evaluate, table
-from r2m_async.reward_training import RewardEnsemble, train
+from r2m_async.reward_models.config import RewardModelConfig
+from r2m_async.reward_models.ensemble import RewardEnsemble
+from r2m_async.reward_models.training import train
 from r2m_async.runs.checkpoints import checkpoint_path
 from r2m_async.runs.records import read_metrics
 

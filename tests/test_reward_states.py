@@ -11,10 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from r2m_async.models.reward import two_layer_head
-from r2m_async.preference_data import load_preference_data, tokenized
-from r2m_async.reward_states import head_norm, pair_states
-from r2m_async.reward_trainee import RewardTrainee
-from r2m_async.reward_training import NUM_SAMPLED, RewardTrainer, train
+from r2m_async.reward_models.preferences import load_preference_data, tokenized
+from r2m_async.reward_models.trainee import RewardTrainee
+from r2m_async.reward_models.trainer import NUM_SAMPLED, RewardTrainer
+from r2m_async.reward_models.training import train
+from r2m_async.reward_models.training_states import head_norm, pair_states
 from r2m_async.runs.records import read_metrics
 
 pytestmark = pytest.mark.models

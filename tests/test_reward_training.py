@@ -22,9 +22,11 @@ from r2m_async.errors import ConfigError, DataError, NonFiniteStep
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.models.loading import one_thread
 from r2m_async.models.reward import load_classifier, load_reward_model, save_classifier, scoring_head
-from r2m_async.preference_data import given_pairs, load_preference_data, tokenized
-from r2m_async.reward_trainee import RewardTrainee
-from r2m_async.reward_training import RewardEnsemble, RewardTrainer, resume, train
+from r2m_async.reward_models.ensemble import RewardEnsemble
+from r2m_async.reward_models.preferences import given_pairs, load_preference_data, tokenized
+from r2m_async.reward_models.trainee import RewardTrainee
+from r2m_async.reward_models.trainer import RewardTrainer
+from r2m_async.reward_models.training import resume, train
 from r2m_async.runs.checkpoints import checkpoints
 from r2m_async.runs.records import read_metrics
 
@@ -518,7 +520,7 @@ def test_starts_that_lack_what_is_asked_for_are_refused(config, tiny):
 def test_settings_of_loss_by_name_are_those_of_the_function():
     import inspect
 
-    from r2m_async.reward_config import LossSection
+    from r2m_async.reward_models.config import LossSection
     from r2m_async.reward_objectives import preference_loss
 
     parameters = inspect.signature(preference_loss).parameters

@@ -20,10 +20,10 @@ from scipy import stats
 from r2m_async import reference
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError
+from r2m_async.evaluation.plots import best_of_n_figure, plot_best_of_n
 from r2m_async.export import export
 from r2m_async.intervals import interval, seeds_row, seeds_table
 from r2m_async.reward_study import summary as reward_summary
-from r2m_async.runs.plots import best_of_n_figure, plot_best_of_n
 from r2m_async.runs.records import append_records, read_metrics
 from r2m_async.study import read_study, run_study
 from r2m_async.study_results import accuracies, area_to_kl, compare_cells, summary
@@ -506,7 +506,7 @@ def test_a_study_of_reward_models_alone_measures_each_and_tells_them_by_name(tmp
         drawn.append(list(results["models"]))
         return plot_best_of_n(results, out, band=band)
 
-    monkeypatch.setattr("r2m_async.runs.plots.plot_best_of_n", drawing)
+    monkeypatch.setattr("r2m_async.evaluation.plots.plot_best_of_n", drawing)
     assert sorted(run_study(path, out, workers=2, tell=told.append)) == ["lost-seed2", "lost-seed4"], told
     results = json.loads((out / "reward_models" / "results.json").read_text())
     assert list(results["models"]) == ["bt", "bsr", "lost"] and list(results["best_of_n"]["models"]) == ["bt", "bsr"]

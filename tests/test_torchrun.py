@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from r2m_async.reward_training import RewardTrainer, train
+from r2m_async.reward_models.trainer import RewardTrainer
+from r2m_async.reward_models.training import train
 from r2m_async.runs.checkpoints import checkpoints
 from r2m_async.runs.records import read_metrics
 
@@ -88,7 +89,7 @@ def test_two_processes_go_on_with_what_one_left(config, monkeypatch):
 
 
 def start_of(config):
-    from r2m_async.reward_trainee import RewardTrainee
+    from r2m_async.reward_models.trainee import RewardTrainee
 
     trainee = RewardTrainee(config.model.start, config)
     trainee.save(Path(config.run.output_dir) / ".start")

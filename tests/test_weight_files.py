@@ -44,14 +44,14 @@ def loaded_critic(model: Path, config: R2MConfig) -> None:
 
 
 def trained(model: Path, config: R2MConfig) -> None:
-    from r2m_async.reward_config import RewardModelConfig
-    from r2m_async.reward_trainee import RewardTrainee
+    from r2m_async.reward_models.config import RewardModelConfig
+    from r2m_async.reward_models.trainee import RewardTrainee
 
     RewardTrainee(str(model), RewardModelConfig())
 
 
 def judged(model: Path, config: R2MConfig) -> None:
-    from r2m_async.reward_training import RewardEnsemble
+    from r2m_async.reward_models.ensemble import RewardEnsemble
 
     RewardEnsemble(model)
 

@@ -9,7 +9,7 @@ import yaml
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.reward_config import RewardModelConfig
+from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.study import read_study
 
 

@@ -52,11 +52,6 @@ def compare_runs(directories: Mapping[str, Sequence[Path]], out: Path) -> Path:
     return save(comparison_figure(runs), out)
 
 
-def plot_best_of_n(results: Mapping[str, Any], out: Path, *, band: str) -> Path:
-    """Writes `best_of_n_figure`."""
-    return save(best_of_n_figure(results, band=band), out)
-
-
 def reward_figure(steps: Records, evaluations: Records) -> Figure:
     """Proxy above gold (where known), each against step and against KL; evaluations as points with standard errors."""
     rows = REWARDS if _has(steps, "reward/gold") or _has(evaluations, "gold") else REWARDS[:1]
@@ -174,28 +169,6 @@ def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
         by_step.set_ylabel(axis_label)
     _label_bottom(axes)
     legend_above(figure, axes[0][1])
-    return figure
-
-
-def best_of_n_figure(results: Mapping[str, Any], *, band: str) -> Figure:
-    """Gains of proxy and gold over one sample against KL, a line per reward model of `results["models"]`.
-
-    band: the number on either side of a line that is shaded where each has its own colour: `se`, as `best_of_n.measure_best_of_n` has it, or
-    `half_width`.
-    """
-    figure, [axes] = grid(1, 2)
-    shaded = len(results["models"]) <= len(COLORS)  # the bands of more would hide the lines
-    for panel, key in zip(axes, ("proxy", "gold"), strict=True):
-        for (model, curves), drawn in zip(results["models"].items(), line_cycle(len(results["models"])), strict=True):
-            values, errors = np.array(curves[key]), np.nan_to_num(np.array(curves[f"{key}_{band}"], dtype=float))
-            panel.plot(results["kl"], values, marker=".", label=Path(model).name, **drawn)
-            if shaded:
-                panel.fill_between(
-                    results["kl"], values - errors, values + errors, color=drawn["color"], alpha=0.12, lw=0
-                )
-        panel.set_ylabel(f"{key} reward of the best of n,\nless that of one sample")
-        panel.set_xlabel("KL = log n - (n - 1) / n (nats)")
-    legend_above(figure, axes[0])
     return figure
 
 

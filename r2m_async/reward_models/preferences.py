@@ -16,7 +16,7 @@ from typing import Any
 from r2m_async.data.prompts import policy_reads
 from r2m_async.data.records import PROMPT_FIELD, Content, Record, Source, load_records
 from r2m_async.data.reward_text import reward_input_ids
-from r2m_async.reward_config import RewardModelConfig
+from r2m_async.reward_models.config import RewardModelConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

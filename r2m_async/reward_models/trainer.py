@@ -1,15 +1,4 @@
-"""Offline training of reward models on preference pairs: what `r2m reward-model train` does.
-
-    RUN/config.yaml                  the resolved config
-    RUN/seed-0/metrics.jsonl         one line per step
-    RUN/seed-0/evaluation.jsonl      one line per evaluation: accuracy, and what `reward_states` finds out
-    RUN/seed-0/checkpoints/          the newest, where `checkpoint.every` is set and the model is not done
-    RUN/seed-0/model/                for AutoModelForSequenceClassification and AutoTokenizer (two layers: `load_classifier`)
-    RUN/training.png, states.png
-
-An ensemble has one such folder per seed, and `RewardEnsemble(RUN)` scores with all. Models train without dropout, in
-whole float32 or bfloat16, and on a CPU to the same bits in every run, resumed ones too.
-"""
+"""One reward model under training: its data, its optimizer, its loss, its checkpoints."""
 
 from __future__ import annotations
 
@@ -24,25 +13,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r2m_async.data.reward_text import Message, reward_input_ids
-from r2m_async.errors import ConfigError, DataError, NonFiniteStep, name_remedy
+from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.finite import all_finite, first_bad
 from r2m_async.from_scratch.cache import key_digest
-from r2m_async.from_scratch.pretraining import score
-from r2m_async.models.loading import one_thread
-from r2m_async.models.reward import load_classifier, scoring_head
-from r2m_async.models.weight_files import check_weight_files
-from r2m_async.preference_data import PreferenceData, TokenizedPair, load_preference_data, microbatches, tokenized
-from r2m_async.process_group import first_rank_first, made_by_first, num_ranks, rank, summed
-from r2m_async.reward_config import RewardModelConfig
+from r2m_async.reward_models.config import RewardModelConfig
+from r2m_async.reward_models.preferences import (
+    PreferenceData,
+    TokenizedPair,
+    microbatches,
+    tokenized,
+)
+from r2m_async.reward_models.process_group import num_ranks, rank, summed
+from r2m_async.reward_models.trainee import RewardTrainee
+from r2m_async.reward_models.training_states import head_norm, pair_states
 from r2m_async.reward_objectives import PreferenceTerms, ResponseLogprobs, preference_loss
-from r2m_async.reward_states import head_norm, pair_states
-from r2m_async.reward_trainee import RewardTrainee
-from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, saved_config, seal, verified
-from r2m_async.runs.directory import new_directory
-from r2m_async.runs.records import append_records, cut_partial_line
+from r2m_async.runs.checkpoints import saved_config, seal, verified
 from r2m_async.runs.resuming import REWARD_MODEL_MAY_CHANGE, keys_of, refuse_changes
-from r2m_async.whole import disk_errors, remove_directory, whole_directory
+from r2m_async.whole import whole_directory
 
 NUM_SAMPLED = 128
 """Training pairs at most whose states are measured beside those of the held-out ones (BSR Fig. 3)."""
@@ -248,145 +235,6 @@ class RewardTrainer:
 
 def _reward_of(pair: TokenizedPair, side: int, reward: Tensor) -> str:
     return f"the reward of the {('chosen', 'rejected')[side]} response of {pair.place} is {reward.item()}"
-
-
-class RewardEnsemble:
-    """Rewards by the model or models of a finished run, combined as its `ensemble.combine` says."""
-
-    def __init__(self, source: str | Path) -> None:
-        """source: a run directory; or one model with its tokenizer, an HF name or directory, with the default `config`.
-
-        Raises ConfigError for a model that a run has not got yet, and for what is no reward model.
-        """
-        from transformers import AutoTokenizer
-
-        self.source = str(source)
-        run = Path(source)
-        if (run / "config.yaml").is_file():
-            self.config = RewardModelConfig.from_yaml(run / "config.yaml")
-            directories = [_seed_directory(run, seed) / "model" for seed in self.config.seeds]
-            for directory in directories:
-                if not directory.is_dir():
-                    raise ConfigError(f"{directory}: is not there yet; finish with `r2m reward-model resume {run}`")
-        else:
-            self.config, directories = RewardModelConfig(), [source]
-        for directory in directories:
-            check_weight_files("reward model", directory)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(directories[0], trust_remote_code=False)
-            self.models = [load_classifier(directory, trust_remote_code=False) for directory in directories]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{source}: no reward model can be loaded: {error}; {name_remedy(source)}") from None
-        for model in self.models:
-            scoring_head(model)
-
-    def score(self, prompt: str | Sequence[Message], responses: Sequence[str], finished: bool = True) -> Tensor:
-        """[n] float32 rewards of n responses to one prompt; `finished` whether they ended by themselves."""
-        ids = [
-            reward_input_ids(self.tokenizer, prompt, response, finished, self.config.data.max_tokens)
-            for response in responses
-        ]
-        return self.score_ids(ids)
-
-    def score_ids(self, sequences: Sequence[list[int]]) -> Tensor:
-        rewards = torch.stack([score(model, sequences) for model in self.models])
-        return rewards.mean(0) if self.config.ensemble.combine == "mean" else rewards.amin(0)
-
-
-def train(config: RewardModelConfig) -> Path:
-    """Trains the config's model or models into a new run directory; returns it.
-
-    Within a process group the ranks train together, and the first one alone writes.
-    """
-    run = made_by_first(lambda: new_directory(config.run.output_dir, config.run.name, config))
-    try:
-        return resume(run)
-    except (ConfigError, DataError):
-        if rank() == 0 and not any(_seed_directory(run, seed).exists() for seed in config.seeds):
-            remove_directory(run)  # nothing but the config that was refused
-        raise
-
-
-def resume(run: Path) -> Path:
-    """Goes on with a run where it ended: finished models stay, an unfinished one starts from its newest checkpoint."""
-    from r2m_async.reward_plots import plot_reward_training, plot_training_states
-    from r2m_async.runs.progress import TrainingProgress
-
-    config = RewardModelConfig.from_yaml(run / "config.yaml")
-    with one_thread(), TrainingProgress(config.logging.live) as progress:
-        with first_rank_first():
-            start, data = _found(config, progress)
-        for reason, count in data.skipped.items():
-            progress.message(f"data: skipped {count} records: {reason}")
-        progress.message(f"{len(data.training)} training pairs, {len(data.held_out)} held out; run directory {run}")
-        for seed in config.seeds:
-            if not (_seed_directory(run, seed) / "model").is_dir():
-                _train_one(config.run(seed=seed), data, start, _seed_directory(run, seed), progress)
-    if rank() == 0:
-        directories = {f"seed {seed}": _seed_directory(run, seed) for seed in config.seeds}
-        plot_reward_training(directories, run / "training.png")
-        plot_training_states(directories, run / "states.png")
-    return run
-
-
-def _found(config: RewardModelConfig, progress: Any) -> tuple[str, PreferenceData]:
-    """The name or directory of the start, and the pairs; the embedded language's are built where they are not there."""
-    start = config.model.start
-    if start in ("embedded", "embedded_reward"):
-        from r2m_async.from_scratch.embedded import embedded_models
-        from r2m_async.from_scratch.preferences import embedded_preferences
-
-        progress.message("the embedded language's models and preferences: found or built")
-        start = str(embedded_preferences().start if start == "embedded" else embedded_models().reward_model)
-    return start, load_preference_data(config)
-
-
-def _train_one(config: RewardModelConfig, data: PreferenceData, start: str, directory: Path, progress: Any) -> None:
-    trainer = RewardTrainer(config, data, start)
-    saved = checkpoints(directory)
-    if saved:
-        trainer.restore(saved[-1])
-    if rank() == 0:
-        with disk_errors(directory):
-            directory.mkdir(exist_ok=True)
-        for name in ("metrics.jsonl", "evaluation.jsonl"):
-            cut_partial_line(directory / name)
-    if not saved:
-        _append(directory / "evaluation.jsonl", trainer.evaluate())
-    while not trainer.finished:
-        metrics = trainer.step()
-        if trainer.finished or _due(config.evaluation.every, trainer.steps_done):
-            evaluation = trainer.evaluate()
-            metrics["held_out/accuracy"] = evaluation["held_out/accuracy"]
-            _append(directory / "evaluation.jsonl", evaluation)
-        _append(directory / "metrics.jsonl", metrics)
-        progress.update(config.run.seed, metrics, trainer.num_steps)
-        if rank() == 0 and _due(config.checkpoint.every, trainer.steps_done):
-            trainer.save(checkpoint_path(directory, trainer.steps_done))
-            for old in checkpoints(directory)[:-1]:
-                remove_directory(old)
-    if rank() == 0:
-        _finish(trainer, directory)
-
-
-def _append(path: Path, record: dict[str, float]) -> None:
-    if rank() == 0:
-        append_records(path, [record])
-
-
-def _finish(trainer: RewardTrainer, directory: Path) -> None:
-    """The model, whole or not at all, in place of its checkpoints."""
-    with whole_directory(directory / "model") as building:
-        trainer.model.save(building)
-    remove_directory(directory / "checkpoints")
-
-
-def _due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
-
-
-def _seed_directory(run: Path, seed: int) -> Path:
-    return run / f"seed-{seed}"
 
 
 _METRICS = (

@@ -1,4 +1,4 @@
-"""PNG plots of the reward-model laboratory, of what its files have; `plots` has the ring's and best-of-n's."""
+"""Figures of what `r2m reward-model eval`, `r2m policy-states` and `r2m bon` measured."""
 
 from __future__ import annotations
 
@@ -11,67 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from r2m_async.runs.drawing import COLORS, bare, color_cycle, grid, legend_above, line, save
-from r2m_async.runs.records import Records, column, read_metrics
-
-
-def plot_reward_training(directories: Mapping[str, Path], out: Path) -> Path:
-    """Writes `reward_training_figure` of labelled folders of `reward_training`."""
-    models = {label: read_metrics(path / "metrics.jsonl") for label, path in directories.items()}
-    return save(reward_training_figure(models), out)
-
-
-def plot_training_states(directories: Mapping[str, Path], out: Path) -> Path:
-    """Writes `training_states_figure` of labelled folders of `reward_training`."""
-    models = {label: read_metrics(path / "evaluation.jsonl") for label, path in directories.items()}
-    return save(training_states_figure(models), out)
+from r2m_async.runs.drawing import COLORS, bare, grid, legend_above, line_cycle, save
 
 
 def plot_reward_evaluation(results: Mapping[str, Any], out: Path) -> Path:
     """Writes `reward_evaluation_figure` of `reward_evaluation.evaluate`'s results."""
     return save(reward_evaluation_figure(results), out)
-
-
-def reward_training_figure(models: Mapping[str, Records]) -> Figure:
-    """Loss, accuracy (a line for the batches, points for held-out pairs) and spread of the rewards, of each model."""
-    labels = {"loss": "loss", "accuracy": "accuracy", "reward/std": "standard deviation\nof rewards"}
-    figure, axes = grid(len(labels), 1)
-    for (label, steps), color in zip(models.items(), color_cycle(len(models)), strict=True):
-        for [panel], key in zip(axes, labels, strict=True):
-            line(panel, steps, key, color, label=label)
-        held_out = column(steps, "held_out/accuracy")
-        axes[1][0].plot(column(steps, "step"), held_out, "o", color=color, ms=5, label=f"{label}, held-out pairs")
-    for [panel], label in zip(axes, labels.values(), strict=True):
-        panel.set_ylabel(label)
-    axes[-1][0].set_xlabel("step")
-    legend_above(figure, axes[1][0])
-    return figure
-
-
-def training_states_figure(models: Mapping[str, Records]) -> Figure:
-    """BSR Fig. 1-3 over the steps: norm of the head, distance of a pair's states, norms of states and their dispersion.
-
-    Held-out pairs are drawn through, training pairs dashed; bands are standard deviations, of one model alone.
-    """
-    figure, axes = grid(4, 1)
-    [head], [apart], [norms], [dispersion] = axes
-    for (label, records), color in zip(models.items(), color_cycle(len(models)), strict=True):
-        step = column(records, "step")
-        head.plot(step, column(records, "head/weight_norm"), color=color, marker=".")
-        for name, style in (("held_out", "-"), ("training", "--")):
-            drawn = {"color": color, "ls": style, "marker": ".", "label": f"{label}, {name.replace('_', '-')} pairs"}
-            for panel, key in ((apart, "difference_norm"), (norms, "norm_mean")):
-                mean, std = column(records, f"{name}/{key}"), column(records, f"{name}/{key.removesuffix('_mean')}_std")
-                panel.plot(step, mean, **drawn)
-                if len(models) == 1:
-                    panel.fill_between(step, mean - std, mean + std, color=color, alpha=0.12, lw=0)
-            dispersion.plot(step, column(records, f"{name}/norm_dispersion"), **drawn)
-    labels = ("norm of the\nhead's weights", "||h_w - h_l||", "||h||", "||h||, std / mean")
-    for [panel], label in zip(axes, labels, strict=True):
-        panel.set_ylabel(label)
-    axes[-1][0].set_xlabel("step")
-    legend_above(figure, apart)
-    return figure
 
 
 def plot_policy_states(results: Mapping[str, Any], out: Path) -> Path:
@@ -180,3 +125,30 @@ def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], errors: Se
     axes.bar(places, values, yerr=errors, color=COLORS[0], width=0.7, capsize=3)
     axes.set_xticks(places, [label.replace("_", "\n").replace(" ", "\n") for label in labels], fontsize=7)
     axes.grid(False, axis="x")
+
+
+def plot_best_of_n(results: Mapping[str, Any], out: Path, *, band: str) -> Path:
+    """Writes `best_of_n_figure`."""
+    return save(best_of_n_figure(results, band=band), out)
+
+
+def best_of_n_figure(results: Mapping[str, Any], *, band: str) -> Figure:
+    """Gains of proxy and gold over one sample against KL, a line per reward model of `results["models"]`.
+
+    band: the number on either side of a line that is shaded where each has its own colour: `se`, as `best_of_n.measure_best_of_n` has it, or
+    `half_width`.
+    """
+    figure, [axes] = grid(1, 2)
+    shaded = len(results["models"]) <= len(COLORS)  # the bands of more would hide the lines
+    for panel, key in zip(axes, ("proxy", "gold"), strict=True):
+        for (model, curves), drawn in zip(results["models"].items(), line_cycle(len(results["models"])), strict=True):
+            values, errors = np.array(curves[key]), np.nan_to_num(np.array(curves[f"{key}_{band}"], dtype=float))
+            panel.plot(results["kl"], values, marker=".", label=Path(model).name, **drawn)
+            if shaded:
+                panel.fill_between(
+                    results["kl"], values - errors, values + errors, color=drawn["color"], alpha=0.12, lw=0
+                )
+        panel.set_ylabel(f"{key} reward of the best of n,\nless that of one sample")
+        panel.set_xlabel("KL = log n - (n - 1) / n (nats)")
+    legend_above(figure, axes[0])
+    return figure

@@ -19,8 +19,8 @@ from r2m_async.models.adapters import add_adapters, publications
 from r2m_async.models.loading import settled
 from r2m_async.models.reward import save_classifier, scored_positions, two_layer_head
 from r2m_async.models.weight_files import check_weight_files
-from r2m_async.preference_data import TokenizedText
-from r2m_async.reward_config import RewardModelConfig
+from r2m_async.reward_models.config import RewardModelConfig
+from r2m_async.reward_models.preferences import TokenizedText
 
 
 class RewardTrainee(nn.Module):

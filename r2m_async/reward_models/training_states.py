@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from r2m_async.preference_data import TokenizedPair, microbatches
-from r2m_async.process_group import num_ranks, rank, summed
 from r2m_async.reward_metrics import NormSpread, pairwise_accuracy
-from r2m_async.reward_trainee import RewardTrainee
+from r2m_async.reward_models.preferences import TokenizedPair, microbatches
+from r2m_async.reward_models.process_group import num_ranks, rank, summed
+from r2m_async.reward_models.trainee import RewardTrainee
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

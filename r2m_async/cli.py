@@ -392,7 +392,7 @@ def _resume_reward_model(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate_reward_model(parsed: argparse.Namespace) -> int:
-    from r2m_async.reward_evaluation import EvaluationSources, evaluate, write_evaluation
+    from r2m_async.evaluation.reward_models import EvaluationSources, evaluate, write_evaluation
 
     _check_split(parsed)
     sources = EvaluationSources(
@@ -419,7 +419,7 @@ def _check_split(parsed: argparse.Namespace) -> None:
 
 
 def _policy_states(parsed: argparse.Namespace) -> int:
-    from r2m_async.policy_states import PolicySources, policy_states, write_policy_states
+    from r2m_async.evaluation.policy_states import PolicySources, policy_states, write_policy_states
 
     _check_split(parsed)
     sources = PolicySources(
@@ -438,7 +438,7 @@ def _policy_states(parsed: argparse.Namespace) -> int:
 
 
 def _best_of_n(parsed: argparse.Namespace) -> int:
-    from r2m_async.best_of_n import embedded_pool, load_pool, measure_best_of_n, write_best_of_n, write_pool
+    from r2m_async.evaluation.best_of_n import embedded_pool, load_pool, measure_best_of_n, write_best_of_n, write_pool
     from r2m_async.from_scratch.embedded import embedded_models
     from r2m_async.from_scratch.language import check_held_out
     from r2m_async.models.loading import one_thread
@@ -463,7 +463,7 @@ def _best_of_n(parsed: argparse.Namespace) -> int:
 
 
 def _generate_answers(parsed: argparse.Namespace) -> int:
-    from r2m_async.offline_generation import GenerationSettings, generate_answers
+    from r2m_async.evaluation.answering import GenerationSettings, generate_answers
 
     names = [field.name for field in dataclasses.fields(GenerationSettings)]
     settings = GenerationSettings(**{name: getattr(parsed, name) for name in names})
@@ -472,7 +472,7 @@ def _generate_answers(parsed: argparse.Namespace) -> int:
 
 
 def _judge(parsed: argparse.Namespace) -> int:
-    from r2m_async.judging import judge, write_judgement
+    from r2m_async.evaluation.judging import judge, write_judgement
 
     out = parsed.out or parsed.outputs.with_name(f"{parsed.outputs.stem}-judged")
     judged = judge(parsed.outputs, parsed.judge, parsed.against, parsed.prompts, parsed.max_tokens)
@@ -482,7 +482,7 @@ def _judge(parsed: argparse.Namespace) -> int:
 
 
 def _win_rate(parsed: argparse.Namespace) -> int:
-    from r2m_async.judging import read_annotations, win_rate_table, win_rates
+    from r2m_async.evaluation.judging import read_annotations, win_rate_table, win_rates
     from r2m_async.runs.results import write_results
 
     out = parsed.out or parsed.annotations.with_name(f"{parsed.annotations.stem}-win-rate")

@@ -27,8 +27,8 @@ directory, which is named by its settings."""
 
 def train_and_measure(config: str, directory: Path, parts: Parts, pool: Path, max_n: int) -> float:
     """Trains, or goes on; then measures `parts`, best of n from the pool. Seconds."""
-    from r2m_async.best_of_n import load_pool, measure_best_of_n, write_best_of_n
-    from r2m_async.reward_evaluation import evaluate, write_evaluation
+    from r2m_async.evaluation.best_of_n import load_pool, measure_best_of_n, write_best_of_n
+    from r2m_async.evaluation.reward_models import evaluate, write_evaluation
     from r2m_async.reward_models.training import resume
 
     began = time.monotonic()

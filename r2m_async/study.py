@@ -291,7 +291,7 @@ def _train_reward_models(
 
 
 def _sample_pool(best_of_n: BestOfN, path: Path) -> None:
-    from r2m_async.best_of_n import embedded_pool, write_pool
+    from r2m_async.evaluation.best_of_n import embedded_pool, write_pool
     from r2m_async.from_scratch.embedded import embedded_models
     from r2m_async.models.loading import one_thread
 

@@ -8,7 +8,9 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 
-from r2m_async.best_of_n import (
+from r2m_async.cli import main
+from r2m_async.errors import ConfigError, DataError
+from r2m_async.evaluation.best_of_n import (
     best_of_n,
     best_of_n_kl,
     best_of_n_weights,
@@ -19,8 +21,6 @@ from r2m_async.best_of_n import (
     sizes,
     write_pool,
 )
-from r2m_async.cli import main
-from r2m_async.errors import ConfigError, DataError
 from r2m_async.from_scratch import embedded
 from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS, gold_reward, prompts
 from r2m_async.reward_models.ensemble import RewardEnsemble
@@ -125,7 +125,7 @@ def pool_file(tmp_path):
 
 @pytest.mark.models
 def test_the_embedded_pool_is_its_seeds_and_survives_its_file(little_embedded, tmp_path, monkeypatch):
-    monkeypatch.setattr("r2m_async.best_of_n.SAMPLES_PER_PASS", 4)
+    monkeypatch.setattr("r2m_async.evaluation.best_of_n.SAMPLES_PER_PASS", 4)
     pool = embedded_pool(little_embedded, 0, 3, 8)
     assert [len(one.responses) for one in pool] == [8, 8, 8]
     assert {one.prompt for one in pool} <= set(prompts(NUM_HELD_OUT_PROMPTS, 0, held_out=True))

@@ -11,16 +11,16 @@ import torch
 from conftest import SHARED_DATA, WORDS, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from r2m_async import offline_generation
-from r2m_async.answer_files import Answer, read_outputs, write_answers
 from r2m_async.cli import main
 from r2m_async.data.prompts import policy_reads
 from r2m_async.errors import ConfigError, DataError
+from r2m_async.evaluation import answering as offline_generation
+from r2m_async.evaluation.answering import GenerationSettings, generate_answers
+from r2m_async.evaluation.answers import Answer, read_outputs, write_answers
+from r2m_async.evaluation.judging import judge
+from r2m_async.evaluation.questions import load_questions
 from r2m_async.from_scratch.language import gold_reward
-from r2m_async.judge_prompts import load_questions
-from r2m_async.judging import judge
 from r2m_async.models.generator import TransformersGenerator
-from r2m_async.offline_generation import GenerationSettings, generate_answers
 from r2m_async.reward_models.ensemble import RewardEnsemble
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -83,10 +83,10 @@ def test_only_the_launch_knows_actors_and_learners():
     known = {module for target in ("actors", "learners") for module in importers_of(target)}
     assert {module for module in known if module.startswith("r2m_async")} == {
         "r2m_async.launch.ring",
-        "r2m_async.offline_generation",
+        "r2m_async.evaluation.answering",
     }
     assert not {
-        name for name in imported_by(files()["r2m_async.offline_generation"], False) if name.startswith("actors")
+        name for name in imported_by(files()["r2m_async.evaluation.answering"], False) if name.startswith("actors")
     }
 
 

@@ -24,6 +24,7 @@ from r2m_async.advantages import get_advantage
 from r2m_async.config import LARGEST, R2MConfig
 from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, NonFiniteStep
+from r2m_async.evaluation.text_scorer import TextScorer
 from r2m_async.export import export
 from r2m_async.finite import all_finite, check_weights
 from r2m_async.launch.ring import Ring
@@ -32,7 +33,6 @@ from r2m_async.models.heads import build_head, score_group
 from r2m_async.models.loading import load_policy
 from r2m_async.models.reward import load_reward_model, scoring_head
 from r2m_async.models.weights import named_weights
-from r2m_async.reward_evaluation import Judge
 from r2m_async.reward_head import noise_like
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.ensemble import RewardEnsemble
@@ -709,7 +709,7 @@ def test_an_evaluation_that_is_not_finite_names_the_pair(reward_model_config, pa
 
 def test_texts_whose_reward_is_not_finite_are_named_with_the_model(tiny):
     ensemble = RewardEnsemble(tiny("llama", True))
-    judge = Judge(ensemble)
+    judge = TextScorer(ensemble)
     texts = [("the river :", " warm", True), ("a stone :", " cold", True)]
     assert all(map(math.isfinite, judge.rewards(texts)))
     poke(ensemble.models[0].score)

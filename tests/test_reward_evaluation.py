@@ -9,10 +9,12 @@ import torch
 from conftest import SHARED_DATA
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from r2m_async import reward_evaluation
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError, DataError
-from r2m_async.evaluation_data import OTHER_WRITERS, SPLITS, embedded_splits, load_rm_bench
+from r2m_async.evaluation import reward_models as reward_evaluation
+from r2m_async.evaluation.ranked_prompts import OTHER_WRITERS, SPLITS, embedded_splits, load_rm_bench
+from r2m_async.evaluation.reward_models import EvaluationSources, evaluate, table
+from r2m_async.evaluation.text_scorer import TextScorer
 from r2m_async.export import RewardScorer, export
 from r2m_async.from_scratch import embedded
 from r2m_async.from_scratch import preferences as embedded_preferences
@@ -24,7 +26,6 @@ from r2m_async.models.heads import score_group
 from r2m_async.models.loading import one_thread
 from r2m_async.models.policy import group_feedback
 from r2m_async.models.reward import embed_group
-from r2m_async.reward_evaluation import EvaluationSources, Judge, evaluate, table
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.ensemble import RewardEnsemble
 from r2m_async.reward_models.training import train
@@ -80,7 +81,7 @@ def written(path, records):
 def test_states_in_batches_are_those_of_one_text_at_a_time(tiny, family):
     """And the head on the scored state gives the reward, so it is the state that the reward is read from."""
     directory = tiny(family, True)
-    judge = Judge(RewardEnsemble(directory))
+    judge = TextScorer(RewardEnsemble(directory))
     texts = [("the river :", " warm" * number, number % 2 == 0) for number in (1, 9, 2, 5)]
     scored, means = judge.states(texts)
     model, tokenizer = (
@@ -102,7 +103,7 @@ def test_states_in_batches_are_those_of_one_text_at_a_time(tiny, family):
 def test_texts_that_are_cut_are_counted_once(tiny):
     ensemble = RewardEnsemble(tiny("llama", True))
     ensemble.config = ensemble.config.data(max_tokens=6)
-    judge = Judge(ensemble)
+    judge = TextScorer(ensemble)
     texts = [("the river :", " warm", True), ("the river :", " warm" * 9, True)]
     judge.rewards(texts)
     judge.states(texts)

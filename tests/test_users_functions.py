@@ -11,7 +11,7 @@ from r2m_async import reference
 from r2m_async.advantages import register_advantage
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
-from r2m_async.judging import judge
+from r2m_async.evaluation.judging import judge
 from r2m_async.launch import training
 from r2m_async.launch.ring import Ring
 from r2m_async.plugins import as_number, called, called_for_number, named_function

@@ -57,7 +57,7 @@ def judged(model: Path, config: R2MConfig) -> None:
 
 
 def asked(model: Path, config: R2MConfig) -> None:
-    from r2m_async.offline_generation import GenerationSettings, generate_answers
+    from r2m_async.evaluation.answering import GenerationSettings, generate_answers
 
     generate_answers(
         str(model), model / "prompts", model / "out", GenerationSettings(format="tldr", engine="transformers")

@@ -9,8 +9,8 @@ from scipy.optimize import minimize
 
 from r2m_async.cli import main
 from r2m_async.errors import DataError
-from r2m_async.judging import read_annotations, win_rates
-from r2m_async.win_rate import C, length_controlled_win_rate, mean
+from r2m_async.evaluation.judging import read_annotations, win_rates
+from r2m_async.evaluation.win_rate import C, length_controlled_win_rate, mean
 
 
 def test_a_mean_has_the_plain_standard_error_and_students_interval():

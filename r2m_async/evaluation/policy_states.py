@@ -25,15 +25,15 @@ import numpy as np
 from r2m_async import reward_metrics
 from r2m_async.data.prompts import policy_reads, response_ids
 from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
+from r2m_async.evaluation.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
 from r2m_async.export import is_export
 from r2m_async.finite import check_weights
 from r2m_async.models.loading import one_thread, settled
 from r2m_async.models.weight_files import check_weight_files
-from r2m_async.reward_evaluation import Judge, load_ensemble
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.preferences import ScoredPair, given_pairs, load_preference_data
 from r2m_async.runs.results import markdown_table, write_results
-from r2m_async.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
 
 if TYPE_CHECKING:
     from r2m_async.from_scratch.embedded import EmbeddedModels
@@ -81,7 +81,7 @@ def policy_states(sources: PolicySources, embedded: EmbeddedModels | None = None
         rewards_N = None
         if reward_model is not None:
             ensemble = load_ensemble(reward_model, sources.max_tokens, embedded)
-            rewards_N = Judge(ensemble).rewards(texts)
+            rewards_N = TextScorer(ensemble).rewards(texts)
         deep = round(DEEP * (len(means_LND) - 1))
         last = {sources.policy: means_LND[-1]}
         for name in sources.later:

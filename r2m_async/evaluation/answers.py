@@ -24,7 +24,7 @@ from typing import Any
 
 from r2m_async.data.records import Content, Record
 from r2m_async.errors import ConfigError, DataError
-from r2m_async.judge_prompts import Format, Question, load_questions, question_id, read_file
+from r2m_async.evaluation.questions import Format, Question, load_questions, question_id, read_file
 from r2m_async.whole import write_file
 
 

@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r2m_async.answer_files import Answer, answer_file, write_answers
 from r2m_async.data.prompts import policy_reads
 from r2m_async.data.records import Content
 from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, DataError, name_remedy
+from r2m_async.evaluation.answers import Answer, answer_file, write_answers
+from r2m_async.evaluation.questions import Format, Question, load_questions
 from r2m_async.from_scratch.cache import key_digest
-from r2m_async.judge_prompts import Format, Question, load_questions
 from r2m_async.models.generator import GenerationRequest, Generator, GeneratorOptions, TransformersGenerator
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.runs.records import append_records, cut_partial_line, read_records

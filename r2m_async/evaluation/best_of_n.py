@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from r2m_async.data.records import Record, load_records
-from r2m_async.evaluation_data import RankedPrompt, Response, ranked
+from r2m_async.evaluation.ranked_prompts import RankedPrompt, Response, ranked
 from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.whole import write_file
 
@@ -229,8 +229,8 @@ def table(results: Mapping[str, Any]) -> str:
 
 def _rewards(model: str, pool: Sequence[RankedPrompt], max_tokens: int | None) -> list[Array]:
     """[N] per prompt."""
-    from r2m_async.reward_evaluation import Judge, load_ensemble
+    from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 
     texts = [(one.prompt, response.text, response.finished) for one in pool for response in one.responses]
-    rewards = Judge(load_ensemble(model, max_tokens)).rewards(texts)
+    rewards = TextScorer(load_ensemble(model, max_tokens)).rewards(texts)
     return np.split(rewards, np.cumsum([len(one.responses) for one in pool])[:-1])

@@ -20,36 +20,30 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
 from r2m_async import reward_metrics
 from r2m_async.data.records import Content
-from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
-from r2m_async.evaluation_data import NUM_STYLES, RankedPrompt, StyledPrompt, embedded_splits, load_rm_bench
-from r2m_async.export import RewardScorer, initial_policy_of, is_export
-from r2m_async.from_scratch.language import check_held_out
-from r2m_async.from_scratch.pretraining import score
-from r2m_async.models.loading import one_thread, settled
-from r2m_async.models.reward import scored_positions
-from r2m_async.reward_models.ensemble import RewardEnsemble
-from r2m_async.reward_models.preferences import ScoredPair, given_pairs, load_preference_data
-from r2m_async.runs.results import markdown_table, write_results
-from r2m_async.text_states import (
+from r2m_async.evaluation.ranked_prompts import NUM_STYLES, RankedPrompt, StyledPrompt, embedded_splits, load_rm_bench
+from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
+from r2m_async.evaluation.text_states import (
     Text,
     chosen_texts,
     compared_texts,
     preference_comparison,
     rejected_texts,
     similarity_rows,
-    state_batches,
 )
-
-if TYPE_CHECKING:
-    from r2m_async.from_scratch.embedded import EmbeddedModels
+from r2m_async.export import RewardScorer, initial_policy_of, is_export
+from r2m_async.from_scratch.embedded import EmbeddedModels, embedded_models
+from r2m_async.from_scratch.language import check_held_out
+from r2m_async.models.loading import one_thread
+from r2m_async.reward_models.ensemble import RewardEnsemble
+from r2m_async.reward_models.preferences import ScoredPair, given_pairs, load_preference_data
+from r2m_async.runs.results import markdown_table, write_results
 
 NUM_STATES = 256
 """Texts at most whose norms and effective rank are taken; as many of every set as the smallest has."""
@@ -76,68 +70,6 @@ class EvaluationSources:
     """Of the splits' responses and of all drawing."""
 
 
-class Judge:
-    """Rewards and states of texts by an ensemble; counts the texts that lost their beginning to `max_tokens`."""
-
-    def __init__(self, ensemble: RewardEnsemble) -> None:
-        self._ensemble = ensemble
-        self._ids: dict[Text, list[int]] = {}
-        self.num_cut = 0
-        for model in ensemble.models:
-            settled(model, ensemble.config.run.device)
-            text_config = model.config.get_text_config()
-            if text_config.pad_token_id is None:
-                text_config.pad_token_id = ensemble.tokenizer.pad_token_id
-            if text_config.pad_token_id is None:
-                raise ConfigError(
-                    "the reward model has no padding token; save it with a tokenizer that has a pad_token"
-                )
-
-    def rewards(self, texts: Sequence[Text]) -> np.ndarray:
-        """[N], finite; raises ConfigError naming the text whose reward is not."""
-        rewards = self.scores(texts)
-        if (broken := np.flatnonzero(~np.isfinite(rewards))).size:
-            prompt, response, _ = texts[broken[0]]
-            raise ConfigError(
-                f"{self._ensemble.source}: its reward for the response {response[:60]!r} to {str(prompt)[:60]!r} is "
-                f"{rewards[broken[0]]}, and so are {broken.size} of {len(texts)}: its weights are damaged, or its training "
-                f"diverged; evaluate another model"
-            )
-        return rewards
-
-    def scores(self, texts: Sequence[Text]) -> np.ndarray:
-        """[N] as the ensemble gives them, finite or not."""
-        return self._ensemble.score_ids([self._read(text) for text in texts]).numpy().astype(float)
-
-    def rewards_of_first(self, texts: Sequence[Text]) -> np.ndarray:
-        """[N], of the model whose states `states` gives."""
-        return score(self._ensemble.models[0], [self._read(text) for text in texts]).numpy().astype(float)
-
-    def states(self, texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray]:
-        """[N, D] at the token that the head reads, and [L, N, D] means over all tokens of a text, prompt included.
-
-        Layer 0 is the embeddings, the last one has the final norm behind it. Float32.
-        """
-        model = self._ensemble.models[0]
-        padding = model.config.get_text_config().pad_token_id
-        indices, scored, means = [], [], []
-        for batch in state_batches(model.base_model, [self._read(text) for text in texts], padding):
-            rows = torch.arange(len(batch.indices), device=model.device)
-            indices += batch.indices
-            scored.append(batch.by_layer[-1][rows, scored_positions(model, batch.ids)].float().cpu())
-            means.append(batch.token_means())
-        order = np.argsort(indices)
-        return torch.cat(scored)[order].numpy(), torch.cat(means, 1)[:, order].numpy()
-
-    def _read(self, text: Text) -> list[int]:
-        if text not in self._ids:
-            limit = self._ensemble.config.data.max_tokens
-            whole = reward_input_ids(self._ensemble.tokenizer, *text)
-            self.num_cut += len(whole) > limit
-            self._ids[text] = reward_input_ids(self._ensemble.tokenizer, *text, limit)
-        return self._ids[text]
-
-
 def evaluate(
     model: str, sources: EvaluationSources | None = None, embedded: EmbeddedModels | None = None
 ) -> dict[str, Any]:
@@ -156,37 +88,26 @@ def evaluate(
     splits: Mapping[str, Sequence[RankedPrompt]] = {}
     if of_language if sources.embedded is None else sources.embedded:
         check_held_out("--prompts", sources.num_prompts)
-        splits = embedded_splits(embedded or _embedded_models(), sources.seed, sources.num_prompts)
+        splits = embedded_splits(embedded or embedded_models(), sources.seed, sources.num_prompts)
     styled = () if sources.rm_bench is None else load_rm_bench(sources.rm_bench)
     if not (pairs or splits or styled):
         raise ConfigError(f"{model}: nothing to evaluate on; give --pairs, --rm-bench or --embedded")
     with one_thread():
-        judge = Judge(ensemble)
+        scorer = TextScorer(ensemble)
         results = {
             "model": model,
             "seed": sources.seed,
             "num_models": len(ensemble.models),
-            "pairs": _pair_results(judge.rewards(chosen_texts(pairs)), judge.rewards(rejected_texts(pairs)))
+            "pairs": _pair_results(scorer.rewards(chosen_texts(pairs)), scorer.rewards(rejected_texts(pairs)))
             if pairs
             else None,
             "feedback": _feedback_results(model, pairs, sources, embedded) if pairs and is_export(model) else None,
-            "splits": {name: _split_results(judge, split) for name, split in splits.items()} or None,
-            "rm_bench": _rm_bench_results(judge, styled) if styled else None,
-            "states": _state_results(judge, _texts_by_set(training, pairs, splits, styled), sources.seed),
-            "similarity": _similarity_results(judge, pairs, sources.seed) if len(pairs) > 1 else None,
+            "splits": {name: _split_results(scorer, split) for name, split in splits.items()} or None,
+            "rm_bench": _rm_bench_results(scorer, styled) if styled else None,
+            "states": _state_results(scorer, _texts_by_set(training, pairs, splits, styled), sources.seed),
+            "similarity": _similarity_results(scorer, pairs, sources.seed) if len(pairs) > 1 else None,
         }
-    return results | {"num_texts_cut": judge.num_cut, "max_tokens": ensemble.config.data.max_tokens}
-
-
-def load_ensemble(model: str, max_tokens: int | None = None, embedded: EmbeddedModels | None = None) -> RewardEnsemble:
-    """`RewardEnsemble(model)`, or of `embedded` by that name; it reads `max_tokens`, None for what its config says."""
-    if model == "embedded":
-        ensemble = RewardEnsemble((embedded or _embedded_models()).reward_model)
-    else:
-        ensemble = RewardEnsemble(Path(model, "reward_model") if is_export(model) else model)
-    if max_tokens is not None:
-        ensemble.config = ensemble.config.data(max_tokens=max_tokens)
-    return ensemble
+    return results | {"num_texts_cut": scorer.num_cut, "max_tokens": ensemble.config.data.max_tokens}
 
 
 def write_evaluation(results: Mapping[str, Any], out: Path) -> str:
@@ -259,7 +180,7 @@ def _feedback_results(
         return None
     name, before = sources.initial_policy or initial_policy_of(export), None
     if name is not None:
-        directory = str((embedded or _embedded_models()).policy) if name == "embedded" else name
+        directory = str((embedded or embedded_models()).policy) if name == "embedded" else name
         before = _accuracy_of(RewardScorer(export, at_horizon=True, initial_policy=directory), pairs)
     return {"initial_policy": name, "before": before, "after": _accuracy_of(after, pairs)}
 
@@ -271,9 +192,9 @@ def _accuracy_of(scorer: RewardScorer, pairs: Sequence[ScoredPair]) -> dict[str,
     return _pair_results(rewards(chosen_texts(pairs)), rewards(rejected_texts(pairs)))
 
 
-def _split_results(judge: Judge, split: Sequence[RankedPrompt]) -> dict[str, Any]:
+def _split_results(scorer: TextScorer, split: Sequence[RankedPrompt]) -> dict[str, Any]:
     golds = [one.golds for one in split]
-    rewards = judge.rewards(_ranked_texts(split)).reshape(len(split), -1)
+    rewards = scorer.rewards(_ranked_texts(split)).reshape(len(split), -1)
     taus = reward_metrics.kendall_taus(rewards, golds)
     return {
         "tau": float(taus.mean()) if len(taus) else math.nan,
@@ -284,13 +205,13 @@ def _split_results(judge: Judge, split: Sequence[RankedPrompt]) -> dict[str, Any
     }
 
 
-def _rm_bench_results(judge: Judge, styled: Sequence[StyledPrompt]) -> dict[str, Any]:
+def _rm_bench_results(scorer: TextScorer, styled: Sequence[StyledPrompt]) -> dict[str, Any]:
     """By domain, by the halves of `safety`, and `all`, the mean of the domains.
 
     `safety` pools the prompts of its halves, as RM-Bench's own script does (scripts/utils.py, `split_dataset_by_domain`):
     there are more to refuse than to answer.
     """
-    rewards = judge.rewards(_styled_texts(styled)).reshape(len(styled), 2, NUM_STYLES)
+    rewards = scorer.rewards(_styled_texts(styled)).reshape(len(styled), 2, NUM_STYLES)
 
     def grid_of(name: str, part: Callable[[str], str]) -> tuple[np.ndarray, int]:
         rows = [index for index, one in enumerate(styled) if part(one.domain) == name]
@@ -312,11 +233,11 @@ def _domain(half: str) -> str:
     return half.split("-")[0]
 
 
-def _state_results(judge: Judge, sets: Mapping[str, Sequence[Text]], seed: int) -> dict[str, Any]:
+def _state_results(scorer: TextScorer, sets: Mapping[str, Sequence[Text]], seed: int) -> dict[str, Any]:
     num = min([NUM_STATES, *map(len, sets.values())])
     results = {}
     for name, texts in sets.items():
-        states_ND, _ = judge.states(random.Random(f"{seed}/states/{name}").sample(texts, num))
+        states_ND, _ = scorer.states(random.Random(f"{seed}/states/{name}").sample(texts, num))
         spread = reward_metrics.norm_spread(states_ND)
         results[name] = {
             "norm_mean": spread.mean,
@@ -328,20 +249,14 @@ def _state_results(judge: Judge, sets: Mapping[str, Sequence[Text]], seed: int) 
     return results
 
 
-def _similarity_results(judge: Judge, pairs: Sequence[ScoredPair], seed: int) -> dict[str, Any]:
+def _similarity_results(scorer: TextScorer, pairs: Sequence[ScoredPair], seed: int) -> dict[str, Any]:
     rng = random.Random(f"{seed}/similarity")
     texts = compared_texts(pairs, rng)
-    _, means_LND = judge.states(texts)
-    return preference_comparison(means_LND, judge.rewards_of_first(texts), len(means_LND) - 1, rng)
+    _, means_LND = scorer.states(texts)
+    return preference_comparison(means_LND, scorer.rewards_of_first(texts), len(means_LND) - 1, rng)
 
 
 # What it is measured on
-
-
-def _embedded_models() -> EmbeddedModels:
-    from r2m_async.from_scratch.embedded import embedded_models
-
-    return embedded_models()
 
 
 def _pairs(

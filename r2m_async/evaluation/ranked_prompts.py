@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from r2m_async.data.records import Content, Record, read_records
 from r2m_async.errors import DataError
+from r2m_async.evaluation.questions import read_file
 from r2m_async.from_scratch.language import (
     ADJECTIVES,
     ADVERBS,
@@ -34,7 +35,6 @@ from r2m_async.from_scratch.language import (
     sample_response,
     topic,
 )
-from r2m_async.judge_prompts import read_file
 
 if TYPE_CHECKING:
     from r2m_async.from_scratch.embedded import EmbeddedModels

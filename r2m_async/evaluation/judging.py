@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from r2m_async.answer_files import JudgedText, Outputs, read_outputs
 from r2m_async.data.records import Record
 from r2m_async.errors import ConfigError, DataError
-from r2m_async.judge_prompts import read_file
+from r2m_async.evaluation.answers import JudgedText, Outputs, read_outputs
+from r2m_async.evaluation.questions import read_file
+from r2m_async.evaluation.win_rate import Estimate, length_controlled_win_rate, mean
 from r2m_async.plugins import as_number, named_function, own_failure, shown
 from r2m_async.runs.records import jsonl
 from r2m_async.runs.results import write_results
 from r2m_async.whole import disk_errors, write_file
-from r2m_async.win_rate import Estimate, length_controlled_win_rate, mean
 
 REFERENCE = "reference"
 """`--against reference`: the authors' summaries in the file itself."""
@@ -182,21 +182,21 @@ def judge(
 class _Scorer:
     def __init__(self, judge: str, max_tokens: int | None) -> None:
         self._name = judge
-        self._gold = self._judge = None
+        self._gold = self._model = None
         if ":" in judge and not Path(judge).exists():
             self._gold = named_function(judge, "--judge")
         else:
-            from r2m_async.reward_evaluation import Judge, load_ensemble
+            from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 
-            self._judge = Judge(load_ensemble(judge, max_tokens))
+            self._model = TextScorer(load_ensemble(judge, max_tokens))
 
     @property
     def num_cut(self) -> int:
-        return self._judge.num_cut if self._judge else 0
+        return self._model.num_cut if self._model else 0
 
     def rewards(self, texts: Sequence[JudgedText]) -> np.ndarray:
         """[N], finite"""
-        rewards = self._model_rewards(texts) if self._judge else np.array([self._gold_reward(text) for text in texts])
+        rewards = self._model_rewards(texts) if self._model else np.array([self._gold_reward(text) for text in texts])
         for text, reward in zip(texts, rewards, strict=True):
             if not np.isfinite(reward):
                 raise ConfigError(
@@ -208,9 +208,9 @@ class _Scorer:
     def _model_rewards(self, texts: Sequence[JudgedText]) -> np.ndarray:
         from r2m_async.models.loading import one_thread
 
-        assert self._judge is not None
+        assert self._model is not None
         with one_thread():
-            return self._judge.scores([(text.prompt, text.response, text.finished) for text in texts])
+            return self._model.scores([(text.prompt, text.response, text.finished) for text in texts])
 
     def _gold_reward(self, text: JudgedText) -> float:
         assert self._gold is not None

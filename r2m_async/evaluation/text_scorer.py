@@ -1,0 +1,95 @@
+"""Texts scored by reward models: rewards and last-layer states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from r2m_async.data.reward_text import reward_input_ids
+from r2m_async.errors import ConfigError
+from r2m_async.evaluation.text_states import (
+    Text,
+    state_batches,
+)
+from r2m_async.export import is_export
+from r2m_async.from_scratch.embedded import EmbeddedModels, embedded_models
+from r2m_async.from_scratch.pretraining import score
+from r2m_async.models.loading import settled
+from r2m_async.models.reward import scored_positions
+from r2m_async.reward_models.ensemble import RewardEnsemble
+
+
+class TextScorer:
+    """Rewards and states of texts by an ensemble; counts the texts that lost their beginning to `max_tokens`."""
+
+    def __init__(self, ensemble: RewardEnsemble) -> None:
+        self._ensemble = ensemble
+        self._ids: dict[Text, list[int]] = {}
+        self.num_cut = 0
+        for model in ensemble.models:
+            settled(model, ensemble.config.run.device)
+            text_config = model.config.get_text_config()
+            if text_config.pad_token_id is None:
+                text_config.pad_token_id = ensemble.tokenizer.pad_token_id
+            if text_config.pad_token_id is None:
+                raise ConfigError(
+                    "the reward model has no padding token; save it with a tokenizer that has a pad_token"
+                )
+
+    def rewards(self, texts: Sequence[Text]) -> np.ndarray:
+        """[N], finite; raises ConfigError naming the text whose reward is not."""
+        rewards = self.scores(texts)
+        if (broken := np.flatnonzero(~np.isfinite(rewards))).size:
+            prompt, response, _ = texts[broken[0]]
+            raise ConfigError(
+                f"{self._ensemble.source}: its reward for the response {response[:60]!r} to {str(prompt)[:60]!r} is "
+                f"{rewards[broken[0]]}, and so are {broken.size} of {len(texts)}: its weights are damaged, or its training "
+                f"diverged; evaluate another model"
+            )
+        return rewards
+
+    def scores(self, texts: Sequence[Text]) -> np.ndarray:
+        """[N] as the ensemble gives them, finite or not."""
+        return self._ensemble.score_ids([self._read(text) for text in texts]).numpy().astype(float)
+
+    def rewards_of_first(self, texts: Sequence[Text]) -> np.ndarray:
+        """[N], of the model whose states `states` gives."""
+        return score(self._ensemble.models[0], [self._read(text) for text in texts]).numpy().astype(float)
+
+    def states(self, texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray]:
+        """[N, D] at the token that the head reads, and [L, N, D] means over all tokens of a text, prompt included.
+
+        Layer 0 is the embeddings, the last one has the final norm behind it. Float32.
+        """
+        model = self._ensemble.models[0]
+        padding = model.config.get_text_config().pad_token_id
+        indices, scored, means = [], [], []
+        for batch in state_batches(model.base_model, [self._read(text) for text in texts], padding):
+            rows = torch.arange(len(batch.indices), device=model.device)
+            indices += batch.indices
+            scored.append(batch.by_layer[-1][rows, scored_positions(model, batch.ids)].float().cpu())
+            means.append(batch.token_means())
+        order = np.argsort(indices)
+        return torch.cat(scored)[order].numpy(), torch.cat(means, 1)[:, order].numpy()
+
+    def _read(self, text: Text) -> list[int]:
+        if text not in self._ids:
+            limit = self._ensemble.config.data.max_tokens
+            whole = reward_input_ids(self._ensemble.tokenizer, *text)
+            self.num_cut += len(whole) > limit
+            self._ids[text] = reward_input_ids(self._ensemble.tokenizer, *text, limit)
+        return self._ids[text]
+
+
+def load_ensemble(model: str, max_tokens: int | None = None, embedded: EmbeddedModels | None = None) -> RewardEnsemble:
+    """`RewardEnsemble(model)`, or of `embedded` by that name; it reads `max_tokens`, None for what its config says."""
+    if model == "embedded":
+        ensemble = RewardEnsemble((embedded or embedded_models()).reward_model)
+    else:
+        ensemble = RewardEnsemble(Path(model, "reward_model") if is_export(model) else model)
+    if max_tokens is not None:
+        ensemble.config = ensemble.config.data(max_tokens=max_tokens)
+    return ensemble

@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(command=_export)
     text = "Run a grid of configs over seeds, as many at once as there are cores; tables and plots at matched KL."
     study = commands.add_parser("study", help=text, description=text)
-    study.add_argument("study", metavar="STUDY", type=Path, help="a YAML file, see r2m_async/study.py")
+    study.add_argument("study", metavar="STUDY", type=Path, help="a YAML file, see r2m_async/studies/study.py")
     study.add_argument(
         "out", metavar="OUT", type=_directory, help="where runs and results go; what is there already is kept"
     )
@@ -273,7 +273,7 @@ def _train(config: R2MConfig, _: argparse.Namespace) -> int:
 
 
 def _study(parsed: argparse.Namespace) -> int:
-    from r2m_async.study import run_study
+    from r2m_async.studies.study import run_study
 
     failed = run_study(parsed.study, parsed.out, parsed.workers)
     for table in (parsed.out / "table.md", parsed.out / "reward_models" / "table.md"):

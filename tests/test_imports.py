@@ -94,7 +94,7 @@ def test_only_what_starts_rings_knows_the_launch():
     assert importers_of("r2m_async.launch.ring") == {
         "r2m_async.algorithm",
         "r2m_async.launch.training",
-        "r2m_async.study",
+        "r2m_async.studies.study",
     }
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import left_of, word_of
 
-from r2m_async.jobs import WorkerProcesses, failures, wait_for
+from r2m_async.studies.jobs import WorkerProcesses, failures, wait_for
 
 # Jobs: imported by the processes that do them.
 
@@ -69,7 +69,7 @@ def test_ctrl_c_cancels_what_waits_and_ends_what_runs(tmp_path, to_all):
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path\n"
-        "from r2m_async.jobs import WorkerProcesses, wait_for\n"
+        "from r2m_async.studies.jobs import WorkerProcesses, wait_for\n"
         "from test_jobs import begin\n"
         "with WorkerProcesses(2) as processes:\n"
         "    wait_for({processes.submit(begin, str(number)): Path(str(number)) for number in range(6)}, print)\n"

@@ -22,11 +22,11 @@ from r2m_async.cli import main
 from r2m_async.errors import ConfigError
 from r2m_async.evaluation.plots import best_of_n_figure, plot_best_of_n
 from r2m_async.export import export
-from r2m_async.intervals import interval, seeds_row, seeds_table
-from r2m_async.reward_study import summary as reward_summary
 from r2m_async.runs.records import append_records, read_metrics
-from r2m_async.study import read_study, run_study
-from r2m_async.study_results import accuracies, area_to_kl, compare_cells, summary
+from r2m_async.studies.cells import accuracies, area_to_kl, compare_cells, summary
+from r2m_async.studies.intervals import interval, seeds_row, seeds_table
+from r2m_async.studies.reward_models import summary as reward_summary
+from r2m_async.studies.study import read_study, run_study
 
 GRID = {
     "variant": {"vanilla": {"head.variant": "vanilla"}, "r2m": {"head.variant": "r2m", "head.lr": 2e-5}},
@@ -396,7 +396,7 @@ def runs_of(tmp_path):
 
 def test_a_figure_shows_what_is_named_of_its_kind_or_all(runs_of, tmp_path, monkeypatch):
     shown: list[list[str]] = []
-    monkeypatch.setattr("r2m_async.study_results.compare_runs", lambda drawn, out: shown.append(list(drawn)))
+    monkeypatch.setattr("r2m_async.studies.cells.compare_runs", lambda drawn, out: shown.append(list(drawn)))
     cells = {name: runs_of(name, {1: 1.0, 2: gold}) for name, gold in (("one", 2.0), ("two", 3.0), ("lost", 4.0))}
     shutil.rmtree(cells["lost"][1])
     shutil.rmtree(cells["lost"][2])

@@ -309,7 +309,7 @@ def test_a_step_that_the_disk_does_not_take_is_told_and_the_lines_stay_whole(tmp
 
 
 def test_half_a_results_file_is_no_measurement(tmp_path):
-    from r2m_async.reward_study import is_measured
+    from r2m_async.studies.reward_models import is_measured
 
     write_results(tmp_path / "evaluation", {"pairs": {"accuracy": 0.5}}, "table")
     assert is_measured(tmp_path, {"evaluation": "evaluation"})

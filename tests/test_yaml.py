@@ -10,7 +10,7 @@ import yaml
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.reward_models.config import RewardModelConfig
-from r2m_async.study import read_study
+from r2m_async.studies.study import read_study
 
 
 def written(path, text):

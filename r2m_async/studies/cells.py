@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from r2m_async.intervals import differences, differences_tables, seeds_row, seeds_table
-from r2m_async.jobs import failures
 from r2m_async.runs.drawing import chosen
 from r2m_async.runs.plots import compare_runs
 from r2m_async.runs.records import column, read_metrics, read_records, samples_kl
 from r2m_async.runs.results import write_results
+from r2m_async.studies.intervals import differences, differences_tables, seeds_row, seeds_table
+from r2m_async.studies.jobs import failures
 
 SMOOTHING = 5
 """Steps over which gold and KL are averaged before they are compared: a step is few responses."""

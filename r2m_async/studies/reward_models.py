@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from r2m_async.intervals import differences, differences_tables, interval, seeds_row, seeds_table
-from r2m_async.jobs import failures
 from r2m_async.runs.results import write_results
+from r2m_async.studies.intervals import differences, differences_tables, interval, seeds_row, seeds_table
+from r2m_async.studies.jobs import failures
 from r2m_async.whole import disk_errors, write_file
 
 Parts: TypeAlias = Mapping[str, str]

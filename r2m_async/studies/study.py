@@ -35,11 +35,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS
-from r2m_async.jobs import WorkerProcesses, wait_for
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.preferences import load_preference_data
-from r2m_async.reward_study import compare_reward_models, is_measured, train_and_measure
-from r2m_async.study_results import compare_cells
+from r2m_async.studies.cells import compare_cells
+from r2m_async.studies.jobs import WorkerProcesses, wait_for
+from r2m_async.studies.reward_models import compare_reward_models, is_measured, train_and_measure
 from r2m_async.whole import disk_errors, whole_directory, write_file
 from r2m_async.yaml_tree import cut_repr, read_yaml
 

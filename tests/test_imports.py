@@ -1,12 +1,13 @@
-"""Dependencies point one way: what starts without torch and Ray, and which files may know which.
+"""The house rules: which part of the code may know which, what starts without torch and Ray, and that nothing is a circle.
 
-The areas that may import Ray are `ray_stages.py` (the stages in processes) and `algorithm.py` (RLlib); the one that
-may import actors and learners is `launch.py`; vLLM is for `actors/vllm_*` and the sender of the learner.
+Every import counts, also one in a function. What lies directly in `r2m_async/` is public and knows no wing below it,
+but for the doors, through which a person comes in. A rule is a whitelist: whatever it does not name is refused.
 """
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,62 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("r2m_async", "actors", "learners")
 HEAVY = ("torch", "ray", "transformers")
+
+WINGS = {
+    "data": set(),
+    "ring": set(),
+    "models": {"data"},
+    "runs": {"ring"},
+    "from_scratch": {"data", "models"},
+    "launch": {"actors", "data", "from_scratch", "learners", "models", "ring", "runs"},
+    "reward_models": {"data", "from_scratch", "models", "runs"},
+    "evaluation": {"actors", "data", "from_scratch", "models", "reward_models", "runs"},
+    "studies": {"evaluation", "from_scratch", "launch", "models", "reward_models", "runs"},
+    "actors": {"models", "ring"},
+    "learners": {"models", "ring"},
+}
+"""The wings that each wing may know."""
+
+DOORS = {
+    "cli": {"evaluation", "from_scratch", "launch", "models", "reward_models", "ring", "runs", "studies"},
+    "algorithm": {"launch", "runs"},
+    "export": {"data", "launch", "models", "runs"},
+    "reference": {"launch", "models"},
+}
+"""The wings that a public module may know. All others know none."""
+
+MATHS = {"advantages", "objectives", "head_objectives", "reward_objectives", "reward_head", "reward_metrics"}
+
+ONLY = {
+    "actors": {"r2m_async.launch.makers", "r2m_async.evaluation.answering"},
+    "learners": {"r2m_async.launch.makers"},
+    "ray": {"r2m_async.launch.ray_connection", "r2m_async.launch.ray_stages", "r2m_async.algorithm"},
+    "vllm": {
+        *(f"actors.vllm_{name}" for name in ("engine", "drivers", "offline", "worker", "weights")),
+        "learners.weight_sender",
+    },
+    "deepspeed": {"learners.deepspeed_backend"},
+    "learners.deepspeed_backend": {"r2m_async.launch.makers"},
+    "matplotlib": {
+        *(f"r2m_async.{name}" for name in ("runs.plots", "runs.drawing", "evaluation.plots", "reward_models.plots"))
+    },
+    "r2m_async.launch.ring": {"r2m_async.algorithm", "r2m_async.launch.training", "r2m_async.studies.study"},
+    "r2m_async.launch.ray_stages": {"r2m_async.algorithm", "r2m_async.launch.makers", "r2m_async.launch.ring"},
+    "r2m_async.ring.stages": {
+        *(f"r2m_async.{name}" for name in ("launch.makers", "launch.ray_stages", "runs.checkpoints")),
+        *(f"actors.{name}" for name in ("replay_queue", "reward_annotator", "rollout_actor")),
+        *(f"learners.{name}" for name in ("head_learner", "policy_learner", "weight_sender")),
+    },
+}
+"""Who, outside of the package that it is in, may import it: these and no others, and each of them does."""
+
+LAZY = {
+    "r2m_async.launch.makers": {"actors.vllm_engine", "actors.transformers_engine", "learners.deepspeed_backend"},
+    "r2m_async.evaluation.answering": {"actors.vllm_offline"},
+    "learners.weight_sender": {"vllm"},
+    "learners.deepspeed_backend": {"deepspeed"},
+}
+"""What these import only once it is needed: not everybody has it installed."""
 
 
 def imported_by(path: Path, everywhere: bool = True) -> set[str]:
@@ -41,6 +98,19 @@ def files() -> dict[str, Path]:
     return found
 
 
+def part_of(module: str) -> str:
+    """The wing that a module is in, or the public module itself."""
+    package, _, rest = module.partition(".")
+    return package if package != "r2m_async" else rest.partition(".")[0]
+
+
+def arrows() -> Iterator[tuple[str, str]]:
+    """(importer, imported) of all modules of the project, the package's own door `r2m_async` left out."""
+    for module, path in files().items():
+        for name in imported_by(path) & files().keys() - {"r2m_async"}:
+            yield module, name
+
+
 def importers_of(target: str) -> set[str]:
     """Modules that import `target` or something in it, anywhere in their text."""
     return {
@@ -51,9 +121,76 @@ def importers_of(target: str) -> set[str]:
 
 
 def test_the_walk_sees_imports_at_the_top_and_inside_functions():
-    launch = imported_by(ROOT / "r2m_async" / "launch.py")
-    assert {"actors.rollout_actor", "actors.transformers_engine", "r2m_async.config"} <= launch
-    assert "actors.transformers_engine" not in imported_by(ROOT / "r2m_async" / "launch.py", everywhere=False)
+    makers = ROOT / "r2m_async" / "launch" / "makers.py"
+    assert {"actors.rollout_actor", "actors.transformers_engine", "r2m_async.config"} <= imported_by(makers)
+    assert "actors.transformers_engine" not in imported_by(makers, everywhere=False)
+
+
+def test_every_part_that_a_rule_names_is_there():
+    folders = {path.name for path in (ROOT / "r2m_async").iterdir() if (path / "__init__.py").is_file()}
+    assert folders | {"actors", "learners"} == WINGS.keys()
+    public = {path.stem for path in (ROOT / "r2m_async").glob("*.py")}
+    assert public >= DOORS.keys() | MATHS
+    for named in (ONLY, LAZY):
+        for target, modules in named.items():
+            assert modules, target
+            ours = {name for name in {target, *modules} if name.partition(".")[0] in PACKAGES}
+            assert files().keys() >= ours, target
+
+
+def test_every_wing_says_in_a_sentence_what_it_is_and_lists_its_files():
+    for wing in WINGS.keys() - {"actors", "learners"}:
+        folder = ROOT / "r2m_async" / wing
+        said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        listed = [line.split()[0] for line in said.splitlines()[2:]]
+        assert said.splitlines()[1] == "", wing
+        assert sorted(listed) == sorted(path.name for path in folder.glob("*.py") if path.stem != "__init__"), wing
+
+
+def test_no_wing_knows_more_than_it_may():
+    refused = []
+    for importer, imported in arrows():
+        source, target = part_of(importer), part_of(imported)
+        if target in WINGS and source != target and target not in WINGS.get(source, DOORS.get(source, ())):
+            refused.append(f"{importer} imports {imported}")
+    assert refused == []
+
+
+def test_no_rule_allows_what_nobody_does():
+    done = {(part_of(importer), part_of(imported)) for importer, imported in arrows()}
+    allowed = {(source, target) for source, targets in (WINGS | DOORS).items() for target in targets}
+    assert allowed - done == set()
+
+
+def test_only_the_command_line_comes_in_through_a_door_but_for_exports_that_are_evaluated():
+    doors = {f"r2m_async.{name}" for name in ("cli", "algorithm", "reference", "export")}
+    assert {(part_of(importer), imported) for importer, imported in arrows() if imported in doors} == {
+        ("cli", "r2m_async.export"),
+        ("evaluation", "r2m_async.export"),
+    }
+
+
+def test_the_maths_know_nothing_but_each_other_and_how_a_users_own_is_found():
+    known = {part_of(imported) for importer, imported in arrows() if part_of(importer) in MATHS}
+    assert known <= MATHS | {"errors", "plugins"}
+
+
+@pytest.mark.parametrize("target", ONLY)
+def test_it_is_imported_by_these_and_no_others(target):
+    outside = {module for module in importers_of(target) if part_of(module) != part_of(target)}
+    if "." in target:  # of a module, those of its own wing are named, too, where the rule has any of them
+        named = {part_of(module) for module in ONLY[target]}
+        outside = {module for module in importers_of(target) if part_of(module) in named}
+    assert outside == ONLY[target]
+
+
+@pytest.mark.parametrize("module", LAZY)
+def test_what_not_everybody_has_is_not_imported_before_it_is_needed(module):
+    path = files()[module]
+    later, at_the_top = imported_by(path), imported_by(path, everywhere=False)
+    for target in LAZY[module]:
+        found = {name for name in later if name == target or name.startswith(f"{target}.")}
+        assert found and not found & at_the_top, target
 
 
 @pytest.mark.parametrize("module", ["r2m_async", "r2m_async.config", "r2m_async.cli", "r2m_async.schedule"])
@@ -62,8 +199,9 @@ def test_importing_it_loads_neither_torch_nor_ray_nor_transformers(module):
 
 
 def test_the_whole_schedule_is_importable_without_torch_and_ray():
-    modules = ("schedule", "stages", "simulator", "controller", "errors", "plugins", "trajectories")
-    assert loaded_by(*(f"r2m_async.{module}" for module in modules)) == []
+    ring = [module for module in files() if part_of(module) == "ring"]
+    public = [f"r2m_async.{name}" for name in ("schedule", "errors", "plugins", "trajectories")]
+    assert loaded_by(*ring, *public) == []
 
 
 @pytest.mark.models
@@ -79,64 +217,11 @@ def loaded_by(*modules: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_only_the_launch_knows_actors_and_learners():
-    known = {module for target in ("actors", "learners") for module in importers_of(target)}
-    assert {module for module in known if module.startswith("r2m_async")} == {
-        "r2m_async.launch.ring",
-        "r2m_async.evaluation.answering",
-    }
-    assert not {
-        name for name in imported_by(files()["r2m_async.evaluation.answering"], False) if name.startswith("actors")
-    }
-
-
-def test_only_what_starts_rings_knows_the_launch():
-    assert importers_of("r2m_async.launch.ring") == {
-        "r2m_async.algorithm",
-        "r2m_async.launch.training",
-        "r2m_async.studies.study",
-    }
-
-
-def test_actors_never_import_learners_nor_learners_actors():
-    assert not {module for module in importers_of("learners") if module.startswith("actors")}
-    assert not {module for module in importers_of("actors") if module.startswith("learners")}
-
-
-def test_only_its_stages_and_the_algorithm_import_ray():
-    assert importers_of("ray") == {
-        "r2m_async.launch.ray_connection",
-        "r2m_async.launch.ray_stages",
-        "r2m_async.algorithm",
-    }
-    assert importers_of("r2m_async.launch.ray_stages") == {"r2m_async.launch.ring", "r2m_async.algorithm"}
-
-
-def test_only_its_actors_and_the_weight_sender_import_vllm():
-    vllm = {"vllm_engine", "vllm_drivers", "vllm_offline", "vllm_worker", "vllm_weights"}
-    assert importers_of("vllm") == {f"actors.{name}" for name in vllm} | {"learners.weight_sender"}
-    assert "vllm" not in imported_by(ROOT / "learners" / "weight_sender.py", everywhere=False)
-
-
-def test_only_its_backend_imports_deepspeed_and_only_the_launch_imports_that():
-    assert importers_of("deepspeed") == {"learners.deepspeed_backend"}
-    assert "deepspeed" not in imported_by(ROOT / "learners" / "deepspeed_backend.py", everywhere=False)
-    assert importers_of("learners.deepspeed_backend") == {"r2m_async.launch.ring"}
-    assert "learners.deepspeed_backend" not in imported_by(ROOT / "r2m_async" / "launch.py", everywhere=False)
-
-
-def test_actors_and_learners_know_nothing_of_the_ring_they_are_in():
-    ring = ("controller", "schedule", "simulator", "launch", "ray_stages", "algorithm", "workload", "training", "cli")
-    for module in ring:
-        assert not {name for name in importers_of(f"r2m_async.{module}") if not name.startswith("r2m_async")}, module
-
-
 def test_no_module_imports_itself_round_a_circle():
-    """Neither at the top nor in a function. The package's door stands apart: a config builds its algorithm through it."""
-    graph = {
-        module: {name for name in imported_by(path) if name in files()} - {"r2m_async"}
-        for module, path in files().items()
-    }
+    """The package's door stands apart: a config builds its algorithm through it."""
+    graph: dict[str, set[str]] = {module: set() for module in files()}
+    for importer, imported in arrows():
+        graph[importer].add(imported)
     done: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:
@@ -148,3 +233,13 @@ def test_no_module_imports_itself_round_a_circle():
 
     for module in graph:
         visit(module, ())
+
+
+def test_the_packages_door_leads_to_two_things_and_only_a_config_goes_through_it():
+    import r2m_async
+
+    assert r2m_async._LAZY == {"R2MConfig": "r2m_async.config", "R2M": "r2m_async.algorithm"}
+    through = {
+        module for module, path in files().items() if imported_by(path) & {"r2m_async.R2M", "r2m_async.R2MConfig"}
+    }
+    assert through == {"r2m_async.config"}

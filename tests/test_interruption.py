@@ -13,8 +13,10 @@ import pytest
 from r2m_async.interruption import Interrupted, interruptible
 
 COMMAND = """
-    import ctypes, os, sys, time
+    import ctypes, os, signal, sys, time
     from r2m_async import cli, interruption
+
+    signal.signal(signal.SIGHUP, signal.{hang_up})  # whatever the tests themselves were started with, as by nohup
 
     mutex, libc = bytes(64), ctypes.CDLL(None)
     libc.pthread_mutex_lock(mutex)
@@ -36,10 +38,10 @@ LOCK = "libc.pthread_mutex_lock(mutex)"
 BODIES = {"waits": (SLEEP, "pass"), "cleans up for ever": (SLEEP, SLEEP), "is inside of a library": (LOCK, LOCK)}
 
 
-def start(tmp_path, body, patience=60.0, before=""):
+def start(tmp_path, body, patience=60.0, hang_up="SIG_DFL"):
     (tmp_path / "empty.yaml").touch()
     waits, cleans_up = BODIES[body]
-    code = before + textwrap.dedent(COMMAND).format(waits=waits, cleans_up=cleans_up, patience=patience)
+    code = textwrap.dedent(COMMAND).format(waits=waits, cleans_up=cleans_up, patience=patience, hang_up=hang_up)
     process = subprocess.Popen(
         [sys.executable, "-c", code, "check", str(tmp_path / "empty.yaml")],
         stdout=subprocess.PIPE,
@@ -75,8 +77,7 @@ def test_a_second_signal_ends_the_clean_up(tmp_path):
 
 
 def test_a_signal_that_is_ignored_from_the_start_stays_ignored(tmp_path):
-    before = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-    process = start(tmp_path, "waits", before=before)
+    process = start(tmp_path, "waits", hang_up="SIG_IGN")
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)

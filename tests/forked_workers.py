@@ -1,6 +1,6 @@
-"""Ray workers forked from a process that has imported torch and transformers already.
+"""Ray workers forked from a process that has imported torch, transformers and vLLM already.
 
-A worker's own imports take four seconds of a processor, and a ring has five workers: that is most of what a ring on Ray
+A worker's own imports take four seconds of a processor, nine with vLLM, and a ring has five workers: that is most of what a ring on Ray
 costs a test. Where `forked_workers` holds, Ray starts this file instead of its `setup_worker.py`. It hands over the
 worker's arguments, environment and outputs to a process that has made the imports, and that process forks the worker.
 From there on everything is as ever: a stage has a process of its own, with its own memory, and dies alone. Rings that
@@ -48,6 +48,7 @@ def serve(listener: socket.socket) -> None:
 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
 
+    import actors.vllm_engine  # noqa: F401
     import r2m_async.launch.ring  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers

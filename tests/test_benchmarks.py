@@ -27,7 +27,7 @@ def learner_step() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("stages, how", [((0, 2), []), ((2,), ["--alone"])])
+@pytest.mark.parametrize("stages, how", [((0, 2), []), pytest.param((2,), ["--alone"], marks=pytest.mark.cross)])
 def test_the_learner_step_is_measured_for_every_contender(stages, how, tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "learner_step.py", "--shape", "tiny", "--rounds", "1"]
     command += ["--device", "cpu", "--stages", *map(str, stages), "--json", tmp_path / "result.json", *how]

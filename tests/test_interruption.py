@@ -106,7 +106,7 @@ def test_handlers_are_put_back_and_other_threads_left_alone():
 
 
 @pytest.mark.ring
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.cross)])
 def test_a_training_run_leaves_with_the_status_names_what_is_left_and_leaves_no_process(tiny_config, tmp_path, number):
     """Ray's C++ side takes SIGTERM for itself: it printed a stack and aborted the driver three seconds later."""
     config = tiny_config.run(num_steps=10_000, output_dir=str(tmp_path / "runs")).checkpoint(every=1)

@@ -4,6 +4,7 @@ Engines in this process end before the next begins: closing one takes down the p
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import json
@@ -1066,28 +1067,47 @@ def test_an_option_that_nothing_else_sets_reaches_vllm_over_our_default(checkpoi
 
 # The end of the process that has an engine
 
-OWNER = """
+OWNERS = """
+# The imports take most of the time and are made once. Each owner is then a process of its own, forked, that runs to the
+# end of this file as a program does. This process tells their numbers, waits for them, and tells how they ended.
 import json, os, sys
 
-def main():
-    import psutil
-    import actors.state_slab
-    how, actors.state_slab.DIRECTORY, config, pipe = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
-    from transformers import AutoTokenizer
-    from actors.vllm_engine import VLLMEngine
-    from r2m_async.config import R2MConfig
+import psutil
+from transformers import AutoTokenizer
 
-    config = R2MConfig.from_dict(config)
+import actors.state_slab
+from actors.vllm_engine import VLLMEngine
+from r2m_async.config import R2MConfig
+
+root, config, owners = sys.argv[1], R2MConfig.from_dict(json.loads(sys.argv[2])), json.loads(sys.argv[3])
+
+
+def own(how):
+    actors.state_slab.DIRECTORY = os.path.join(root, how)
     engine = VLLMEngine(config.model.policy, AutoTokenizer.from_pretrained(config.model.policy), 64, config, False)
     children = {child.pid: child.cmdline() for child in psutil.Process().children(recursive=True)}
-    os.write(pipe, json.dumps(children).encode())
-    input()
+    told, go = owners[how]
+    os.write(told, json.dumps(children).encode())
+    os.read(go, 1)
     if how == "exit":
         os._exit(0)
     raise RuntimeError("a bug")
 
+
 if __name__ == "__main__":
-    main()
+    pids = {}
+    for how in owners:
+        pid = os.fork()
+        if not pid:
+            os.dup2(2, 1)  # the pipe to the test is the first process's alone
+            own(how)
+        pids[pid] = how
+    print(json.dumps({how: pid for pid, how in pids.items()}), flush=True)
+    ends = {}
+    for _ in owners:
+        pid, status = os.wait()
+        ends[pids[pid]] = os.waitstatus_to_exitcode(status)
+    print(json.dumps(ends), flush=True)
 """
 ENDS = {"kill": -signal.SIGKILL, "terminate": -signal.SIGTERM, "exit": 0, "exception": 1}
 
@@ -1096,24 +1116,28 @@ ENDS = {"kill": -signal.SIGKILL, "terminate": -signal.SIGTERM, "exit": 0, "excep
 def test_an_engines_processes_and_memory_go_with_whoever_started_it_however_it_ends(checkpoint, tmp_path):
     import psutil
 
-    config = config_of(checkpoint(), 1).to_dict()
-    (tmp_path / "owner.py").write_text(OWNER)
+    root, config = tmp_path / "shared", config_of(checkpoint(), 1).to_dict()
+    (tmp_path / "owners.py").write_text(OWNERS)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    owners, pipes, engines = {}, {}, {}
+    told, go, theirs, engines, owners = {}, {}, {}, {}, {}
+    for how in ENDS:
+        (root / how).mkdir(parents=True)
+        (told[how], telling), (going, go[how]) = os.pipe(), os.pipe()
+        theirs[how] = telling, going
+    inherited = [end for ends in theirs.values() for end in ends]
+    command = [sys.executable, str(tmp_path / "owners.py"), str(root), json.dumps(config), json.dumps(theirs)]
+    with open(tmp_path / "log", "w") as log:  # a pipe would be held open by what is left
+        first = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, pass_fds=inherited
+        )
+    for end in inherited:
+        os.close(end)
     try:
-        for how in ENDS:
-            shared = tmp_path / how
-            shared.mkdir()
-            pipes[how], writer = os.pipe()
-            command = [sys.executable, str(tmp_path / "owner.py"), how, str(shared), json.dumps(config), str(writer)]
-            with open(tmp_path / f"{how}.log", "w") as log:  # a pipe would be held open by what is left
-                owners[how] = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=[writer]
-                )
-            os.close(writer)
-        for how, pipe in pipes.items():
+        owners = {how: psutil.Process(pid) for how, pid in json.loads(first.stdout.readline() or "{}").items()}
+        assert owners.keys() == ENDS.keys(), (tmp_path / "log").read_text()[-3000:]
+        for how, pipe in told.items():
             word = word_of(pipe, seconds=150)
-            assert word, f"{how}: no engine: {(tmp_path / f'{how}.log').read_text()[-3000:]}"
+            assert word, f"{how}: no engine: {(tmp_path / 'log').read_text()[-3000:]}"
             children = json.loads(word)
             assert any("spawn_main" in part or "EngineCore" in part for line in children.values() for part in line)
             engines[how] = [psutil.Process(int(pid)) for pid in children]
@@ -1121,15 +1145,15 @@ def test_an_engines_processes_and_memory_go_with_whoever_started_it_however_it_e
             if how in ("kill", "terminate"):
                 owner.send_signal(-ENDS[how])
             else:
-                owner.communicate(b"go\n", 60)
-        assert {how: owner.wait(60) for how, owner in owners.items()} == ENDS
+                os.write(go[how], b"1")
+        assert json.loads(first.communicate(timeout=60)[0]) == ENDS
         assert {how: left for how, one in engines.items() if (left := left_of(one))} == {}
-        assert [str(file) for how in ENDS for file in (tmp_path / how).iterdir()] == []
+        assert [str(file) for how in ENDS for file in (root / how).iterdir()] == []
     finally:
-        for pipe in pipes.values():
+        for pipe in (*told.values(), *go.values()):
             os.close(pipe)
         for process in (*owners.values(), *(one for of_owner in engines.values() for one in of_owner)):
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
+        first.kill()
+        first.wait()

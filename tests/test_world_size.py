@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_deepspeed_learner import (
+    OUTER_STAGES,
     SHARDED,
-    STAGES,
     Outcome,
     Ranks,
     assert_close,
@@ -110,7 +110,7 @@ def assert_goes_on(gangs, config: R2MConfig, before: R2MConfig, after: R2MConfig
 
 
 @pytest.mark.parametrize("then, now", BOTH_WAYS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", OUTER_STAGES)
 def test_on_another_number_of_ranks_training_goes_on_as_the_torch_learners_to_1e_5(
     config, gangs, stage, then, now, tmp_path
 ):
@@ -118,7 +118,7 @@ def test_on_another_number_of_ranks_training_goes_on_as_the_torch_learners_to_1e
     assert_goes_on(gangs, config, config.learner(num_ranks=then), config.learner(num_ranks=now), tmp_path)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", OUTER_STAGES)
 def test_a_critic_goes_on_with_another_number_of_ranks_too(config, gangs, stage, tmp_path):
     config = sharded(config, stage).advantage(name="gae").objective(ratio="token").critic(lr=1e-4)
     theirs = with_torch(config, steps(4))
@@ -128,7 +128,7 @@ def test_a_critic_goes_on_with_another_number_of_ranks_too(config, gangs, stage,
 
 
 @pytest.mark.parametrize("then, now", [(1, 2), (2, 1)])
-@pytest.mark.parametrize("ranks_then, ranks_now", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("ranks_then, ranks_now", [(2, 1), pytest.param(2, 2, marks=pytest.mark.cross)])
 def test_stages_1_and_2_take_over_from_each_other(config, gangs, ranks_then, ranks_now, then, now, tmp_path):
     before = sharded(config, then).learner(num_ranks=ranks_then)
     after = sharded(config, now).learner(num_ranks=ranks_now)
@@ -151,7 +151,7 @@ def test_adapters_go_on_with_another_number_of_ranks(config, gangs, stage, tmp_p
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", OUTER_STAGES)
 def test_what_the_config_says_now_counts_and_not_what_it_said_when_the_checkpoint_was_saved(
     config, gangs, stage, num_ranks, tmp_path
 ):

@@ -12,6 +12,7 @@ raises `RuntimeError` because the caller broke the contract.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field
@@ -123,6 +124,8 @@ class Schedule:
         self.fenced = 0
         self._groups: dict[int, _Group] = {}
         self._next_group = first_step * plan.groups_per_step
+        self._lost: list[int] = []  # a heap; whoever takes the first of it asks whether that still waits
+        self._arrived_steps: Counter[int] = Counter()
         self._voided_steps: Counter[int] = Counter()
         self._leased: Assembly | None = None
         self._last_arrival: dict[int, float] = {}
@@ -135,12 +138,12 @@ class Schedule:
 
         `latest` is the newest policy version that the worker has or can load; the admission says which one it uses.
         """
-        lost = [group_id for group_id, group in self._groups.items() if not group.arrived and group.worker is None]
-        if lost:
-            group_id = min(lost)
+        if (lost := self._oldest_lost()) is not None:
+            group_id = lost
             version = self._version_for(self._groups[group_id].due_step, latest)
             if version is None:
                 return None
+            heapq.heappop(self._lost)
         else:
             group_id = self._next_group
             step = self.plan.due_step(group_id)
@@ -159,6 +162,12 @@ class Schedule:
         group.attempt += 1
         group.worker, group.policy_version, group.admitted_at = worker, version, now
         return Admission(group_id=group_id, due_step=group.due_step, attempt=group.attempt, policy_version=version)
+
+    def _oldest_lost(self) -> int | None:
+        """The first group that waits to be issued again; those that were voided meanwhile are forgotten here."""
+        while self._lost and self._lost[0] not in self._groups:
+            heapq.heappop(self._lost)
+        return self._lost[0] if self._lost else None
 
     def _version_for(self, step: int, latest: int) -> int | None:
         oldest = self.plan.policy_version_for(step)
@@ -185,6 +194,7 @@ class Schedule:
         group.arrived, group.worker, group.num_bytes = True, None, num_bytes
         group.oldest_version = min(oldest_version, group.due_step)
         self._last_arrival[group.due_step] = now
+        self._arrived_steps[group.due_step] += 1
         for ledger in self._ledgers:
             ledger.in_flight -= 1
             ledger.queued += 1
@@ -195,6 +205,7 @@ class Schedule:
         orphans = [group_id for group_id, group in self._groups.items() if group.worker == worker]
         for group_id in orphans:
             self._groups[group_id].worker = None
+            heapq.heappush(self._lost, group_id)
             self.reissued[reason] += 1
         return tuple(orphans)
 
@@ -223,6 +234,7 @@ class Schedule:
             else:
                 ledger.in_flight -= 1
             ledger.voided[reason] += 1
+        self._arrived_steps[group.due_step] -= group.arrived
         return True
 
     def late(self, now: float) -> tuple[tuple[int, int, str], ...]:
@@ -243,9 +255,15 @@ class Schedule:
         since = max(self._last_arrival.get(step, 0.0), self._step_began)
         return [
             (max(since, group.admitted_at) + plan.overage_after, (group_id, group.attempt, group.worker))
-            for group_id, group in self._groups.items()
-            if group.due_step == step and group.worker is not None
+            for group_id, group in self._of_step(step)
+            if group.worker is not None
         ]
+
+    def _of_step(self, step: int) -> list[tuple[int, _Group]]:
+        """(number, group) of those that are held, by rising number."""
+        first = step * self.plan.groups_per_step
+        numbers = range(first, first + self.plan.groups_per_step)
+        return [(group_id, self._groups[group_id]) for group_id in numbers if group_id in self._groups]
 
     # Clocks
 
@@ -254,11 +272,9 @@ class Schedule:
         step = self.policy_version
         if self._leased or step >= self.num_steps or self.head_version < self.plan.head_version_for(step):
             return None
-        ready = tuple(
-            group_id for group_id, group in sorted(self._groups.items()) if group.due_step == step and group.arrived
-        )
-        if len(ready) + self._voided_steps[step] < self.plan.groups_per_step:
+        if self._arrived_steps[step] + self._voided_steps[step] < self.plan.groups_per_step:
             return None
+        ready = tuple(group_id for group_id, group in self._of_step(step) if group.arrived)
         ages = tuple(step - self._groups[group_id].oldest_version for group_id in ready)
         exact = self.plan.lag == "exact"
         head_version = self.plan.head_version_for(step) if exact else self.head_version
@@ -297,12 +313,13 @@ class Schedule:
                 f"head step {step} was trained at head {self.head_version}, policy {self.policy_version}"
             )
         self.head_version += 1
-        passed = tuple(sorted(group_id for group_id, group in self._groups.items() if group.due_step == step))
+        passed = tuple(group_id for group_id, _ in self._of_step(step))
         for group_id in passed:
             self.reserved_bytes -= self._groups.pop(group_id).num_bytes
         self.head_ledger.queued -= len(passed)
         self.head_ledger.trained += len(passed)
         self._voided_steps.pop(step, None)
+        self._arrived_steps.pop(step, None)
         return passed
 
     def end(self) -> tuple[int, ...]:

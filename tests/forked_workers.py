@@ -48,7 +48,6 @@ def serve(listener: socket.socket) -> None:
 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
 
-    import actors.vllm_engine  # noqa: F401
     import r2m_async.launch.ring  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
@@ -65,6 +64,8 @@ def serve(listener: socket.socket) -> None:
             if not served and job["RAY_JOB_ID"].strip("f"):  # Ray's first workers wait for any job
                 os.environ.update(job)
                 import ray  # noqa: F401  # at its import it takes these from the environment, for good
+
+                import actors.vllm_engine  # noqa: F401  # which imports ray
 
                 gc.freeze()
                 served = job

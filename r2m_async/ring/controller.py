@@ -90,6 +90,7 @@ class Controller:
         self._waits = Waits()
         self._sending = asyncio.Lock()
         self._tasks: list[asyncio.Task] = []
+        self._first_error: BaseException | None = None
 
     # Life
 
@@ -105,9 +106,9 @@ class Controller:
         Raises StageLost if what carries the stages is gone meanwhile.
         """
         self._tasks = [self._spawn(self.stages.carrier())]
-        starting = self._spawn(self._first_versions(policies, heads, learners))
+        starting = self._told_of(self._first_versions(policies, heads, learners))
         try:
-            await self._waits.until(lambda: starting.done() or self._failure(), _DRIVER, "the stages to start")
+            await self._waits.until(lambda: starting.done() or self._first_error, _DRIVER, "the stages to start")
             if not starting.done():
                 self._raise_failure()
             await starting
@@ -144,7 +145,7 @@ class Controller:
             raise RuntimeError(f"the run has ended at step {self.schedule.policy_version}; there is no further step")
         self._steps_wanted += 1
         self._waits.notify()
-        await self._waits.until(lambda: self._results or self._failure(), _DRIVER, "a step's result")
+        await self._waits.until(lambda: self._results or self._first_error, _DRIVER, "a step's result")
         if not self._results:
             self._raise_failure()
         return self._results.popleft()
@@ -157,7 +158,7 @@ class Controller:
             return self.schedule.head_version == version == self._newest_policy and not self._evaluation_queue
 
         what = "head updates, weights and evaluations"
-        await self._waits.until(lambda: self._failure() or caught_up(), _DRIVER, what)
+        await self._waits.until(lambda: self._first_error or caught_up(), _DRIVER, what)
         self._raise_failure()
         self.schedule.audit()
 
@@ -190,9 +191,9 @@ class Controller:
         loop raises meanwhile: a learner that hangs here ends the run as it would in a step.
         """
         await self.drain()
-        saving = self._spawn(self._checkpoint(directory))
+        saving = self._told_of(self._checkpoint(directory))
         try:
-            await self._waits.until(lambda: saving.done() or self._failure(), _DRIVER, "a checkpoint")
+            await self._waits.until(lambda: saving.done() or self._first_error, _DRIVER, "a checkpoint")
             if not saving.done():
                 self._raise_failure()
             return await saving
@@ -234,15 +235,22 @@ class Controller:
         """Keeps an actor busy until it is lost, which raises an ExceptionGroup; whatever it was at is then cancelled."""
         loaded: int | None = None
         running: set[asyncio.Task] = set()
-        in_flight = self.config.rollouts.in_flight_updates
+        in_flight, at_once = self.config.rollouts.in_flight_updates, self.config.rollouts.concurrent_groups
         async with asyncio.TaskGroup() as jobs:
             while True:
-                version, weights, job = await self._waits.until(
-                    lambda loaded=loaded: self._next_job(actor, loaded, len(running)), actor.name, "a ticket"
+                await self._waits.aside(  # not in the line, where one that can take no ticket would bar the others' way
+                    lambda loaded=loaded: len(running) < at_once or self._urgent(actor, loaded, bool(running)),
+                    actor.name,
+                    "one of its groups to end",
+                )
+                version, weights, job = await self._waits.in_line(
+                    lambda loaded=loaded: self._urgent(actor, loaded, bool(running)) or self._ticket(actor),
+                    actor.name,
+                    "a ticket",
                 )
                 alone = isinstance(job, _Evaluation) or (loaded != version and not in_flight)
                 if alone:
-                    await self._waits.until(lambda: not running, actor.name, "its groups to end")
+                    await self._waits.aside(lambda: not running, actor.name, "its groups to end")
                 if loaded != version:
                     if loaded is None:
                         await self._connect(actor)
@@ -253,7 +261,7 @@ class Controller:
                 elif job is not None:
                     task = jobs.create_task(self._generate(actor, job))
                     running.add(task)
-                    task.add_done_callback(lambda done: (running.discard(done), self._waits.notify()))
+                    task.add_done_callback(lambda done: (running.discard(done), self._waits.wake(actor.name)))
 
     async def _connect(self, actor: Stage) -> None:
         """Where the learner sends weights itself: a channel from it to the actor's new process."""
@@ -333,21 +341,23 @@ class Controller:
             except StageLost as again:
                 error = again
 
-    def _next_job(
-        self, actor: Stage, loaded: int | None, num_running: int
-    ) -> tuple[int, Any, Ticket | _Evaluation | None] | None:
-        """(policy version, its weights, what to generate if anything), or None while there is nothing to do."""
+    def _urgent(self, actor: Stage, loaded: int | None, running: bool) -> tuple[int, Any, _Evaluation | None] | None:
+        """(policy version, its weights, what to evaluate if anything): what goes before a ticket, None if nothing does."""
         if self._evaluation_queue and actor is self.stages.rollouts[-1]:
             evaluation = self._evaluation_queue[0]
             return evaluation.policy_version, evaluation.policy, evaluation
-        newest, rollouts = self._newest_policy, self.config.rollouts
-        if rollouts.in_flight_updates and num_running and loaded != newest:
+        newest = self._newest_policy
+        if self.config.rollouts.in_flight_updates and running and loaded != newest:
             return newest, self._policies[newest], None
-        if num_running >= rollouts.concurrent_groups:
-            return None
-        admission = self.schedule.admit(actor.name, newest, self._now())
+        return None
+
+    def _ticket(self, actor: Stage) -> tuple[int, Any, Ticket] | None:
+        """(policy version, its weights, what to generate with it), None while there is no ticket, for any actor."""
+        admission = self.schedule.admit(actor.name, self._newest_policy, self._now())
         if admission is None:
             return None
+        if self.config.scheduling.overage != "wait":
+            self._waits.notify()  # a group is late only once all of its step are admitted
         weights = self._policies[admission.policy_version]
         return admission.policy_version, weights, self._make_ticket(admission)
 
@@ -484,7 +494,11 @@ class Controller:
         self._policies = self._kept_policies()
         if head:
             self._ask_evaluation(version, *head)
-        self._waits.notify()
+            self._waits.wake(self.stages.rollouts[-1].name)
+        if self.config.rollouts.in_flight_updates:
+            self._waits.notify_all()
+        else:
+            self._waits.notify()
 
     async def _stalls_for_publication(self) -> None:
         """The next `train` would change what is being copied."""
@@ -512,18 +526,23 @@ class Controller:
             self._waits.notify()
 
     async def _overage_loop(self) -> None:
-        """Aborts late groups (`mask`, `drop`). Waits for the next deadline or a change that moves it."""
+        """Aborts late groups (`mask`, `drop`). Waits for the next deadline, and where there is none for a change."""
         by_name = {actor.name: actor for actor in self.stages.rollouts}
         aborted: set[tuple[int, int, str]] = set()
+        if self.schedule.plan.overage == "wait":
+            return
         async with _together() as aborts:
             while True:
-                event, deadline = self._waits.changed, self.schedule.next_deadline(after=aborted)
-                try:
-                    await asyncio.wait_for(event.wait(), None if deadline is None else max(0.0, deadline - self._now()))
+                deadline = self.schedule.next_deadline(after=aborted)
+                if deadline is None:
+                    await self._waits.change("overage", "a group that others wait for")
                     continue
-                except TimeoutError:
-                    now = max(deadline, self._now())  # a timer may go off up to its clock's resolution before its time
-                    late = [group for group in self.schedule.late(now) if group not in aborted]
+                if (wait := deadline - self._now()) > 0:
+                    # No arrival, loss or new step moves it to the front: whatever happens meanwhile can be asked then.
+                    await asyncio.sleep(wait)
+                    continue
+                now = max(deadline, self._now())  # a timer may go off up to its clock's resolution before its time
+                late = [group for group in self.schedule.late(now) if group not in aborted]
                 aborted = {group for group in aborted if self.schedule.holds(group[0])} | set(late)
                 if self.schedule.plan.overage == "drop":
                     for group_id, _, _ in late:
@@ -580,8 +599,20 @@ class Controller:
     # Waiting and telling
 
     def _spawn(self, loop: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task whose failure wakes whoever waits, the driver above all."""
+        """A task whose failure ends the run: the driver raises the first one."""
+
+        def ended(task: asyncio.Task[T]) -> None:
+            if not task.cancelled() and (error := task.exception()):
+                self._first_error = self._first_error or error
+                self._waits.notify()
+
         task = asyncio.create_task(loop)
+        task.add_done_callback(ended)
+        return task
+
+    def _told_of(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that the driver itself waits for: its end, whichever, wakes the driver."""
+        task = asyncio.create_task(work)
         task.add_done_callback(lambda _: self._waits.notify())
         return task
 
@@ -627,15 +658,9 @@ class Controller:
         publication = [self._publication] if self._publication else []
         return [*self._tasks, *self._embedding.values(), *publication]
 
-    def _failure(self) -> BaseException | None:
-        for task in self._all_tasks():
-            if task.done() and not task.cancelled() and (error := task.exception()):
-                return error
-        return None
-
     def _raise_failure(self) -> None:
-        if error := self._failure():
-            raise error
+        if self._first_error:
+            raise self._first_error
 
     def waits(self) -> str:
         """Who waits for what, and since when, one line each."""

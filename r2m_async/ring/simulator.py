@@ -111,6 +111,7 @@ class SimulatedStage:
         self._group_bytes = group_bytes
         self._version = 0
         self._aborted: set[int] = set()
+        self._abort_of: dict[int, asyncio.Event] = {}
 
     async def call(self, method: str, *args: Any) -> tuple[Any, ...]:
         if method == "abort":
@@ -118,19 +119,34 @@ class SimulatedStage:
             if self._crashes("abort"):
                 raise StageLost(self.name, f"{self.name} is not there to abort")
             self._aborted.add(args[0])
+            if generating := self._abort_of.get(args[0]):
+                generating.set()
             return (None,)
         if method == "weights":  # beside whatever else it does
             await asyncio.sleep(self._duration(method))
             return self._result(method, args)
         async with self._lock:
             seconds = self._duration(method)
-            for _ in range(10 if method == "generate" else 1):
-                if method == "generate" and args[0].group_id in self._aborted:
-                    break
-                await asyncio.sleep(seconds / (10 if method == "generate" else 1))
+            if method == "generate":
+                await self._generate(args[0].group_id, seconds)
+            else:
+                await asyncio.sleep(seconds)
             if self._crashes(method):
                 raise StageLost(self.name, f"{self.name} crashed in {method}")
             return self._result(method, args)
+
+    async def _generate(self, group_id: int, seconds: float) -> None:
+        """Until it is done or aborted, or at once if that was asked before."""
+        if group_id in self._aborted:
+            return
+        self._abort_of[group_id] = asyncio.Event()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._abort_of[group_id].wait()
+        except TimeoutError:
+            pass
+        finally:
+            del self._abort_of[group_id]
 
     async def restart(self) -> None:
         self._version = -1

@@ -547,7 +547,7 @@ def test_a_ring_with_two_ranks_trains_is_saved_resumed_and_ends_by_the_name_of_t
             assert metrics["age/policy_max"] <= 1 and metrics["age/head"] <= 1
             assert metrics["policy/grad_norm"] > 0
         ring.save(tmp_path / "checkpoint")
-        os.kill(ring._run(ring.controller.stages.policy.ranks[1].pid()), signal.SIGKILL)
+        os.kill(ring.process_ids()["policy-learner"][1], signal.SIGKILL)
         with pytest.raises(StageLost, match="policy-learner-1 was lost"):
             while True:
                 ring.step()

@@ -21,25 +21,23 @@ def run_in_process(config):
         while not ring.finished:
             ring.step()
         ring.drain()
-        stages = ring.controller.stages
-        policy = ring._run(stages.policy.call("weights"))[1]
-        head = ring._run(stages.head.call("state"))[1]["scoring"]
-        critic = ring._run(stages.policy.call("state"))[1].get("critic")
+        policy, head = ring.policy_weights(), ring.head_weights()
+        critic = ring.learner_states()["policy"].get("critic")
     return policy, head, critic and critic["weights"], rewards
 
 
 def record_rewards(ring):
     """Listens to what the annotator binds, by step."""
     annotator, rewards = ring.controller.stages.annotators[0], {}
-    call = annotator.call
+    call = annotator.carrier.call
 
     async def listen(method, *args):
         result = await call(method, *args)
-        if method == "score":
+        if method.name == "score":
             rewards[args[0]] = [reward for group in result[1] for reward in group.rewards.tolist()]
         return result
 
-    annotator.call = listen
+    annotator.carrier.call = listen
     return rewards
 
 
@@ -197,6 +195,6 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(tiny_config, tm
             assert ring.step()["step"] == 3
             while not ring.finished:
                 ring.step()
-            policy = ring._run(ring.controller.stages.policy.call("weights"))[1]
+            policy = ring.policy_weights()
     expected = reference.train(config).policy
     assert all(torch.equal(policy.tensors[name], tensor) for name, tensor in expected.tensors.items())

@@ -25,11 +25,11 @@ class Faulty(SimulatedStage):
         self.calls = {}
 
     async def call(self, method, *args):
-        self.calls[method] = number = self.calls.get(method, -1) + 1
-        if number >= self.first and method in self.hangs:
+        self.calls[method.name] = number = self.calls.get(method.name, -1) + 1
+        if number >= self.first and method.name in self.hangs:
             await asyncio.get_running_loop().create_future()
-        if number >= self.first and method in self.fails:
-            raise self.fails[method]
+        if number >= self.first and method.name in self.fails:
+            raise self.fails[method.name]
         return await super().call(method, *args)
 
     def _result(self, method, args):
@@ -43,7 +43,7 @@ def stages_of(**others):
         **{kind: Faulty(name) for kind, name in (("queue", "queue"), ("head", "head-learner"))},
         "policy": Faulty("policy-learner"),
     }
-    return Stages(**stages | others, **local_bytes())
+    return Stages.carried_by(**stages | others, **local_bytes())
 
 
 def plan_of(**changes):
@@ -164,7 +164,7 @@ class Stubborn(Faulty):
     """A call that cannot be cancelled, as one inside of a library may be."""
 
     async def call(self, method, *args):
-        if method != "train":
+        if method.name != "train":
             return await super().call(method, *args)
         ends_at = asyncio.get_running_loop().time() + 3 * STALL_AFTER
         while asyncio.get_running_loop().time() < ends_at:
@@ -172,7 +172,7 @@ class Stubborn(Faulty):
                 await asyncio.sleep(1)
             except asyncio.CancelledError:
                 pass
-        return self._result(method, args)
+        return self._result(method.name, args)
 
 
 def test_a_call_that_ignores_cancelling_does_not_keep_the_ring_from_stopping():
@@ -216,8 +216,8 @@ def test_every_group_that_hangs_is_named_with_its_engine():
 
     class Third(Faulty):
         async def call(self, method, *args):
-            if method == "generate" and args[0].group_id != 2:
-                return self._result(method, args)
+            if method.name == "generate" and args[0].group_id != 2:
+                return self._result(method.name, args)
             return await super().call(method, *args)
 
     config = CONFIG.rollouts(engine="vllm", concurrent_groups=4)
@@ -274,9 +274,9 @@ def test_nothing_of_the_groups_ahead_is_left_when_a_run_ends_early(seconds):
 
     class Queue(Faulty):
         async def call(self, method, *args):
-            if method == "put":
+            if method.name == "put":
                 stored.add(args[0])
-            if method == "free":
+            if method.name == "free":
                 stored.difference_update(args[0])
             return await super().call(method, *args)
 
@@ -323,7 +323,7 @@ def test_a_carrier_that_is_gone_ends_the_run():
 
     stages = stages_of(policy=Faulty("policy-learner", hangs=("train",)))
     names = ("rollouts", "queue", "annotators", "policy", "head", "from_bytes", "to_bytes")
-    told = drive(Stages(**{name: getattr(stages, name) for name in names}, carrier=gone), train)
+    told = drive(Stages(**{name: getattr(stages, name) for name in names}, watch=gone), train)
     assert isinstance(told["error"], StageLost) and 4.9 < told["after"] < 6
 
 

@@ -57,7 +57,7 @@ ONLY = {
     "r2m_async.launch.ring": {"r2m_async.algorithm", "r2m_async.launch.training", "r2m_async.studies.study"},
     "r2m_async.launch.ray_stages": {"r2m_async.algorithm", "r2m_async.launch.makers", "r2m_async.launch.ring"},
     "r2m_async.ring.stages": {
-        *(f"r2m_async.{name}" for name in ("launch.makers", "launch.ray_stages", "runs.checkpoints")),
+        *(f"r2m_async.{name}" for name in ("launch.makers", "launch.ray_stages", "launch.ring", "runs.checkpoints")),
         *(f"actors.{name}" for name in ("replay_queue", "reward_annotator", "rollout_actor")),
         *(f"learners.{name}" for name in ("head_learner", "policy_learner", "weight_sender")),
     },

@@ -58,7 +58,7 @@ def spoilt(path: str, out, value: float = NAN) -> str:
 
 
 def state_of(ring: Ring, stage: str) -> dict:
-    return ring._run(getattr(ring.controller.stages, stage).call("state"))[1]
+    return ring.learner_states()[stage]
 
 
 def same(ours: dict, theirs: dict) -> bool:

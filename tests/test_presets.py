@@ -77,8 +77,7 @@ def run_ring(config):
 
 
 def weights_of(ring):
-    stages = ring.controller.stages
-    return ring._run(stages.policy.call("weights"))[1], ring._run(stages.head.call("state"))[1]["weights"]
+    return ring.policy_weights(), ring.learner_states()["head"]["weights"]
 
 
 def moved(before, after) -> set[str]:
@@ -167,9 +166,4 @@ def test_a_preset_runs_on_vllm_and_deepspeed_together(name, tiny, tmp_path, ray_
 
 def weights_of_ring(ring):
     """Policy and head, out of their processes."""
-    from r2m_async.codec import decode
-
-    stages = ring.controller.stages
-    policy, head = ring._run(stages.policy.call("weights"))[1], ring._run(stages.head.call("state"))[1]
-    policy, head = (decode(ring._run(stages.to_bytes(payload))) for payload in (policy, head))
-    return [policy, head["weights"]]
+    return list(weights_of(ring))

@@ -15,7 +15,7 @@ import pytest
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, StageLost
-from r2m_async.ring.stages import produces
+from r2m_async.ring.stages import Stage, method
 
 pytestmark = pytest.mark.ring
 
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.ring
 class Worker:
     """A stage that does as it is told."""
 
-    @produces(0)
     def work(self, what):
         if what == "times out":
             raise TimeoutError("the sandbox of the user's function")
@@ -39,13 +38,25 @@ class Worker:
             print("what a user's function prints")
         return (what,)
 
-    @produces(1)
     def make(self, value):
         return None, value
 
-    @produces(0)
     def read(self, values):
         return (values,)
+
+
+class WorkerStage(Stage):
+    @method()
+    def work(self, what):
+        """Does it."""
+
+    @method(1)
+    def make(self, value):
+        """A payload."""
+
+    @method()
+    def read(self, values):
+        """What came of payloads."""
 
 
 def healthy(config, workload):
@@ -68,8 +79,8 @@ def stage(ray_session):
 
     def launch(make=healthy, deadline=None):
         options = {"num_cpus": 0, "max_restarts": 0}
-        made.append(RayStage("worker-0", Worker, make, R2MConfig(), None, deadline, options))
-        return made[-1]
+        made.append(RayStage("worker-0", make, R2MConfig(), None, deadline, options))
+        return WorkerStage(made[-1])
 
     yield launch
     for one in made:
@@ -80,17 +91,17 @@ def stage(ray_session):
 def test_a_timeout_of_the_users_own_is_told_as_his_and_the_process_lives(stage):
     async def run():
         worker = stage(deadline=300.0)
-        before = await worker.pid()
+        before = await worker.carrier.pid()
         with pytest.raises(TimeoutError, match="the sandbox of the user's function"):
-            await worker.call("work", "times out")
-        assert await worker.pid() == before
+            await worker.work("times out")
+        assert await worker.carrier.pid() == before
         with pytest.raises(FunctionFailed, match="group 4, response 2") as failed:
-            await worker.call("work", "fails")
+            await worker.work("fails")
         assert type(failed.value) is FunctionFailed and "ray::" not in str(failed.value)
         with pytest.raises(ConfigError, match=r"^reward\.clip is wrong$"):
-            await worker.call("work", "mistake")
+            await worker.work("mistake")
         with pytest.raises(ZeroDivisionError, match="in a library"):
-            await worker.call("work", "breaks")
+            await worker.work("breaks")
 
     asyncio.run(run())
 
@@ -98,12 +109,12 @@ def test_a_timeout_of_the_users_own_is_told_as_his_and_the_process_lives(stage):
 def test_a_hung_process_is_killed_named_and_replaced(stage):
     async def run():
         worker = stage(deadline=5.0)
-        hung = psutil.Process(await worker.pid())
+        hung = psutil.Process(await worker.carrier.pid())
         with pytest.raises(StageLost, match=r"worker-0 did not finish work within 5\.0 s \(rollouts\.hang_after\)"):
-            await worker.call("work", "sleeps")
+            await worker.work("sleeps")
         await worker.restart()
-        assert await worker.pid() != hung.pid
-        assert await worker.call("work", "well") == ("well",)
+        assert await worker.carrier.pid() != hung.pid
+        assert await worker.work("well") == "well"
         hung.wait(30)
 
     asyncio.run(run())
@@ -113,12 +124,12 @@ def test_a_hung_process_is_killed_named_and_replaced(stage):
 def test_a_killed_or_frozen_process_is_replaced(stage, number):
     async def run():
         worker = stage(deadline=15.0)
-        assert await worker.call("work", "well") == ("well",)
-        os.kill(await worker.pid(), number)
+        assert await worker.work("well") == "well"
+        os.kill(await worker.carrier.pid(), number)
         with pytest.raises(StageLost, match="worker-0"):
-            await worker.call("work", "well")
+            await worker.work("well")
         await worker.restart()
-        assert await worker.call("work", "well") == ("well",)
+        assert await worker.work("well") == "well"
 
     asyncio.run(run())
 
@@ -142,9 +153,9 @@ def test_payloads_are_found_wherever_they_stand_in_the_arguments(stage):
 
     async def run():
         worker = stage()
-        made = [(await worker.call("make", number))[1] for number in range(4)]
+        made = [(await worker.make(number))[1] for number in range(4)]
         given = [1, made[0], [made[1]], (made[2], "text"), {"key": made[3], "other": None}]
-        assert await worker.call("read", given) == ([1, 0, [1], (2, "text"), {"key": 3, "other": None}],)
+        assert await worker.read(given) == [1, 0, [1], (2, "text"), {"key": 3, "other": None}]
 
     asyncio.run(run())
 
@@ -161,7 +172,7 @@ SCRIPT = """
     from r2m_async.launch.ray_stages import RayProcesses
     cloudpickle.register_pickle_by_value(stages)
     processes = RayProcesses(R2MConfig())
-    worker = processes.stage("worker-0", stages.Worker, stages.healthy, None, 0.0)
+    worker = processes.stage("worker-0", stages.healthy, None, 0.0)
     import asyncio
     print("pid", asyncio.run(worker.pid()), flush=True)
 """
@@ -239,7 +250,7 @@ def test_a_head_that_dies_ends_the_watch_with_a_message_long_before_ray_ends_the
 def test_what_a_stage_prints_is_seen_under_its_name_unless_told_otherwise(seen):
     told = script("""
         async def speak():
-            await worker.call("work", "speaks")
+            await worker.work("speaks")
         asyncio.run(speak())
         if not SEEN:
             time.sleep(3)  # Ray's monitor reads the files in which processes print

@@ -17,15 +17,7 @@ pytestmark = [pytest.mark.ring, pytest.mark.usefixtures("ray_session")]
 def weights_of(ring):
     """(policy, head) weights as they are now."""
 
-    async def fetch():
-        policy = (await ring.controller.stages.policy.call("weights"))[1]
-        head = (await ring.controller.stages.head.call("state"))[1]
-        return policy, head
-
-    from r2m_async.codec import decode
-
-    policy, head = (decode(ring._run(ring.controller.stages.to_bytes(payload))) for payload in ring._run(fetch()))
-    return policy, head["weights"]
+    return ring.policy_weights(), ring.learner_states()["head"]["weights"]
 
 
 def record_groups(ring):
@@ -33,22 +25,22 @@ def record_groups(ring):
     from r2m_async.codec import decode
 
     stages, seen = ring.controller.stages, {"tokens": {}, "rewards": {}}
-    proximal, score = stages.policy.call, stages.annotators[0].call
+    proximal, score = stages.policy.carrier.call, stages.annotators[0].carrier.call
 
     async def listen_policy(method, *args):
-        if method == "proximal":
+        if method.name == "proximal":
             groups = [decode(await stages.to_bytes(payload)) for payload in args[1]]
             seen["tokens"][args[0]] = [t.token_ids.tolist() for group in groups for t in group.trajectories]
         return await proximal(method, *args)
 
     async def listen_annotator(method, *args):
         result = await score(method, *args)
-        if method == "score":
+        if method.name == "score":
             rewards = decode(await stages.to_bytes(result[1]))
             seen["rewards"][args[0]] = [reward for group in rewards for reward in group.rewards.tolist()]
         return result
 
-    stages.policy.call, stages.annotators[0].call = listen_policy, listen_annotator
+    stages.policy.carrier.call, stages.annotators[0].carrier.call = listen_policy, listen_annotator
     return seen
 
 
@@ -68,12 +60,12 @@ def kill_one_rollout_actor(ring):
     async def kill():
         rollouts, asked = ring.controller.stages.rollouts, asyncio.Event()
         for stage in rollouts:
-            stage.call = telling(stage.call, asked)
+            stage.carrier.call = telling(stage.carrier.call, asked)
         if not ring.controller.schedule.in_flight():
             await asked.wait()
         worker = next(iter(ring.controller.schedule.in_flight().values()))
         stage = next(stage for stage in rollouts if stage.name == worker)
-        os.kill(await stage.pid(), signal.SIGKILL)
+        os.kill(await stage.carrier.pid(), signal.SIGKILL)
 
     ring._run(kill())
 
@@ -82,7 +74,7 @@ def telling(call, asked):
     """The call of a stage, that sets `asked` once the stage is to generate."""
 
     async def listen(method, *args):
-        if method == "generate":
+        if method.name == "generate":
             asked.set()
         return await call(method, *args)
 
@@ -145,11 +137,11 @@ def test_bounded_lag_overlaps_stages_survives_a_kill_and_never_exceeds_its_bound
     assert ledger.admitted == ledger.trained == 24, "a killed actor's groups are generated again"
     assert max(policy for policy, _ in ages) <= 2 and max(head for _, head in ages) <= 1
     assert max(policy for policy, _ in ages) >= 1, "nothing was generated ahead"
-    generating = [interval for interval in trace if interval.method == "generate"]
-    training = [interval for interval in trace if interval.method == "train"]
+    generating = [interval for interval in trace if interval.method.name == "generate"]
+    training = [interval for interval in trace if interval.method.name == "train"]
     overlaps = [g for g in generating for t in training if g.start < t.end and t.start < g.end]
     assert any(g.step > t.step for g in generating for t in training if g.start < t.end and t.start < g.end), overlaps
-    copying = {interval.step: interval for interval in trace if interval.method == "weights"}
+    copying = {interval.step: interval for interval in trace if interval.method.name == "weights"}
     assert copying.keys() == set(range(13))
     assert all(copying[t.step].end <= t.start for t in training), "a version is whole before the next step changes it"
 
@@ -171,7 +163,7 @@ def test_late_groups_are_cut_in_their_process_and_the_ledger_balances(tiny_confi
 def test_a_dead_learner_ends_the_run_by_its_name_instead_of_hanging(tiny_config):
     with Ring.of(tiny_config.run(num_steps=50)) as ring:
         ring.step()
-        os.kill(ring._run(ring.controller.stages.policy.pid()), signal.SIGKILL)
+        os.kill(ring.process_ids()["policy-learner"][0], signal.SIGKILL)
         with pytest.raises(StageLost, match="policy-learner was lost"):
             while True:
                 ring.step()

@@ -73,9 +73,9 @@ def run_ring(config: R2MConfig):
         while not ring.finished:
             steps.append(ring.step())
         evaluations = list(ring.drain())
-        stages, schedule = ring.controller.stages, ring.controller.schedule
-        policy, head = (ring._run(stage.call("state"))[1]["weights"] for stage in (stages.policy, stages.head))
-        assert ring._run(stages.queue.call("free", ())) == (0,), "a group was left in the queue"
+        schedule, queue = ring.controller.schedule, ring.controller.stages.queue.carrier
+        policy, head = (state["weights"] for state in ring.learner_states().values())
+        assert queue._stage.free(()) == (0,), "a group was left in the queue"
     return policy, head, steps, evaluations, schedule
 
 
@@ -269,18 +269,18 @@ def test_an_evaluation_judges_its_own_version_while_others_are_trained_beside_it
     judged, moved_on = [], 0
     with Ring.of(config.scheduling(max_policy_age=3, max_head_age=3), in_process=True) as ring:
         annotator, schedule = ring.controller.stages.annotators[0], ring.controller.schedule
-        call = annotator.call
+        call = annotator.carrier.call
 
         async def listen(method, *args):
             nonlocal moved_on
-            if method == "judge":
+            if method.name == "judge":
                 step, head, groups, *_ = args
                 versions = {t.oldest_version for group in groups for t in group.trajectories}
                 judged.append(({float(step)}, {float(one) for one in versions}, float(head.version)))
                 moved_on += schedule.head_version > head.version and schedule.policy_version > step
             return await call(method, *args)
 
-        annotator.call = listen
+        annotator.carrier.call = listen
         while not ring.finished:
             ring.step()
         evaluations = ring.drain()
@@ -391,7 +391,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_where_the_config_s
     config = tiny_config.reward(functions=["own_functions:absurd"]).learner(on_nonfinite="skip")
     config = config.objective(num_minibatches=2, epochs=2)
     with Ring.of(config, in_process=True) as ring:
-        before = ring._run(ring.controller.stages.policy.call("weights"))[1]
+        before = ring.policy_weights()
     policy, head, steps, *_ = run_ring(config)
     assert same_bits(policy, before)
     assert (policy.version, head.version) == (3, 3)

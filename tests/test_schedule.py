@@ -197,7 +197,7 @@ class Ring:
             )
 
         num_actors = self.config.rollouts.num_actors
-        self.stages = Stages(
+        self.stages = Stages.carried_by(
             rollouts=tuple(stage(f"rollout-{index}", crashing=True) for index in range(num_actors)),
             queue=stage("queue"),
             annotators=(stage("annotator-0"), stage("annotator-1")),
@@ -272,7 +272,7 @@ def test_max_policy_age_zero_makes_progress_with_the_smallest_queue(data):
         **smallest,
     )
     for stage in ring.stages.rollouts:
-        stage._group_bytes = 10
+        stage.carrier._group_bytes = 10
     assert all(result["age/policy_max"] == 0 for result in ring.run())
 
 
@@ -282,7 +282,7 @@ def test_a_run_that_ends_early_balances_too(data):
     ring = Ring(data.draw)
     ring.config = ring.config.objective(kl_stop=1.0)
     last = data.draw(st.integers(0, ring.plan.num_steps - 1))
-    result = ring.stages.policy._result
+    result = ring.stages.policy.carrier._result
 
     def with_kl(method, args):
         report, *payloads = result(method, args)
@@ -290,7 +290,7 @@ def test_a_run_that_ends_early_balances_too(data):
             report.metrics["kl/sequence"] = 2.0
         return report, *payloads
 
-    ring.stages.policy._result = with_kl
+    ring.stages.policy.carrier._result = with_kl
     results = ring.run()
     assert len(results) == last + 1 and results[-1]["kl/stopped"] == 1.0
     assert ring.schedule.reserved_bytes == 0
@@ -302,7 +302,7 @@ def still(name="stage", seconds=1.0, **options):
 
 def stages_of(rollouts, **others):
     defaults = {name: still(name, 0.0) for name in ("queue", "policy", "head")}
-    return Stages(
+    return Stages.carried_by(
         rollouts=rollouts,
         annotators=(still("annotator", 0.0),),
         **(local_bytes() | defaults | others),

@@ -75,7 +75,7 @@ def reference_run(config):
 def in_one_process(config):
     """A ring without Ray. Its engine ends with it: closing one takes down the process groups of all in this process."""
     with reference.one_thread(), Ring.of(config, in_process=True) as ring:
-        engine = ring.controller.stages.rollouts[0]._stage._engine
+        engine = ring.controller.stages.rollouts[0].carrier._stage._engine
         try:
             yield ring
         finally:
@@ -99,15 +99,15 @@ def damage_weights(ring, change):
     from r2m_async.codec import decode, encode
 
     stages = ring.controller.stages
-    call = stages.policy.call
+    call = stages.policy.carrier.call
 
     async def damaged(method, *args):
         report, *payloads = await call(method, *args)
-        if method == "weights":
+        if method.name == "weights":
             payloads[0] = stages.from_bytes(encode(change(decode(await stages.to_bytes(payloads[0])))))
         return report, *payloads
 
-    stages.policy.call = damaged
+    stages.policy.carrier.call = damaged
 
 
 def trained_groups(ring):
@@ -115,23 +115,23 @@ def trained_groups(ring):
     from r2m_async.codec import decode
 
     stages, seen = ring.controller.stages, {}
-    call = stages.policy.call
+    call = stages.policy.carrier.call
 
     async def listen(method, *args):
-        if method == "proximal":
+        if method.name == "proximal":
             seen[args[0]] = [decode(await stages.to_bytes(payload)) for payload in args[1]]
         return await call(method, *args)
 
-    stages.policy.call = listen
+    stages.policy.carrier.call = listen
     return seen
 
 
 def groups_at_once(actor):
     """How many groups an actor was asked for and had not returned, whenever that rose."""
-    call, running, counts = actor.call, set(), [0]
+    call, running, counts = actor.carrier.call, set(), [0]
 
     async def listen(method, *args):
-        if method != "generate":
+        if method.name != "generate":
             return await call(method, *args)
         running.add(args[0].group_id)
         counts.append(len(running))
@@ -140,23 +140,23 @@ def groups_at_once(actor):
         finally:
             running.remove(args[0].group_id)
 
-    actor.call = listen
+    actor.carrier.call = listen
     return counts
 
 
 def life_of(actor):
     """What happened to a rollout actor, in order: (what, version, due step, error or name)."""
-    events, call, restart = [], actor.call, actor.restart
+    events, call, restart = [], actor.carrier.call, actor.carrier.restart
 
     async def listen(method, *args):
-        if method == "generate":
+        if method.name == "generate":
             events.append(("generate", args[0].due_step))
         try:
             result = await call(method, *args)
         except StageLost as error:
             events.append(("lost", str(error)))
             raise
-        if method == "load_weights":
+        if method.name == "load_weights":
             events.append(("load", result[0].version))
         return result
 
@@ -164,16 +164,16 @@ def life_of(actor):
         await restart()
         events.append(("restarted", actor.name))
 
-    actor.call, actor.restart = listen, listen_restart
+    actor.carrier.call, actor.carrier.restart = listen, listen_restart
     return events
 
 
 def strike(actor, due_step, hurt):
     """`await hurt(actor)` once, while it generates its first group that is due in `due_step` or later."""
-    call, struck = actor.call, []
+    call, struck = actor.carrier.call, []
 
     async def strike_once(method, *args):
-        if method != "generate" or args[0].due_step < due_step or struck:
+        if method.name != "generate" or args[0].due_step < due_step or struck:
             return await call(method, *args)
         struck.append(args[0].group_id)
         running = asyncio.ensure_future(call(method, *args))
@@ -181,19 +181,19 @@ def strike(actor, due_step, hurt):
         await hurt(actor)
         return await running
 
-    actor.call = strike_once
+    actor.carrier.call = strike_once
     return struck
 
 
 async def kill_actor(actor):
-    os.kill(await actor.pid(), signal.SIGKILL)
+    os.kill(await actor.carrier.pid(), signal.SIGKILL)
 
 
 def signal_engine(number, signalled):
     """A `hurt` that sends the engine's process a signal and appends it to `signalled`."""
 
     async def hurt(actor):
-        (engine,) = engines_of(await actor.pid())
+        (engine,) = engines_of(await actor.carrier.pid())
         engine.send_signal(number)
         signalled.append(engine)
 
@@ -342,7 +342,7 @@ def test_groups_batched_and_updated_in_flight_keep_the_bounds_and_stopping_ends_
         at_once = groups_at_once(actor)
         metrics = run_to_the_end(ring)
         ledger = ring.controller.schedule.policy_ledger
-        engines = engines_of(ring._run(actor.pid()))
+        engines = engines_of(ring._run(actor.carrier.pid()))
         assert len(engines) == 1
         assert left_of(engines, 0) == engines
     assert left_of(engines) == []
@@ -385,7 +385,7 @@ def test_an_engine_that_dies_and_then_one_that_hangs_are_started_again_and_every
         life = life_of(actor)
         run_to_the_end(ring)
         schedule = ring.controller.schedule
-        engines = engines_of(ring._run(actor.pid()))
+        engines = engines_of(ring._run(actor.carrier.pid()))
     assert len(killed) == len(stopped) == 1 and killed != stopped
     assert left_of([*killed, *stopped, *engines]) == []
     assert schedule.policy_ledger.trained == schedule.head_ledger.trained == 24 == schedule.policy_ledger.admitted
@@ -443,7 +443,7 @@ from r2m_async.launch.ring import Ring
 ray.init(address="local", include_dashboard=False, num_cpus=2, object_store_memory=200 * 2**20, log_to_driver=False)
 ring = Ring.of(R2MConfig.from_yaml(sys.argv[1]))
 ring.step()
-os.write(int(sys.argv[2]), str(ring._run(ring.controller.stages.rollouts[0].pid())).encode())
+os.write(int(sys.argv[2]), str(ring.process_ids()["rollout-0"][0]).encode())
 while not ring.finished:
     ring.step()
 """

@@ -146,7 +146,7 @@ def test_a_group_that_its_actor_begins_last_is_late_on_time(overage):
     rollout, queue, annotator, policy, head = (
         SimulatedStage(name, lambda method: 10.0 if method == "generate" else 0.0) for name in names
     )
-    stages = Stages(
+    stages = Stages.carried_by(
         rollouts=(rollout,), queue=queue, annotators=(annotator,), policy=policy, head=head, **local_bytes()
     )
     results, schedule = run_virtually(config, plan_without_models(config), stages)

@@ -1,6 +1,5 @@
 """How policy versions reach vLLM: the choice of a transport, channels and their deadlines, and a ring that uses gloo."""
 
-import asyncio
 import os
 import signal
 import socket
@@ -13,7 +12,7 @@ import torch
 from conftest import WORDS, save_tiny_model
 
 from learners.weight_sender import WeightSender
-from r2m_async.codec import decode
+from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
@@ -265,7 +264,7 @@ def test_an_engine_of_two_ranks_takes_weights_and_gives_states_as_one_does(vllm_
 
 
 def engine_core_of(ring) -> psutil.Process:
-    actor = psutil.Process(ring._run(ring.controller.stages.rollouts[0].pid()))
+    actor = psutil.Process(ring.process_ids()["rollout-0"][0])
     return next(
         child for child in actor.children(recursive=True) if "EngineCore" in " ".join([child.name(), *child.cmdline()])
     )
@@ -288,7 +287,7 @@ def test_a_gloo_ring_runs_resumes_and_survives_a_dead_actor_and_a_stopped_engine
     assert all(torch.equal(parameter, saved[name]) for name, parameter in exported.named_parameters())
     with Ring.of(config, resume=tmp_path / "checkpoint") as ring:
         assert ring.step()["step"] == 3
-        os.kill(ring._run(ring.controller.stages.rollouts[0].pid()), signal.SIGKILL)
+        os.kill(ring.process_ids()["rollout-0"][0], signal.SIGKILL)
         for _ in range(2):
             metrics = ring.step()
         engine = engine_core_of(ring)
@@ -310,13 +309,5 @@ def test_a_synchronous_gloo_ring_gives_the_bits_of_the_object_stores(vllm_config
             while not ring.finished:
                 ring.step()
             ring.drain()
-
-            async def state(ring=ring):
-                return await asyncio.gather(
-                    *(stage.call("state") for stage in (ring.controller.stages.policy, ring.controller.stages.head))
-                )
-
-            final.append(
-                [bytes(ring._run(ring.controller.stages.to_bytes(payload))) for _, payload in ring._run(state())]
-            )
+            final.append([bytes(encode(state)) for state in ring.learner_states().values()])
     assert final[0] == final[1]

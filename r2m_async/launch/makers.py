@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import actors
 import learners
@@ -20,22 +20,27 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.launch.ray_stages import Make, RayProcesses, ray_bytes
 from r2m_async.launch.workload import Workload
-from r2m_async.ring.stages import LocalBatches, LocalStage, Stage, Stages, local_bytes
+from r2m_async.ring.stages import Carrier, LocalBatches, LocalCarrier, Stages, local_bytes
 
-Launch: TypeAlias = Callable[[str, type, Make], Stage]
+Launch: TypeAlias = Callable[[str, Make], Carrier]
+"""Starts a stage, by its name and how it is made."""
 
 
-def _stages(config: R2MConfig, launch: Launch, others: dict[str, Callable]) -> Stages:
+def _stages(config: R2MConfig, launch: Launch, others: dict[str, Callable[..., Any]]) -> Stages:
     """`others`: what else `Stages` has."""
     rollouts, replicas = range(config.rollouts.num_actors), range(config.reward.replicas)
-    return Stages(
-        rollouts=tuple(launch(f"rollout-{index}", RolloutActor, _rollout_actor) for index in rollouts),
-        queue=launch("queue", ReplayQueue, lambda config, workload: ReplayQueue()),
-        annotators=tuple(launch(f"annotator-{index}", RewardAnnotator, _reward_annotator) for index in replicas),
-        policy=launch("policy-learner", PolicyLearner, _policy_learner),
-        head=launch("head-learner", HeadLearner, _head_learner),
+    return Stages.carried_by(
+        rollouts=tuple(launch(f"rollout-{index}", _rollout_actor) for index in rollouts),
+        queue=launch("queue", _replay_queue),
+        annotators=tuple(launch(f"annotator-{index}", _reward_annotator) for index in replicas),
+        policy=launch("policy-learner", _policy_learner),
+        head=launch("head-learner", _head_learner),
         **others,
     )
+
+
+def _replay_queue(config: R2MConfig, workload: Workload) -> ReplayQueue:
+    return ReplayQueue()
 
 
 def _rollout_actor(config: R2MConfig, workload: Workload) -> RolloutActor:
@@ -109,26 +114,29 @@ def _head_learner(config: R2MConfig, workload: Workload) -> HeadLearner:
 
 
 def stages_in_process(config: R2MConfig, workload: Workload) -> Stages:
-    def launch(name: str, stage_class: type, make: Make) -> Stage:
-        batches = stage_class is RolloutActor and config.rollouts.concurrent_groups > 1
-        return (LocalBatches if batches else LocalStage)(name, make(config, workload))
+    """All stages in this process, one call after the other."""
+
+    def launch(name: str, make: Make) -> Carrier:
+        batches = make is _rollout_actor and config.rollouts.concurrent_groups > 1
+        return (LocalBatches if batches else LocalCarrier)(name, make(config, workload))
 
     return _stages(config, launch, local_bytes())
 
 
 def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
+    """Each stage in a Ray process of its own, a DeepSpeed learner in one for each rank."""
     config, gpus = processes.config, processes.gpus
 
-    def launch(name: str, stage_class: type, make: Make) -> Stage:
-        if stage_class is PolicyLearner and config.learner.backend == "deepspeed":
-            return processes.gang(name, PolicyLearner, _policy_rank, workload, gpus)
-        if stage_class is RolloutActor:
+    def launch(name: str, make: Make) -> Carrier:
+        if make is _policy_learner and config.learner.backend == "deepspeed":
+            return processes.gang(name, _policy_rank, workload, gpus)
+        if make is _rollout_actor:
             num_gpus, deadline = gpus * config.rollouts.tensor_parallel, config.rollouts.hang_after
-            return processes.stage(name, stage_class, make, workload, num_gpus, deadline)
-        on_cpu = stage_class in (ReplayQueue, HeadLearner)
-        return processes.stage(name, stage_class, make, workload, 0.0 if on_cpu else gpus)
+            return processes.stage(name, make, workload, num_gpus, deadline)
+        on_cpu = make in (_replay_queue, _head_learner)
+        return processes.stage(name, make, workload, 0.0 if on_cpu else gpus)
 
-    return _stages(config, launch, {**ray_bytes(), "carrier": processes.ray.watch})
+    return _stages(config, launch, {**ray_bytes(), "watch": processes.ray.watch})
 
 
 def check_packages() -> None:

@@ -22,7 +22,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, DiskError, StageLost, StepFailed, WeightMismatch
 from r2m_async.launch.ray_connection import RayConnection
 from r2m_async.launch.workload import Workload
-from r2m_async.ring.stages import NODE_ADDRESS
+from r2m_async.ring.stages import NODE_ADDRESS, Method
 
 RESTART_TIMEOUT = 300.0
 """Seconds in which a new process must be there for a dead rollout actor."""
@@ -54,7 +54,6 @@ class RayProcesses:
     def stage(
         self,
         name: str,
-        stage_class: type,
         make: Make,
         workload: Workload,
         num_gpus: float,
@@ -62,14 +61,14 @@ class RayProcesses:
     ) -> RayStage:
         """A stage in a process of its own; `deadline` as of `RayStage`."""
         options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0}
-        stage = RayStage(name, stage_class, make, self.config, workload, deadline, options)
+        stage = RayStage(name, make, self.config, workload, deadline, options)
         self._launched.append(stage)
         return stage
 
-    def gang(self, name: str, stage_class: type, make_rank: MakeRank, workload: Workload, num_gpus: float) -> RayGang:
+    def gang(self, name: str, make_rank: MakeRank, workload: Workload, num_gpus: float) -> RayGang:
         """A stage of `learner.num_ranks` processes, each with so many GPUs."""
         options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0}
-        gang = RayGang(name, stage_class, make_rank, self.config, workload, options)
+        gang = RayGang(name, make_rank, self.config, workload, options)
         self._launched.append(gang)
         return gang
 
@@ -185,19 +184,12 @@ class _Process:
         return (report, *results) if results else report
 
 
-_CHANNELS = ("open_channel", "connect", "send")
-"""Methods of the policy learner by which it sends weights itself."""
-_CONCURRENT = {"generate": "generate", "weights": "weights"} | dict.fromkeys(("abort", *_CHANNELS), "control")
-"""Methods that run beside a stage's other work, and the group of threads each runs in."""
-
-
 class RayStage:
     """The controller's side of a `_Process`."""
 
     def __init__(
         self,
         name: str,
-        stage_class: type,
         make: Make,
         config: R2MConfig,
         workload: Workload,
@@ -213,29 +205,27 @@ class RayStage:
         remote = ray.remote(concurrency_groups=groups)(_Process)
         self._new = lambda: remote.options(**options).remote(name, make, config, workload)
         self._actor = self._new()
-        self._stage_class = stage_class
         self._started = False
 
-    async def call(self, method: str, *args: Any) -> tuple[Any, ...]:
+    async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
         from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 
         payloads: list[Any] = []
         packed = bytes(encode(_emptied(list(args), payloads)))
-        num_payloads = getattr(self._stage_class, method).num_payloads
-        options = {"num_returns": 1 + num_payloads}
-        if method in _CONCURRENT:
-            options["concurrency_group"] = _CONCURRENT[method]
+        options: dict[str, Any] = {"num_returns": 1 + method.num_payloads}
+        if method.beside:
+            options["concurrency_group"] = method.beside
         within, actor = asyncio.timeout(None), self._actor
         try:
             if not self._started:  # the deadline is for calls, not for starting
                 await self.pid()
                 self._started = True
-            references = actor.call.options(**options).remote(method, packed, *payloads)
-            report, *results = references if num_payloads else [references]
+            references = actor.call.options(**options).remote(method.name, packed, *payloads)
+            report, *results = references if method.num_payloads else [references]
             async with asyncio.timeout(self._deadline) as within:
                 return decode(await report), *results
         except (ActorDiedError, ActorUnavailableError) as error:
-            raise StageLost(self.name, f"{self.name} was lost during {method}: {error}") from error
+            raise StageLost(self.name, f"{self.name} was lost during {method.name}: {error}") from error
         except RayTaskError as error:  # before TimeoutError: what a stage raised may be one of both classes
             if isinstance(error.cause, _USERS):
                 raise error.cause from None
@@ -250,10 +240,12 @@ class RayStage:
                 raise
             await self._end(actor)
             raise StageLost(
-                self.name, f"{self.name} did not finish {method} within {self._deadline} s (rollouts.hang_after)"
+                self.name, f"{self.name} did not finish {method.name} within {self._deadline} s (rollouts.hang_after)"
             ) from None
         except ObjectLostError as error:
-            raise StageLost(None, f"a payload for {self.name}.{method} was lost with its process: {error}") from error
+            raise StageLost(
+                None, f"a payload for {self.name}.{method.name} was lost with its process: {error}"
+            ) from error
 
     async def restart(self) -> None:
         """A new process in the place of the lost one. Raises StageLost if that dies too, or takes too long."""
@@ -280,6 +272,9 @@ class RayStage:
             if isinstance(error.cause, _USERS):
                 raise error.cause from None
             raise
+
+    async def pids(self) -> list[int]:
+        return [await self.pid()]
 
     async def _end(self, actor: Any) -> None:
         """Kills a process: that one, and none that has taken its place meanwhile. It is given up in any case.
@@ -310,7 +305,7 @@ def _kill(actor: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Shares:
-    """One payload in parts, as the ranks of a gang made it (`stages.produces`)."""
+    """One payload in parts, as the ranks of a gang made it (`Method.shares`)."""
 
     references: tuple[Any, ...]
 
@@ -325,7 +320,6 @@ class RayGang:
     def __init__(
         self,
         name: str,
-        stage_class: type,
         make_rank: MakeRank,
         config: R2MConfig,
         workload: Workload,
@@ -335,19 +329,16 @@ class RayGang:
         import torch
 
         self.name = name
-        self._stage_class = stage_class
-        self._rank_0_publishes = config.learner.zero_stage < 3  # it has whole weights
+        self._rank_0_is_whole = config.learner.zero_stage < 3  # it has whole weights
         host = ray.util.get_node_ip_address()
         self._store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.ranks = tuple(
-            RayStage(
-                f"{name}-{rank}", stage_class, make_rank(rank, host, self._store.port), config, workload, None, options
-            )
+            RayStage(f"{name}-{rank}", make_rank(rank, host, self._store.port), config, workload, None, options)
             for rank in range(config.learner.num_ranks)
         )
 
-    async def call(self, method: str, *args: Any) -> tuple[Any, ...]:
-        if method in _CHANNELS or (method == "weights" and self._rank_0_publishes):
+    async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
+        if method.ranks == "first" or (method.ranks == "whole" and self._rank_0_is_whole):
             return await self.ranks[0].call(method, *args)
         calls = [asyncio.create_task(rank.call(method, *args)) for rank in self.ranks]
         try:
@@ -356,16 +347,15 @@ class RayGang:
             for call in calls:
                 call.cancel()
         (report, *payloads), *others = (call.result() for call in calls)
-        for place in getattr(self._stage_class, method).shares:
+        for place in method.shares:
             payloads[place] = _Shares((payloads[place], *(other[1 + place] for other in others)))
         return report, *payloads
 
     async def restart(self) -> None:
         raise StageLost(self.name, f"{self.name} will not come back: its ranks are not started again one by one")
 
-    async def pid(self) -> int:
-        """Of the process of rank 0."""
-        return await self.ranks[0].pid()
+    async def pids(self) -> list[int]:
+        return [await rank.pid() for rank in self.ranks]
 
     def kill(self) -> None:
         for rank in self.ranks:

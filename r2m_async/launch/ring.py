@@ -16,7 +16,9 @@ from r2m_async.launch.makers import check_packages, stages_in_process, stages_on
 from r2m_async.launch.ray_stages import RayProcesses
 from r2m_async.launch.workload import TicketOffice, Workload, plan_of, resolve
 from r2m_async.ring.controller import STOP_TIMEOUT, Controller
+from r2m_async.ring.stages import Call
 from r2m_async.runs.checkpoints import kept_versions, read_checkpoint, write_parts
+from r2m_async.trajectories import Weights
 from r2m_async.whole import whole_at, whole_directory
 
 T = TypeVar("T")
@@ -115,6 +117,32 @@ class Ring:
         """Waits for head updates and evaluations under way; returns all evaluations so far."""
         self._run(self.controller.drain())
         return self.controller.evaluations
+
+    def policy_weights(self) -> Weights:
+        """The policy as the learner has it now, under the base model's names; adapters are merged."""
+        return self._fetched(self.controller.stages.policy.weights(True))
+
+    def head_weights(self) -> Weights:
+        """The head that scores: what it has learnt, averaged where `head.hold` is `average`."""
+        return self._fetched(self.controller.stages.head.state())["scoring"]
+
+    def learner_states(self) -> dict[str, Any]:
+        """What a checkpoint would hold of each learner now, by `policy` and `head`; a DeepSpeed learner cannot give it."""
+        stages = self.controller.stages
+        return {"policy": self._fetched(stages.policy.state()), "head": self._fetched(stages.head.state())}
+
+    def process_ids(self) -> dict[str, list[int]]:
+        """The numbers of each stage's processes, by the stage's name: for a debugger or a profiler."""
+        stages = self.controller.stages
+
+        async def pids() -> dict[str, list[int]]:
+            each = (*stages.rollouts, stages.queue, *stages.annotators, stages.policy, stages.head)
+            return {stage.name: await stage.carrier.pids() for stage in each}
+
+        return self._run(pids())
+
+    def _fetched(self, call: Call[Any]) -> Any:
+        return decode(self._run(self.controller.fetched(call)))
 
     def save(self, directory: str | Path) -> None:
         """Writes a checkpoint, whole or not at all; an old one there stays until the new one takes its place at once.

@@ -9,7 +9,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from r2m_async.config import ConfigTree, LoRA, Section, check_held_out
+from r2m_async.config_rules import held_out
+from r2m_async.config_sections import LoRA
+from r2m_async.config_tree import ConfigTree, Section
 
 
 class RunSection(Section):
@@ -147,16 +149,40 @@ class RewardModelConfig(ConfigTree):
         return self.optimizer.lr * (num_steps - step) / (num_steps - warmup)
 
     @model_validator(mode="after")
-    def _cross_checks(self) -> Self:
-        model, head, loss = self.model, self.head, self.loss
-        check_held_out(self.data, "preferences")
-        if model.frozen and model.lora is not None:
-            raise ValueError("model.frozen is True and model.lora is set: a frozen backbone has no adapters; use one")
-        if model.frozen and loss.regularizer is not None:
-            raise ValueError(
-                f"model.frozen is True and loss.regularizer is {loss.regularizer!r}: it holds hidden states, and frozen "
-                f"ones do not move; leave one of them out"
-            )
-        if head.init == "keep" and head.layers == 2:
-            raise ValueError("head.init is 'keep' and head.layers is 2: a start has one layer; use init 'normal'")
+    def _rules(self) -> Self:
+        if broken := [message for message in (rule(self) for rule in _RULES) if message]:
+            raise ValueError("\n".join(broken))
         return self
+
+
+def _evaluation_pairs_are_held_out(config: RewardModelConfig) -> str | None:
+    return held_out(config.data, "preferences")
+
+
+def _a_frozen_backbone_has_no_adapters(config: RewardModelConfig) -> str | None:
+    if not config.model.frozen or config.model.lora is None:
+        return None
+    return "model.frozen is True and model.lora is set: a frozen backbone has no adapters; use one"
+
+
+def _frozen_states_need_no_regularizer(config: RewardModelConfig) -> str | None:
+    if not config.model.frozen or config.loss.regularizer is None:
+        return None
+    return (
+        f"model.frozen is True and loss.regularizer is {config.loss.regularizer!r}: it holds hidden states, and frozen ones "
+        f"do not move; leave one of them out"
+    )
+
+
+def _a_head_that_is_kept_has_one_layer(config: RewardModelConfig) -> str | None:
+    if config.head.init != "keep" or config.head.layers != 2:
+        return None
+    return "head.init is 'keep' and head.layers is 2: a start has one layer; use init 'normal'"
+
+
+_RULES = (
+    _evaluation_pairs_are_held_out,
+    _a_frozen_backbone_has_no_adapters,
+    _frozen_states_need_no_regularizer,
+    _a_head_that_is_kept_has_one_layer,
+)

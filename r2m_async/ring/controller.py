@@ -16,13 +16,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import StageLost, StalledRun, StepFailed
-from r2m_async.ring.stages import Stage, Stages
+from r2m_async.ring.calls import Calls
+from r2m_async.ring.delivery import Delivery
+from r2m_async.ring.stages import Call, Payload, RolloutStage, Stages
 from r2m_async.ring.step_metrics import Interval, StepMetrics
 from r2m_async.ring.waiting import Waits
 from r2m_async.schedule import Admission, Assembly, Plan, Schedule
@@ -41,17 +43,17 @@ class _Evaluation:
 
     policy_version: int
     head_version: int
-    policy: Any
-    head: Any
+    policy: Payload
+    head: Payload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _HeadWork:
     step: int
     group_ids: tuple[int, ...]
-    embeddings: list[Any]
-    refreshed: Any
-    rewards: Any
+    embeddings: list[Payload]
+    refreshed: Payload
+    rewards: Payload
 
 
 class Controller:
@@ -77,35 +79,36 @@ class Controller:
         self.evaluations: list[dict[str, float]] = []
         self._make_ticket = make_ticket
         self._evaluation_tickets = evaluation_tickets
-        self._policies: dict[int, Any] = {}
-        self._heads: dict[int, Any] = {}
+        self._policies: dict[int, Payload] = {}
+        self._heads: dict[int, Payload] = {}
         self._evaluation_queue: deque[_Evaluation] = deque()
         self._head_queue: deque[_HeadWork] = deque()
-        self._embedding: dict[int, asyncio.Task] = {}
-        self._publication: asyncio.Task | None = None
+        self._embedding: dict[int, asyncio.Task[Any]] = {}
+        self._publication: asyncio.Task[Any] | None = None
         self._publish_times = self.metrics.standing["publication"] = {"time/publish": 0.0, "time/publish_stall": 0.0}
         self._results: deque[dict[str, float]] = deque()
         self._steps_wanted = 0
         self._deaths: Counter[str] = Counter()
         self._waits = Waits()
-        self._sending = asyncio.Lock()
-        self._tasks: list[asyncio.Task] = []
+        self._calls = Calls(self._waits, self.metrics)
+        self._delivery = Delivery(config, stages, self._waits, self._calls)
+        self._tasks: list[asyncio.Task[Any]] = []
         self._first_error: BaseException | None = None
 
     # Life
 
     async def start(
         self,
-        policies: dict[int, Any] | None = None,
-        heads: dict[int, Any] | None = None,
-        learners: tuple[Any, str, Any] | None = None,
+        policies: dict[int, Payload] | None = None,
+        heads: dict[int, Payload] | None = None,
+        learners: tuple[Payload, str, Payload] | None = None,
     ) -> None:
         """Starts the loops, from the learners' present weights or from a checkpoint's kept versions.
 
         learners: what the policy learner restores, the checkpoint's directory, and what the head learner restores.
         Raises StageLost if what carries the stages is gone meanwhile.
         """
-        self._tasks = [self._spawn(self.stages.carrier())]
+        self._tasks = [self._spawn(self.stages.watch())]
         starting = self._told_of(self._first_versions(policies, heads, learners))
         try:
             await self._waits.until(lambda: starting.done() or self._first_error, _DRIVER, "the stages to start")
@@ -119,18 +122,21 @@ class Controller:
         self._tasks += [self._spawn(loop) for loop in loops]
 
     async def _first_versions(
-        self, policies: dict[int, Any] | None, heads: dict[int, Any] | None, learners: tuple[Any, str, Any] | None
+        self,
+        policies: dict[int, Payload] | None,
+        heads: dict[int, Payload] | None,
+        learners: tuple[Payload, str, Payload] | None,
     ) -> None:
         if learners is not None:
             policy, directory, head = learners
-            await self._ask(self.stages.policy, "restore", policy, directory)
-            await self._ask(self.stages.head, "restore", head)
+            await self._calls.ask(self.stages.policy.restore(policy, directory))
+            await self._calls.ask(self.stages.head.restore(head))
         self._policies = policies or {}
         if not self._policies:
             await self._publish(self.schedule.policy_version)
         if heads is None:
-            heads = {0: (await self._ask(self.stages.annotators[0], "initial_head"))[1]}
-            await self._ask(self.stages.head, "start", heads[0])
+            heads = {0: (await self._calls.ask(self.stages.annotators[0].initial_head()))[1]}
+            await self._calls.ask(self.stages.head.start(heads[0]))
         self._heads = heads
         if self._evaluation_tickets:
             head_version = self.schedule.head_version
@@ -184,6 +190,11 @@ class Controller:
         taken, self.metrics.trace = self.metrics.trace, []
         return taken
 
+    async def fetched(self, call: Call[tuple[StepReport, Payload]]) -> memoryview:
+        """What a stage makes now, as bytes for `codec.decode`."""
+        _, payload = await self._calls.ask(call)
+        return await self._bytes_of(call.method.name, payload)
+
     async def checkpoint(self, directory: str) -> dict[str, Any]:
         """Everything a run resumes from, as bytes by name: learner states and the versions still needed.
 
@@ -202,22 +213,22 @@ class Controller:
 
     async def _checkpoint(self, directory: str) -> dict[str, Any]:
         async with _together() as both:
-            policy = both.create_task(self._ask(self.stages.policy, "state", directory))
-            head = both.create_task(self._ask(self.stages.head, "state"))
+            policy = both.create_task(self._calls.ask(self.stages.policy.state(directory)))
+            head = both.create_task(self._calls.ask(self.stages.head.state()))
         payloads = {"policy_learner": policy.result()[1], "head_learner": head.result()[1]}
         kept = self._kept_policies()
         if self.config.weights.direct:  # the learner keeps them to itself; an export needs them
-            kept = {self._newest_policy: (await self._ask(self.stages.policy, "weights", True))[1]}
+            kept = {self._newest_policy: (await self._calls.ask(self.stages.policy.weights(True)))[1]}
         payloads |= {f"policy_weights_{version}": payload for version, payload in kept.items()}
         payloads |= {f"head_weights_{version}": payload for version, payload in self._heads.items()}
         return {name: await self._bytes_of(name, payload) for name, payload in payloads.items()}
 
-    async def _bytes_of(self, name: str, payload: Any) -> Any:
+    async def _bytes_of(self, name: str, payload: Payload) -> memoryview:
         return await self._waits.work(self.stages.to_bytes(payload), name, "its bytes")
 
     # Loops
 
-    async def _rollout_loop(self, actor: Stage) -> None:
+    async def _rollout_loop(self, actor: RolloutStage) -> None:
         """Consumes admissions and policy weights. Waits for a ticket; unblocked by the training loop's new version or
         by room in the queue. Produces queued groups; the last actor also generates for evaluations."""
         while True:
@@ -231,10 +242,10 @@ class Controller:
                 raise others[0]
             await self._bring_back(actor, own[0])
 
-    async def _serve(self, actor: Stage) -> None:
+    async def _serve(self, actor: RolloutStage) -> None:
         """Keeps an actor busy until it is lost, which raises an ExceptionGroup; whatever it was at is then cancelled."""
         loaded: int | None = None
-        running: set[asyncio.Task] = set()
+        running: set[asyncio.Task[Any]] = set()
         in_flight, at_once = self.config.rollouts.in_flight_updates, self.config.rollouts.concurrent_groups
         async with asyncio.TaskGroup() as jobs:
             while True:
@@ -253,8 +264,9 @@ class Controller:
                     await self._waits.aside(lambda: not running, actor.name, "its groups to end")
                 if loaded != version:
                     if loaded is None:
-                        await self._connect(actor)
-                    await self._load(actor, version, weights)
+                        await self._delivery.connect(actor)
+                    report = await self._delivery.load(actor, version, weights)
+                    self.metrics.standing["weights"] = report.metrics
                     loaded = version
                 if isinstance(job, _Evaluation):
                     await self._evaluate(actor, job)
@@ -263,67 +275,7 @@ class Controller:
                     running.add(task)
                     task.add_done_callback(lambda done: (running.discard(done), self._waits.wake(actor.name)))
 
-    async def _connect(self, actor: Stage) -> None:
-        """Where the learner sends weights itself: a channel from it to the actor's new process."""
-        if self.config.weights.direct:
-            index, policy = self.stages.rollouts.index(actor), self.stages.policy
-            async with self._exchange(actor):
-                (channel,) = await self._ask(policy, "open_channel", index, about=actor.name)
-                joining = self._ask(actor, "join", channel)
-                await self._meet(actor, joining, self._ask(policy, "connect", index, about=actor.name))
-
-    async def _load(self, actor: Stage, version: int, weights: Any) -> None:
-        """Gives the actor a version, with its tensors or over its channel."""
-        index, policy, transport = self.stages.rollouts.index(actor), self.stages.policy, self.config.weights.transport
-        if not self.config.weights.direct:
-            (report,) = await self._call(actor, "load_weights", weights, {}, step=version)
-        else:
-            async with self._exchange(actor):
-                sent: dict[str, Any] = {}
-                if transport == "ipc":  # handles to fetch by; the others send while the engine receives
-                    (sent,) = await self._ask(policy, "send", index, version, about=actor.name)
-                loading = self._call(actor, "load_weights", weights, sent, step=version)
-                if transport == "ipc":
-                    sending = _already(sent)
-                else:
-                    sending = self._ask(policy, "send", index, version, about=actor.name)
-                (report,) = await self._meet(actor, loading, sending)
-        self.metrics.standing["weights"] = report.metrics
-
-    @contextlib.asynccontextmanager
-    async def _exchange(self, actor: Stage) -> AsyncIterator[None]:
-        """One at a time, because the learner serves one at a time: no engine's deadline runs while it serves another.
-
-        Raises StageLost naming the actor if the learner's end gets stuck, which NCCL's may.
-        """
-        await self._waits.work(self._sending.acquire(), actor.name, "the learner to send it weights")
-        try:
-            try:
-                async with asyncio.timeout(3 * self.config.weights.timeout) as within:
-                    yield
-            except TimeoutError:
-                if not within.expired():
-                    raise
-                raise StageLost(
-                    actor.name,
-                    f"{actor.name} and the learner did not meet within 3 x {self.config.weights.timeout} s (weights.timeout)",
-                ) from None
-        finally:
-            self._sending.release()
-
-    async def _meet(self, actor: Stage, receiving: Awaitable[T], sending: Awaitable[tuple[dict[str, Any]]]) -> T:
-        """What the receiver returns. Raises StageLost naming the actor if either side missed the other."""
-        received, sent = await asyncio.gather(receiving, sending, return_exceptions=True)
-        if isinstance(sent, BaseException):  # first: what the receiver met is then what this did to it
-            raise sent
-        (told,) = sent
-        if "failed" in told:
-            raise StageLost(actor.name, f"the learner could not send {actor.name} its weights: {told['failed']}")
-        if isinstance(received, BaseException):
-            raise received
-        return received  # type: ignore[return-value]
-
-    async def _bring_back(self, actor: Stage, error: StageLost) -> None:
+    async def _bring_back(self, actor: RolloutStage, error: StageLost) -> None:
         """Gives the actor's tickets back to the schedule and waits for its restart; a death on the way counts as one."""
         self.schedule.lost(actor.name, "actor_died" if error.stage else "payload_lost")
         self._waits.notify()
@@ -341,7 +293,9 @@ class Controller:
             except StageLost as again:
                 error = again
 
-    def _urgent(self, actor: Stage, loaded: int | None, running: bool) -> tuple[int, Any, _Evaluation | None] | None:
+    def _urgent(
+        self, actor: RolloutStage, loaded: int | None, running: bool
+    ) -> tuple[int, Payload, _Evaluation | None] | None:
         """(policy version, its weights, what to evaluate if anything): what goes before a ticket, None if nothing does."""
         if self._evaluation_queue and actor is self.stages.rollouts[-1]:
             evaluation = self._evaluation_queue[0]
@@ -351,7 +305,7 @@ class Controller:
             return newest, self._policies[newest], None
         return None
 
-    def _ticket(self, actor: Stage) -> tuple[int, Any, Ticket] | None:
+    def _ticket(self, actor: RolloutStage) -> tuple[int, Payload, Ticket] | None:
         """(policy version, its weights, what to generate with it), None while there is no ticket, for any actor."""
         admission = self.schedule.admit(actor.name, self._newest_policy, self._now())
         if admission is None:
@@ -361,34 +315,34 @@ class Controller:
         weights = self._policies[admission.policy_version]
         return admission.policy_version, weights, self._make_ticket(admission)
 
-    async def _generate(self, actor: Stage, ticket: Ticket) -> None:
+    async def _generate(self, actor: RolloutStage, ticket: Ticket) -> None:
         group_id, about = ticket.group_id, f"group {ticket.group_id}"
-        report, group, feedback = await self._call(actor, "generate", ticket, step=ticket.due_step, about=about)
+        report, group, feedback = await self._calls.traced(actor.generate(ticket), step=ticket.due_step, about=about)
         self._deaths[actor.name] = 0
         self.metrics.generated(report.num_tokens)
         if not self.schedule.expects(group_id, ticket.attempt):
             return
         async with self._in_step(ticket.due_step, (group_id,)):
-            await self._ask(self.stages.queue, "put", group_id, ("group", "feedback"), group, feedback, about=about)
+            await self._calls.ask(self.stages.queue.put(group_id, ("group", "feedback"), group, feedback), about=about)
         # Meanwhile the run may have ended (`kl_stop`), and with it this group: `void` and `arrived` then say so.
         if report.num_responses < min(2, self.config.rollouts.group_size):
             self.schedule.void(group_id, "overage", ticket.attempt)
         if not self.schedule.arrived(group_id, ticket.attempt, report.oldest_version, report.num_bytes, self._now()):
             if not self.schedule.holds(group_id):  # else another attempt's payloads are, or will be, there
-                await self._ask(self.stages.queue, "free", (group_id,), about=about)
+                await self._calls.ask(self.stages.queue.free((group_id,)), about=about)
         else:
             self.metrics.arrived(group_id, report)
             self._embedding[group_id] = self._spawn(self._embed(ticket, group))
         self._waits.notify()
 
-    async def _embed(self, ticket: Ticket, group: Any) -> None:
+    async def _embed(self, ticket: Ticket, group: Payload) -> None:
         """The backbone pass of one group, as it arrives: it depends on no version."""
         annotator = self.stages.annotators[ticket.group_id % len(self.stages.annotators)]
         step, about = ticket.due_step, f"group {ticket.group_id}"
         async with self._in_step(step, (ticket.group_id,)):
-            report, embeddings = await self._call(annotator, "embed", group, step=step, about=about)
+            report, embeddings = await self._calls.traced(annotator.embed(group), step=step, about=about)
             self.metrics.annotated(ticket.group_id, report.metrics.get("gold", float("nan")))
-            await self._ask(self.stages.queue, "put", ticket.group_id, ("embeddings",), embeddings, about=about)
+            await self._calls.ask(self.stages.queue.put(ticket.group_id, ("embeddings",), embeddings), about=about)
 
     async def _training_loop(self) -> None:
         """Consumes assembled steps. Waits for all groups of the next step and a head young enough; unblocked by the
@@ -434,11 +388,11 @@ class Controller:
         head = self._heads[assembly.head_version]  # before any wait: the head loop forgets versions as it goes on
         groups = await self._parts(group_ids, "group")
         async with _together() as passes:  # the first to fail cancels the other and is what is raised, at once
-            proximal = passes.create_task(self._call(stages.policy, "proximal", step, groups, step=step))
+            proximal = passes.create_task(self._calls.traced(stages.policy.proximal(step, groups), step=step))
             scoring = passes.create_task(self._score(assembly, head, proximal))
         scored, embeddings, rewards = scoring.result()
         await self._stalls_for_publication()
-        trained, refreshed = await self._call(stages.policy, "train", step, rewards, step=step)
+        trained, refreshed = await self._calls.traced(stages.policy.train(step, rewards), step=step)
         self.schedule.policy_trained(step, self._now())
         self._head_queue.append(
             _HeadWork(step=step, group_ids=group_ids, embeddings=embeddings, refreshed=refreshed, rewards=rewards)
@@ -458,7 +412,9 @@ class Controller:
         self._waits.notify()
         return metrics
 
-    async def _score(self, assembly: Assembly, head: Any, proximal: asyncio.Task) -> tuple[StepReport, list[Any], Any]:
+    async def _score(
+        self, assembly: Assembly, head: Payload, proximal: asyncio.Task[tuple[StepReport, Payload]]
+    ) -> tuple[StepReport, list[Payload], Payload]:
         """(report, embeddings, rewards) of a step, beside its proximal pass unless that yields the feedback."""
         step, group_ids = assembly.step, assembly.group_ids
         await asyncio.gather(*(self._embedding[group_id] for group_id in group_ids))
@@ -472,7 +428,7 @@ class Controller:
         else:
             feedback = await self._parts(group_ids, "feedback")
         scorer = self.stages.annotators[0]
-        report, rewards = await self._call(scorer, "score", step, head, embeddings, feedback, step=step)
+        report, rewards = await self._calls.traced(scorer.score(step, head, embeddings, feedback), step=step)
         return report, embeddings, rewards
 
     async def _end(self) -> None:
@@ -483,13 +439,13 @@ class Controller:
                 embedding.cancel()  # a `put` that is under way reaches the queue before the `free` below
         self.metrics.forget(ahead)
         if ahead:
-            await self._ask(self.stages.queue, "free", ahead)
+            await self._calls.ask(self.stages.queue.free(ahead))
 
-    async def _publish(self, version: int, head: tuple[int, Any] | None = None) -> None:
+    async def _publish(self, version: int, head: tuple[int, Payload] | None = None) -> None:
         """Makes the learner's present version one that rollout actors can load; evaluates it if given a head."""
         began = self._now()
         beside = self.config.publishes_beside_passes
-        _, self._policies[version] = await self._call(self.stages.policy, "weights", step=version, beside=beside)
+        _, self._policies[version] = await self._calls.traced(self.stages.policy.weights(), step=version, beside=beside)
         self._publish_times["time/publish"] = self._now() - began
         self._policies = self._kept_policies()
         if head:
@@ -514,15 +470,15 @@ class Controller:
             await self._waits.until(lambda: self._head_queue, "head learner", "refreshed feedback")
             work = self._head_queue.popleft()
             async with self._in_step(work.step, work.group_ids):
-                report, weights = await self._call(
-                    self.stages.head, "update", work.step, work.embeddings, work.refreshed, work.rewards, step=work.step
+                report, weights = await self._calls.traced(
+                    self.stages.head.update(work.step, work.embeddings, work.refreshed, work.rewards), step=work.step
                 )
             self.metrics.standing["head"] = {"head/step": float(work.step + 1), **report.metrics}
             self._heads[work.step + 1] = weights
             freed = self.schedule.head_trained(work.step)
             oldest = self.schedule.oldest_head_version_needed
             self._heads = {version: payload for version, payload in self._heads.items() if version >= oldest}
-            await self._ask(self.stages.queue, "free", freed)
+            await self._calls.ask(self.stages.queue.free(freed))
             self._waits.notify()
 
     async def _overage_loop(self) -> None:
@@ -551,9 +507,9 @@ class Controller:
                 for group_id, attempt, worker in late:
                     aborts.create_task(self._abort(by_name[worker], group_id, attempt))
 
-    async def _abort(self, actor: Stage, group_id: int, attempt: int) -> None:
+    async def _abort(self, actor: RolloutStage, group_id: int, attempt: int) -> None:
         with contextlib.suppress(StageLost):  # its own loop finds out
-            await self._ask(actor, "abort", group_id, attempt, about=f"group {group_id}")
+            await self._calls.ask(actor.abort(group_id, attempt), about=f"group {group_id}")
 
     async def _watchdog(self) -> None:
         """Ends the run when the driver waits and no stage has finished anything for `stall_after` seconds."""
@@ -564,7 +520,7 @@ class Controller:
 
     # Evaluation
 
-    def _ask_evaluation(self, policy_version: int, head_version: int, head: Any) -> None:
+    def _ask_evaluation(self, policy_version: int, head_version: int, head: Payload) -> None:
         self._evaluation_queue.append(
             _Evaluation(
                 policy_version=policy_version,
@@ -574,13 +530,13 @@ class Controller:
             )
         )
 
-    async def _evaluate(self, actor: Stage, evaluation: _Evaluation) -> None:
+    async def _evaluate(self, actor: RolloutStage, evaluation: _Evaluation) -> None:
         annotator, results = self.stages.annotators[0], []
 
-        async def result(ticket: Ticket) -> tuple[Any, Any, Any]:
+        async def result(ticket: Ticket) -> tuple[Payload, Payload, Payload]:
             about = f"evaluation prompt {-1 - ticket.group_id}"
-            _, group, feedback = await self._call(actor, "generate", ticket, step=-1, about=about)
-            return group, feedback, (await self._call(annotator, "embed", group, step=-1, about=about))[1]
+            _, group, feedback = await self._calls.traced(actor.generate(ticket), step=-1, about=about)
+            return group, feedback, (await self._calls.traced(annotator.embed(group), step=-1, about=about))[1]
 
         at_once = self.config.rollouts.concurrent_groups
         for first in range(0, len(self._evaluation_tickets), at_once):
@@ -590,7 +546,7 @@ class Controller:
             results += [task.result() for task in tasks]
         groups, feedback, embeddings = (list(column) for column in zip(*results, strict=True))
         step = evaluation.policy_version
-        (report,) = await self._call(annotator, "judge", step, evaluation.head, groups, embeddings, feedback, step=-1)
+        report = await self._calls.traced(annotator.judge(step, evaluation.head, groups, embeddings, feedback), step=-1)
         ages = {"step": float(step), "head_version": float(evaluation.head_version)}
         self.evaluations.append(ages | report.metrics)
         self._evaluation_queue.popleft()
@@ -619,25 +575,9 @@ class Controller:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    async def _ask(self, stage: Stage, method: str, *args: Any, about: str = "") -> tuple[Any, ...]:
-        """A stage's answer; `about` names the group or engine that it is for."""
-        return await self._waits.work(
-            stage.call(method, *args), f"{stage.name} {method}", f"its end{about and ': '}{about}"
-        )
-
-    async def _call(
-        self, stage: Stage, method: str, *args: Any, step: int, about: str = "", beside: bool = False
-    ) -> tuple[Any, ...]:
-        """`_ask` for what goes into the trace; `beside` as of `StepMetrics.worked`."""
-        asked = self._now()
-        try:
-            return await self._ask(stage, method, *args, about=about or f"step {step}")
-        finally:
-            self.metrics.worked(stage.name, method, step, asked, self._now(), beside)
-
-    async def _parts(self, group_ids: tuple[int, ...], part: str) -> list[Any]:
+    async def _parts(self, group_ids: tuple[int, ...], part: str) -> list[Payload]:
         queue = self.stages.queue
-        asked = (self._ask(queue, "get", group_id, part, about=f"group {group_id}") for group_id in group_ids)
+        asked = (self._calls.ask(queue.get(group_id, part), about=f"group {group_id}") for group_id in group_ids)
         return [payload for _, payload in await asyncio.gather(*asked)]
 
     @property
@@ -645,7 +585,7 @@ class Controller:
         """What rollout actors can load; the learner may be a step ahead while it publishes."""
         return max(self._policies)
 
-    def _kept_policies(self) -> dict[int, Any]:
+    def _kept_policies(self) -> dict[int, Payload]:
         """The versions that some group may still be generated with, now or by a run resumed from here."""
         plan, schedule = self.schedule.plan, self.schedule
         oldest = schedule.oldest_policy_version_needed
@@ -654,7 +594,7 @@ class Controller:
         oldest = min(oldest, self._newest_policy)
         return {version: payload for version, payload in self._policies.items() if version >= oldest}
 
-    def _all_tasks(self) -> list[asyncio.Task]:
+    def _all_tasks(self) -> list[asyncio.Task[Any]]:
         publication = [self._publication] if self._publication else []
         return [*self._tasks, *self._embedding.values(), *publication]
 
@@ -668,10 +608,6 @@ class Controller:
         lines.append(f"policy version {schedule.policy_version}, head version {schedule.head_version}")
         in_flight = ", ".join(f"{group_id} ({worker})" for group_id, worker in sorted(schedule.in_flight().items()))
         return "\n".join([*lines, f"groups in flight: {in_flight or 'none'}"])
-
-
-async def _already(value: T) -> tuple[T]:
-    return (value,)
 
 
 @contextlib.asynccontextmanager

@@ -18,7 +18,7 @@ from typing import Any
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StageLost, StalledRun
 from r2m_async.ring.controller import Controller
-from r2m_async.ring.stages import Stages, local_bytes
+from r2m_async.ring.stages import Method, Stages, local_bytes
 from r2m_async.schedule import Admission, Plan, Schedule
 from r2m_async.trajectories import GroupReport, Prompt, StepReport, Ticket
 
@@ -92,7 +92,7 @@ class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-t
 
 
 class SimulatedStage:
-    """A stage whose calls take `duration(method)`, one at a time, and hand out versions for payloads.
+    """The carrier of a stage whose calls take `duration(method)`, one at a time, and hand out versions for payloads.
 
     `crashes(method)` says whether the process dies at the end of a call.
     """
@@ -113,8 +113,8 @@ class SimulatedStage:
         self._aborted: set[int] = set()
         self._abort_of: dict[int, asyncio.Event] = {}
 
-    async def call(self, method: str, *args: Any) -> tuple[Any, ...]:
-        if method == "abort":
+    async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
+        if method.name == "abort":
             await asyncio.sleep(self._duration("abort"))
             if self._crashes("abort"):
                 raise StageLost(self.name, f"{self.name} is not there to abort")
@@ -122,18 +122,18 @@ class SimulatedStage:
             if generating := self._abort_of.get(args[0]):
                 generating.set()
             return (None,)
-        if method == "weights":  # beside whatever else it does
-            await asyncio.sleep(self._duration(method))
-            return self._result(method, args)
+        if method.beside == "weights":  # beside whatever else it does
+            await asyncio.sleep(self._duration(method.name))
+            return self._result(method.name, args)
         async with self._lock:
-            seconds = self._duration(method)
-            if method == "generate":
+            seconds = self._duration(method.name)
+            if method.name == "generate":
                 await self._generate(args[0].group_id, seconds)
             else:
                 await asyncio.sleep(seconds)
-            if self._crashes(method):
-                raise StageLost(self.name, f"{self.name} crashed in {method}")
-            return self._result(method, args)
+            if self._crashes(method.name):
+                raise StageLost(self.name, f"{self.name} crashed in {method.name}")
+            return self._result(method.name, args)
 
     async def _generate(self, group_id: int, seconds: float) -> None:
         """Until it is done or aborted, or at once if that was asked before."""
@@ -151,6 +151,9 @@ class SimulatedStage:
     async def restart(self) -> None:
         self._version = -1
         await asyncio.sleep(self._duration("restart"))
+
+    async def pids(self) -> list[int]:
+        return []
 
     def _result(self, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if method == "load_weights":
@@ -201,7 +204,7 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0) -> Prediction:
         return mean
 
     names = [f"rollout-{index}" for index in range(config.rollouts.num_actors)]
-    stages = Stages(
+    stages = Stages.carried_by(
         rollouts=tuple(SimulatedStage(name, duration) for name in names),
         queue=SimulatedStage("queue", duration),
         annotators=tuple(SimulatedStage(f"annotator-{index}", duration) for index in range(config.reward.replicas)),

@@ -1,0 +1,284 @@
+"""What must hold between keys of a config: one rule, one function.
+
+A rule's arguments are sections of the config, by their names. It returns None where it holds, else a message with both
+keys, both values, the reason and a remedy. `broken_rules` asks them all, so that a user reads of all mistakes at once.
+Rules that need a model, a data set or an advantage estimator are `launch.workload`'s: they take time to look up.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from r2m_async.config_sections import (
+    DataSection,
+    HeadSection,
+    LearnerSection,
+    ModelSection,
+    ObjectiveSection,
+    RewardSection,
+    RolloutsSection,
+    RunSection,
+    SchedulingSection,
+    WeightsSection,
+)
+from r2m_async.config_tree import Section
+
+Rule = Callable[..., str | None]
+
+
+def broken_rules(config: Any) -> list[str]:
+    """The messages of all rules that a config (an `R2MConfig`) breaks."""
+    found = (rule(*(getattr(config, name) for name in inspect.signature(rule).parameters)) for rule in RULES)
+    return [message for message in found if message]
+
+
+def changed(section: Section, *keys: str) -> list[str]:
+    """Those of the keys that are not at their defaults."""
+    defaults = type(section).model_fields
+    return [key for key in keys if getattr(section, key) != defaults[key].get_default(call_default_factory=True)]
+
+
+# The schedule
+
+
+def exact_lag_cuts_nothing_off(scheduling: SchedulingSection) -> str | None:
+    if scheduling.lag != "exact" or scheduling.overage == "wait":
+        return None
+    return (
+        f"scheduling.overage is {scheduling.overage!r} and scheduling.lag is 'exact': what a clock cuts off is not "
+        f"reproducible; use overage 'wait' or lag 'bounded'"
+    )
+
+
+def exact_lag_takes_one_group_at_a_time(rollouts: RolloutsSection, scheduling: SchedulingSection) -> str | None:
+    if scheduling.lag == "exact":
+        for key in changed(rollouts, "concurrent_groups", "in_flight_updates"):
+            return (
+                f"rollouts.{key} is {getattr(rollouts, key)} and scheduling.lag is 'exact': exact bits need groups "
+                f"generated one by one with one version; leave it out or use lag 'bounded'"
+            )
+    return None
+
+
+def exact_lag_needs_one_rank(learner: LearnerSection, scheduling: SchedulingSection) -> str | None:
+    if learner.backend != "deepspeed" or scheduling.lag != "exact":
+        return None
+    return (
+        "learner.backend is 'deepspeed' and scheduling.lag is 'exact': sums over ranks round as the ranks are many; use "
+        "backend 'torch' or lag 'bounded'"
+    )
+
+
+# Rollouts and their weights
+
+
+def options_of_vllm_need_vllm(rollouts: RolloutsSection) -> str | None:
+    if rollouts.engine != "vllm":
+        for key in changed(rollouts, "tensor_parallel", "in_flight_updates", "engine_options"):
+            return (
+                f"rollouts.{key} is {getattr(rollouts, key)} and rollouts.engine is {rollouts.engine!r}: it is an option "
+                f"of engine 'vllm'; use that, or leave it out"
+            )
+    return None
+
+
+def direct_transports_need_an_engine_that_receives(weights: WeightsSection, rollouts: RolloutsSection) -> str | None:
+    if not weights.direct or rollouts.engine == "vllm":
+        return None
+    return (
+        f"weights.transport is {weights.transport!r} and rollouts.engine is {rollouts.engine!r}: only vLLM's engine "
+        f"receives directly; use object_store, or rollouts.engine 'vllm'"
+    )
+
+
+def direct_transports_keep_no_old_versions(weights: WeightsSection, scheduling: SchedulingSection) -> str | None:
+    if not weights.direct or scheduling.lag == "bounded":
+        return None
+    return (
+        f"weights.transport is {weights.transport!r} and scheduling.lag is {scheduling.lag!r}: direct transports keep no "
+        f"old versions; use object_store, or scheduling.lag 'bounded'"
+    )
+
+
+def a_stale_cache_needs_updates_in_flight(rollouts: RolloutsSection) -> str | None:
+    if not rollouts.keep_stale_cache or rollouts.in_flight_updates:
+        return None
+    return (
+        "rollouts.keep_stale_cache is True and rollouts.in_flight_updates is False: without in-flight updates no request "
+        "outlives its weights; set both or neither"
+    )
+
+
+# The learners
+
+
+def adapters_are_their_own_reference(model: ModelSection) -> str | None:
+    if not model.lora or model.reference is None:
+        return None
+    return (
+        f"model.reference is {model.reference!r} and model.lora is set: with adapters pi_ref is the policy without them; "
+        f"leave model.reference out"
+    )
+
+
+def options_of_deepspeed_need_deepspeed(learner: LearnerSection) -> str | None:
+    if learner.backend != "deepspeed":
+        for key in changed(learner, "num_ranks", "zero_stage", "zero_options", "offload"):
+            return (
+                f"learner.{key} is {getattr(learner, key)!r} and learner.backend is {learner.backend!r}: it is an option "
+                f"of backend 'deepspeed'; use that, or leave it out"
+            )
+    return None
+
+
+def bfloat16_needs_a_zero_stage(learner: LearnerSection, model: ModelSection) -> str | None:
+    if learner.backend != "deepspeed" or learner.zero_stage > 0 or model.dtype != "bfloat16":
+        return None
+    return (
+        "learner.zero_stage is 0 and model.dtype is 'bfloat16': DeepSpeed would take a hidden optimizer step as it starts; "
+        "use zero_stage 1, 2 or 3"
+    )
+
+
+def zero_options_leave_out_what_has_a_key(learner: LearnerSection) -> str | None:
+    for key, own in (("stage", "zero_stage"), ("offload_optimizer", "offload"), ("offload_param", "offload")):
+        if learner.backend == "deepspeed" and key in learner.zero_options:
+            return (
+                f"learner.zero_options has {key!r}, and learner.{own} is {getattr(learner, own)!r}: say it there, where "
+                f"it is checked"
+            )
+    return None
+
+
+def offload_needs_its_zero_stage(learner: LearnerSection) -> str | None:
+    needed = {"none": 0, "optimizer": 1, "params": 3}[learner.offload]
+    if learner.backend != "deepspeed" or learner.zero_stage >= needed:
+        return None
+    return (
+        f"learner.offload is {learner.offload!r} and learner.zero_stage is {learner.zero_stage}: what is not shared out "
+        f"cannot be offloaded; use zero_stage {needed} or more, or offload 'none'"
+    )
+
+
+def offload_needs_a_gpu(learner: LearnerSection, run: RunSection) -> str | None:
+    if learner.backend != "deepspeed" or learner.offload == "none" or run.device != "cpu":
+        return None
+    return (
+        f"learner.offload is {learner.offload!r} and run.device is 'cpu': all lies in the CPU's memory already; use "
+        f"offload 'none'"
+    )
+
+
+def a_minibatch_has_a_group(objective: ObjectiveSection, rollouts: RolloutsSection) -> str | None:
+    if objective.num_minibatches <= rollouts.prompts_per_step:
+        return None
+    return (
+        f"objective.num_minibatches is {objective.num_minibatches} and rollouts.prompts_per_step is "
+        f"{rollouts.prompts_per_step}: a minibatch holds whole groups, so there can be at most that many"
+    )
+
+
+def the_learning_rate_is_reached(learner: LearnerSection, run: RunSection) -> str | None:
+    if learner.warmup < run.num_steps:
+        return None
+    return (
+        f"learner.warmup is {learner.warmup} and run.num_steps is {run.num_steps}: the learning rate would never be "
+        f"reached; use a warmup below run.num_steps"
+    )
+
+
+# The head
+
+
+def a_head_learns_from_pairs(rollouts: RolloutsSection, head: HeadSection) -> str | None:
+    if rollouts.group_size > 1 or not head.trains:
+        return None
+    return (
+        f"rollouts.group_size is {rollouts.group_size} and head.variant is {head.variant!r}: the head learns from the "
+        f"best and the worst of a group; use at least 2, or variant 'vanilla'"
+    )
+
+
+def a_head_that_does_not_move_needs_no_hold(head: HeadSection) -> str | None:
+    if not head.trains:
+        for key in changed(head, "hold", "pair_source"):
+            return (
+                f"head.{key} is {getattr(head, key)!r} and head.variant is {head.variant!r}: that head does not move; "
+                f"leave it out, or use variant 'r2m'"
+            )
+    return None
+
+
+def options_of_a_hold_need_that_hold(head: HeadSection) -> str | None:
+    for key, of in (("hold_weight", ("divergence", "bsr")), ("hold_decay", ("average",))):
+        if changed(head, key) and head.hold not in of:
+            return (
+                f"head.{key} is {getattr(head, key)} and head.hold is {head.hold!r}: it is an option of hold "
+                f"{' and '.join(map(repr, of))}; use {'one of them' if len(of) > 1 else 'that'}, or leave it out"
+            )
+    return None
+
+
+# The data
+
+
+def held_out(data: Any, key: str) -> str | None:
+    """Of `data.eval`, what `data.key` trains on; or a split that is named without it. `key`: prompts or preferences."""
+    if data.eval is None and data.eval_split is not None:
+        return (
+            f"data.eval_split is {data.eval_split!r} and data.eval is None: it is a split of data.eval; name the data set "
+            f"there, too, or leave it out"
+        )
+    if data.eval is None or data.eval != getattr(data, key):
+        return None
+    if data.eval_split in (None, data.split) or Path(data.eval).is_file():
+        return (
+            f"data.eval and data.{key} are both {data.eval!r}, with data.split {data.split!r} and data.eval_split "
+            f"{data.eval_split!r}: what trains would be held out; name another split of an HF dataset in data.eval_split, "
+            f"or another source, or leave data.eval out"
+        )
+    return None
+
+
+def evaluation_prompts_are_held_out(data: DataSection) -> str | None:
+    return held_out(data, "prompts")
+
+
+def a_reward_model_from_scratch_needs_pairs(reward: RewardSection, data: DataSection) -> str | None:
+    if reward.model != "from_scratch" or data.preferences is not None:
+        return None
+    return "reward.model is 'from_scratch' and data.preferences is not set: name a JSONL of pairs"
+
+
+def a_policy_from_scratch_needs_texts(model: ModelSection, data: DataSection) -> str | None:
+    if model.policy != "from_scratch" or data.prompts != "embedded":
+        return None
+    return "model.policy is 'from_scratch' and data.prompts is 'embedded': use model.policy 'embedded'"
+
+
+RULES: tuple[Rule, ...] = (
+    exact_lag_cuts_nothing_off,
+    exact_lag_takes_one_group_at_a_time,
+    exact_lag_needs_one_rank,
+    options_of_vllm_need_vllm,
+    direct_transports_need_an_engine_that_receives,
+    direct_transports_keep_no_old_versions,
+    a_stale_cache_needs_updates_in_flight,
+    adapters_are_their_own_reference,
+    options_of_deepspeed_need_deepspeed,
+    bfloat16_needs_a_zero_stage,
+    zero_options_leave_out_what_has_a_key,
+    offload_needs_its_zero_stage,
+    offload_needs_a_gpu,
+    a_minibatch_has_a_group,
+    the_learning_rate_is_reached,
+    a_head_learns_from_pairs,
+    a_head_that_does_not_move_needs_no_hold,
+    options_of_a_hold_need_that_hold,
+    evaluation_prompts_are_held_out,
+    a_reward_model_from_scratch_needs_pairs,
+    a_policy_from_scratch_needs_texts,
+)

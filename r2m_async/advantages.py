@@ -1,7 +1,9 @@
-"""Advantage estimators: from a step's rewards to one number per response or per token.
+"""Advantage estimators turn the rewards of a step into one advantage per response or per token.
 
-RLOO (R2M, arXiv 2601.22664, Eq. 1; arXiv 2402.14740), GRPO (arXiv 2402.03300), ReMax (arXiv 2310.10505) and
-REINFORCE++ (arXiv 2501.03262); GAE (arXiv 1506.02438), as PPO uses it. `docs/advantages.md` shows how to plug one's own.
+An advantage says how much better a response, or a token, is than expected. The policy loss is weighted by it.
+This file holds RLOO (R2M, arXiv 2601.22664, Eq. 1; arXiv 2402.14740), GRPO (arXiv 2402.03300), ReMax
+(arXiv 2310.10505), REINFORCE++ (arXiv 2501.03262) and GAE (arXiv 1506.02438), which PPO uses. It also holds the
+registry through which users add estimators; `docs/advantages.md` shows how.
 
 Shapes: n groups, K responses in a group, T response positions (padded).
 """
@@ -21,39 +23,52 @@ from r2m_async.errors import ConfigError
 from r2m_async.plugins import named_function, nearest
 
 Call: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...]], Any]
-"""How an estimator is called: with the function and its arguments."""
+"""A function that calls another: it takes a function and the tuple of its arguments, and returns the result.
+
+`advantages_and_returns` runs a user's code only through it, so the caller can catch and report what that code raises.
+"""
 
 
 class AdvantageNotFinite(ConfigError):
-    """An estimator's result is not finite where it counts."""
+    """An estimator returned NaN or infinity for a response or a token that is trained."""
 
     def __init__(self, message: str, place: list[int]) -> None:
         super().__init__(message)
         self.place = place
-        """Index of the first such value in the result, [n, K] or [n, K, T]."""
+        """Where the first such value is: [group, response], or [group, response, token] for a result per token."""
 
 
 PER_TOKEN = ("reinforce_pp", "reinforce_pp_baseline", "gae")
-"""Of this library's estimators, those that give every token its own advantage."""
+"""The built-in estimators that return one advantage per token."""
 GROUP_RELATIVE = ("rloo", "grpo", "reinforce_pp_baseline")
-"""And those that compare the responses of a group."""
+"""The built-in estimators that compare the responses of a group. They need at least two responses per group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageInputs:
+    """What an estimator receives: the rewards of n groups and the tensors that belong to them.
+
+    Construction raises ValueError when a shape or a dtype is wrong.
+    """
+
     rewards: Tensor
     """[n, K] float32 or float64. A response without response tokens has a reward too and counts in its group."""
     response_mask: Tensor
     """[n, K, T] bool: True on the tokens that the policy loss will train."""
     logprobs: Tensor | None = None
-    """[n, K, T] log-probabilities under pi_old, the learner at the start of the step; arbitrary where masked."""
+    """[n, K, T] log-probabilities under pi_old, the policy at the start of the step.
+
+    Masked entries may hold anything. They may be None only for estimators that do not read them.
+    """
     ref_logprobs: Tensor | None = None
-    """[n, K, T] log-probabilities under the reference; None when the run has no reference."""
+    """[n, K, T] log-probabilities under the reference policy. Masked entries may hold anything. None: no reference."""
     greedy_rewards: Tensor | None = None
-    """[n] reward of each prompt's greedy twin; None unless the estimator asked for it."""
+    """[n] reward of the greedy response to each prompt. It is None unless the estimator asked for it."""
     values: Tensor | None = None
-    """[n, K, T] of the state in which each response token is chosen, by the critic at the start of the step; arbitrary where
-    masked. None unless the estimator asked for them."""
+    """[n, K, T] values from the critic at the start of the step. Entry t rates the state in which token t is chosen.
+
+    Masked entries may hold anything. It is None unless the estimator asked for values.
+    """
 
     def __post_init__(self) -> None:
         if self.rewards.ndim != 2 or self.rewards.dtype not in (torch.float32, torch.float64):
@@ -74,18 +89,30 @@ class AdvantageInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimator:
-    """An advantage estimator and what it asks of the run. Hold on to one: a class keeps its instance here."""
+    """An advantage estimator and what it needs from the run.
+
+    Keep the same `Estimator` for the whole run. If `function` is a class, its instance is stored here, and with it
+    whatever the instance remembers from step to step.
+    """
 
     name: str
+    """The name in the config: a registered name, or `module:attr`."""
     function: Callable[..., Any]
-    """f(inputs, **options) -> advantages, or a class: made once with the options, then called with the inputs."""
+    """Either f(inputs, **options) -> advantages, or a class.
+
+    A class is instantiated once with the options. The instance is then called with the inputs of each step.
+    """
     needs_greedy: bool
-    """Rollouts generate a greedy twin per prompt."""
+    """If True, the rollout generates one greedy response per prompt beside the K sampled ones."""
     kl_in_reward: bool
-    """The estimator subtracts the KL itself; the policy loss then has no KL term."""
+    """If True, the estimator subtracts the KL itself, and the policy loss has no KL term."""
     needs_values: bool = False
-    """A critic is trained; the estimator returns (advantages, returns), the latter [n, K, T], which the critic learns."""
+    """If True, a critic is trained, and the estimator returns a pair (advantages, returns).
+
+    The returns are [n, K, T]. They are the critic's targets.
+    """
     _made: list[tuple[dict[str, Any], Callable[..., Any]]] = field(default_factory=list, repr=False, compare=False)
+    """Empty, or one pair: the options and the instance of a class that was made with them."""
 
 
 _REGISTRY: dict[str, Estimator] = {}
@@ -102,15 +129,18 @@ def _estimator(name: str, function: Any) -> Estimator:
 
 
 def _identity(function: Any) -> str:
+    """The full name of a function. It stays the same when a module is reloaded, where the object changes."""
     return f"{function.__module__}.{function.__qualname__}"
 
 
 def register_advantage(
     name: str, needs_greedy: bool = False, kl_in_reward: bool = False, needs_values: bool = False
 ) -> Callable[[Any], Any]:
-    """Decorates a function or class, which then goes by `name` in the config, or as `module:attr` with the same flags.
+    """Returns a decorator that registers a function or a class as an advantage estimator.
 
-    Raises ConfigError when another estimator has the name.
+    The config can then name it `name`, or `module:attr` with the same flags. The flags are those of `Estimator`.
+
+    Raises ConfigError when another estimator already has the name.
     """
 
     def register(function: Any) -> Any:
@@ -119,6 +149,7 @@ def register_advantage(
             raise ConfigError(
                 f"advantage {name!r} is already registered by {_identity(known.function)}; choose another name"
             )
+        # The flags also go onto the function itself: under `module:attr` it is found without the registry.
         function.needs_greedy, function.kl_in_reward, function.needs_values = needs_greedy, kl_in_reward, needs_values
         _REGISTRY[name] = _estimator(name, function)
         return function
@@ -127,7 +158,12 @@ def register_advantage(
 
 
 def get_advantage(name: str) -> Estimator:
-    """The estimator registered as `name`, or found as `module:attr`. Raises ConfigError when there is none."""
+    """Returns the estimator that is registered as `name`, or that lies at `module:attr`.
+
+    Each call returns a fresh `Estimator`, so two runs in one process never share the instance of a class.
+
+    Raises ConfigError when no such estimator exists.
+    """
     if ":" in name:
         return _estimator(name, named_function(name, "advantage.name"))
     if name not in _REGISTRY:
@@ -139,9 +175,13 @@ def get_advantage(name: str) -> Estimator:
 
 
 def check_options(estimator: Estimator, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError when `estimator` does not take exactly these options. Runs nothing."""
+    """Raises ConfigError when `estimator` does not know one of the options, or lacks one that it requires.
+
+    Only the signature is read. No code of the estimator runs.
+    """
     parameters = list(inspect.signature(estimator.function).parameters.values())
     if not inspect.isclass(estimator.function):
+        # A function takes the inputs first. A class takes them later, when its instance is called.
         parameters = parameters[1:]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     accepted = ", ".join(p.name for p in named) or "none"
@@ -161,22 +201,30 @@ def check_options(estimator: Estimator, options: Mapping[str, Any]) -> None:
 def compute_advantages(
     estimator: Estimator, inputs: AdvantageInputs, options: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """The advantages of `advantages_and_returns`."""
+    """Computes the advantages of one step: the first result of `advantages_and_returns`, without the returns."""
     return advantages_and_returns(estimator, inputs, options)[0]
 
 
 def _plainly(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Calls a function and lets its errors through."""
     return function(*arguments)
 
 
 def advantages_and_returns(
     estimator: Estimator, inputs: AdvantageInputs, options: Mapping[str, Any] | None = None, call: Call = _plainly
 ) -> tuple[Tensor, Tensor | None]:
-    """([n, K] or [n, K, T] advantages, [n, K, T] returns or None without a critic), no gradient, 0 off response tokens.
+    """Runs the estimator on one step and checks what it returns.
 
-    Raises ConfigError when the estimator does not take the options, or returns anything but tensors of these shapes,
-    and AdvantageNotFinite, which is one, unless they are finite wherever there are response tokens. What the estimator
-    itself raises goes through `call`.
+    Args:
+        options: the estimator's keyword arguments.
+        call: runs the estimator's code; errors of that code pass through it. The default lets them through unchanged.
+
+    Returns:
+        The advantages, [n, K] or [n, K, T], and the returns, [n, K, T], or None for an estimator without a critic.
+        Both carry no gradient. Entries off the response tokens are 0, as are those of responses without any.
+
+    Raises ConfigError when the estimator does not take the options, or when it returns anything but floating-point
+    tensors of these shapes. Raises AdvantageNotFinite, a ConfigError, for NaN or infinity on response tokens.
     """
     made = call(_callable(estimator, dict(options or {}), call), (inputs,))
     mask = inputs.response_mask
@@ -193,6 +241,10 @@ def advantages_and_returns(
 def _checked(
     estimator: Estimator, what: str, result: Any, inputs: AdvantageInputs, shapes: tuple[torch.Size, ...]
 ) -> Tensor:
+    """Returns a result without gradient and with zeros where it is not trained, or raises as its caller documents.
+
+    `what` names the result in messages. `shapes` are those that it may have.
+    """
     mask = inputs.response_mask
     if not isinstance(result, Tensor) or result.shape not in shapes:
         named = {2: "[n, K]", 3: "[n, K, T]"}
@@ -213,7 +265,7 @@ def _checked(
 
 
 def _not_finite(inputs: AdvantageInputs) -> str:
-    """Which of the inputs are not finite, in words."""
+    """Says, for an error message, which of the inputs hold NaN or infinity. Masked entries are not looked at."""
     found = [] if inputs.rewards.isfinite().all() else ["rewards"]
     if inputs.greedy_rewards is not None and not inputs.greedy_rewards.isfinite().all():
         found.append("greedy_rewards")
@@ -226,17 +278,25 @@ def _not_finite(inputs: AdvantageInputs) -> str:
 
 @register_advantage("rloo")
 def rloo(inputs: AdvantageInputs) -> Tensor:
-    """[n, K]: reward minus the mean of the other K - 1 (R2M Eq. 1)."""
+    """RLOO: a response's reward minus the mean reward of the other K - 1 responses of its group (R2M Eq. 1).
+
+    Returns [n, K]. Raises ConfigError for K = 1.
+    """
     deviation = _deviation(inputs.rewards, "rloo")
+    # The distance to the mean of the others is K / (K - 1) times the distance to the mean of all.
     return deviation * (inputs.rewards.shape[1] / (inputs.rewards.shape[1] - 1))
 
 
 @register_advantage("grpo")
 def grpo(inputs: AdvantageInputs, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
-    """[n, K]: (reward - group mean) / (group std + eps).
+    """GRPO: (reward - group mean) / (group std + `eps`) (arXiv 2402.03300).
 
-    `unbiased` divides the variance by K - 1 rather than K. `eps`, in units of reward, only guards the division: a
-    group of identical rewards gets exactly 0.
+    Args:
+        unbiased: divides the variance by K - 1, and by K when False. The paper does not say which; common
+            implementations use K - 1.
+        eps: in units of reward. It only guards the division: a group of identical rewards gets exactly 0 anyway.
+
+    Returns [n, K]. Raises ConfigError for K = 1.
     """
     deviation = _deviation(inputs.rewards, "grpo")
     return deviation / (deviation.std(1, correction=int(unbiased), keepdim=True) + eps)
@@ -244,7 +304,10 @@ def grpo(inputs: AdvantageInputs, *, unbiased: bool = True, eps: float = 1e-6) -
 
 @register_advantage("remax", needs_greedy=True)
 def remax(inputs: AdvantageInputs) -> Tensor:
-    """[n, K]: reward minus the reward of the greedy response to the same prompt."""
+    """ReMax: a response's reward minus the reward of the greedy response to the same prompt (arXiv 2310.10505).
+
+    Returns [n, K]. Raises ConfigError when `greedy_rewards` is None.
+    """
     if inputs.greedy_rewards is None:
         raise ConfigError(
             "advantage remax needs greedy_rewards, got None: rollouts must generate a greedy twin per prompt"
@@ -254,17 +317,28 @@ def remax(inputs: AdvantageInputs) -> Tensor:
 
 @register_advantage("reinforce_pp", kl_in_reward=True)
 def reinforce_pp(inputs: AdvantageInputs, *, beta: float = 0.05, eps: float = 1e-6) -> Tensor:
-    """[n, K, T]: undiscounted reward-to-go, normalised over all response tokens of the batch (population std + eps).
+    """REINFORCE++: the undiscounted reward-to-go of each token, normalised over the batch (arXiv 2501.03262).
 
-    A token's reward is -`beta` (log pi_old - log pi_ref), plus the response's reward at its last response token. With
-    `beta` 0 no log-probabilities are needed. Raises ConfigError when they are and are absent.
+    Every response token has the reward -`beta` (log pi_old - log pi_ref). The last response token also gets the reward
+    of the response. A token's reward-to-go is the sum of the rewards from that token to the end.
+
+    Args:
+        beta: weight of the KL in the reward. With 0 the log-probabilities are not needed.
+        eps: added to the standard deviation by which the batch is divided.
+
+    Returns [n, K, T]: mean 0 and population std close to 1 over all response tokens of the batch.
+
+    Raises ConfigError when `beta` is not 0 and log-probabilities are absent.
     """
     return _normalised(_reward_to_go(inputs, inputs.rewards, beta), inputs.response_mask, eps)
 
 
 @register_advantage("reinforce_pp_baseline", kl_in_reward=True)
 def reinforce_pp_baseline(inputs: AdvantageInputs, *, beta: float = 0.05, eps: float = 1e-6) -> Tensor:
-    """[n, K, T]: `reinforce_pp` on rewards from which the group's mean was subtracted."""
+    """REINFORCE++ with a baseline: `reinforce_pp` on rewards from which the group's mean was subtracted.
+
+    Returns [n, K, T]. Raises ConfigError for K = 1, and as `reinforce_pp` does.
+    """
     deviation = _deviation(inputs.rewards, "reinforce_pp_baseline")
     return _normalised(_reward_to_go(inputs, deviation, beta), inputs.response_mask, eps)
 
@@ -273,14 +347,25 @@ def reinforce_pp_baseline(inputs: AdvantageInputs, *, beta: float = 0.05, eps: f
 def gae(
     inputs: AdvantageInputs, *, gamma: float = 1.0, lam: float = 0.95, beta: float = 0.05, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """([n, K, T] advantages, [n, K, T] returns): generalised advantage estimation, Eq. 16 of its paper, with a critic.
+    """Generalised advantage estimation with a critic (arXiv 1506.02438, Eq. 16).
 
-    Rewards per token are those of `reinforce_pp`; with V_t the value of the state in which token t is chosen and 0 after
-    the last,
+    The reward of each token is that of `reinforce_pp`. V_t is the value of the state in which token t is chosen; after
+    the last token it is 0. Then
         A_t = sum_l (`gamma` `lam`)^l delta_(t + l),   delta_t = reward_t + `gamma` V_(t + 1) - V_t.
-    Returns, which the critic learns, are A_t + V_t; advantages are A_t normalised over all response tokens of the batch
-    (population std + `eps`). A response that the limit of length cut ends there like any other, its reward being that
-    of the text as it is. Raises ConfigError without values, and without log-probabilities unless `beta` is 0.
+    A response that was cut at the length limit is treated like any other: it ends where it was cut, and its reward is
+    that of the text so far.
+
+    Args:
+        gamma: discount per token.
+        lam: the lambda of GAE. 0 looks one token ahead and then trusts the critic; 1 adds up all later rewards.
+        beta: weight of the KL in the reward. With 0 the log-probabilities are not needed.
+        eps: added to the standard deviation by which the batch is divided.
+
+    Returns:
+        The advantages [n, K, T]: A_t, shifted to mean 0 over all response tokens and divided by population std + `eps`.
+        The returns [n, K, T]: A_t + V_t, before normalisation. They are the critic's targets.
+
+    Raises ConfigError without values, and without log-probabilities unless `beta` is 0.
     """
     if inputs.values is None:
         raise ConfigError("advantage gae needs values, got None: a critic must give them, one for each response token")
@@ -290,6 +375,7 @@ def gae(
     ahead = next_value = torch.zeros_like(inputs.rewards)
     for t in reversed(range(mask.shape[-1])):
         counted = mask[..., t]
+        # Masked positions change neither `ahead` nor `next_value`, so padding on the right leaves both at 0.
         delta = reward[..., t] + gamma * next_value - values[..., t]
         ahead = torch.where(counted, delta + gamma * lam * ahead, ahead)
         next_value = torch.where(counted, values[..., t], next_value)
@@ -298,22 +384,28 @@ def gae(
 
 
 def _deviation(rewards_nK: Tensor, name: str) -> Tensor:
-    """Reward minus group mean; the first reward comes off first, so that identical rewards leave exactly 0."""
+    """[n, K] rewards minus the mean of their group. Raises ConfigError, naming the estimator, for K = 1."""
     if rewards_nK.shape[1] < 2:
         raise ConfigError(
             f"advantage {name} compares the responses of a group, but rollouts.group_size = {rewards_nK.shape[1]}; "
             f"use at least 2, or remax or reinforce_pp"
         )
+    # The mean of K equal numbers may round to another number. Without the shift, a group of identical rewards would
+    # keep a tiny deviation, which a division by its standard deviation would blow up.
     shifted = rewards_nK - rewards_nK[:, :1]
     return shifted - shifted.mean(1, keepdim=True)
 
 
 def _reward_to_go(inputs: AdvantageInputs, scores_nK: Tensor, beta: float) -> Tensor:
+    """[n, K, T] sums of the token rewards from each token to the end of its response."""
     return _token_rewards(inputs, scores_nK, beta).flip(-1).cumsum(-1).flip(-1)
 
 
 def _token_rewards(inputs: AdvantageInputs, scores_nK: Tensor, beta: float) -> Tensor:
-    """[n, K, T]: the KL's part at every response token, the score at the last, 0 elsewhere."""
+    """[n, K, T] rewards of single tokens: the KL term at every response token, plus the score at the last one.
+
+    Entries off the response tokens are 0. Raises ConfigError if `beta` is not 0 and log-probabilities are absent.
+    """
     mask = inputs.response_mask
     reward = torch.zeros(mask.shape, dtype=scores_nK.dtype, device=scores_nK.device)
     if beta != 0:
@@ -323,21 +415,28 @@ def _token_rewards(inputs: AdvantageInputs, scores_nK: Tensor, beta: float) -> T
                 f"advantage.options.beta = {beta} puts a KL into the reward, but {absent} is None; "
                 f"give a reference or set beta to 0"
             )
+        # `where`, and no product with the mask: masked entries may be NaN, and NaN times 0 is NaN.
         reward = torch.where(mask, -beta * (inputs.logprobs - inputs.ref_logprobs), reward)
     tokens_left = mask.flip(-1).cumsum(-1).flip(-1)
     return reward + torch.where(mask & (tokens_left == 1), scores_nK[..., None], 0)
 
 
 def _normalised(values: Tensor, mask: Tensor, eps: float) -> Tensor:
+    """Shifts the masked values to mean 0 and divides them by their population std + `eps`. The others become 0."""
     if not mask.any():
         return torch.zeros_like(values)
     counted = values[mask]
+    # As in `_deviation`: subtracting the first value makes equal values exactly 0.
     deviation = counted - counted[0]
     deviation = deviation - deviation.mean()
     return torch.zeros_like(values).masked_scatter(mask, deviation / (deviation.std(correction=0) + eps))
 
 
 def _callable(estimator: Estimator, options: dict[str, Any], call: Call) -> Callable[[AdvantageInputs], Any]:
+    """Returns what is called with the inputs: the function with its options, or the one instance of a class.
+
+    Raises ConfigError for options that do not fit, or that differ from those that the instance was made with.
+    """
     if estimator._made:
         made_with, instance = estimator._made[0]
         if made_with != options:
@@ -355,4 +454,5 @@ def _callable(estimator: Estimator, options: dict[str, Any], call: Call) -> Call
 
 
 def _describe(value: Any) -> str:
+    """Names a value in an error message: dtype and shape of a tensor, the type of anything else."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

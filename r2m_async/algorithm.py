@@ -1,10 +1,12 @@
-"""The ring as an RLlib algorithm: `train`, checkpoints, callbacks and Tune, for people who have tools for those.
+"""The ring as an algorithm of RLlib, so that RLlib's checkpoints, callbacks and Tune work with it.
 
     algo = config.build_algo();  result = algo.train();  algo.save_to_path(path);  algo.stop()
 
-A shell over `launch.Ring`, imported by the driver (or a Tune trial) only; the stages never see RLlib. There are no
-EnvRunners, Learners or RLModules. Private names of Ray that this file needs: `AlgorithmConfig._is_online`,
-`Algorithm._set_up_metrics`, `Trainable._iteration`; hence `ray==2.60.*`.
+This file is a thin layer over `launch.ring.Ring`. Only the driver or a Tune trial imports it; the stages of the ring do
+not know RLlib. The algorithm has no EnvRunners, Learners or RLModules.
+
+It needs three private names of Ray: `AlgorithmConfig._is_online`, `Algorithm._set_up_metrics` and
+`Trainable._iteration`. They may change with any release, so the required version is `ray==2.60.*`.
 """
 
 from __future__ import annotations
@@ -33,24 +35,35 @@ from r2m_async.runs.resuming import check_resumable
 from r2m_async.whole import whole_at, whole_directory
 
 RING = "ring"
-"""The directory of `Ring.save` inside an RLlib checkpoint, whose manifest knows it by its own."""
+"""The directory inside an RLlib checkpoint that `Ring.save` writes.
+
+The manifest of the whole checkpoint lists only the manifest of this directory, which in turn lists its files.
+"""
 
 
 class R2MAlgorithmConfig(AlgorithmConfig):
-    """What RLlib asks an algorithm's config for. The user's config is `r2m`; as a dict this is `r2m`'s tree, and `callbacks`."""
+    """The config object that RLlib expects of an algorithm.
+
+    The user's own config is the attribute `r2m`. As a dict, this config is the tree of `r2m` and the key `callbacks`.
+    """
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class or R2M)
         self.r2m = R2MConfig()
-        self._is_online = False  # or RLlib asks an EnvRunnerGroup that is not there
+        self._is_online = False  # otherwise RLlib uses the EnvRunnerGroup, which this algorithm does not have
 
     def to_dict(self) -> dict[str, Any]:
+        """The tree of `r2m`, and `callbacks` if they are not RLlib's default."""
         default = AlgorithmConfig().callbacks_class
         callbacks = {} if self.callbacks_class is default else {"callbacks": self.callbacks_class}
         return self.r2m.to_dict() | callbacks
 
     def update_from_dict(self, config_dict: dict[str, Any]) -> R2MAlgorithmConfig:
-        """Sections take over what they name. Raises ConfigError; `callbacks` and Tune's own `__keys__` are RLlib's."""
+        """Changes the keys of the sections that `config_dict` names, and returns this config.
+
+        `callbacks` and keys that begin with `__`, which Tune adds, are passed on to RLlib. Raises ConfigError for
+        unknown keys and values.
+        """
         tree, rllibs = self.r2m.to_dict(), {}
         for key, value in config_dict.items():
             if key == "callbacks" or key.startswith("__"):
@@ -62,31 +75,42 @@ class R2MAlgorithmConfig(AlgorithmConfig):
         return super().update_from_dict(rllibs)
 
     def validate(self) -> None:
-        """R2MConfig has checked itself; RLlib's rules are about environments and batches."""
+        """Does nothing: `R2MConfig` has checked itself, and RLlib's rules are about environments and batches."""
 
 
 class R2M(Algorithm):
-    """One `train()` is one policy step. The ring starts when it is first needed, or with a restore.
+    """R2M as an RLlib algorithm. One call of `train()` is one policy step.
 
-    `config` is an R2MConfig or its dict, as Tune gives it; `callbacks` one or several `RLlibCallback` classes.
-    `result["r2m"]` holds the step's metrics under the ring's own names, `result["evaluation"]` the newest evaluation.
+    The ring starts when it is first needed, or when a checkpoint is restored. `result["r2m"]` holds the metrics of the
+    step under the ring's own names, and `result["evaluation"]` holds the newest evaluation.
     """
 
     config: R2MAlgorithmConfig
     metrics: MetricsLogger
 
     def __init__(self, config: R2MConfig | dict[str, Any] | None = None, callbacks: Any = None, **tune: Any) -> None:
+        """Resolves the config's models and data; see `setup` for errors.
+
+        Args:
+            config: an `R2MConfig`, or its dict as Tune passes it.
+            callbacks: one or several classes of `RLlibCallback`.
+            tune: further arguments that Tune passes to a Trainable.
+        """
         tree = config or {} if isinstance(config, dict | None) else config.to_dict()
         given: Any = tree if callbacks is None else {**tree, "callbacks": callbacks}
         super().__init__(given, **tune)
 
     @classmethod
     def get_default_config(cls) -> R2MAlgorithmConfig:
+        """The config with all defaults."""
         return R2MAlgorithmConfig(cls)
 
     @classmethod
     def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
-        """A CPU for the trial and the GPUs of its stages, which Ray places inside the trial's group."""
+        """The resources that Tune reserves for a trial: one CPU for the driver, and the GPUs of its stages.
+
+        Ray places the stages inside this placement group.
+        """
         r2m = cls.get_default_config().update_from_dict(config).r2m
         share = gpu_share(r2m, ray.cluster_resources().get("GPU", 0.0))
         if not share:
@@ -96,7 +120,7 @@ class R2M(Algorithm):
         return PlacementGroupFactory([{"CPU": 1.0}, *engines, *others])
 
     def setup(self, config: Any) -> None:
-        """Resolves the workload. Raises ConfigError or DataError."""
+        """Resolves the workload, but starts no ring yet. Raises ConfigError or DataError."""
         self._ring: Ring | None = None
         self._stopped = False
         self._workload = resolve(config.r2m)
@@ -110,6 +134,7 @@ class R2M(Algorithm):
 
     @property
     def ring(self) -> Ring:
+        """The running ring, which is started if there is none. Raises RuntimeError after `stop`."""
         if self._stopped:
             raise RuntimeError("this algorithm was stopped: build another, or use R2M.from_checkpoint")
         if self._ring is None:
@@ -117,6 +142,11 @@ class R2M(Algorithm):
         return self._ring
 
     def step(self) -> dict[str, Any]:
+        """Takes one policy step and returns RLlib's result for it. RLlib's `train` calls this.
+
+        `result["done"]` says whether it was the last step. Raises RuntimeError if the run had ended already, and the
+        error of the first loop of the ring that failed.
+        """
         if self.ring.finished:
             raise RuntimeError(f"the run has ended at step {self.training_iteration}: its last result said done")
         result = super().step()
@@ -127,7 +157,10 @@ class R2M(Algorithm):
         return result | {"r2m": self._step_metrics, "done": finished}
 
     def training_step(self) -> None:
-        """In RLlib's words a response is an episode, its reward the return, a sampled token an environment step."""
+        """Takes the step, and logs its metrics under the names that RLlib's tools look for.
+
+        A response counts as an episode, its reward as the return, and a sampled token as an environment step.
+        """
         measured = self._step_metrics = self.ring.step()
         for key, name in (("episode_return_mean", "reward/mean"), ("episode_len_mean", "length/mean")):
             self.metrics.log_value(("env_runners", key), measured.get(name, math.nan), reduce="item")
@@ -136,13 +169,18 @@ class R2M(Algorithm):
             self.metrics.log_value(("env_runners", key), number, reduce="lifetime_sum")
 
     def evaluate(self, parallel_train_future: Any = None) -> dict[str, float]:
-        """Waits for the evaluations that `config.evaluation` has asked for so far; the newest, or {}."""
+        """Waits for the evaluations that `config.evaluation` has asked for so far.
+
+        Returns the newest one, or {} if there is none. It starts no further evaluation.
+        """
         return dict((self.ring.drain() or [{}])[-1])
 
     def save_to_path(self, path: str | Path | None = None, *, use_msgpack: bool = False) -> str:  # type: ignore[override]
-        """Whole or not at all, RLlib's files and the ring's; an old checkpoint at `path` gives way at once.
+        """Writes a checkpoint with RLlib's files and those of the ring, whole or not at all. Returns its directory.
 
-        Raises DiskError, and ConfigError for a directory that holds something else.
+        An old checkpoint at `path` is replaced in one step. Without `path` a new temporary directory is used.
+
+        Raises DiskError, and ConfigError for a directory that holds anything but a checkpoint.
         """
         directory = _local(path) if path else Path(tempfile.mkdtemp(prefix="r2m-"))
         others = [one.name for one in directory.glob("*") if not _own(one.name)] if directory.is_dir() else []
@@ -158,14 +196,14 @@ class R2M(Algorithm):
         return str(directory)
 
     def restore_from_path(self, path: str | Path, **how: Any) -> None:
-        """Replaces the running ring by one that goes on from the checkpoint, under this algorithm's config.
+        """Replaces the running ring by a new one that continues from the checkpoint, with this algorithm's config.
 
-        Raises ConfigError for a checkpoint that is not whole, one whose ring is of another step among them, and for keys
-        that may not change (docs/checkpoints.md).
+        Raises ConfigError for a checkpoint that is damaged or put together from two, and for keys of the config that
+        may not change (docs/checkpoints.md). These checks come before the running ring is stopped.
         """
         directory = whole_at(_local(path))
         _check_whole(directory)
-        if (directory / RING).is_dir():  # all of it, before the running ring ends
+        if (directory / RING).is_dir():  # everything is checked before the running ring is stopped
             verified(directory / RING)
             check_resumable(directory / RING, saved_config(directory / RING), self.config.r2m)
         Checkpointable.restore_from_path(self, directory, **how)
@@ -174,26 +212,34 @@ class R2M(Algorithm):
 
     @classmethod
     def from_checkpoint(cls, path: Any, filesystem: Any = None, **how: Any) -> Any:
-        """`path` may be a Tune Checkpoint. RLlib unpickles what built the algorithm: open only what you trust."""
+        """Builds an algorithm from a checkpoint. `path` is a directory or a Tune `Checkpoint`.
+
+        RLlib unpickles the arguments of the algorithm, which can run code: open only checkpoints that you trust. Raises
+        ConfigError for a checkpoint that is damaged.
+        """
         directory = whole_at(_local(path))
         _check_whole(directory)
         return super().from_checkpoint(str(directory), filesystem, **how)
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **how: Any) -> dict[str, Any]:
-        """RLlib's counters; the ring has a directory of its own in the checkpoint."""
+        """RLlib's counters. The state of the ring is saved in a directory of its own."""
         return {"training_iteration": self.training_iteration, "metrics_logger": self.metrics.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Restores what `get_state` returned."""
         self.metrics.set_state(state["metrics_logger"])
         self._iteration = state["training_iteration"]
 
     def get_checkpointable_components(self) -> list[tuple[str, Any]]:
+        """No components: RLlib would look for an EnvRunnerGroup and a LearnerGroup."""
         return []
 
     def get_ctor_args_and_kwargs(self) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with which `from_checkpoint` builds the algorithm again."""
         return (self.config.to_dict(),), {}
 
     def cleanup(self) -> None:
+        """Stops the ring for good. RLlib's `stop` calls this."""
         self._stop_ring()
         self._stopped = True
 
@@ -203,24 +249,31 @@ class R2M(Algorithm):
             ring.stop()
 
     def __repr__(self) -> str:
-        """Of any state: Ray asks even before `__init__`, and RLlib's own answer then fails."""
+        """The name of the class. Ray asks for it even before `__init__`, when RLlib's own method would fail."""
         return type(self).__name__
 
 
 def _own(name: str) -> bool:
-    """Of what a checkpoint's directory holds: RLlib's files and ours, and the hidden ones that Tune puts there."""
+    """Whether a file or directory of this name is part of a checkpoint: RLlib's, the ring's, or hidden.
+
+    Tune puts hidden files into the directory.
+    """
     state = R2M.STATE_FILE_NAME
     rllibs = (R2M.METADATA_FILE_NAME, R2M.CLASS_AND_CTOR_ARGS_FILE_NAME, f"{state}.pkl", f"{state}.msgpack")
     return name in (*rllibs, RING, MANIFEST) or name.startswith(".")
 
 
 def _check_whole(directory: Path) -> None:
-    """Before anything is unpickled; a directory that is not there is for RLlib to refuse. Raises ConfigError."""
+    """Raises ConfigError for a damaged checkpoint. It must be called before RLlib unpickles anything.
+
+    A directory that does not exist passes: RLlib refuses it later.
+    """
     if directory.exists():
         verified(directory, strays=lambda name: name.startswith("."))
 
 
 def _local(path: str | Path | Checkpoint) -> Path:
+    """The absolute local path of a checkpoint. Raises ConfigError for a remote address."""
     if isinstance(path, Checkpoint):
         return Path(path.to_directory())
     if "://" in str(path):

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that ends. Linux."""
+"""Child processes that are killed when their parent ends, even if the parent itself is killed. Linux only."""
 
 import ctypes
 import multiprocessing
@@ -7,9 +7,14 @@ import signal
 
 
 def end_with_parent() -> None:
-    """Called in a child of `multiprocessing`: it is killed once its parent is gone."""
+    """Makes the kernel kill this process when its parent ends.
+
+    Call it at the start of a process that `multiprocessing` started. Beware: the kernel already kills this process when
+    the thread that started it ends, even if the parent lives on.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None, "this process was not started by multiprocessing"
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != parent.pid:
-        os._exit(1)  # it died before the line above
+        # The parent ended before `prctl` was called, so no signal will come.
+        os._exit(1)

@@ -1,10 +1,14 @@
-"""How objects cross process boundaries and reach the disk: msgpack for the tree, raw buffers for the tensors.
+"""The format in which objects are sent to other processes and written to disk.
+
+An object becomes one buffer. Its structure is stored as msgpack, and its tensors as raw bytes:
 
     magic "R2MC" | schema u32 | header length u64 | msgpack header | 64-byte aligned little-endian tensor data
 
-The header is `[packed tree, [[dtype, shape, offset], ...]]`; in the tree a tensor is its index, a tuple and a record
-(one of the dataclasses of `trajectories`) are msgpack extension types. `decode` checks every size against the buffer
-before it makes anything and returns tensors that share the buffer's memory; nothing is ever unpickled.
+The header is `[packed tree, [[dtype, shape, offset], ...]]`. In the tree, a tensor is an index into that list. Tensors,
+tuples and records are msgpack extension types. A record is a dataclass of `trajectories`.
+
+`decode` checks the size of every tensor against the buffer before it makes the tensor. The tensors share the memory of
+the buffer. Nothing is ever unpickled, so a buffer cannot run code.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from r2m_async import trajectories
 from r2m_async.errors import CodecError
 
 SCHEMA = 3
-"""Raise it with any change of layout or of a record's fields: readers refuse what they do not know."""
+"""The version of the format. Increase it with any change of the layout or of a record's fields.
+
+`decode` refuses buffers with another schema.
+"""
 
 _MAGIC = b"R2MC"
 _PREFIX = struct.Struct("<4sIQ")
@@ -36,9 +43,12 @@ if sys.byteorder != "little":
 
 
 def encode(obj: Any) -> memoryview:
-    """Writes None, bool, int, float, str, bytes, list, tuple, dict, tensors and the records of `trajectories`.
+    """Writes an object into a new buffer, which `decode` reads.
 
-    Tensors are written contiguous and from the CPU. Raises `CodecError` naming the type that cannot be written.
+    The object may be or contain None, bool, int, float, str, bytes, list, tuple, dict, tensors, and the records of
+    `trajectories`. Tensors are written in contiguous layout; those on a GPU are first copied to the CPU.
+
+    Raises CodecError, naming the type, for anything else.
     """
     import numpy as np
 
@@ -49,6 +59,8 @@ def encode(obj: Any) -> memoryview:
     view[_PREFIX.size : _PREFIX.size + len(header)] = header
     end = _PREFIX.size + len(header)
     for offset, array in arrays:
+        # The gaps between tensors are written too: `np.empty` leaves old memory in them, which must not be sent, and
+        # equal objects must give equal bytes.
         buffer[end : start + offset] = 0
         end = start + offset + len(array)
         buffer[start + offset : end] = array
@@ -57,14 +69,17 @@ def encode(obj: Any) -> memoryview:
 
 
 def encoded_size(obj: Any) -> int:
-    """Bytes that `encode(obj)` takes, without writing them."""
+    """The number of bytes of `encode(obj)`, without writing them. Raises CodecError as `encode` does."""
     return _layout(obj)[-1]
 
 
 def decode(buffer: Any) -> Any:
-    """Reads what `encode` wrote. Tensors share `buffer`'s memory: treat them as read-only.
+    """Reads the object that `encode` wrote into `buffer`, a bytes-like object.
 
-    Raises `CodecError` for anything else, whole or cut off, before allocating for it.
+    The tensors share the memory of `buffer`: treat them as read-only.
+
+    Raises CodecError for a buffer that `encode` did not write, or that is cut off. Sizes in the header are checked
+    first, so a damaged header cannot make it allocate memory.
     """
     view = memoryview(buffer).cast("B")
     if len(view) < _PREFIX.size:
@@ -77,6 +92,7 @@ def decode(buffer: Any) -> Any:
     if header_len > len(view) - _PREFIX.size:
         raise CodecError(f"announces a header of {header_len} bytes and has {len(view) - _PREFIX.size}: cut off")
     try:
+        # The tree lies in the header as bytes of its own. It is unpacked only after all tensors have been checked.
         tree, specs = msgpack.unpackb(view[_PREFIX.size : _PREFIX.size + header_len])
         start = _aligned(_PREFIX.size + header_len)
         tensors = [_tensor(view, start, *spec) for spec in specs]
@@ -88,7 +104,10 @@ def decode(buffer: Any) -> Any:
 
 
 def _layout(obj: Any) -> tuple[bytes, list[tuple[int, Any]], int, int]:
-    """(header, [(offset, tensor bytes)], start of the tensor data, size of all)."""
+    """Plans a buffer: (header, [(offset, bytes of a tensor), ...], start of the tensor data, size of the buffer).
+
+    Offsets count from the start of the tensor data.
+    """
     tensors: list[Any] = []
     tree = _pack(obj, tensors)
     specs, arrays, end = [], [], 0
@@ -104,10 +123,13 @@ def _layout(obj: Any) -> tuple[bytes, list[tuple[int, Any]], int, int]:
 
 
 def _aligned(offset: int) -> int:
+    """The next multiple of 64 bytes, or `offset` itself if it is one."""
     return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
 def _pack(obj: Any, tensors: list) -> bytes:
+    """The msgpack tree of an object. The tensors found in it are appended to `tensors`. Raises CodecError."""
+
     def extend(value: Any) -> msgpack.ExtType:
         if isinstance(value, tuple):
             return msgpack.ExtType(_TUPLE, _pack(list(value), tensors))
@@ -120,6 +142,8 @@ def _pack(obj: Any, tensors: list) -> bytes:
         raise CodecError(f"cannot write a {type(value).__module__}.{type(value).__qualname__}")
 
     try:
+        # With `strict_types`, msgpack hands tuples and subclasses of its own types to `extend`. Otherwise it would
+        # write a tuple as a list, and it would come back as a list.
         return msgpack.packb(obj, default=extend, strict_types=True)
     except (OverflowError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, CodecError):
@@ -128,7 +152,10 @@ def _pack(obj: Any, tensors: list) -> bytes:
 
 
 def _unpack(tree: Any, tensors: list) -> Any:
-    """Puts tuples, tensors and records back in the places of their extension types."""
+    """Replaces the extension types in a msgpack tree by the tuples, tensors and records that they stand for.
+
+    Raises CodecError for an extension type, a tensor's index or a record that it does not know.
+    """
     if isinstance(tree, list):
         return [_unpack(item, tensors) for item in tree]
     if isinstance(tree, dict):
@@ -154,11 +181,12 @@ def _unpack(tree: Any, tensors: list) -> Any:
     values = _unpack(fields, tensors)
     try:
         return record(**values)
-    except (AttributeError, RuntimeError) as error:  # its own checks met a value of another type
+    except (AttributeError, RuntimeError) as error:  # the record's own checks met a value of the wrong type
         raise CodecError(f"has a {name} of wrong values: {error}") from error
 
 
 def _bytes_of(tensor: Any) -> Any:
+    """The bytes of a tensor as a numpy array of uint8."""
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -166,6 +194,7 @@ def _bytes_of(tensor: Any) -> Any:
 
 
 def _tensor(view: memoryview, start: int, dtype: str, shape: list[int], offset: int) -> Any:
+    """A tensor on the memory of `view`, `offset` bytes after `start`. Raises CodecError unless it fits into `view`."""
     import torch
 
     if dtype not in _DTYPES:
@@ -173,7 +202,7 @@ def _tensor(view: memoryview, start: int, dtype: str, shape: list[int], offset: 
     if not all(type(size) is int and size >= 0 for size in (*shape, offset)):
         raise CodecError(f"has a tensor of shape {shape} at offset {offset}")
     span = 1
-    for size in shape:  # torch counts strides so, also where another dimension is 0
+    for size in shape:  # torch computes strides with these products, even if another dimension is 0
         span *= max(size, 1)
         if span >= 2**63:
             raise CodecError(f"has a tensor of shape {shape[:8]}, {len(shape)} dimensions: no tensor can be so large")

@@ -1,15 +1,21 @@
-"""The errors a user can meet. Each message gives the key (or file and line), the value, the reason and the remedy."""
+"""The errors that a user can meet.
+
+Each message gives the key of the config (or file and line), the value, the reason and the remedy.
+"""
 
 import contextlib
 from pathlib import Path
 
 
 class ConfigError(ValueError):
-    """The user's configuration asks for something that cannot be."""
+    """The user's config, or a name in it, asks for something that is impossible or does not exist."""
 
 
 def name_remedy(name: str | Path) -> str:
-    """What to do about a model that could not be loaded by this name of a directory or at Hugging Face."""
+    """The advice that ends the message about a model that could not be loaded.
+
+    `name` is the directory of the model, or its name at Hugging Face. Only files on this machine are read.
+    """
     from transformers import PreTrainedConfig
 
     with contextlib.suppress(OSError, ValueError):
@@ -24,47 +30,61 @@ def name_remedy(name: str | Path) -> str:
 
 
 class DataError(ValueError):
-    """A record of the user's data cannot be used; the message names file and line."""
+    """A record of the user's data cannot be used. The message names file and line."""
 
 
 class CodecError(ValueError):
-    """A buffer that arrived is not what `codec.encode` writes."""
+    """`codec.decode` got a buffer that `codec.encode` did not write, or `encode` got an object that it cannot write."""
 
 
 class DiskError(RuntimeError):
-    """Something cannot be written; the message names the path, the reason and the remedy. Nothing of it is there."""
+    """The disk refused to write or remove something. The message names the path, the reason and the remedy.
+
+    Nothing half written is left under that path.
+    """
 
 
 class StageLost(RuntimeError):
-    """The process behind `stage` died, or a payload was lost with a process (`stage` is then None)."""
+    """A process of the run died, or does not answer.
+
+    `stage` is the name of the stage that it belonged to. It is None where that is not known, for example if a payload
+    was lost together with the process that held it.
+    """
 
     def __init__(self, stage: str | None, message: str) -> None:
         super().__init__(message)
         self.stage = stage
 
     def __reduce__(self) -> tuple[type, tuple[str | None, str]]:
+        """Lets Ray send the error to another process: the default would call `__init__` with the message alone."""
         return type(self), (self.stage, str(self))
 
 
 class StalledRun(RuntimeError):
-    """Nothing happened for longer than the run allows; the message lists who waits for what."""
+    """Nothing happened for longer than the run allows. The message lists who waits for what."""
 
 
 class StepFailed(RuntimeError):
-    """A policy step could not be taken; the message names the step and its groups."""
+    """A training step could not be taken. The message names the step or the version, and what stood in its way."""
 
 
 class NonFiniteStep(StepFailed):
-    """A number that it needs, or made, is NaN or infinite; the message names what gave it."""
+    """A number that a step needs, or has computed, is NaN or infinite. The message names where it came from."""
 
 
 class FunctionFailed(StepFailed):
-    """A function of the user's raised, or returned what cannot be used; the message has the function's own traceback."""
+    """A function of the user raised an error, or returned something that cannot be used.
+
+    If it raised, the message holds the traceback, which begins in the user's code.
+    """
 
 
 class LearnerOutOfMemory(StepFailed):
-    """The policy learner's memory does not hold one of its passes."""
+    """A forward or backward pass of the policy learner does not fit into its memory."""
 
 
 class WeightMismatch(RuntimeError):
-    """An engine does not have the weights that the learner sent; the message names engine, version and parameter."""
+    """A rollout engine does not have the weights that the learner sent, or computes something else with them.
+
+    The message names the engine and the version, and the parameter where it is known.
+    """

@@ -1,17 +1,19 @@
-"""What a run made, as directories that others can load (`r2m export RUN OUT`), and scoring with them.
+"""Exports the models of a run in Hugging Face's format (`r2m export RUN OUT`), and scores responses with them.
 
     OUT/policy/                               for AutoModelForCausalLM and AutoTokenizer
     OUT/reward_model/                         the backbone, for AutoModelForSequenceClassification and AutoTokenizer
     OUT/reward_model/r2m_head.safetensors     the head's parameters by name, float32
-    OUT/reward_model/r2m_head.json            the step they are of, the config's keys that a reward depends on, and the
-                                              policy that the run started from (null for a directory or one built there)
+    OUT/reward_model/r2m_head.json            the step of these weights, the keys of the config that a reward depends
+                                              on, and the policy that the run started from (null if that was a local
+                                              directory or was trained from scratch)
     OUT/manifest.json                         size and digest of each file: a scorer refuses weights that have changed
 
     scorer = RewardScorer("OUT")
     scorer.score("the river :", ["one response", "another"])  # [2]
 
-An R2M head reads the policy's states, so scoring needs both directories. Where the variant reads none (`vanilla`,
-`iterative_head`), the run's head is also the classifier's own, rounded to its dtype: the classifier scores by itself.
+An R2M head reads the policy's states, so scoring needs both directories. The variants `vanilla` and `iterative_head`
+read no states. For them, the run's head also becomes the scoring head of the exported classifier, rounded to its dtype,
+and the classifier gives the rewards by itself.
 """
 
 from __future__ import annotations
@@ -49,15 +51,21 @@ _REWARD_KEYS = {
     "head": ("variant", "width", "omega_floor", "omega_horizon"),
     "feedback": ("dtype",),
 }
-"""The keys of a config, by section, that a response's reward depends on beside the models."""
+"""The keys of the config, by section, on which the reward of a response depends, apart from the models."""
 
 
 def export(source: Path, out: Path) -> Path:
-    """Writes the policy and the reward model of a run's newest checkpoint, or of the checkpoint `source`, into `out`.
+    """Exports the policy and the reward model of a checkpoint into the directory `out`.
 
-    Whole or not at all; returns the checkpoint. Raises ConfigError if there is none or it cannot be read, if the models
-    that the run started from cannot be loaded or are others now, and if `out` holds something or lies below a file.
-    Raises DiskError.
+    Args:
+        source: the directory of a run, whose newest checkpoint is taken, or of a checkpoint.
+        out: a directory that is empty or does not exist. It is written whole or not at all.
+
+    Returns the checkpoint that was exported.
+
+    Raises ConfigError if there is no checkpoint or it cannot be read, if its weights are not finite, if the models that
+    the run started from cannot be loaded or have changed, and if `out` holds something or lies below a file. Raises
+    DiskError.
     """
     checkpoint = _newest_checkpoint(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -79,42 +87,56 @@ def export(source: Path, out: Path) -> Path:
             record = {"step": step, "config": keys, "initial_policy": _portable(config.model.policy)}
             write_file(building / "reward_model" / "r2m_head.json", json.dumps(record, indent=2) + "\n")
             seal(building)
-    except (OSError, SafetensorError) as error:  # of a model that is not whole, or of a place taken meanwhile
+    except (OSError, SafetensorError) as error:  # a model's files are damaged, or something has appeared at `out`
         raise ConfigError(f"{checkpoint}: cannot be exported to {out}: {error}") from None
     return checkpoint
 
 
 def is_export(path: str) -> bool:
-    """Whether `export` wrote `path`."""
+    """Whether the directory `path` looks like one that `export` wrote."""
     return Path(path, "reward_model", "r2m_head.json").is_file()
 
 
 def initial_policy_of(path: str) -> str | None:
-    """HF name, or `embedded`, of the policy that an exported run started from; None where the export does not know."""
+    """Returns the name of the policy that an exported run started from: its name at Hugging Face, or `embedded`.
+
+    None if the export does not record it.
+    """
     return json.loads(Path(path, "reward_model", "r2m_head.json").read_text(encoding="utf-8")).get("initial_policy")
 
 
 class RewardScorer:
-    """Rewards by an exported reward model: what the ring's annotator gives the same texts at the exported step."""
+    """Scores responses with an exported reward model.
+
+    The rewards are those that the run itself would give to the same texts at the exported step.
+    """
 
     def __init__(
         self, path: str | Path, device: str = "auto", at_horizon: bool = False, initial_policy: str | None = None
     ) -> None:
-        """`path` is what `r2m export` wrote, `device` auto, cpu or cuda. Raises ConfigError.
+        """Loads the models.
 
-        at_horizon: mixes states and embeddings as at t = T (Eq. 4), and not as at the exported step: R2M App. G.6.
-        initial_policy: HF name or directory of the policy that the run started from. Given, it scores as before the first
-            update: on that policy's states, by the head as run.seed draws it over the reward model's own phi.
+        Args:
+            path: the directory that `r2m export` wrote.
+            device: `auto`, `cpu` or `cuda`.
+            at_horizon: mixes states and embeddings as at the horizon, t = T in R2M's Eq. 4, and not as in the exported
+                step (R2M App. G.6).
+            initial_policy: the policy that the run started from, by its name at Hugging Face or its directory. If
+                given, the scorer works as before the first update: it reads the states of that policy, and its head is
+                untrained. Its matrices are drawn with `run.seed`, and phi is the reward model's own scoring head.
+
+        Raises ConfigError if the export or a model cannot be loaded, if weights have changed since the export, and if
+        `initial_policy` does not fit the head.
         """
         policy, reward = Path(path, "policy"), Path(path, "reward_model")
         try:
             record = json.loads((reward / "r2m_head.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: is not what `r2m export` writes: {error}; name its OUT") from None
-        # The weights. What a user may edit, r2m_head.json among it, is taken as it is.
+        # Only the weights are compared with the manifest. A user may edit the other files, r2m_head.json among them.
         verified(path, strays=lambda name: True, checked=lambda name: name.endswith(".safetensors"))
         self._step, self._config = record["step"], _config_of(record["config"], device)
-        # Steps are counted from 0, t in Eq. 4 from 1; the exported step is the one that made these versions.
+        # Steps count from 0, and t in Eq. 4 counts from 1. Version v was made in step v - 1, whose omega is used here.
         self._omega_step = (self._config.omega_horizon if at_horizon else max(1, self._step)) - 1
         name = str(policy) if initial_policy is None else initial_policy
         self._policy = _load_policy(name, self._config) if self._config.reads_feedback else None
@@ -132,17 +154,21 @@ class RewardScorer:
 
     @property
     def reads_feedback(self) -> bool:
+        """Whether the head reads the policy's states."""
         return self._policy is not None
 
     def score(
         self, prompt: str | Sequence[Mapping[str, str]], responses: Sequence[str], finished: bool = True
     ) -> Tensor:
-        """[n] float32 rewards of n responses to one prompt, clipping and bonuses of the run included, as one batch.
+        """Scores n responses to one prompt in one batch. The run's clipping and bonuses are included.
 
-        prompt: a text, or {"role", "content"} turns that end with the user's, as in `data.prompts`.
-        responses: texts without special tokens. The head reads the policy's states on its tokenizer's tokens of them,
-            which need not be those that a policy sampled when it wrote the same text.
-        finished: whether they ended by themselves and not at a limit of length.
+        Args:
+            prompt: a text, or {"role", "content"} turns of which the last is the user's.
+            responses: texts without special tokens. They are tokenised anew, so their tokens may differ from those that
+                a policy once sampled for the same text.
+            finished: whether the responses ended by themselves, and not at a length limit.
+
+        Returns [n] float32. Raises ValueError if `responses` is a single text.
         """
         if isinstance(responses, str):
             raise ValueError(f"responses is one text, {responses[:40]!r}: pass a list of texts")
@@ -156,6 +182,7 @@ class RewardScorer:
     def _group(
         self, prompt: str | Sequence[Mapping[str, str]], responses: Sequence[str], finished: bool
     ) -> TrajectoryGroup:
+        """The prompt and the responses as a group of trajectories, with zeros in place of log-probabilities."""
         content = prompt if isinstance(prompt, str) else tuple((turn["role"], turn["content"]) for turn in prompt)
         text, prompt_ids = policy_reads(content, self._policy_tokenizer)
 
@@ -176,6 +203,7 @@ class RewardScorer:
 
 
 def _newest_checkpoint(source: Path) -> Path:
+    """`source` itself if it is a checkpoint, else the newest checkpoint of the run. Raises ConfigError without any."""
     source = whole_at(source)
     if any((source / name).is_file() for name in (MANIFEST, "step.msgpack")):
         return source
@@ -188,28 +216,33 @@ def _newest_checkpoint(source: Path) -> Path:
 
 
 def _reward_keys(config: R2MConfig) -> dict[str, dict[str, Any]]:
-    """`_REWARD_KEYS` with their values, as JSON has them, that mean the same on every machine and for every length of run."""
+    """The values of `_REWARD_KEYS`, ready for JSON. They do not depend on the machine or on the length of the run."""
+    # The default of omega_horizon is run.num_steps, which is not among these keys.
     config = config.head(omega_horizon=config.omega_horizon)
-    if config.model.attention == "flash_attention_2":  # which wants a GPU and differs from sdpa in rounding only
+    if config.model.attention == "flash_attention_2":  # it needs a GPU, and differs from sdpa only in rounding
         config = config.model(attention="sdpa")
     tree = config.to_dict()
     return {section: {key: tree[section][key] for key in keys} for section, keys in _REWARD_KEYS.items()}
 
 
 def _config_of(keys: dict[str, dict[str, Any]], device: str) -> R2MConfig:
+    """A config with these keys and this device, and defaults otherwise."""
     return R2MConfig.from_dict(keys | {"run": keys["run"] | {"device": device}})
 
 
 def _write_policy(directory: Path, weights: Weights, models: Models, config: R2MConfig) -> None:
+    """Writes the policy with its tokenizer and generation config."""
     model = load_policy(models.policy, config)
     _fill(model, weights, "model.policy", models.policy)
     model.save_pretrained(directory)
-    # As it is: `save_pretrained` would refuse contradictions that many published models have.
+    # The generation config is copied as it is. Many published models contradict themselves in it, and a model's
+    # `save_pretrained` would refuse that.
     checkpoint_generation_config(models.policy).to_json_file(directory / "generation_config.json")
     AutoTokenizer.from_pretrained(models.policy).save_pretrained(directory)
 
 
 def _write_reward_model(directory: Path, weights: Weights, models: Models, config: R2MConfig) -> None:
+    """Writes the reward model with its tokenizer, and the head beside it."""
     model = load_reward_model(models.reward_model, config)
     phi = scoring_head(model)
     head = build_head(phi, models.reward_hidden_size, models.policy_hidden_size, config)
@@ -222,6 +255,7 @@ def _write_reward_model(directory: Path, weights: Weights, models: Models, confi
 
 
 def _fill(module: nn.Module, weights: Weights, key: str, name: str) -> None:
+    """Loads weights into a module. Raises ConfigError, naming the config's key, if they do not fit."""
     try:
         load_weights(module, weights)
     except ValueError as error:
@@ -231,11 +265,12 @@ def _fill(module: nn.Module, weights: Weights, key: str, name: str) -> None:
 
 
 def _portable(name: str) -> str | None:
-    """What means the same on another machine."""
+    """The name of a model if it means the same on another machine; None for a local directory or `from_scratch`."""
     return None if name == "from_scratch" or Path(name).exists() else name
 
 
 def _load_policy(name: str, config: R2MConfig) -> Any:
+    """Loads a policy. Raises ConfigError with a remedy if that fails."""
     try:
         return load_policy(name, config)
     except (OSError, ValueError) as error:
@@ -243,7 +278,7 @@ def _load_policy(name: str, config: R2MConfig) -> Any:
 
 
 def _check_initial(name: str, policy: Any, weights: Weights) -> None:
-    """Raises ConfigError unless the head reads what this policy yields."""
+    """Raises ConfigError unless the head reads states of the size that this policy has."""
     if policy is None:
         raise ConfigError(f"initial policy {name!r}: the exported head reads no policy's states; leave it out")
     if (read := weights.tensors["key"].shape[0]) != _hidden_size(policy):
@@ -254,4 +289,5 @@ def _check_initial(name: str, policy: Any, weights: Weights) -> None:
 
 
 def _hidden_size(model: Any) -> int:
+    """The size of a state of the model's language part."""
     return model.config.get_text_config().hidden_size

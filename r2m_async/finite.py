@@ -1,7 +1,8 @@
-"""Numbers that are not finite: found in one pass, and told by what gave them.
+"""Finds numbers that are NaN or infinite, and names what they came from.
 
-A NaN spreads: a damaged reward model makes NaN rewards, these a NaN gradient, and that would make a NaN policy. Whoever
-meets one asks here, in the order of the flow, what had it first. `learner.on_nonfinite` decides whether the run ends.
+A NaN spreads: a damaged reward model gives NaN rewards, these give a NaN gradient, and that would give a NaN policy.
+The functions here follow the data from its source, and so name the first thing that was not finite.
+`learner.on_nonfinite` in the config decides whether the run then ends or goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ log = logging.getLogger(__name__)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every number of them is finite: one fused pass where the sum of their squares is, as it nearly always is."""
+    """Whether every number in the tensors is finite. Tensors of integers are always finite."""
+    # If the norm over all tensors is finite, so is every number: one fused pass and one transfer from the GPU. It may
+    # overflow although every number is finite, so in that case each tensor is looked at.
     tensors = [one.detach() for one in tensors if one.is_floating_point() and one.numel()]
     if math.isfinite(torch.nn.utils.get_total_norm(tensors).item() if tensors else 0.0):
         return True
@@ -33,14 +36,17 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def stop_or_log(message: str, config: R2MConfig) -> None:
-    """Raises NonFiniteStep; under `learner.on_nonfinite: skip` it is a line in the log instead."""
+    """Raises NonFiniteStep with `message`. Under `learner.on_nonfinite: skip` it logs the message instead."""
     if config.learner.on_nonfinite == "stop":
         raise NonFiniteStep(message)
     log.warning("%s (learner.on_nonfinite is skip)", message)
 
 
 def check_weights(model: nn.Module, key: str, path: str | Path) -> None:
-    """Raises ConfigError naming the first parameter of a loaded model that is not finite; `key` is what named the model."""
+    """Raises ConfigError, naming the first bad parameter, if a loaded model has weights that are NaN or infinite.
+
+    `key` is the key of the config that names the model, `path` is what it says.
+    """
     if all_finite(model.parameters()):
         return
     name, parameter = next(one for one in model.named_parameters() if not all_finite([one[1]]))
@@ -52,18 +58,23 @@ def check_weights(model: nn.Module, key: str, path: str | Path) -> None:
 
 
 def response_name(index: int, num_responses: int) -> str:
-    """Of the trajectories of a group and its greedy twin, which comes last."""
+    """The name of a response in messages. The greedy twin of a group has the index after its last response."""
     return f"response {index}" if index < num_responses else "the greedy response"
 
 
 def check_embeddings(embeddings: RewardEmbeddings, place: str, config: R2MConfig) -> None:
-    """`stop_or_log` of the first response that the reward model embeds, or rewards, with numbers that are not finite."""
+    """Checks what the frozen reward model computed for a group: embeddings and rewards.
+
+    Names the first response with a number that is not finite; `place` is the group's name in messages. Raises
+    NonFiniteStep, or logs the message under `learner.on_nonfinite: skip`.
+    """
     twin = [] if embeddings.greedy_rte is None else [embeddings.greedy_rte]
     rows = [*embeddings.rte, *twin]
     if all_finite([embeddings.rte, embeddings.frozen_rewards, *twin]):
         return
     num = len(embeddings.rte)
     for index, row in enumerate(rows):
+        # The greedy twin has no frozen reward; only its embedding is checked.
         frozen = embeddings.frozen_rewards[index] if index < num else row
         if not all_finite([row, frozen]):
             what = "its reward" if all_finite([row]) else "the response's embedding"
@@ -83,7 +94,10 @@ def reward_source(
     head_version: int,
     config: R2MConfig,
 ) -> str:
-    """What made the reward of a response, by its index (the twin's is the group's size), NaN or infinite."""
+    """Says what made the reward of a response NaN or infinite: a bonus, or else what `head_source` finds.
+
+    `index` is that of the response in its group. The greedy twin has the index K, the number of responses.
+    """
     twin = index == len(embeddings.rte)
     rte = embeddings.greedy_rte if twin else embeddings.rte[index]
     bonus = embeddings.greedy_bonus if twin else embeddings.bonus[index]
@@ -101,7 +115,11 @@ def head_source(
     head_version: int,
     config: R2MConfig,
 ) -> str:
-    """What made the head's reward of a response NaN or infinite: what it read, its weights, or its own arithmetic."""
+    """Says what made the head's reward of a response NaN or infinite.
+
+    The embedding is looked at first, then the policy's states, then the weights of the head. If all of them are finite,
+    the head's own arithmetic has overflowed. `rte` is [D_m], and `index` is as in `reward_source`.
+    """
     if not all_finite([rte]):
         return f"the response's embedding by reward.model {config.reward.model!r} is not finite"
     if feedback is not None:
@@ -119,7 +137,11 @@ def head_source(
 
 
 def no_probability(ticket: Ticket, index: int, num_responses: int, token: int, version: int) -> NonFiniteStep:
-    """That a policy could not sample a response's token. It ends the run in any mode: no other group would fare better."""
+    """The error for a response whose next token could not be sampled, because its probabilities were not finite.
+
+    `token` counts the tokens of the response from 0. The caller raises the error even under `learner.on_nonfinite:
+    skip`: the same weights would fail for other groups too.
+    """
     return NonFiniteStep(
         f"{ticket.place}, {response_name(index, num_responses)}: the policy (version {version}) gives no finite probability "
         f"at response token {token}: its weights have grown too large for its arithmetic, or rollouts.temperature is too "
@@ -128,7 +150,10 @@ def no_probability(ticket: Ticket, index: int, num_responses: int, token: int, v
 
 
 def first_bad(values: Tensor, counted: Tensor | None = None) -> list[int] | None:
-    """The first place of `values` that is not finite, among those that are `counted`; None where all are finite."""
+    """The index of the first entry of `values` that is NaN or infinite, or None if all are finite.
+
+    With `counted`, a bool tensor of the same shape, only entries where it is True are looked at.
+    """
     bad = ~values.isfinite()
     if counted is not None:
         bad &= counted

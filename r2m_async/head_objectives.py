@@ -1,8 +1,11 @@
-"""The R2M head's loss: Group Reward Entropy Bradley-Terry.
+"""The loss of the R2M head: Group Reward Entropy Bradley-Terry (GREBT).
 
-R2M, arXiv 2601.22664, Sec. 4.2, Eq. 5-7; the standardisation is Definition A.9-A.10's (population std, with gradient
-through mean and std). Group reward entropy ignores the scale of the rewards, so it cannot widen a group's spread: it is
-constant for K = 2, and for K = 8 its minimum is about 1.06 (one outlier), not 0. That is the paper's loss, unchanged.
+Source: R2M, arXiv 2601.22664, Sec. 4.2, Eq. 5-7. Rewards are standardised as in Definitions A.9 and A.10, with the
+population std. The gradient flows through mean and std; the paper does not say whether it should.
+
+Group reward entropy ignores the scale of the rewards, so it cannot widen the spread of a group. For K = 2 it is
+constant. For K = 8 its minimum is about 1.06, reached with one outlier, and not 0 as Definition A.11 says. This file
+keeps the paper's loss as it is.
 
 Shapes: n groups, K responses in a group.
 """
@@ -16,23 +19,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DEGENERATE_SPREAD = 1e-6
-"""A group whose rewards all lie within this times (1 + largest |reward|) of their mean is degenerate: their differences
-are float32 rounding. Its entropy is log K, without gradient."""
+"""A group is degenerate if all its rewards lie within this number times (1 + largest |reward|) of their mean.
+
+Such differences are float32 rounding. The entropy of a degenerate group is log K, without gradient.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrebtTerms:
-    """Scalars, means over groups. Only `loss` carries a gradient."""
+    """The GREBT loss and its parts: scalars, each a mean over groups. Only `loss` carries a gradient."""
 
     loss: Tensor
+    """(1 - alpha) times the Bradley-Terry term plus alpha times the group reward entropy (Eq. 7)."""
     bradley_terry: Tensor
+    """The Bradley-Terry term (Eq. 5), before its weight."""
     group_reward_entropy: Tensor
+    """The group reward entropy (Eq. 6), before its weight, in nats."""
     gap: Tensor
-    """Reward of the chosen minus reward of the rejected response."""
+    """Reward of the chosen response minus reward of the rejected response."""
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Scalar mean of -log sigmoid(chosen - rejected) (Eq. 5) over rewards of any one shape."""
+    """The Bradley-Terry loss: the scalar mean of -log sigmoid(chosen - rejected) (Eq. 5).
+
+    Args:
+        chosen, rejected: rewards of any shape, the same for both.
+
+    Raises ValueError when the shapes differ.
+    """
     if chosen.shape != rejected.shape:
         raise ValueError(
             f"chosen and rejected must have one shape, got {list(chosen.shape)} and {list(rejected.shape)}"
@@ -41,7 +55,12 @@ def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def group_reward_entropy(rewards: Tensor) -> Tensor:
-    """Scalar mean over groups of the entropy of softmax(standardised `rewards` [n, K]) (Eq. 6).
+    """Group reward entropy: the entropy of softmax(z), with z the standardised rewards of a group (Eq. 6).
+
+    Args:
+        rewards: [n, K].
+
+    Returns the scalar mean over groups, in nats. A degenerate group (`DEGENERATE_SPREAD`) counts as log K.
 
     Raises ValueError for K < 2.
     """
@@ -49,8 +68,8 @@ def group_reward_entropy(rewards: Tensor) -> Tensor:
     deviation_nK = rewards - rewards.mean(1, keepdim=True)
     spread_n1 = deviation_nK.detach().abs().amax(1, keepdim=True)
     degenerate_n1 = spread_n1 <= DEGENERATE_SPREAD * (1 + rewards.detach().abs().amax(1, keepdim=True))
-    # Selected before the division and the root: selecting after them leaves 0 * inf = NaN in the gradient. Dividing by
-    # the spread changes no value (z has no scale) and keeps the squares from overflowing.
+    # `where` comes before the division and the root. After them it would leave 0 * inf = NaN in the gradient.
+    # The division by the spread changes no result, because z has no scale. It keeps the squares from overflowing.
     unit_nK = torch.where(degenerate_n1, 0, deviation_nK) / torch.where(degenerate_n1, 1, spread_n1)
     variance_n1 = unit_nK.square().mean(1, keepdim=True)
     z_nK = unit_nK / torch.where(degenerate_n1, 1, variance_n1).sqrt()
@@ -59,16 +78,26 @@ def group_reward_entropy(rewards: Tensor) -> Tensor:
 
 
 def grebt(rewards: Tensor, alpha: float, pair_rewards: Tensor | None = None) -> Tensor:
-    """Scalar loss (1 - alpha) L_BT + alpha L_GRE (Eq. 7), mean over groups; see `grebt_terms`."""
+    """The GREBT loss (1 - alpha) L_BT + alpha L_GRE (Eq. 7), a scalar mean over groups.
+
+    Arguments and errors are those of `grebt_terms`, which also returns the parts.
+    """
     return grebt_terms(rewards, alpha, pair_rewards).loss
 
 
 def grebt_terms(rewards: Tensor, alpha: float, pair_rewards: Tensor | None = None) -> GrebtTerms:
-    """The loss of `rewards` [n, K] and what it is made of.
+    """The GREBT loss of a batch of groups, with its parts (Eq. 5-7).
 
-    `pair_rewards` [n, K], by default `rewards` themselves, choose the best and worst response of each group, without
-    gradient; the Bradley-Terry term compares the `rewards` of those two. In a tie both are the first response, and the
-    term is log 2 without gradient. Raises ValueError for K < 2, alpha outside [0, 1] or shapes that differ.
+    Args:
+        rewards: [n, K] rewards by the head that is trained.
+        alpha: weight of the group reward entropy, in [0, 1]. The Bradley-Terry term has 1 - alpha.
+        pair_rewards: [n, K] rewards that choose the best and the worst response of each group, without gradient. None:
+            `rewards` choose. The Bradley-Terry term compares the `rewards` of these two responses.
+
+    If all pair rewards of a group are equal, the first response is both best and worst. The term is then log 2, without
+    gradient.
+
+    Raises ValueError for K < 2, for alpha outside [0, 1], and for shapes that differ.
     """
     _check_groups(rewards)
     if not 0 <= alpha <= 1:
@@ -88,14 +117,17 @@ def grebt_terms(rewards: Tensor, alpha: float, pair_rewards: Tensor | None = Non
 
 
 def preference_divergence(rewards: Tensor, frozen_rewards: Tensor) -> Tensor:
-    """Scalar mean over groups of KL(softmax(`frozen_rewards`) || softmax(`rewards`)), both [n, K]; not the paper's.
+    """How far the head's preferences within a group are from those of the frozen reward model.
 
-    How far the head's preference among the responses of a group is from the frozen reward model's, scale included.
+    This is the scalar mean over groups of KL(softmax(`frozen_rewards`) || softmax(`rewards`)), in nats. Both arguments
+    are [n, K]. Unlike group reward entropy it depends on the scale of the rewards. `frozen_rewards` get no gradient.
+    It is not part of the R2M paper.
     """
     log_p_nK = frozen_rewards.detach().log_softmax(1)
     return (log_p_nK.exp() * (log_p_nK - rewards.log_softmax(1))).sum(1).mean()
 
 
 def _check_groups(rewards: Tensor) -> None:
+    """Raises ValueError unless `rewards` are [n, K] with K >= 2."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [n, K] with K >= 2, for a pair to compare, got {list(rewards.shape)}")

@@ -1,14 +1,17 @@
-"""The policy's objective: clipped importance sampling, its off-policy corrections, the KL to the reference; the critic's.
+"""The losses of the policy and of the critic, as pure functions of tensors.
 
-R2M, arXiv 2601.22664, Eq. 2 (ratio `sequence`); GRPO, arXiv 2402.03300 (`token`); GSPO, arXiv 2507.18071
-(`sequence_mean`); the decoupled objective, arXiv 2110.00641; the KL estimators, http://joschu.net/blog/kl-approx.html;
-PPO, arXiv 1707.06347, whose clip of the critic's loss is in its authors' code alone (arXiv 2005.12729, Sec. 3).
-mu is the policy that sampled, pi_old the learner at the start of the step, pi the learner now.
+Three policies are in play. mu is the policy that sampled the responses. pi_old is the learner's policy at the start of
+the step. pi is the policy that is being trained.
 
-Every sum is divided by the count of the *global* batch (`loss_denominator`), so that the losses of its micro-batches
-add up to its loss.
+Sources: R2M, arXiv 2601.22664, Eq. 2, for the ratio `sequence`. GRPO, arXiv 2402.03300, for `token`. GSPO,
+arXiv 2507.18071, for `sequence_mean`. The off-policy weights come from the decoupled objective, arXiv 2110.00641. The
+KL estimators are those of http://joschu.net/blog/kl-approx.html. The critic's loss is PPO's, arXiv 1707.06347; its clip
+is not in that paper but in its authors' code (arXiv 2005.12729, Sec. 3).
 
-Shapes: B responses, T response positions (padded), U = T where a ratio belongs to a token and 1 where to a sequence.
+A batch may be processed in micro-batches. Every loss is therefore divided by a count over the *global* batch
+(`loss_denominator`), so that the losses of the micro-batches add up to the loss of the batch.
+
+Shapes: B responses, T response positions (padded), U units that have a ratio: T tokens, or 1 for a whole response.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor
 from r2m_async.errors import ConfigError
 
 LOG_RATIO_BOUND = 20.0
-"""Log-ratios are clamped to +-this before they are exponentiated; beyond it they have no gradient."""
+"""Log-ratios are clamped to +- this number, so that `exp` cannot overflow. Beyond it they have no gradient."""
 
 RATIOS = ("sequence", "token", "sequence_mean")
 OFF_POLICY = ("none", "full", "clamp", "mask")
@@ -30,20 +33,23 @@ AGGREGATIONS = ("sequence", "token")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLoss:
-    """Only `loss` carries a gradient. The others are [B, U], by unit: what has a ratio."""
+    """The policy loss and its diagnostics. Only `loss` carries a gradient.
+
+    All fields but `loss` are [B, U]. A unit is what has one ratio: a response token, or a whole response.
+    """
 
     loss: Tensor
-    """Scalar."""
+    """Scalar, to be minimised."""
     units: Tensor
-    """bool; a response token, or with a sequence ratio a response that has response tokens. Elsewhere nothing below counts."""
+    """bool: True for a response token, or for a response that has any. The fields below mean nothing elsewhere."""
     ratio: Tensor
-    """rho: pi / pi_old, or pi / mu under `off_policy: none`."""
+    """The importance ratio rho: pi / pi_old, or pi / mu under `off_policy: none`."""
     weight: Tensor
-    """w = pi_old / mu before cap and mask; 1 under `none`."""
+    """The off-policy weight w = pi_old / mu, before it is capped or masked. It is 1 under `off_policy: none`."""
     clipped: Tensor
-    """bool; the clip took the gradient."""
+    """bool: True where the clip was active, so that the unit gives no gradient."""
     left_out: Tensor
-    """bool; by `off_policy: mask`."""
+    """bool: True where `off_policy: mask` left the unit out of the loss."""
 
 
 def policy_loss(
@@ -61,27 +67,40 @@ def policy_loss(
     aggregation: str | None = None,
     denominator: int | None = None,
 ) -> PolicyLoss:
-    """The loss to minimise, -mean of w min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A).
+    """The clipped policy loss: minus the mean of w min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A).
+
+    rho is the importance ratio, A the advantage and w the off-policy weight (R2M Eq. 2, where w is 1).
 
     Args:
-        logprobs, behaviour_logprobs, old_logprobs: [B, T] under pi, mu and pi_old; only `logprobs` gets a gradient.
-            They may hold anything where masked. `old_logprobs` may be None under `off_policy: none` only.
+        logprobs: [B, T] log-probabilities under pi. Only they get a gradient.
+        behaviour_logprobs: [B, T] under mu.
         advantages: [B], or [B, T] with `ratio: token`.
-        mask: [B, T] bool, True on the tokens to train. A response without any contributes exactly 0.
-        ratio: `token`; `sequence`, the product over a response's tokens; `sequence_mean`, their geometric mean.
-        off_policy: `none` takes rho = pi / mu and w = 1; the others rho = pi / pi_old and w = pi_old / mu, without
-            gradient: as it is (`full`), at most `off_policy_cap` (`clamp`), or 0 outside [1 / cap, cap] (`mask`). w is
-            formed as `ratio` forms rho, per token, product or geometric mean, so w rho = pi / mu in the same measure.
-        aggregation: `token` weighs all tokens alike; `sequence` all responses alike, averaging over the tokens of each.
-            Under `token` a sequence ratio's term counts once per token. None: see `default_aggregation`.
-        denominator: `loss_denominator` of the global batch's mask; None where `mask` is the global batch. What `mask`
-            left out stays in it.
+        mask: [B, T] bool, True on the tokens to train. Every other input may hold anything where it is False. A
+            response without any token to train contributes exactly 0.
+        old_logprobs: [B, T] under pi_old. It may be None under `off_policy: none` only.
+        ratio: `token` gives every token its own ratio. `sequence` takes the product over the tokens of a response.
+            `sequence_mean` takes their geometric mean.
+        clip_low, clip_high: how far below and above 1 the ratio may go before it is clipped.
+        off_policy: what corrects for data that an older policy sampled.
+            `none`: rho = pi / mu and w = 1.
+            Otherwise rho = pi / pi_old and w = pi_old / mu, formed per token, as a product or as a geometric mean, as
+            `ratio` says. So w rho = pi / mu. w carries no gradient.
+            `full` uses w as it is, `clamp` uses at most `off_policy_cap`, and `mask` leaves out every unit whose w lies
+            outside [1 / cap, cap].
+        off_policy_cap: the cap, at least 1.
+        aggregation: `token` gives all tokens the same weight; the term of a sequence ratio then counts once per token.
+            `sequence` gives all responses the same weight and averages over the tokens of each. None stands for
+            `default_aggregation(ratio)`.
+        denominator: `loss_denominator` of the mask of the global batch. None means that `mask` is the global batch.
+            Units that `off_policy: mask` leaves out still count in it.
 
-    Raises ConfigError for an unknown name, missing `old_logprobs`, a cap below 1, or advantages unfit for `ratio`.
+    Raises ConfigError for an unknown name, for missing `old_logprobs`, for a cap below 1, and for advantages per token
+    with a ratio per response.
     """
     aggregation = default_aggregation(ratio) if aggregation is None else aggregation
     _check(ratio, off_policy, off_policy_cap, aggregation)
     if off_policy == "none":
+        # With pi_old = mu the formulas below give rho = pi / mu and w = 1.
         old_logprobs = behaviour_logprobs
     elif old_logprobs is None:
         raise ConfigError(f"objective.off_policy = {off_policy!r} needs old_logprobs; only 'none' does without pi_old")
@@ -94,6 +113,8 @@ def policy_loss(
     left_out_BU = ((w_BU < 1 / off_policy_cap) | (w_BU > off_policy_cap)) & (off_policy == "mask")
     applied_BU = (w_BU.clamp(max=off_policy_cap) if off_policy == "clamp" else w_BU).masked_fill(left_out_BU, 0)
     clipped_BU = rho_BU.clamp(1 - clip_low, 1 + clip_high)
+    # The minimum cuts the gradient only where the ratio has already moved past the clip in the direction that the
+    # advantage asks for. A ratio that moved the other way keeps its gradient and can come back.
     surrogate_BU = applied_BU * torch.minimum(rho_BU * advantages_BU, clipped_BU * advantages_BU)
 
     return PolicyLoss(
@@ -107,17 +128,27 @@ def policy_loss(
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per token, exp(d) - d - 1, d = log pi_ref - log pi clamped to +-LOG_RATIO_BOUND: k3 of KL(pi || pi_ref)."""
+    """The k3 estimator of KL(pi || pi_ref) per token: exp(d) - d - 1 with d = log pi_ref - log pi.
+
+    It is never negative. d is clamped to +-`LOG_RATIO_BOUND`. Arguments and result have one shape, [B, T] in this
+    library. Source: http://joschu.net/blog/kl-approx.html.
+    """
     difference = (ref_logprobs - logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    # For small d, exp(d) - 1 would lose its digits in the subtraction; `expm1` keeps them.
     return difference.expm1() - difference
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per token, log pi - log pi_ref: k1 of KL(pi || pi_ref), whose mean is what R2M's Fig. 5 plots."""
+    """The k1 estimator of KL(pi || pi_ref) per token: log pi - log pi_ref.
+
+    A single token may give a negative number. The mean over tokens is what R2M plots in Fig. 5. Arguments and result
+    have one shape, [B, T] in this library.
+    """
     return logprobs - ref_logprobs
 
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
+"""The KL estimators that `kl_loss` knows, by name."""
 
 
 def kl_loss(
@@ -129,14 +160,26 @@ def kl_loss(
     aggregation: str = "token",
     denominator: int | None = None,
 ) -> Tensor:
-    """Scalar KL(pi || pi_ref), aggregated as in `policy_loss`: `sequence` averages over a response's tokens.
+    """The KL of the policy to the reference, KL(pi || pi_ref), as a scalar to be minimised.
 
-    `sequence_sum` adds them up and averages over responses: the KL of whole responses, as Eq. 2 has it.
-    Raises ConfigError for an unknown estimator (`k1`, `k3`) or aggregation.
+    Args:
+        logprobs: [B, T] log-probabilities under pi. Only they get a gradient.
+        ref_logprobs: [B, T] under the reference pi_ref.
+        mask: [B, T] bool, True on the tokens to train. The others may hold anything.
+        estimator: `k1` or `k3`.
+        aggregation: `token` averages over all tokens of the batch. `sequence` averages over the tokens of each response
+            and then over responses. `sequence_sum` adds up the tokens of each response and averages over responses:
+            this is the KL of whole responses, as R2M's Eq. 2 has it.
+        denominator: the number of tokens in the global batch for `token`, and of responses with tokens otherwise. None
+            means that `mask` is the global batch.
+
+    Raises ConfigError for an unknown estimator or aggregation.
     """
     _choose("estimator", estimator, tuple(KL_ESTIMATORS))
     _choose("objective.aggregation", aggregation, (*AGGREGATIONS, "sequence_sum"))
     mask = mask.bool()
+    # Masked entries are replaced before the arithmetic: a NaN or an infinity there would get into the gradient, even
+    # if the result were masked afterwards.
     per_token_BT = KL_ESTIMATORS[estimator](logprobs.masked_fill(~mask, 0), ref_logprobs.detach().masked_fill(~mask, 0))
     if aggregation == "sequence_sum":
         return torch.where(mask, per_token_BT, 0).sum() / max(denominator or loss_denominator(mask, "sequence"), 1)
@@ -145,10 +188,12 @@ def kl_loss(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueLoss:
+    """The critic's loss and its diagnostic."""
+
     loss: Tensor
-    """Scalar; alone carries a gradient."""
+    """Scalar, to be minimised. Only it carries a gradient."""
     clipped: Tensor
-    """[B, T] bool: the clip took the gradient."""
+    """[B, T] bool: True where the clip was active, so that the token gives no gradient."""
 
 
 def value_loss(
@@ -160,18 +205,23 @@ def value_loss(
     clip: float | None = 0.2,
     denominator: int | None = None,
 ) -> ValueLoss:
-    """The critic's loss to minimise: half the mean, over response tokens, of (V - R)^2, pessimistically clipped.
+    """The critic's loss: half the mean over response tokens of the clipped squared error between value and return.
 
-    With `clip` c a token's error is max((V - R)^2, (clamp(V, V_old - c, V_old + c) - R)^2): a value that has already
-    moved by c towards its return gets no further push in this step. None: (V - R)^2.
+    With V the value, R the return and c the clip, the error of a token is
+        max((V - R)^2, (clamp(V, V_old - c, V_old + c) - R)^2).
+    So a value that has already moved by c towards its return gets no further gradient in this step. The clip comes from
+    the code of PPO's authors (arXiv 2005.12729, Sec. 3).
 
     Args:
-        values, old_values, returns: [B, T], by the critic now, by the critic at the start of the step, and what it is to
-            learn; only `values` gets a gradient. They may hold anything where masked.
-        mask: [B, T] bool, True on the response tokens.
-        denominator: response tokens of the global batch; None where `mask` is the global batch.
+        values: [B, T] values by the present critic. Only they get a gradient.
+        old_values: [B, T] values by the critic at the start of the step, V_old.
+        returns: [B, T] the critic's targets.
+        mask: [B, T] bool, True on the response tokens. The other inputs may hold anything where it is False.
+        clip: c, in units of value. None: the error is (V - R)^2.
+        denominator: the number of response tokens in the global batch. None means that `mask` is the global batch.
     """
     mask = mask.bool()
+    # Masked entries become 0 before the square: a NaN there would otherwise get into the gradient.
     values_BT, old_BT, returns_BT = (
         torch.where(mask, one, 0) for one in (values, old_values.detach(), returns.detach())
     )
@@ -185,17 +235,22 @@ def value_loss(
 
 
 def default_aggregation(ratio: str) -> str:
-    """`sequence` for the sequence ratio (Eq. 2), else `token`."""
+    """The aggregation that belongs to a ratio: `sequence` for the ratio `sequence` (R2M Eq. 2), `token` otherwise."""
     return "sequence" if ratio == "sequence" else "token"
 
 
 def loss_denominator(mask: Tensor, aggregation: str) -> int:
-    """What losses over `mask` [B, T] are divided by: its response tokens, or for `sequence` its responses with any."""
+    """The number by which a loss over `mask` [B, T] is divided.
+
+    It is the number of response tokens for the aggregation `token`. For `sequence` it is the number of responses that
+    have any. Raises ConfigError for another aggregation.
+    """
     _choose("objective.aggregation", aggregation, AGGREGATIONS)
     return int(mask.bool().sum()) if aggregation == "token" else int(mask.bool().any(1).sum())
 
 
 def _ratio(numerator_BT: Tensor, denominator_BT: Tensor, mask: Tensor, ratio: str) -> Tensor:
+    """[B, U] probability ratios from two tensors of log-probabilities. Masked tokens count as a ratio of 1."""
     log_BU = torch.where(mask, numerator_BT - denominator_BT, 0)
     if ratio != "token":
         log_BU = log_BU.sum(1, keepdim=True)
@@ -205,15 +260,21 @@ def _ratio(numerator_BT: Tensor, denominator_BT: Tensor, mask: Tensor, ratio: st
 
 
 def _aggregate(values_BU: Tensor, mask: Tensor, aggregation: str, denominator: int | None) -> Tensor:
+    """The sum of `values_BU`, weighted as `aggregation` says, divided by `denominator`; see `policy_loss`.
+
+    A value of a whole response, U = 1, is broadcast over its tokens.
+    """
     if denominator is None:
         denominator = loss_denominator(mask, aggregation)
     weights_BT = mask.to(values_BU.dtype)
     if aggregation == "sequence":
         weights_BT = weights_BT / mask.sum(1, keepdim=True).clamp(min=1)
+    # A batch without response tokens has the loss 0, and not 0 / 0.
     return (values_BU * weights_BT).sum() / max(denominator, 1)
 
 
 def _advantages(advantages: Tensor, mask: Tensor, ratio: str) -> Tensor:
+    """[B, 1] or [B, T] advantages without gradient, 0 where masked. Raises ConfigError if they do not fit `ratio`."""
     if advantages.shape == mask.shape and ratio == "token":
         return torch.where(mask, advantages.detach(), 0)
     if advantages.shape == mask.shape:
@@ -228,6 +289,7 @@ def _advantages(advantages: Tensor, mask: Tensor, ratio: str) -> Tensor:
 
 
 def _check(ratio: str, off_policy: str, cap: float, aggregation: str) -> None:
+    """Raises ConfigError for an unknown name and for a cap below 1."""
     _choose("objective.ratio", ratio, RATIOS)
     _choose("objective.off_policy", off_policy, OFF_POLICY)
     _choose("objective.aggregation", aggregation, AGGREGATIONS)
@@ -238,5 +300,6 @@ def _check(ratio: str, off_policy: str, cap: float, aggregation: str) -> None:
 
 
 def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError, naming the config's key, unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{key} = {value!r} is unknown; choose one of {', '.join(choices)}")

@@ -1,7 +1,7 @@
-"""Functions of the user's own, named `module:attr` in the config: how they are found, and how they are called.
+"""Finds and calls the functions that a user names in the config as `module:attr`.
 
-They may raise anything, and may return anything. What goes wrong in one is told as its own: by the config's key and the
-function's name, with the traceback from the function on and none of ours or Ray's.
+Such a function may raise anything and return anything. An error message about it names the key of the config and the
+function. Its traceback begins in the user's code; it shows no frame of this library or of Ray.
 """
 
 import difflib
@@ -15,24 +15,31 @@ from typing import Any
 from r2m_async.errors import ConfigError, FunctionFailed
 
 FLOAT32_MAX = 3.4028234663852886e38
-"""Rewards are float32: a larger number would become infinite."""
+"""The largest finite float32. Rewards are float32, so a larger number would become infinite."""
 
-_SHORT = reprlib.Repr()  # which survives a value whose own repr raises
+_SHORT = reprlib.Repr()  # unlike plain repr, it does not fail for a value whose __repr__ raises
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def named_function(name: str, key: str) -> Callable[..., Any]:
-    """The callable that `name` = "module:attr" stands for under the config's `key`. Raises ConfigError naming both."""
+    """Imports and returns the callable that `name` stands for.
+
+    Args:
+        name: "module:attr".
+        key: the key of the config that holds the name, for error messages.
+
+    Raises ConfigError, naming both, if the module cannot be imported or has no such callable.
+    """
     module_name, _, attr = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # the user's module may raise anything as it starts, SystemExit too
+    except BaseException as error:  # the user's module may raise anything while it is imported, SystemExit too
         what, frames = own_failure(error)
         if not frames and isinstance(
             error, ImportError | ValueError
-        ):  # no line of the module has run: it was not found
+        ):  # no line of the module was executed, so it was not found
             what, frames = str(error), "; install it, or put its folder on PYTHONPATH"
         else:
             frames = f"; correct the module{frames}"
@@ -46,10 +53,15 @@ def named_function(name: str, key: str) -> Callable[..., Any]:
 
 
 def called(function: Callable[..., Any], arguments: tuple[Any, ...], key: str, name: str, place: str) -> Any:
-    """What the user's function `name`, under the config's `key`, returns; `place` says of which step or response.
+    """Calls a function of the user and returns its result.
 
-    Raises FunctionFailed for whatever the function raises, SystemExit too. KeyboardInterrupt passes: it comes from the
-    terminal, not from the function.
+    Args:
+        key: the key of the config that names the function, for error messages.
+        name: the function's name in the config.
+        place: the step or response for which it is called, for error messages.
+
+    Raises FunctionFailed for whatever the function raises, even SystemExit. Only KeyboardInterrupt passes unchanged: it
+    comes from the terminal, not from the function.
     """
     try:
         return function(*arguments)
@@ -68,10 +80,14 @@ def called_for_number(
     place: str,
     finite: bool = True,
 ) -> float:
-    """`called` of a function that scores a response: the `as_number` of what it returns.
+    """Calls a function of the user that scores a response, and returns its result as a float.
 
-    Raises FunctionFailed also for what is no number, and with `finite` for NaN, for infinity and for what is infinite in
-    float32; without it the last is returned as infinity.
+    Arguments are those of `called`, and one more:
+        finite: if True, the result must be finite in float32. If False, NaN and infinity are returned, and a number
+            that is too large for float32 is returned as infinity with its sign.
+
+    Raises FunctionFailed for whatever the function raises, for a result that is no number, and with `finite` for one
+    that is not finite in float32.
     """
     value = called(function, arguments, key, name, place)
     number = as_number(value)
@@ -87,24 +103,28 @@ def called_for_number(
 
 
 def as_number(value: Any) -> float | None:
-    """A bool, a number of any library or an array of one number, as a float; None for text and all that is no number."""
+    """Converts a value to a float, or returns None if it is no number.
+
+    Numbers are bools, numbers of any library, and arrays or tensors that hold a single number. Text is never a number,
+    even if it spells one.
+    """
     try:
-        item = value.item() if hasattr(value, "item") else value  # of arrays and tensors, where they have one number
+        item = value.item() if hasattr(value, "item") else value  # `item` raises for an array of several numbers
         return None if isinstance(item, str | bytes | bytearray) else float(item)
-    except Exception:  # whatever a value of the user's own class raises when it is to be a number, it is none
+    except Exception:  # a value of the user's own class may raise anything here; then it is no number
         return None
 
 
 def shown(value: Any) -> str:
-    """Of a value, its type and the beginning of its repr."""
+    """Describes a value in an error message: the beginning of its repr, and its type."""
     return f"{_SHORT.repr(value)} ({type(value).__name__})"
 
 
 def own_failure(error: BaseException) -> tuple[str, str]:
-    """What the user's code raised, in a line, and its traceback from that code on, which begins with a line's end.
+    """Describes an error that the user's code raised: (the error in a line, its traceback).
 
-    The caller's own frame, which caught it, and those of the import system are left out; where nothing remains, as after
-    a call with too many arguments, the traceback is empty.
+    The traceback begins with a line break. It leaves out the frame that caught the error and the frames of the import
+    system. It is empty if no other frame is left, for example if the function was called with too many arguments.
     """
     what = "".join(traceback.format_exception_only(error)).strip()
     frames = error.__traceback__ and error.__traceback__.tb_next
@@ -116,6 +136,6 @@ def own_failure(error: BaseException) -> tuple[str, str]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean ...?`, or nothing."""
+    """Returns `; did you mean ...?` with the name most similar to `name`, or "" if no name is similar."""
     close = difflib.get_close_matches(name, list(names), 1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,8 +1,14 @@
-"""R2M's Algorithm 1 in one process: no Ray, no queue, no cleverness. The ring's ground truth.
+"""R2M's Algorithm 1 in one process, without Ray and without a queue: the reference for the ring.
 
-`train(config)` follows the paper line by line (the numbers are Algorithm 1's). With staleness bounds above 0 it is the
-same algorithm with fixed delays: step t samples with policy max(0, t - max_policy_age) and scores with head
-max(0, t - max_head_age), which is what the ring does under `scheduling.lag: exact`.
+`train(config)` follows the paper (R2M, arXiv 2601.22664) line by line. The numbers in its comments are the line numbers
+of Algorithm 1. With staleness bounds above 0 it is the same algorithm with fixed delays: step t samples with policy
+version max(0, t - max_policy_age) and scores with head version max(0, t - max_head_age). The ring does the same under
+`scheduling.lag: exact`.
+
+Tests compare the ring with this file, bit for bit. Both call the same functions for the mathematics: sampling, scoring,
+advantages, losses, and the update of the head. So equality proves the ring's schedule: which versions meet which data,
+in which order. It does not prove the mathematics. Those functions have tests of their own, against literal
+transcriptions of the papers' formulas.
 """
 
 from __future__ import annotations
@@ -50,21 +56,29 @@ from r2m_async.trajectories import HeadGroup, PolicyFeedback, ScoredGroup, Weigh
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceRun:
-    """What a run leaves behind: final weights, and per step its tokens and rewards in group order."""
+    """The results of a run: the final weights, and the tokens and rewards of every step."""
 
     policy: Weights
     head: Weights
+    """The head that would score the next step."""
     critic: Weights | None
-    """None where the estimator needs no values."""
+    """None if the advantage estimator needs no values."""
     tokens: list[list[list[int]]] = field(default_factory=list)
+    """Per step and trajectory, in group order: the tokens of prompt and response."""
     rewards: list[list[float]] = field(default_factory=list)
+    """Per step and trajectory, in group order: the reward that the policy was trained on."""
 
 
 def train(config: R2MConfig, workload: Workload | None = None, engine: Any = None) -> ReferenceRun:
     """Runs Algorithm 1 for `run.num_steps` steps. On a CPU in float32 the ring gives the same bits.
 
-    Numbers that are not finite end it, or are left out, where they do so in the ring (`learner.on_nonfinite`).
-    `engine` (an `actors.rollout_actor.RolloutEngine`) samples in place of transformers, for rings that use another.
+    Args:
+        workload: models and prompts, if they are resolved already. None: they are resolved from the config.
+        engine: an `actors.rollout_actor.RolloutEngine` that samples the responses. None: transformers samples them.
+            An engine is given to compare with a ring that uses the same engine.
+
+    Raises ConfigError if `model.lora` is set, and NonFiniteStep for a number that is NaN or infinite. Under
+    `learner.on_nonfinite: skip` most such numbers only cause an update to be left out, as in the ring.
     """
     if config.model.lora:
         raise ConfigError("model.lora is set: Algorithm 1 trains the policy's weights; leave it out")
@@ -73,6 +87,7 @@ def train(config: R2MConfig, workload: Workload | None = None, engine: Any = Non
 
 
 def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
+    """The body of `train`. `policies[v]` and `heads[v]` are version v: the models after v steps."""
     policy = load_policy(workload.policy, config)
     reference = load_policy(workload.reference, config)
     reward_model = load_reward_model(workload.reward_model, config)
@@ -101,6 +116,7 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
         due = [tickets.group(group_id, step) for group_id in range(first, first + rollouts.prompts_per_step)]
         feedback: list[PolicyFeedback | None] = [None] * len(due)
         if engine is None:
+            # One group at a time, as in an exact ring: the number of groups in a batch changes the rounding.
             groups = [  # 2, 5
                 sample_groups(
                     sampler,
@@ -121,6 +137,7 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
             sampled = [engine.generate(ticket) for ticket in due]
             groups, feedback = [group for group, _ in sampled], [states for _, states in sampled]
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+        # pi_old is the present policy. The sampler may be older, with a staleness bound above 0.
         old, states = proximal_pass(policy, trajectories, config)
         if config.reads_feedback and config.feedback.source == "learner":
             size = rollouts.group_size
@@ -144,6 +161,7 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
         except NonFiniteStep:
             if config.learner.on_nonfinite == "stop":
                 raise
+            # The step trains nothing, but it still counts as a version of policy and head.
             left_out = True
 
         refreshed: list[Tensor] = []
@@ -167,10 +185,11 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
                         config,
                     )
                     loss.backward()
+                    # The states of the last epoch's forward passes are the refreshed feedback.
                     if epoch == objective.epochs - 1:  # 13
                         refreshed += feedback_states(states, config)
                 policy_optimizer.step(config.learning_rate(step), step_place(step, groups))  # 12
-                if critic:  # not in Algorithm 1: PPO's
+                if critic:  # not in Algorithm 1: PPO trains a critic beside the policy
                     for rows in minibatch:
                         part = trajectories[rows]
                         now, width = response_values(critic, part, packed), response_mask(part).shape[1]
@@ -211,7 +230,10 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
 
 
 class _Optimizer:
-    """AdamW on float32 masters with clipped gradients, for the policy and the critic."""
+    """AdamW with clipped gradients, for the policy and the critic.
+
+    It moves float32 copies of the weights (`MasterWeights`): a step of 1e-6 would vanish in bfloat16.
+    """
 
     def __init__(self, model: Any, config: R2MConfig) -> None:
         self._model, self._masters = model, MasterWeights(model)
@@ -219,7 +241,12 @@ class _Optimizer:
         self._optimizer = torch.optim.AdamW(self._masters.tensors, weight_decay=config.learner.weight_decay)
 
     def step(self, lr: float, place: str) -> None:
-        """Raises NonFiniteStep, naming `place`, where the weights would be or are not finite."""
+        """Takes one step with the learning rate `lr`, and clears the gradients.
+
+        If the gradient is not finite, the step is left out under `learner.on_nonfinite: skip`, and raises NonFiniteStep
+        otherwise. Weights that are not finite after the step raise NonFiniteStep in any case. `place` names the step
+        in messages.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._masters.take_gradients()

@@ -1,10 +1,14 @@
 """The R2M head: cross-attention from a response's reward token embedding to the policy's hidden states.
 
-R2M, arXiv 2601.22664, Sec. 4.1, Eq. 3-4. There is one query per response and one attention head, so the projections
-move off the sequence: h W_k q^T = h (W_k q^T), and (a h) W_v = a (h W_v). The states are read, never projected.
+The reward token embedding (RTE) is the reward model's last hidden state at the token that it scores. Source: R2M,
+arXiv 2601.22664, Sec. 4.1, Eq. 3-4.
 
-Shapes: B responses, S policy positions (padded), N policy positions of all responses end to end, D reward-model hidden
-size (D_m), P policy hidden size (D_p), d width.
+Each response has one query, and there is one attention head. The projections can therefore be moved off the sequence:
+h W_k q^T = h (W_k q^T), and a (h W_v) = (a h) W_v. So the code reads the policy's states h, but never projects them.
+This is much cheaper than Eq. 3 as it is printed, and equal to it up to rounding.
+
+Shapes: B responses, S policy positions (padded), N policy positions of all responses end to end, D hidden size of the
+reward model (D_m), P hidden size of the policy (D_p), d width of the attention.
 """
 
 from __future__ import annotations
@@ -16,11 +20,21 @@ from torch import Tensor, nn
 
 
 class R2MHead(nn.Module):
-    """r = phi((1 - omega) H_hat + omega H), H_hat = softmax(H W_q (h W_k)^T / sqrt(d)) h W_v W_o.
+    """The R2M head: it maps a reward token embedding H and the policy's hidden states h to a reward.
 
-    All parameters train, in `dtype` whatever the backbone's: a step of 1e-6 vanishes in bfloat16. `scoring_head` (phi,
-    any module D_m -> 1) is used and converted in place, not copied. The four matrices start Xavier uniform, drawn from
-    `generator`.
+        r = phi((1 - omega) H_hat + omega H),   H_hat = softmax(H W_q (h W_k)^T / sqrt(d)) h W_v W_o     (Eq. 3-4)
+
+    All parameters train. At omega = 1 the reward is phi(H), that of the reward model without feedback.
+
+    Args:
+        rm_hidden_size: D_m.
+        policy_hidden_size: D_p.
+        width: d.
+        scoring_head: phi, any module D_m -> 1. It is used itself and converted to `dtype`, not copied.
+        generator: the source of the random numbers for the four matrices, which start Xavier uniform. The paper does
+            not state the initialisation.
+        dtype: of all parameters, whatever the dtype of the backbone. The default is float32, because an update of 1e-6
+            vanishes in bfloat16.
     """
 
     def __init__(
@@ -46,16 +60,24 @@ class R2MHead(nn.Module):
     def forward(
         self, rte: Tensor, hidden_states: Tensor, mask: Tensor | None, omega: float, *, offsets: Tensor | None = None
     ) -> Tensor:
-        """[B] rewards from `rte` [B, D_m] and the policy feedback, in one of two layouts:
+        """Computes the reward of each response: [B].
 
-        - padded: `hidden_states` [B, S, D_p] with `mask` [B, S], nonzero on states that count. Masked states may hold
-          anything; a response with none left gets H_hat = 0.
-        - packed: `hidden_states` [N, D_p] with `offsets` [B + 1], response b owning rows offsets[b] to offsets[b + 1].
+        Args:
+            rte: [B, D_m] reward token embeddings.
+            hidden_states: the policy's states, [B, S, D_p] if padded or [N, D_p] if packed.
+            mask: [B, S] for padded states, nonzero on the states that count. Masked states may hold anything. A
+                response without any state that counts gets H_hat = 0.
+            omega: weight of the reward token embedding, in [0, 1] (Eq. 4).
+            offsets: [B + 1] for packed states. Rows offsets[b] to offsets[b + 1] - 1 belong to response b.
 
-        Feedback in a shorter dtype is widened to the weights' before anything is summed. `omega` in [0, 1] is the
-        weight of the original embedding. Raises ValueError when the shapes disagree or a packed response has no row.
+        Either `mask` or `offsets` is given, and the other is None. States in a shorter dtype are converted to the dtype
+        of the weights before anything is summed.
+
+        Raises ValueError when shapes disagree, when both or neither of `mask` and `offsets` are given, and when a
+        packed response has no row.
         """
         rte_BD = rte.to(self.query.dtype)
+        # The probe is W_k q^T / sqrt(d): its product with a state is the attention score of that state.
         probe_BP = rte_BD @ self.query @ self.key.T / math.sqrt(self.query.shape[1])
         if mask is not None and offsets is None:
             context_BP = _attend_padded(probe_BP, hidden_states, mask)
@@ -73,7 +95,12 @@ class R2MHead(nn.Module):
 
 
 def mixing_weight(t: int, T: int, floor: float) -> float:
-    """omega(t) = max(cos(pi t / T) / 2 + 1 / 2, floor) of Eq. 4, for step t = 1, 2, ...; stays at `floor` beyond t = T.
+    """The weight of the reward token embedding in the mix: omega(t) = max(cos(pi t / T) / 2 + 1 / 2, floor) (Eq. 4).
+
+    Args:
+        t: the step, counted from 1 as in the paper's Algorithm 1.
+        T: the step at which the cosine reaches 0. Beyond it the weight stays at `floor`.
+        floor: the smallest weight, Omega in the paper.
 
     Raises ValueError unless t >= 0, T >= 1 and 0 <= floor <= 1.
     """
@@ -85,9 +112,11 @@ def mixing_weight(t: int, T: int, floor: float) -> float:
 
 
 def noise_like(hidden_states: Tensor, seed: int) -> Tensor:
-    """[S, D_p] Gaussian noise with the scalar mean and variance of one trajectory's `hidden_states` (`r2m_noise`).
+    """Gaussian noise with the mean and the variance of one trajectory's states, for the variant `r2m_noise`.
 
-    Drawn on the CPU, so a function of the two moments and `seed` on every device. No states give no noise.
+    Mean and variance are scalars, taken over all entries of `hidden_states` [S, D_p]; the paper does not say over what.
+    The noise has their shape, dtype and device. It is drawn on the CPU, so the same `seed` and moments give the same
+    noise whatever the device. Empty states give empty noise.
     """
     if hidden_states.numel() == 0:
         return torch.empty_like(hidden_states)
@@ -97,22 +126,24 @@ def noise_like(hidden_states: Tensor, seed: int) -> Tensor:
 
 
 def _attend_padded(probe_BP: Tensor, states_BSP: Tensor, mask_BS: Tensor) -> Tensor:
+    """[B, D_p] attention-weighted means of padded states; zeros for a response whose states are all masked."""
     if states_BSP.ndim != 3 or mask_BS.shape != states_BSP.shape[:2] or len(probe_BP) != len(mask_BS):
         raise ValueError(
             f"padded hidden_states must be [B, S, D_p] with mask [B, S], B = {len(probe_BP)} as in rte, "
             f"got {list(states_BSP.shape)} and {list(mask_BS.shape)}"
         )
     mask_BS = mask_BS.bool()
-    # Zeroed: no weight of 0 silences the NaN or infinity that padding may hold, and a fully masked row, whose weights
-    # are uniform, must sum to 0.
+    # Masked states become 0 for two reasons. Padding may hold NaN or infinity, and a weight of 0 times NaN is NaN. And
+    # a fully masked row gets uniform weights below, so its states must sum to 0.
     states_BSP = states_BSP.to(probe_BP.dtype).masked_fill(~mask_BS[..., None], 0)
     scores_BS = (states_BSP @ probe_BP[..., None]).squeeze(-1)
-    # Not -inf, whose softmax over a fully masked row is NaN in both directions.
+    # The fill is the smallest finite number and not -inf: the softmax of a row of -inf is NaN, and so is its gradient.
     weights_BS = scores_BS.masked_fill(~mask_BS, torch.finfo(scores_BS.dtype).min).softmax(-1)
     return (weights_BS[:, None] @ states_BSP).squeeze(1)
 
 
 def _attend_packed(probe_BP: Tensor, states_NP: Tensor, offsets: Tensor) -> Tensor:
+    """[B, D_p] attention-weighted means of packed states. Raises ValueError as `R2MHead.forward` documents."""
     bounds = offsets.tolist()
     if states_NP.ndim != 2 or len(bounds) != len(probe_BP) + 1 or bounds[0] != 0 or bounds[-1] != len(states_NP):
         raise ValueError(

@@ -1,13 +1,21 @@
-"""The schedule: who may do what, when. Pure Python, no Ray, no torch, no waiting (design.md, "The two clocks").
+"""The schedule of the ring: it decides which group may be generated, trained or given up, and when.
 
-Groups are numbered 0, 1, 2, ...; group g is due in step d = g // B. Two clocks tick once per step: the policy version
-v (completed policy steps) and the head version u (completed head updates). A group's life:
+It is pure Python, without Ray, torch or waiting. The controller and the simulator both drive this code. Every method is
+a transition that happens at once, or raises RuntimeError because the caller broke the contract.
 
-    admitted -> in flight (-> lost -> in flight again) -> queued -> leased -> trained by the policy -> by the head -> freed
-                     \\-> voided(reason)
+Groups are numbered 0, 1, 2, ... With B groups per step, group g is due in step d = g // B. Two clocks tick once per
+step: the policy version v counts completed policy steps, and the head version u counts completed head updates. Both
+clocks tick even if a step trains nothing.
 
-The controller and the simulator drive this very code; every method is a transition that either happens at once or
-raises `RuntimeError` because the caller broke the contract.
+The life of a group, and where it may leave that path:
+
+    admitted -> in flight -> queued -> leased -> trained by the policy -> passed by the head -> freed
+    in flight -> lost -> in flight again
+    in flight, lost or queued -> voided (with a reason)
+
+The *policy age* of a group is its due step minus the oldest policy version that sampled one of its tokens. The *head
+age* of a step is the step minus the head version that scores it. Both have an upper bound. A group is admitted, and a
+step is assembled, only within these bounds. Assembly then checks the ages that the groups really have.
 """
 
 from __future__ import annotations
@@ -21,23 +29,39 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the schedule is told once."""
+    """The settings of the schedule, which do not change during a run.
+
+    Construction raises ValueError if the queue cannot hold one step.
+    """
 
     num_steps: int
+    """The number of policy steps in the run."""
     groups_per_step: int
-    """B."""
+    """B, the number of groups that one step trains."""
     max_policy_age: int
-    """Due step minus the oldest policy version in a group, at most."""
+    """The largest policy age: due step minus the oldest policy version in the group."""
     max_head_age: int
-    """Step minus the head version that scores it, at most."""
+    """The largest head age: step minus the head version that scores it."""
     lag: Literal["bounded", "exact"] = "bounded"
+    """`bounded`: any age up to the bound. `exact`: always the bound itself, so that a run can be reproduced.
+
+    In the first steps, where no version is that old, `exact` uses version 0.
+    """
     overage: Literal["wait", "mask", "drop"] = "wait"
+    """What happens to late groups.
+
+    `wait`: the step waits for them. `mask`: a late group is aborted, and the step trains its finished responses.
+    `drop`: a late group is aborted and given up.
+    """
     overage_after: float = 60.0
+    """Seconds. A group is late this long after the last arrival of its step, the beginning of the step, and its own
+    admission, whichever comes last."""
     max_bytes: int
+    """The bytes that all groups together may take in the queue."""
     group_bytes: int
-    """Worst case of one group; `max_bytes` holds at least B of them."""
+    """The bytes of one group in the worst case. `max_bytes` holds at least B of them."""
     embedding_bytes: int = 0
-    """The part of it that embedding adds to a group after its arrival."""
+    """The part of `group_bytes` that the reward model's embeddings add after the group has arrived."""
 
     def __post_init__(self) -> None:
         if self.max_bytes < self.groups_per_step * self.group_bytes:
@@ -46,49 +70,62 @@ class Plan:
             )
 
     def due_step(self, group_id: int) -> int:
+        """The step that trains the group."""
         return group_id // self.groups_per_step
 
     def policy_version_for(self, step: int) -> int:
-        """The oldest version that may generate for `step`; in `exact` the only one."""
+        """The oldest policy version that may generate for `step`. Under `lag: exact` it is the only one."""
         return max(0, step - self.max_policy_age)
 
     def head_version_for(self, step: int) -> int:
-        """The oldest head version that may score `step`; in `exact` the only one."""
+        """The oldest head version that may score `step`. Under `lag: exact` it is the only one."""
         return max(0, step - self.max_head_age)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """Leave to generate a group with one policy version."""
+    """The permission to generate one group with one policy version."""
 
     group_id: int
     due_step: int
+    """The step that trains the group."""
     attempt: int
+    """How often the group was admitted before: 0, 1, ..."""
     policy_version: int
+    """The version that the worker must load before it starts the group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembly:
-    """A step whose groups are all there (or voided) and the head version that scores it."""
+    """A step that can be trained: each of its groups has arrived or was voided."""
 
     step: int
     group_ids: tuple[int, ...]
+    """The groups that arrived, in rising order. Voided ones are left out."""
     head_version: int
+    """The head version that scores all of these groups."""
     policy_ages: tuple[int, ...]
-    """Per group: step minus its oldest policy version."""
+    """For each of these groups its policy age: the step minus its oldest policy version."""
 
 
 @dataclass
 class Ledger:
-    """Double entry for one learner: admitted = trained + in flight + queued + voided(reason)."""
+    """The book of one learner, in groups: admitted = trained + in flight + queued + voided.
+
+    Every group that was admitted is in exactly one of the four states, so a lost or doubled group shows up at once.
+    """
 
     admitted: int = 0
     in_flight: int = 0
+    """Groups that are being generated, or wait to be issued again."""
     queued: int = 0
+    """Groups that have arrived and that this learner has not trained on yet."""
     trained: int = 0
     voided: Counter[str] = field(default_factory=Counter)
+    """Groups that were given up, by reason."""
 
     def check(self) -> None:
+        """Raises RuntimeError if the equation does not hold."""
         accounted = self.trained + self.in_flight + self.queued + self.voided.total()
         if self.admitted != accounted or min(self.in_flight, self.queued) < 0:
             raise RuntimeError(f"the ledger does not balance: {self}")
@@ -96,35 +133,48 @@ class Ledger:
 
 @dataclass
 class _Group:
+    """The state of one group, from its admission until it is freed or voided."""
+
     due_step: int
     attempt: int
     worker: str | None
-    """Who generates it; None once arrived, or while it waits to be issued again."""
+    """The worker that generates the group. None after its arrival, and while it waits to be issued again."""
     policy_version: int
     admitted_at: float
+    """The time of the last admission, in seconds on the caller's clock."""
     num_bytes: int
-    """Reserved: the worst case until it arrives."""
+    """The bytes that are reserved for the group: the worst case until it arrives, and what it takes afterwards."""
     arrived: bool = False
     oldest_version: int = 0
+    """The oldest policy version in the group. It is known once the group has arrived."""
     passed_policy: bool = False
+    """Whether the policy has finished the group's step."""
 
 
 class Schedule:
-    """Tickets, clocks, bytes and ledgers of one run, from `first_step` on (a resumed run's trained frontier)."""
+    """The state of one run's schedule: tickets, clocks, bytes and ledgers.
+
+    Times are seconds on the caller's clock, which need not be the real one.
+    """
 
     def __init__(self, plan: Plan, first_step: int = 0) -> None:
+        """Starts at `first_step`: 0, or the number of steps that a resumed run has trained."""
         self.plan = plan
         self.policy_version = first_step
         self.head_version = first_step
         self.num_steps = plan.num_steps
         self.reserved_bytes = 0
+        """The sum of the bytes that are reserved for the groups held."""
         self.policy_ledger = Ledger()
         self.head_ledger = Ledger()
         self.reissued: Counter[str] = Counter()
+        """Groups that were taken back from a lost worker, by reason."""
         self.fenced = 0
+        """Results that arrived from attempts that were no longer expected."""
         self._groups: dict[int, _Group] = {}
         self._next_group = first_step * plan.groups_per_step
-        self._lost: list[int] = []  # a heap; whoever takes the first of it asks whether that still waits
+        # A heap of groups that wait to be issued again. Voided groups stay in it until they come to the front.
+        self._lost: list[int] = []
         self._arrived_steps: Counter[int] = Counter()
         self._voided_steps: Counter[int] = Counter()
         self._leased: Assembly | None = None
@@ -134,10 +184,15 @@ class Schedule:
     # Tickets
 
     def admit(self, worker: str, latest: int, now: float) -> Admission | None:
-        """The oldest group that `worker` may start, or None while there is none.
+        """Admits the oldest group that `worker` may start. Returns None if it may start none at present.
 
-        `latest` is the newest policy version that the worker has or can load; the admission says which one it uses.
+        Args:
+            latest: the newest policy version that the worker has or can load. The admission says which one to use.
+            now: the present time.
+
+        The worst case of a new group's bytes is reserved here.
         """
+        # Lost groups go first: they are the oldest, and their bytes are still reserved.
         if (lost := self._oldest_lost()) is not None:
             group_id = lost
             version = self._version_for(self._groups[group_id].due_step, latest)
@@ -150,6 +205,8 @@ class Schedule:
             version = self._version_for(step, latest)
             if version is None or step >= self.num_steps:
                 return None
+            # Groups are admitted in order, and the queue holds at least one step. So a full queue cannot block for ever
+            # a group that the next step waits for.
             if self.reserved_bytes + self.plan.group_bytes > self.plan.max_bytes:
                 return None
             self._next_group += 1
@@ -164,26 +221,40 @@ class Schedule:
         return Admission(group_id=group_id, due_step=group.due_step, attempt=group.attempt, policy_version=version)
 
     def _oldest_lost(self) -> int | None:
-        """The first group that waits to be issued again; those that were voided meanwhile are forgotten here."""
+        """The oldest group that waits to be issued again, or None. Drops voided groups at the front of the heap."""
         while self._lost and self._lost[0] not in self._groups:
             heapq.heappop(self._lost)
         return self._lost[0] if self._lost else None
 
     def _version_for(self, step: int, latest: int) -> int | None:
+        """The policy version with which a group of `step` may be started, or None if `latest` is too old for it."""
         oldest = self.plan.policy_version_for(step)
         if latest < oldest:
             return None
         return oldest if self.plan.lag == "exact" else latest
 
     def expects(self, group_id: int, attempt: int) -> bool:
-        """Whether this attempt is the one waited for; a late duplicate, or of a voided group, is counted as fenced."""
+        """Whether the schedule waits for this attempt of the group.
+
+        It does not if the group has arrived already, was voided, or was issued again. A result that is not expected is
+        counted in `fenced`.
+        """
         group = self._groups.get(group_id)
         expected = group is not None and not group.arrived and group.attempt == attempt
         self.fenced += not expected
         return expected
 
     def arrived(self, group_id: int, attempt: int, oldest_version: int, num_bytes: int, now: float) -> bool:
-        """Takes a finished group; False if it is not the one expected."""
+        """Takes a group that has been generated. Returns False, and changes nothing else, if `expects` does.
+
+        Args:
+            oldest_version: the oldest policy version that sampled one of its tokens.
+            num_bytes: the bytes of the group in the queue, without the embeddings that are added later.
+            now: the present time.
+
+        The reservation shrinks from the worst case to what the group takes. Raises RuntimeError if it takes more than
+        was reserved.
+        """
         if not self.expects(group_id, attempt):
             return False
         group = self._groups[group_id]
@@ -192,6 +263,7 @@ class Schedule:
             raise RuntimeError(f"group {group_id} takes {num_bytes} bytes and reserved {group.num_bytes}")
         self.reserved_bytes += num_bytes - group.num_bytes
         group.arrived, group.worker, group.num_bytes = True, None, num_bytes
+        # A group whose responses are all empty reports the largest int32 as its oldest version. Its age is then 0.
         group.oldest_version = min(oldest_version, group.due_step)
         self._last_arrival[group.due_step] = now
         self._arrived_steps[group.due_step] += 1
@@ -201,7 +273,12 @@ class Schedule:
         return True
 
     def lost(self, worker: str, reason: str) -> tuple[int, ...]:
-        """The worker died: its tickets wait to be issued again, with the same group, prompt and seed."""
+        """Takes back the groups of a worker that has died, and returns them.
+
+        They wait to be issued again, with the same group, prompt and seed, and keep their reserved bytes. `reason` is
+        counted in `reissued`. The caller must first have made sure that nothing of this worker can still arrive: until
+        a group is issued again, its old attempt would be accepted.
+        """
         orphans = [group_id for group_id, group in self._groups.items() if group.worker == worker]
         for group_id in orphans:
             self._groups[group_id].worker = None
@@ -210,15 +287,16 @@ class Schedule:
         return tuple(orphans)
 
     def holds(self, group_id: int) -> bool:
-        """Whether the group was admitted and neither voided nor freed: something may still be kept for it."""
+        """Whether the group was admitted, and was neither voided nor freed. Data of it may then still be kept."""
         return group_id in self._groups
 
     def void(self, group_id: int, reason: str, attempt: int | None = None) -> bool:
-        """Gives a group up for both learners.
+        """Gives up a group, for both learners, and frees its bytes. Returns whether it did.
 
-        False, and nothing happens, for a group that is no longer held, and for one that is generated, or arrived, in
-        another attempt than `attempt`: whoever waited for something meanwhile need not ask first. Raises RuntimeError
-        if the group's step was assembled already.
+        It returns False, and changes nothing, if the group is no longer held, or if its present attempt is not
+        `attempt`. So a caller that has waited for something in between need not check first.
+
+        Raises RuntimeError if the group's step was already assembled.
         """
         group = self._groups.get(group_id)
         if group is None or attempt not in (None, group.attempt):
@@ -238,16 +316,28 @@ class Schedule:
         return True
 
     def late(self, now: float) -> tuple[tuple[int, int, str], ...]:
-        """(group, attempt, worker) of the next step's groups that are late and may be aborted (`mask` and `drop` only)."""
+        """The late groups of the next step, which may be aborted: (group, attempt, worker).
+
+        There are none under `overage: wait`.
+        """
         return tuple(late for deadline, late in self._deadlines() if deadline <= now)
 
     def next_deadline(self, after: Container[tuple[int, int, str]] = ()) -> float | None:
-        """When `late` has something to say that is not in `after`; None: not before something else happens."""
+        """The time at which `late` will return a group that is not in `after`.
+
+        None means that this will not happen before another transition of the schedule.
+        """
         return min((deadline for deadline, late in self._deadlines() if late not in after), default=None)
 
     def _deadlines(self) -> list[tuple[float, tuple[int, int, str]]]:
-        """(deadline, (group, attempt, worker)): `overage_after` seconds after the last arrival of the group's step, at the soonest."""
+        """The deadlines of the next step's groups in flight: [(deadline, (group, attempt, worker)), ...].
+
+        A deadline is `overage_after` seconds after the latest of three events: the last arrival of the step, the
+        beginning of the step, and the admission of the group.
+        """
         step, plan = self.policy_version, self.plan
+        # A group is late only in comparison with the rest of its step. So all groups of the step must have been
+        # admitted, and at least one must have arrived. A step of a single group has no rest to wait for.
         some_not_admitted_yet = plan.due_step(self._next_group) <= step < self.num_steps
         nothing_to_compare = step not in self._last_arrival and plan.groups_per_step > 1
         if plan.overage == "wait" or self._leased or some_not_admitted_yet or nothing_to_compare:
@@ -260,7 +350,7 @@ class Schedule:
         ]
 
     def _of_step(self, step: int) -> list[tuple[int, _Group]]:
-        """(number, group) of those that are held, by rising number."""
+        """The groups of a step that are held, as (number, group) in rising order."""
         first = step * self.plan.groups_per_step
         numbers = range(first, first + self.plan.groups_per_step)
         return [(group_id, self._groups[group_id]) for group_id in numbers if group_id in self._groups]
@@ -268,7 +358,11 @@ class Schedule:
     # Clocks
 
     def assemble(self) -> Assembly | None:
-        """Leases the next policy step if all its groups are there and the head is young enough; None while not."""
+        """Leases the next policy step to the policy learner, or returns None if it cannot be trained yet.
+
+        It can be trained once each of its groups has arrived or was voided, and the head is not too old. The lease ends
+        with `policy_trained`; until then no further step is leased.
+        """
         step = self.policy_version
         if self._leased or step >= self.num_steps or self.head_version < self.plan.head_version_for(step):
             return None
@@ -283,6 +377,11 @@ class Schedule:
         return self._leased
 
     def _assert_bounds(self, step: int, head_version: int, ages: tuple[int, ...]) -> None:
+        """Raises RuntimeError if an age breaks its bound, or if under `lag: exact` a policy age is not the exact one.
+
+        `admit` and `assemble` should make that impossible. The check is there for errors in them, and for engines that
+        sampled with another version than they were told.
+        """
         expected = step - self.plan.policy_version_for(step)
         broken = [
             age for age in ages if age > self.plan.max_policy_age or (self.plan.lag == "exact" and age != expected)
@@ -294,7 +393,11 @@ class Schedule:
             )
 
     def policy_trained(self, step: int, now: float) -> None:
-        """The policy finished the leased step (trained, skipped or empty): v + 1. Its groups wait for the head."""
+        """Records that the policy has finished the leased step. The policy version grows by 1.
+
+        This holds for a step that was trained, left out or empty. Its groups now wait for the head. Raises RuntimeError
+        if another step is leased, or none.
+        """
         if self._leased is None or self._leased.step != step:
             raise RuntimeError(f"policy step {step} was trained and {self._leased} is leased")
         group_ids = self._leased.group_ids
@@ -307,7 +410,11 @@ class Schedule:
             self._groups[group_id].passed_policy = True
 
     def head_trained(self, step: int) -> tuple[int, ...]:
-        """The head passed a step (updated, or frozen and merely ticked): u + 1. Returns the groups it frees."""
+        """Records that the head has finished a step. The head version grows by 1, even if the head is frozen.
+
+        Returns the groups of the step, which are now freed. Raises RuntimeError unless it is the next step of the head
+        and the policy has finished it.
+        """
         if step != self.head_version or step >= self.policy_version:
             raise RuntimeError(
                 f"head step {step} was trained at head {self.head_version}, policy {self.policy_version}"
@@ -323,7 +430,10 @@ class Schedule:
         return passed
 
     def end(self) -> tuple[int, ...]:
-        """No step beyond the current version will be trained: voids what was admitted for later ones."""
+        """Ends the run after the steps that the policy has finished. No step may be leased.
+
+        Returns the groups that were admitted for later steps, which are now voided.
+        """
         self.num_steps = self.policy_version
         ahead = tuple(group_id for group_id, group in self._groups.items() if not group.passed_policy)
         for group_id in ahead:
@@ -332,18 +442,21 @@ class Schedule:
 
     @property
     def finished(self) -> bool:
+        """Whether policy and head have finished all steps."""
         return self.policy_version >= self.num_steps and self.head_version >= self.policy_version
 
     @property
     def oldest_policy_version_needed(self) -> int:
-        """Versions below this one can be forgotten."""
+        """The oldest policy version that may still be needed to generate a group. Older ones can be deleted."""
         if self.plan.lag == "bounded":
             return self.policy_version
+        # A lost group is generated again with its own version, so each group in flight keeps that version alive.
         steps = [group.due_step for group in self._groups.values() if not group.arrived]
         return self.plan.policy_version_for(min(steps, default=self.plan.due_step(self._next_group)))
 
     @property
     def oldest_head_version_needed(self) -> int:
+        """The oldest head version that may still be needed to score a step. Older ones can be deleted."""
         step = self.policy_version
         return self.plan.head_version_for(step) if self.plan.lag == "exact" else self.head_version
 
@@ -354,11 +467,14 @@ class Schedule:
         return self.policy_ledger, self.head_ledger
 
     def in_flight(self) -> dict[int, str]:
-        """Group -> who generates it (`nobody` while it waits to be issued again)."""
+        """The worker of each group in flight, by group; `nobody` for a group that waits to be issued again."""
         return {group_id: group.worker or "nobody" for group_id, group in self._groups.items() if not group.arrived}
 
     def audit(self) -> None:
-        """Asserts that both ledgers balance and agree with the groups and the bytes held. Raises `RuntimeError`."""
+        """Checks the books: both ledgers must balance and agree with the groups and with the bytes reserved.
+
+        Raises RuntimeError if they do not.
+        """
         for ledger in self._ledgers:
             ledger.check()
         groups = self._groups.values()

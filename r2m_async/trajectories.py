@@ -1,7 +1,11 @@
-"""The types that travel round the ring, one per stage (design.md, "Types, one per stage").
+"""The data types that the stages of the ring hand to each other, one type per stage.
 
-Legend of shapes: S prompt + response tokens of one trajectory, K trajectories of a group, D_p hidden size of the
-policy, D_m hidden size of the reward model. Tensors live on the CPU whenever they are inside one of these types.
+A *trajectory* is a prompt with one response to it. A *group* is the K trajectories that answer one prompt. A *policy
+version* counts completed policy steps, and a *head version* counts completed head updates. *Policy feedback* is the
+policy's hidden states on a trajectory.
+
+Shapes: S prompt + response tokens of one trajectory, K trajectories of a group, D_p hidden size of the policy, D_m
+hidden size of the reward model, P tokens of the probe. Tensors inside these types always lie on the CPU.
 """
 
 from __future__ import annotations
@@ -15,38 +19,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
+    """A prompt, as the data has it and as the policy reads it."""
+
     prompt_id: str
-    """Where it comes from, e.g. `posts.jsonl:17`."""
+    """Where the prompt comes from, e.g. `posts.jsonl:17`."""
     content: str | tuple[tuple[str, str], ...]
-    """Raw text, or (role, content) turns that end with the user's."""
+    """The prompt as the data has it: raw text, or (role, content) turns of which the last is the user's."""
     text: str
-    """What the policy reads, as text."""
+    """The text that the policy reads, with its chat template applied where the prompt is a conversation."""
     token_ids: tuple[int, ...]
-    """What the policy reads, as its own tokens."""
+    """The same as tokens of the policy's tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """The right to generate one group, once."""
+    """The permission to generate one group once.
+
+    If the actor that generates the group is lost, the group gets a new ticket with the next attempt.
+    """
 
     group_id: int
+    """The number of the group in the run, from 0. Groups of the evaluation have negative numbers."""
     due_step: int
-    """The policy step that trains the group; -1 for evaluation, which trains nothing."""
+    """The policy step that trains the group. It is -1 for the evaluation, which trains nothing."""
     seed: int
-    """Of the group's random numbers; the same in every attempt."""
+    """The seed of the group's random numbers. It is the same in every attempt."""
     attempt: int
-    """Counts issues of this ticket from 0; a result of an older attempt is fenced."""
+    """How often the group was issued before: 0, 1, ... The results of older attempts are refused."""
     prompt: Prompt
 
     @property
     def place(self) -> str:
-        """Which group it is, for messages."""
+        """The name of the group in messages."""
         prompt = f" (prompt {self.prompt.prompt_id!r})" if self.prompt.prompt_id else ""
         return group_place(self.due_step, self.group_id) + prompt
 
 
 def group_place(step: int, group_id: int) -> str:
-    """A group's name in messages: `step 3, group 12`, or `evaluation prompt 2` where none is trained."""
+    """The name of a group in messages: `step 3, group 12`, or `evaluation prompt 2` for a group of the evaluation."""
     return (
         f"step {step}, group {group_id}"
         if group_id >= 0 and step >= 0
@@ -56,17 +66,20 @@ def group_place(step: int, group_id: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
+    """One response with its prompt, and how it was sampled. Construction raises ValueError if fields disagree."""
+
     token_ids: Tensor
-    """[S] int64: prompt, then response, end-of-text token included when the policy wrote it."""
+    """[S] int64: the prompt, then the response. The end-of-text token is included if the policy sampled it."""
     prompt_len: int
+    """The number of prompt tokens, at least 1."""
     behaviour_logprobs: Tensor
-    """[S] float32: log-probability under the distribution sampled from; 0 on the prompt."""
+    """[S] float32: log-probability of each token under the distribution that it was sampled from; 0 on the prompt."""
     policy_versions: Tensor
-    """[S] int32: version of the policy that sampled each token; -1 on the prompt."""
+    """[S] int32: the version of the policy that sampled each token; -1 on the prompt."""
     finish_reason: str
-    """`stop` (the policy ended the text), `length` (the limit did) or `abort` (the schedule did)."""
+    """What ended the response: `stop` (the policy), `length` (the length limit) or `abort` (the schedule)."""
     text: str
-    """The response as text, special tokens removed: what crosses to the reward model."""
+    """The response as text, without special tokens. The reward model reads this text and not the tokens."""
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -80,30 +93,38 @@ class Trajectory:
 
     @property
     def num_response_tokens(self) -> int:
+        """The number of tokens in the response. It may be 0."""
         return len(self.token_ids) - self.prompt_len
 
     @property
     def oldest_version(self) -> int:
-        """Of the policies that sampled the response; the newest possible where it is empty."""
+        """The oldest policy version that sampled a token of the response. An empty response gives the largest int32."""
         versions = self.policy_versions[self.prompt_len :]
         return int(versions.min()) if len(versions) else 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
-    """The K responses to one prompt, and their greedy twin where the estimator asks for one."""
+    """The K responses to one prompt, and a greedy response to it if the advantage estimator asks for one."""
 
     ticket: Ticket
+    """The ticket under which the group was generated."""
     trajectories: tuple[Trajectory, ...]
+    """K trajectories, or fewer if the schedule aborted some."""
     greedy: Trajectory | None
+    """The greedy twin: a response that was generated without sampling. It is never trained on."""
 
     @property
     def oldest_version(self) -> int:
+        """The oldest policy version that sampled any token of the group, the greedy twin included."""
         twin = () if self.greedy is None else (self.greedy,)
         return min((trajectory.oldest_version for trajectory in (*self.trajectories, *twin)), default=2**31 - 1)
 
     def finished(self) -> TrajectoryGroup:
-        """Without the responses that the schedule cut short; empty if it cut the greedy twin."""
+        """The group without the responses that the schedule aborted.
+
+        If it aborted the greedy twin, the result has no trajectories: the estimator could not use them.
+        """
         kept = tuple(trajectory for trajectory in self.trajectories if trajectory.finish_reason != "abort")
         whole_twin = self.greedy is None or self.greedy.finish_reason != "abort"
         return TrajectoryGroup(ticket=self.ticket, trajectories=kept if whole_twin else (), greedy=self.greedy)
@@ -111,51 +132,61 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyFeedback:
-    """The policy's last-layer states, after the final norm, on a group's trajectories."""
+    """The policy's hidden states on the trajectories of a group: the last layer's, after the final norm."""
 
     group_id: int
     hidden_states: tuple[Tensor, ...]
-    """K tensors [S - 1, D_p]: the last token was never an input."""
+    """K tensors [S - 1, D_p]. The last token has no state, because it was never an input."""
     greedy: Tensor | None
+    """[S - 1, D_p], the states on the greedy twin."""
     policy_version: int
-    """The policy that produced the states, the oldest if several did (for refreshed feedback: the step it was refreshed in)."""
+    """The version of the policy that computed the states; the oldest if there were several.
+
+    For refreshed feedback, which is computed while the policy is trained, it is the step.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardEmbeddings:
-    """The reward token embeddings (RTE) of a group: the frozen backbone's, so they never change."""
+    """The reward token embeddings (RTE) of a group, and all of its reward that does not depend on the head.
+
+    An RTE is the last hidden state of the reward model at the token that it scores. The backbone of the reward model is
+    frozen, so an RTE is computed once and never changes.
+    """
 
     group_id: int
     rte: Tensor
     """[K, D_m] float32."""
     greedy_rte: Tensor | None
-    """[D_m]."""
+    """[D_m] float32, the RTE of the greedy twin."""
     bonus: Tensor
-    """[K] float32: what the verifiable reward functions and penalties add to the model's reward."""
+    """[K] float32: what the reward functions and the penalties add to the model's reward."""
     greedy_bonus: Tensor | None
-    """Scalar tensor."""
+    """The same for the greedy twin, a scalar tensor."""
     frozen_rewards: Tensor
-    """[K] float32: phi(RTE), what the reward model gives without feedback."""
+    """[K] float32: phi(RTE), the rewards of the original reward model, without feedback."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRewards:
-    """A group's rewards, bound by one head version for the whole batch."""
+    """The rewards of a group. All groups of a step are scored with the same head version."""
 
     group_id: int
     rewards: Tensor
-    """[K] float32: what the policy is trained on."""
+    """[K] float32: the rewards on which the policy is trained."""
     model_rewards: Tensor
-    """[K] float32: the head's part of it, before clipping and bonuses."""
+    """[K] float32: the rewards by the head alone, before they are clipped and the bonuses are added."""
     greedy_reward: Tensor | None
-    """Scalar tensor."""
+    """The reward of the greedy twin on the scale of `rewards`, a scalar tensor."""
     head_version: int
+    """The version of the head that scored the group."""
     omega: float
+    """The weight of the RTE in the mix of R2M's Eq. 4. It is 1 if the head reads no feedback."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """The proof that a group was scored."""
+    """A group with its rewards. Construction raises ValueError if they do not belong together."""
 
     group: TrajectoryGroup
     rewards: GroupRewards
@@ -169,56 +200,65 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadGroup:
-    """What the head learns from: embeddings, refreshed feedback and the rewards bound at annotation."""
+    """What the head learns from: one group of a trained step."""
 
     embeddings: RewardEmbeddings
     feedback: PolicyFeedback | None
-    """None where the variant's head reads no feedback."""
+    """The refreshed feedback: the policy's states in the last epoch of the step. None if the head reads no feedback."""
     annotated: GroupRewards
+    """The rewards that the policy was trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightProbe:
-    """What an engine must see once it has loaded a version."""
+    """What lets a rollout engine check that it has the learner's weights and computes the same with them."""
 
     digests: dict[str, str]
-    """Of every parameter's bytes, by name."""
+    """For each parameter, by name, a digest of its bytes."""
     token_ids: Tensor
-    """[P] int64: a fixed text."""
+    """[P] int64: a fixed sequence of tokens."""
     logprobs: Tensor
-    """[P - 1] float32: the learner's log-probabilities of all its tokens but the first, at temperature 1."""
+    """[P - 1] float32: the learner's log-probabilities of these tokens but the first, at temperature 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """The named parameters of one version of a policy or of a head."""
+    """One version of the weights of a policy or of a head."""
 
     version: int
     tensors: dict[str, Tensor]
+    """The parameters by name."""
     probe: WeightProbe | None = None
-    """None where nobody checks: heads, and policies for an engine that computes as the learner does."""
+    """What the receiver checks. It is None for heads, and for engines that compute with the learner's own code."""
     layout: dict[str, list] | None = None
-    """Names, dtypes and shapes in place of `tensors`, where the learner sends those to the engine itself."""
+    """Names, dtypes and shapes of the parameters, if the learner sends the tensors to the engine itself.
+
+    None if the tensors travel in `tensors`.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What a stage tells the controller beside its payloads."""
+    """What a stage reports to the controller beside its payloads."""
 
     version: int
+    """The version that the call used or made. `embed`, which depends on no version, reports the group's number here."""
     metrics: dict[str, float]
+    """Measured values by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupReport:
-    """What the schedule needs to know of a finished group; the payloads stay where they are."""
+    """What the schedule needs to know about a generated group. The group itself is not sent to the controller."""
 
     group_id: int
     attempt: int
+    """The attempt of the ticket."""
     oldest_version: int
+    """The oldest policy version that sampled a token of the group."""
     num_responses: int
-    """K, or fewer where the schedule cut the group."""
+    """The number of finished responses: K, or fewer if the schedule aborted some."""
     num_tokens: int
-    """Response tokens generated for the K trajectories, cut ones included."""
+    """The number of response tokens generated for the K trajectories, aborted ones included."""
     num_bytes: int
-    """Of the group and its states, as sampled and as refreshed."""
+    """The bytes of the group and of its hidden states, which are counted twice: as sampled and as refreshed."""

@@ -1,15 +1,18 @@
-"""Files and directories that are there whole or not at all, whenever and however their writer ends.
+"""Writes files and directories so that a reader finds them whole or not at all, even if the writer is killed.
 
-    write_file(path, data)               a file in the place of another, or of none
-    with whole_directory(path) as new:   a directory, filled as `new`
-    remove_directory(path)               no part of it is ever seen under its name
+    write_file(path, data)               writes a file, or replaces one
+    with whole_directory(path) as new:   the block fills the directory `new`, which then becomes `path`
+    remove_directory(path)               removes a directory; no part of it is ever visible under its name
 
-What is new grows beside its place as `.NAME.r2m-<8 digits>.partial`, is brought to the disk (fsync) and then takes its
-place in one step. Its writer holds a lock (flock) on it: what bears such a name and is not locked was left by a writer
-that was killed, and the next one that writes into the folder removes it. (Where a filesystem has no locks it stays.)
+Anything new is built beside its final place, under the name `.NAME.r2m-<8 digits>.partial`. It is flushed to the disk
+(fsync) and then renamed to NAME, which is one atomic step.
 
-An old directory and a new one exchange their names, so that a reader finds one of them at every instant. Filesystems
-that cannot exchange names (NFS is one) rename the old one to `.NAME.r2m-old` for a moment: `whole_at` finds it there.
+The writer holds a lock (flock) on what it builds. The lock ends with the writer. So a `.partial` that nobody has locked
+was left by a killed writer, and the next writer in that folder removes it. On a filesystem without locks it stays.
+
+If a directory replaces an old one, the two exchange their names in one step, and a reader finds either of them at every
+moment. Some filesystems, NFS among them, cannot exchange names. On these the old directory is first renamed to
+`.NAME.r2m-old`, and for a moment NAME does not exist. `whole_at` finds the old directory in that case.
 """
 
 from __future__ import annotations
@@ -31,11 +34,15 @@ _HIDDEN = re.compile(r"\..*\.r2m-[0-9a-f]{8}\.partial")
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EPERM)
 _EXCHANGE, _WORKING_DIRECTORY = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What a disk says to those who write, whatever the file."""
+"""Error numbers that mean trouble with the disk itself, whatever the file: it is full, read-only or broken."""
 
 
 def write_file(path: str | Path, data: str | bytes | memoryview) -> None:
-    """The file's folder must be there. A reader finds what was there before, or all of `data`. Raises DiskError."""
+    """Writes a file, or replaces one. A reader finds the old file or all of `data`, never a part.
+
+    The folder of the file must exist. Text is written as UTF-8. If `path` is a link, the file that it leads to is
+    replaced. Raises DiskError.
+    """
     path = _followed(path)
     with disk_errors(path):
         _remove_leftovers(path.parent)
@@ -45,6 +52,8 @@ def write_file(path: str | Path, data: str | bytes | memoryview) -> None:
                 file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
+            # The data must be on the disk before the name is: otherwise a crash of the machine could leave an empty
+            # file under the name.
             os.replace(building, path)
             _sync_folder(path.parent)
         finally:
@@ -53,7 +62,11 @@ def write_file(path: str | Path, data: str | bytes | memoryview) -> None:
 
 
 def append(path: str | Path, text: str) -> None:
-    """Raises DiskError, and has then appended nothing. A killed writer may leave part of `text`."""
+    """Appends text to a file, which is created if it does not exist.
+
+    Raises DiskError if the text does not fit. The file is then cut back to its old length. A writer that is killed
+    meanwhile may leave a part of `text`. Only one process may append to a file at a time.
+    """
     path, rest = Path(path), memoryview(text.encode())
     with disk_errors(path), path.open("ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
@@ -61,6 +74,7 @@ def append(path: str | Path, text: str) -> None:
             while rest:
                 rest = rest[file.write(rest) :]
         except OSError:
+            # This would also cut off what another writer had appended in the meantime.
             with contextlib.suppress(OSError):
                 file.truncate(before)
             raise
@@ -68,10 +82,15 @@ def append(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
-    """A directory to fill. It takes its place at the end of the block; left by an exception, it is removed.
+    """A context manager that yields a new directory to fill. It becomes `path` at the end of the block.
 
-    replace: an old directory may be there and gives way. Else FileExistsError is raised unless that is an empty one.
-    Raises DiskError, also for an error of the disk in the block.
+    If the block raises, the new directory is removed, and `path` stays as it was.
+
+    Args:
+        replace: whether the new directory may replace an old one. Without it, FileExistsError is raised if something
+            exists at `path`, unless that is an empty directory.
+
+    Raises DiskError, also for an error of the disk inside the block.
     """
     path = _followed(path)
     with _hidden_directory(path) as building:
@@ -83,19 +102,26 @@ def whole_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
             _sync_folder(path.parent)
         if not placed:
             raise FileExistsError(errno.EEXIST, "there is something already", str(path))
-        _recover(path)  # of the old one's place aside, if it had to make way
+        _recover(path)  # removes the old directory, if it had to be moved aside
 
 
 @contextlib.contextmanager
 def scratch_directory(beside: str | Path) -> Iterator[Path]:
-    """A hidden directory that is gone after the block. Raises DiskError if it cannot be made."""
+    """A context manager that yields a hidden directory in the same folder as `beside`.
+
+    The directory is removed at the end of the block. Raises DiskError if it cannot be made.
+    """
     with _hidden_directory(_followed(beside)) as directory:
         yield directory
 
 
 def remove_directory(path: str | Path) -> None:
-    """What is not there is removed already. Raises DiskError."""
+    """Removes a directory. A directory that does not exist is no error. Raises DiskError.
+
+    It is renamed before it is deleted, so no part of it is ever visible under its name.
+    """
     path = _followed(path)
+    # A directory that a killed writer had moved aside goes first: `whole_at` would bring it back.
     for one in (_aside(path), path):
         hidden = _hidden_name(path)
         with disk_errors(path, doing="removed"):
@@ -108,13 +134,19 @@ def remove_directory(path: str | Path) -> None:
 
 
 def whole_at(path: str | Path) -> Path:
-    """Where a reader finds the directory: `path`, or where the old one is if a killed writer had moved it aside."""
+    """Returns where a reader finds the directory `path`.
+
+    This is `path` itself, or the place of the old directory if a writer has moved it aside and `path` does not exist.
+    """
     path, old = Path(path), _aside(_followed(path))
     return old if not path.exists() and old.is_dir() else path
 
 
 def listed(folder: Path) -> dict[str, Path]:
-    """The directories of a folder by their good names, each where `whole_at` finds it; none if it is not there."""
+    """Returns the directories in a folder by name, sorted, each at the place where `whole_at` finds it.
+
+    Hidden directories are left out. A folder that does not exist gives an empty dict.
+    """
     names = {path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")}
     names |= {path.name[1:].removesuffix(".r2m-old") for path in folder.glob(".*.r2m-old") if path.is_dir()}
     return {name: whole_at(folder / name) for name in sorted(names)}
@@ -122,10 +154,13 @@ def listed(folder: Path) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, building: Path | None = None, doing: str = "written") -> Iterator[None]:
-    """Raises DiskError for what the disk says to a writer of `path`.
+    """A context manager that turns errors of the disk in its block into DiskError.
 
-    building: the block does more than write, below `building`; meant are errors that come of writing alone, or are about
-        what may be done there.
+    Args:
+        path: what is written, for the message.
+        building: given if the block does other things besides writing below this directory. Then only two kinds of
+            errors become DiskError: trouble with the disk itself, and a refused access below the directory.
+        doing: the verb in the message.
     """
     try:
         yield
@@ -140,7 +175,10 @@ def disk_errors(path: Path, building: Path | None = None, doing: str = "written"
 
 
 def _number(error: Exception) -> int | None:
-    """The errno of a failed write: Python's own, safetensors', or torch's, which tells none for its archives."""
+    """The errno of a failed write by Python, safetensors or torch; None for any other error.
+
+    torch gives no errno for its archives. A full disk is recognised by its text, and anything else counts as EIO.
+    """
     if isinstance(error, OSError):
         return error.errno
     text = str(error)
@@ -152,6 +190,7 @@ def _number(error: Exception) -> int | None:
 
 
 def _told(path: Path, doing: str, number: int, error: Exception) -> str:
+    """The message of a DiskError: what failed, why, how much room is left, and what to do."""
     said = f"{path}: cannot be {doing}: {os.strerror(number)}"
     if not isinstance(error, OSError):
         said += f" ({str(error).splitlines()[0]})"
@@ -167,33 +206,35 @@ def _told(path: Path, doing: str, number: int, error: Exception) -> str:
 
 
 def _followed(path: str | Path) -> Path:
-    """Where links lead: it is their target that is replaced."""
+    """The path with all links resolved. The target of a link is replaced, and not the link."""
     return Path(os.path.realpath(path))
 
 
 def _aside(path: Path) -> Path:
+    """Where an old directory lies for a moment, on filesystems that cannot exchange names."""
     return path.with_name(f".{path.name}.r2m-old")
 
 
 def _hidden_name(path: Path) -> Path:
+    """A new random name beside `path`, of the form that `_remove_leftovers` knows."""
     return path.with_name(f".{path.name}.r2m-{secrets.token_hex(4)}.partial")
 
 
 def _claim(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
-    """Something new beside `path`, and the descriptor by which this process has locked it."""
+    """Makes something new beside `path` and locks it. Returns its path and the descriptor that holds the lock."""
     while True:
         hidden = _hidden_name(path)
         make(hidden)
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(hidden, os.O_RDONLY)
-            # Between the two lines above another writer may have taken it for left behind.
+            # Until it is locked, another writer may take it for a leftover and remove it. It is then made anew.
             if _locks(lock) is not False and hidden.exists():
                 return hidden, lock
             os.close(lock)
 
 
 def _locks(descriptor: int) -> bool | None:
-    """False: another process has locked it. None: the filesystem has no locks."""
+    """Tries to lock a file or directory. True: done. False: another process holds it. None: there are no locks here."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -205,6 +246,7 @@ def _locks(descriptor: int) -> bool | None:
 
 @contextlib.contextmanager
 def _hidden_directory(path: Path) -> Iterator[Path]:
+    """Yields a new locked directory beside `path`. Whatever has its name at the end of the block is deleted."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
@@ -212,11 +254,13 @@ def _hidden_directory(path: Path) -> Iterator[Path]:
     try:
         yield building
     finally:
+        # After an exchange of names this is the old directory, and otherwise what was not put into its place.
         _delete(building)
         os.close(lock)
 
 
 def _remove_leftovers(folder: Path) -> None:
+    """Deletes what killed writers left in a folder. Errors are ignored: another writer may do the same right now."""
     with contextlib.suppress(OSError):
         for name in filter(_HIDDEN.fullmatch, os.listdir(folder)):
             with contextlib.suppress(OSError):
@@ -229,7 +273,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _delete(hidden: Path) -> None:
-    """What cannot be deleted now stays hidden, for the next writer."""
+    """Deletes a hidden file or directory as far as it can. The next writer tries to delete what is left."""
     if hidden.is_dir():
         shutil.rmtree(hidden, ignore_errors=True)
     else:
@@ -238,7 +282,10 @@ def _delete(hidden: Path) -> None:
 
 
 def _recover(path: Path) -> None:
-    """Undoes, or ends, what a killed writer began."""
+    """Finishes a replacement by moving aside, or undoes it.
+
+    If `path` exists, the old directory that was moved aside is removed. Otherwise it gets its name back.
+    """
     with contextlib.suppress(OSError):
         if os.path.lexists(path):
             hidden = _hidden_name(path)
@@ -249,10 +296,10 @@ def _recover(path: Path) -> None:
 
 
 def _put(building: Path, path: Path, replace: bool) -> bool:
-    """False if there is something and it is not to be replaced."""
-    while True:  # once more where another writer of the same path was faster
+    """Renames `building` to `path`. Returns False if something is there and `replace` is False."""
+    while True:  # again, if another writer of the same path came first
         try:
-            os.rename(building, path)  # onto nothing, or an empty directory
+            os.rename(building, path)  # works if `path` does not exist or is an empty directory
             return True
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
@@ -270,7 +317,7 @@ def _put(building: Path, path: Path, replace: bool) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Whether this filesystem can exchange two names; it has then done so."""
+    """Exchanges two names in one step. Returns False, and does nothing, if the system or filesystem cannot do that."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False
@@ -284,6 +331,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _sync_tree(directory: Path) -> None:
+    """Flushes all files and folders below a directory, and the directory itself, to the disk."""
     for folder, _, files in os.walk(directory, topdown=False):
         for name in files:
             path = Path(folder, name)
@@ -294,11 +342,12 @@ def _sync_tree(directory: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    """Flushes the names in a folder to the disk. A rename survives a crash of the machine only after this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of filesystems that keep folders otherwise
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some filesystems have no fsync for folders
             raise
     finally:
         os.close(descriptor)

@@ -1,8 +1,11 @@
-"""How this library reads and writes YAML: every config, base file, override and study goes through these functions.
+"""Reads and writes YAML. Every config, base file, override and study goes through these functions.
 
-It is PyYAML's safe YAML 1.1 with these differences. `1e-6` is a number, as in YAML 1.2 and in JSON. A date is a text.
-A key that stands twice in one mapping is refused, and so are all tags but those of plain values. What is read is
-small enough to be copied, printed and written again.
+They use PyYAML's safe YAML 1.1, with these differences:
+- `1e-6` is a number, as in YAML 1.2 and in JSON.
+- A date is read as text.
+- A key that occurs twice in one mapping is refused.
+- Only plain values are allowed: all other tags are refused.
+- Depth and size are limited, so that what was read can be copied, printed and written again.
 """
 
 from __future__ import annotations
@@ -19,16 +22,18 @@ from yaml.constructor import ConstructorError
 from r2m_async.errors import ConfigError
 
 MAX_DEPTH = 32
-"""Levels of lists and mappings in each other."""
+"""The largest depth of nested lists and mappings."""
 MAX_VALUES = 100_000
-"""Of one tree, keys included, each alias counted as if it were written out."""
+"""The largest number of values in one file, keys included. An alias counts as much as what it stands for."""
 
 _PREFIX = "tag:yaml.org,2002:"
 _EXPONENT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+|[-+]\.[0-9]+)\Z")
-"""The floats of YAML 1.2 that YAML 1.1 reads as texts: with an exponent, or with a sign before a point."""
+"""The floats of YAML 1.2 that YAML 1.1 reads as text: `1e-6`, and those with a sign before a point, as `-.5`."""
 
 
 class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the differences that the module's docstring lists."""
+
     yaml_constructors: ClassVar = {
         _PREFIX + kind: yaml.SafeLoader.yaml_constructors[_PREFIX + kind]
         for kind in ("null", "bool", "int", "float", "str", "seq", "map")
@@ -44,7 +49,11 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Counts each alias as if it were written out: ten aliases of ten aliases, and so on, fill any memory."""
+        """Builds a node of the tree and limits its depth and size. Raises ConstructorError or ComposerError.
+
+        Each alias counts as much as what it stands for. Otherwise a short file of ten aliases of ten aliases, and so
+        on, would fill any memory once it is copied or printed.
+        """
         event = self.peek_event()
         self._depth += 1
         if self._depth > MAX_DEPTH:
@@ -52,6 +61,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         if node not in self._sizes:
+            # An alias stands for a node whose size is known, unless that node is not finished: it contains the alias.
             if isinstance(event, yaml.AliasEvent):
                 raise ComposerError(None, None, f"alias *{event.anchor} stands within what it names", event.start_mark)
             parts = [] if isinstance(node, yaml.ScalarNode) else node.value
@@ -63,12 +73,15 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """Looks for doubled keys here, before merge keys (`<<`) add others, over which a mapping's own may win."""
+        """Builds a mapping and raises ConstructorError for a key that occurs twice.
+
+        The check happens here, before merge keys (`<<`) add further keys: a mapping may override a key that it merges.
+        """
         node = super().compose_mapping_node(anchor)
         lines: dict[Any, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # refused where the mapping is made: it cannot be hashed
+                continue  # such a key cannot be hashed, and is refused later, when the dict is made
             name = key.value if key.tag == _PREFIX + "merge" else self.construct_object(key)
             if name in lines:
                 told = f"key {name!r} stands here and in line {lines[name]} already; leave one of them out"
@@ -77,6 +90,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Converts a node to a value. Raises ConstructorError, with the line, if its text does not fit its tag."""
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError) as error:  # an int of 5000 digits, `!!int few`, `!!bool few`
@@ -85,9 +99,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts in quotes what one of YAML 1.1, YAML 1.2 and `_Loader` would not read as the text that it is."""
+    """PyYAML's safe dumper. It quotes every text that YAML 1.1, YAML 1.2 or `_Loader` would not read back as text."""
 
     def ignore_aliases(self, _: Any) -> bool:
+        """Returns True: an object that occurs twice is written in full both times, and not as an alias."""
         return True
 
 
@@ -96,9 +111,9 @@ for _one in (_Loader, _Dumper):
 
 
 def read_yaml(path: Path) -> Any:
-    """What the file holds: None, bool, int, float, str, and lists and dicts of these.
+    """Reads a YAML file: None, bool, int, float, str, and lists and dicts of these.
 
-    Raises ConfigError with the file and the reason, and where it can be said the line.
+    Raises ConfigError with the file and the reason, and with the line where it is known.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -110,7 +125,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """As `read_yaml`; errors begin with `source`."""
+    """Reads YAML from a text, as `read_yaml` does from a file. Raises ConfigError; the message begins with `source`."""
     try:
         tree = yaml.load(text, _Loader)
         check_plain(tree)
@@ -130,15 +145,15 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def write_yaml(tree: Any) -> str:
-    """What `parse_yaml` reads as the same tree."""
+    """Returns the YAML text that `parse_yaml` reads back as the same tree. Keys keep their order."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def check_plain(tree: Any) -> None:
-    """Raises ValueError, naming the key, for what cannot be printed, named a file after or written again.
+    """Raises ValueError, naming the key, for a tree that could not be printed, written again or used in a file name.
 
-    That is a tree too deep or too large (one that holds itself is both), an integer of more than 64 bits, and a text
-    with a NUL character or half of a surrogate pair.
+    Such a tree is too deep or too large; one that contains itself is both. Or it holds an integer of more than 64 bits,
+    or a text with a NUL character or half of a surrogate pair.
     """
     values: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     for number in itertools.count(1):
@@ -152,7 +167,7 @@ def check_plain(tree: Any) -> None:
             told = f"is one of more than {MAX_VALUES} values"
         elif isinstance(value, dict):
             values += [((*path, str(key)), one) for key, one in value.items()]
-            values += [(path, key) for key in value]  # looked at first, so that `path` can always be printed
+            values += [(path, key) for key in value]  # keys are checked before values, so `path` can be printed
         elif isinstance(value, (list, tuple)):
             values += [((*path, str(index)), one) for index, one in enumerate(value)]
         elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
@@ -164,6 +179,6 @@ def check_plain(tree: Any) -> None:
 
 
 def cut_repr(value: Any) -> str:
-    """`repr(value)` for an error's line: at most 200 characters."""
+    """`repr(value)` for an error message, cut after 200 characters."""
     told = repr(value)
     return told if len(told) <= 200 else f"{told[:200]}..."

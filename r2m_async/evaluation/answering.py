@@ -1,9 +1,11 @@
-"""A policy's answers to a judge's prompts: what `r2m eval generate` does.
+"""A policy's answers to the prompts of a benchmark: what `r2m eval generate` does.
 
-A batch of questions is answered turn by turn, and its answers are written down before the next begins, to
-`.OUT.partial` beside OUT. The same command again goes on after the last whole batch; OUT itself appears at the end. A
-question's seed is a function of (seed, its place in the file, turn), and batches have fixed places too: an interrupted
-command ends with the answers of one that was not.
+Questions are answered in batches, each batch turn by turn. The answers of a batch are written to `.OUT.partial`, beside
+OUT, before the next batch begins. OUT itself appears at the end. If the command is interrupted, the same command goes
+on after the last whole batch.
+
+An interrupted command ends with the same answers as one that was not interrupted: a question's seed is a function of
+(seed, its place in the file, turn), and every batch has the same questions in either case.
 """
 
 from __future__ import annotations
@@ -31,33 +33,42 @@ from r2m_async.runs.records import append_records, cut_partial_line, read_record
 from r2m_async.whole import disk_errors, write_file
 
 DEFAULT_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "tldr": 50}
-"""TL;DR's is that of R2M App. G.4."""
+"""Limit on the new tokens per turn, by format. TL;DR's is that of R2M App. G.4."""
 DEFAULT_BATCH = {"vllm": 128, "transformers": 1}
+"""Questions that an engine gets at once."""
 _TEMPLATE_TOKENS = 64
-"""Left for what a chat template writes around a later turn."""
+"""Tokens that are kept free for what a chat template writes around a later turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSettings:
+    """How answers are generated. Raises ConfigError for a number out of range."""
+
     format: Format
+    """The benchmark whose prompts are answered."""
     engine: Literal["vllm", "transformers"] = "vllm"
+    """The engine that generates the answers."""
     temperature: float | None = None
-    """None: the format's, in MT-Bench the category's. Zero is greedy. Top-p, top-k and penalties are never used."""
+    """Sampling temperature; 0 is greedy. None takes the format's, or in MT-Bench the category's. Top-p, top-k and
+    penalties are never used."""
     max_new_tokens: int | None = None
-    """Per turn; None: DEFAULT_NEW_TOKENS, or what the model's positions leave after the longest first prompt."""
+    """Limit on the new tokens per turn. None means DEFAULT_NEW_TOKENS, or less if the model has fewer positions left
+    after the longest first prompt."""
     max_prompt_tokens: int | None = None
-    """None: as many as there are, within the model's context."""
+    """Limit on the tokens of a prompt. None sets no limit but that of the model's positions."""
     chat: bool | None = None
-    """Prompts as turns or as raw text; None: `default_chat` of the format."""
+    """Whether prompts are turns or raw text. None means the format's `default_chat`."""
     seed: int = 0
+    """Seed from which each answer's own seed is derived."""
     num: int | None = None
-    """The first questions only."""
+    """Number of questions to answer, from the first on. None means all."""
     batch: int | None = None
-    """Questions handed to the engine at once; None: DEFAULT_BATCH. The transformers engine takes one after the other."""
+    """Questions that the engine gets at once. None means DEFAULT_BATCH. The transformers engine answers them one after
+    the other all the same."""
     dtype: str = "auto"
-    """float32, bfloat16, float16; auto: the checkpoint's."""
+    """Number format of the weights: float32, bfloat16 or float16. `auto` takes the checkpoint's."""
     tensor_parallel: int = 1
-    """GPUs of the vLLM engine."""
+    """Number of GPUs that one vLLM engine uses."""
 
     def __post_init__(self) -> None:
         at_least = {"max_new_tokens": 1, "max_prompt_tokens": 1, "seed": 0, "num": 1, "batch": 1, "tensor_parallel": 1}
@@ -72,13 +83,20 @@ class GenerationSettings:
 def generate_answers(
     model: str, prompts: Path, out: Path, settings: GenerationSettings, name: str | None = None
 ) -> Path:
-    """Answers the questions of the file `prompts`; returns the file written, of which `out` is the name or the folder.
+    """Answers the questions of a prompt file, and returns the file of answers that it wrote.
 
-    model: an HF name or directory, or an OUT of `r2m export`. Prompts go through its chat template; where it has none,
-        and for raw text, as the training reads them (`prompts.prompt_text`). Its own end-of-text tokens end an answer,
-        its own sampling settings are not used.
-    Raises ConfigError and DataError: for what cannot be loaded or read, for a first prompt that does not fit, and for
-    files of another command in the way. A later turn's conversation that does not fit loses its beginning, which is told.
+    model: a Hugging Face name or directory, or an OUT of `r2m export`.
+    prompts: the prompt file.
+    out: the file to write, or its folder.
+    name: the model's name in the file; None means that of `model`.
+
+    A prompt goes through the model's chat template. Raw text, and any prompt of a model without a template, is read as
+    in training (`data.prompts.prompt_text`). The model's own end-of-text tokens end an answer; its own sampling
+    settings are not used. If the conversation before a later turn is too long, it loses its beginning, and this is
+    printed.
+
+    Raises ConfigError and DataError for a model or file that cannot be read, for a first prompt that does not fit, and
+    if the answers are there already or were begun by another command.
     """
     _check_engine(settings.engine)
     path, model_name = _policy_of(model)
@@ -94,6 +112,7 @@ def generate_answers(
     if len(log.answers) < len(questions):
         _answer_rest(questions, log, options, settings)
     write_answers(target, settings.format, questions, log.answers, generator)
+    # Only now: until the file is there, these are the only answers.
     log.path.unlink()
     return target
 
@@ -101,6 +120,7 @@ def generate_answers(
 def _answer_rest(
     questions: Sequence[Question], log: _AnswerLog, options: GeneratorOptions, settings: GenerationSettings
 ) -> None:
+    """Answers the questions that `log` does not have yet, batch by batch."""
     num_cut = 0
     with _progress(len(questions), len(log.answers)) as advance:
         engine = _engine(settings.engine, options)
@@ -127,12 +147,17 @@ def answer_batch(
     options: GeneratorOptions,
     settings: GenerationSettings,
 ) -> tuple[list[Answer], int]:
-    """(answers, conversations that lost their beginning); the first question is the file's number `start`, from 0."""
+    """Answers some questions in all their turns. Returns (answers, number of conversations that lost their beginning).
+
+    start: the number of the first of these questions in the file, from 0 on.
+    options: what the engine was made with.
+    """
     conversations: list[Content] = [one.content for one in questions]
     texts: list[list[str]] = [[] for _ in questions]
     reasons: list[list[str]] = [[] for _ in questions]
     room, num_cut = options.context - options.max_new_tokens, 0
     for turn in range(1 + max(len(one.later_turns) for one in questions)):
+        # Questions may have different numbers of turns.
         asked = [index for index, one in enumerate(questions) if turn <= len(one.later_turns)]
         requests = []
         for index in asked:
@@ -142,8 +167,10 @@ def answer_batch(
                 assert not isinstance(so_far, str), "raw text has no later turns"
                 conversations[index] = (*so_far, ("assistant", texts[index][-1].strip()), ("user", said))
             _, ids = policy_reads(conversations[index], options.tokenizer)
+            # Here `room` is what the context leaves beside a full answer. A first prompt has been checked to fit.
             num_cut += len(ids) > room
             temperature = question.temperature if settings.temperature is None else settings.temperature
+            # The place in the file, not in the batch: the seed does not depend on where an interrupted command goes on.
             seed = sampling_seed(settings.seed, start + index, stream=turn)
             requests.append(GenerationRequest(token_ids=tuple(ids[-room:]), temperature=temperature, seed=seed))
         for index, response in zip(asked, engine.generate(requests), strict=True):
@@ -158,9 +185,17 @@ def answer_batch(
 
 
 class _AnswerLog:
-    """What is answered so far, in whole batches: the first line says by which command, then a line per question."""
+    """The file of what has been answered so far. Its first line says by which command; then each line is an answer."""
 
     def __init__(self, target: Path, fingerprint: dict[str, Any], batch: int, num_questions: int) -> None:
+        """Opens the file of an interrupted command, or begins a new one.
+
+        target: the file that will have all answers.
+        fingerprint: what decides the answers.
+        batch: questions in a batch.
+
+        Raises ConfigError if the file was begun with another fingerprint.
+        """
         self.path = target.with_name(f".{target.name}.partial")
         self.answers: list[Answer] = []
         with disk_errors(target):
@@ -181,11 +216,14 @@ class _AnswerLog:
             Answer(texts=tuple(one["texts"]), finish_reasons=tuple(one["finish_reasons"]), time=one["time"])
             for one in read_records(self.path)[1:]
         ]
+        # Answers of a part of a batch are thrown away: it is generated anew as a whole, with the rounding of a whole
+        # batch.
         whole = len(answered) if len(answered) == num_questions else len(answered) // batch * batch
         self.answers = answered[:whole]
         write_file(self.path, "".join(line + "\n" for line in lines[: 1 + whole]))
 
     def append(self, answers: Sequence[Answer]) -> None:
+        """Adds the answers of a batch, first to the file. Raises DiskError."""
         append_records(self.path, map(asdict, answers))
         self.answers += answers
 
@@ -193,11 +231,16 @@ class _AnswerLog:
 def _fingerprint(
     model: str, generator: str, questions: Sequence[Question], settings: GenerationSettings
 ) -> dict[str, Any]:
+    """Everything that decides the answers, by name, but for the model's weights.
+
+    The questions stand in it as a digest.
+    """
     asked = json.dumps([[one.content, one.later_turns, one.temperature, one.record] for one in questions])
     return {"model": model, "generator": generator, "questions": key_digest(asked), **asdict(settings)}
 
 
 def _engine(name: str, options: GeneratorOptions) -> Generator:
+    """The engine of this name, with the model loaded."""
     if name == "transformers":
         return TransformersGenerator(options)
     from actors.vllm_offline import OfflineVLLM
@@ -206,6 +249,7 @@ def _engine(name: str, options: GeneratorOptions) -> Generator:
 
 
 def _check_engine(name: str) -> None:
+    """Raises ConfigError if vLLM is asked for and not installed. This is cheap, and comes before anything is loaded."""
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "--engine is 'vllm' and vLLM is not installed: pip install 'r2m-async[vllm]' for GPUs, "
@@ -214,7 +258,7 @@ def _check_engine(name: str) -> None:
 
 
 def _policy_of(model: str) -> tuple[str, str]:
-    """(what transformers loads, the model's name)"""
+    """(what transformers loads, the model's name). Raises ConfigError for a run directory."""
     if Path(model, "policy", "config.json").is_file():
         return str(Path(model, "policy")), Path(model).resolve().name
     if Path(model, "config.yaml").is_file():
@@ -223,7 +267,7 @@ def _policy_of(model: str) -> tuple[str, str]:
 
 
 def _load_tokenizer(path: str) -> tuple[Any, int | None, str]:
-    """(tokenizer, the tokens that the model's positions allow, the checkpoint's dtype)"""
+    """(tokenizer, number of the model's positions or None, the checkpoint's dtype). Raises ConfigError."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -244,13 +288,19 @@ def _options(
     limit: int | None,
     dtype: str,
 ) -> GeneratorOptions:
-    """With room for the longest prompt and what may follow it. Raises DataError for a first prompt that has none."""
+    """What the engine is made with.
+
+    There is room for the longest prompt and its answers in all turns, as far as the model has positions.
+
+    Raises DataError for a first prompt that does not fit.
+    """
     lengths = [len(_read(one, tokenizer)) for one in questions]
     for question, length in zip(questions, lengths, strict=True):
         _check_fits(question, length, settings, limit)
     new_tokens = settings.max_new_tokens or _default_new_tokens(settings.format, max(lengths), limit)
     needed = 0
     for question, length in zip(questions, lengths, strict=True):
+        # A later turn adds the previous answer, which may be as long as an answer can be, and what the user says then.
         later = [len(tokenizer(text)["input_ids"]) + new_tokens + _TEMPLATE_TOKENS for text in question.later_turns]
         needed = max(needed, length + sum(later))
     context = (settings.max_prompt_tokens or needed) + new_tokens
@@ -267,7 +317,7 @@ def _options(
 
 
 def _default_new_tokens(form: Format, longest: int, limit: int | None) -> int:
-    """The format's, or what fits after `longest` prompt tokens, which is told."""
+    """The format's limit on new tokens, or what is left after `longest` prompt tokens. The latter is printed."""
     wanted = DEFAULT_NEW_TOKENS[form]
     if limit is None or longest + wanted <= limit:
         return wanted
@@ -279,6 +329,10 @@ def _default_new_tokens(form: Format, longest: int, limit: int | None) -> int:
 
 
 def _check_fits(question: Question, length: int, settings: GenerationSettings, limit: int | None) -> None:
+    """Raises DataError if a first prompt of `length` tokens leaves no room for its answer.
+
+    `limit` is the model's positions.
+    """
     has = f"{question.place}: the prompt has {length} tokens"
     if settings.max_prompt_tokens is not None and length > settings.max_prompt_tokens:
         raise DataError(
@@ -294,6 +348,7 @@ def _check_fits(question: Question, length: int, settings: GenerationSettings, l
 
 
 def _read(question: Question, tokenizer: Any) -> list[int]:
+    """Token ids of the first prompt of a question. Raises DataError if the chat template refuses it."""
     import jinja2
 
     try:
@@ -306,7 +361,10 @@ def _read(question: Question, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def _progress(total: int, done: int) -> Iterator[Any]:
-    """A bar, or a line per batch where there is no terminal."""
+    """A progress bar, or a line per batch if the output is no terminal.
+
+    Yields a function of the number of answers so far.
+    """
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,16 +1,18 @@
-"""A model's answers as judges read them, written and read back.
+"""Answer files: a model's answers as judges read them, written and read back.
 
     alpaca_eval  a JSON list of {"dataset", "instruction", "output", "generator"}
-    mt_bench     a line per question: {"question_id", "answer_id", "model_id", "choices": [{"index", "turns"}], "tstamp"}
+    mt_bench     a line per question:
+                 {"question_id", "answer_id", "model_id", "choices": [{"index", "turns"}], "tstamp"}
     tldr         a line per post: {"prompt", "response", "summary", "reference_summary", "generator"}
 
-Answers carry one key more, `finish_reason` (in MT-Bench's choice one per turn): stop, or length for a text that was cut
-off. A reward model as judge wants to know; the other judges do not look at it.
+Here answers have one more key, `finish_reason`, which for MT-Bench is a list with one value per turn, in the choice. It
+is `stop`, or `length` for a text that was cut off. A reward model as a judge reads it; other judges ignore it.
 
-Sources: AlpacaEval, github.com/tatsu-lab/alpaca_eval: `PairwiseAnnotator.annotate_head2head` merges two files on
-`instruction`, `main.evaluate` takes the name from `generator`. MT-Bench, github.com/lm-sys/FastChat, `fastchat/llm_judge`:
-`gen_model_answer.py` writes the answers, `common.load_model_answers` reads each file of `model_answer/` under the file's
-name. TL;DR has no fixed file; TRL's `examples/scripts/evals/judge_tldr.py` compares stripped summaries with the author's.
+Sources. AlpacaEval, github.com/tatsu-lab/alpaca_eval: `PairwiseAnnotator.annotate_head2head` merges two files on
+`instruction`, and `main.evaluate` takes the model's name from `generator`. MT-Bench, github.com/lm-sys/FastChat,
+`fastchat/llm_judge`: `gen_model_answer.py` writes answers, and `common.load_model_answers` reads each file of
+`model_answer/` under the name of the file. TL;DR has no fixed file; TRL's `examples/scripts/evals/judge_tldr.py`
+compares stripped summaries with the author's.
 """
 
 from __future__ import annotations
@@ -30,52 +32,62 @@ from r2m_async.whole import write_file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
+    """A model's answer to one question, in all its turns."""
+
     texts: tuple[str, ...]
-    """One per turn, as generated."""
+    """One text per turn, as generated."""
     finish_reasons: tuple[str, ...]
-    """One per turn, `stop` or `length`."""
+    """One per turn: `stop`, or `length` for a text that was cut off."""
     time: float
-    """Seconds since the epoch."""
+    """When it was generated, in seconds since the epoch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedText:
-    """One answered turn as a judge finds it."""
+    """The answer to one turn, as a judge reads it from a file."""
 
     place: str
-    """File and line."""
+    """Where the answer is, for error messages: file and line."""
     key: Hashable
-    """The same for one prompt in every file of a format."""
+    """What identifies the prompt. It is the same in every file of a format."""
     turn: int
+    """The number of the turn, from 1 on."""
     prompt: Content
-    """The conversation before the answer."""
+    """The conversation before the answer: messages, or raw text."""
     response: str
-    """For a raw prompt with the space between the two."""
+    """The answer as it continues the prompt. After a raw prompt it begins with the space between the two."""
     output: str
-    """The response as one shows it; lengths are its characters."""
+    """The answer as it is shown. Lengths are counted in characters of it."""
     finished: bool
+    """Whether the answer ended by itself and was not cut off."""
     reference: str | None
-    """The author's summary (tldr)."""
+    """The author's summary, in TL;DR files; None elsewhere."""
 
     @property
     def instruction(self) -> str:
-        """The prompt, or the last thing that the user said."""
+        """The raw prompt, or the user's last message."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1][1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """An answer file."""
+    """The contents of an answer file."""
 
     format: Format
     generator: str
+    """The name of the model that answered."""
     texts: tuple[JudgedText, ...]
 
 
 def answer_file(out: Path, form: Format, name: str | None, model_name: str) -> tuple[Path, str]:
-    """(the file, the generator's name): OUT with a suffix is a file, else a folder that gets the file the judge expects.
+    """(the file to write, the name of the model that answers).
 
-    FastChat calls a model by its file's name, so that is the generator's where both are given.
+    out: a path that ends in .json or .jsonl is the file itself. Any other path is a folder, in which the file gets the
+        name that its judge expects.
+    name: the name that the user chose; None means `model_name`.
+
+    FastChat takes a model's name from the name of its file. So for MT-Bench, if `out` is a file, the name is that of
+    the file, and ConfigError is raised if `name` is another one.
     """
     is_file = out.suffix in (".json", ".jsonl") and not out.is_dir()
     if form == "mt_bench" and is_file:
@@ -85,6 +97,7 @@ def answer_file(out: Path, form: Format, name: str | None, model_name: str) -> t
                 f"{name}.jsonl, or leave --name out"
             )
         return out, out.stem
+    # The name of a model at Hugging Face has a slash, which cannot be in the name of a file.
     name = (name or model_name).replace("/", "__")
     places = {"alpaca_eval": "model_outputs.json", "mt_bench": f"model_answer/{name}.jsonl", "tldr": "summaries.jsonl"}
     return out if is_file else out / places[form], name
@@ -93,7 +106,11 @@ def answer_file(out: Path, form: Format, name: str | None, model_name: str) -> t
 def write_answers(
     path: Path, form: Format, questions: Sequence[Question], answers: Sequence[Answer], generator: str
 ) -> None:
-    """Whole or not at all; raises DiskError."""
+    """Writes an answer file, whole or not at all. Raises DiskError.
+
+    questions, answers: equally many, in the same order.
+    generator: the name of the model that answered.
+    """
     record_of = {"alpaca_eval": _alpaca_record, "mt_bench": _mt_bench_record, "tldr": _tldr_record}[form]
     records = [record_of(*both, generator) for both in zip(questions, answers, strict=True)]
     if form == "alpaca_eval":
@@ -104,11 +121,16 @@ def write_answers(
 
 
 def _alpaca_record(question: Question, answer: Answer, generator: str) -> dict[str, Any]:
+    """An answer as AlpacaEval's file has it."""
     told = {"output": answer.texts[0].strip(), "generator": generator, "finish_reason": answer.finish_reasons[0]}
     return question.record | told
 
 
 def _mt_bench_record(question: Question, answer: Answer, generator: str) -> dict[str, Any]:
+    """An answer as FastChat's file has it.
+
+    `answer_id` is a digest of the answer, so that equal answers have equal ids.
+    """
     turns = [text.strip() for text in answer.texts]
     told = json.dumps([question.record["question_id"], generator, turns])
     return {
@@ -121,6 +143,10 @@ def _mt_bench_record(question: Question, answer: Answer, generator: str) -> dict
 
 
 def _tldr_record(question: Question, answer: Answer, generator: str) -> dict[str, Any]:
+    """A summary as a line of TL;DR's file.
+
+    `response` is the text as generated, `summary` the same without space around it.
+    """
     text = answer.texts[0]
     told = {
         "response": text,
@@ -132,10 +158,12 @@ def _tldr_record(question: Question, answer: Answer, generator: str) -> dict[str
 
 
 def read_outputs(path: str | Path, prompts: str | Path | None = None) -> Outputs:
-    """An answer file of any of the formats, told apart by its first record.
+    """Reads an answer file. Its format is recognised by its first record.
 
-    prompts: MT-Bench's questions, which its answers do not repeat. An answer without `finish_reason` counts as finished.
-    Raises `DataError`, ConfigError where MT-Bench's questions are not given.
+    prompts: the file of MT-Bench's questions, which MT-Bench's answers do not repeat.
+
+    An answer without `finish_reason` counts as finished. Raises `DataError`, and ConfigError if the file is MT-Bench's
+    and `prompts` is None.
     """
     records = list(read_file(path))
     if not records:
@@ -149,6 +177,10 @@ def read_outputs(path: str | Path, prompts: str | Path | None = None) -> Outputs
 
 
 def _alpaca_text(record: Record) -> JudgedText:
+    """An answer of AlpacaEval's file, to be judged.
+
+    The file does not say how the prompt was given; here it is a user's turn.
+    """
     instruction, output = record.response("instruction"), _answer(record, "output", record.field("output"))
     return JudgedText(
         place=record.place,
@@ -163,11 +195,13 @@ def _alpaca_text(record: Record) -> JudgedText:
 
 
 def _tldr_text(record: Record) -> JudgedText:
+    """A summary of TL;DR's file, to be judged."""
     fields, content = record.fields(), record.content("prompt")
     if "response" in fields:
         response = _answer(record, "response", fields["response"])
     else:
         response = _answer(record, "summary", record.field("summary"))
+        # A summary was stripped. After a raw prompt the space between the two has to come back.
         response = f" {response}" if isinstance(content, str) else response
     return JudgedText(
         place=record.place,
@@ -182,6 +216,7 @@ def _tldr_text(record: Record) -> JudgedText:
 
 
 def _mt_bench_outputs(path: str | Path, records: Sequence[Record], prompts: str | Path | None) -> Outputs:
+    """The answers of MT-Bench's file, turn by turn. Raises ConfigError if `prompts` is None."""
     if prompts is None:
         raise ConfigError(f"{path}: MT-Bench's answers do not repeat the questions; give their file as --prompts")
     questions = {one.record["question_id"]: one for one in load_questions(prompts, "mt_bench")}
@@ -198,6 +233,7 @@ def _mt_bench_outputs(path: str | Path, records: Sequence[Record], prompts: str 
 
 
 def _mt_bench_texts(record: Record, question: Question) -> list[JudgedText]:
+    """The answers to all turns of one question, each with the conversation before it."""
     choices = record.field("choices")
     asked = [question.content[0][1], *question.later_turns]
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
@@ -227,12 +263,13 @@ def _mt_bench_texts(record: Record, question: Question) -> list[JudgedText]:
                 reference=None,
             )
         )
+        # The next turn was asked after this answer.
         conversation = (*conversation, ("assistant", answer))
     return texts
 
 
 def _answer(record: Record, key: str, value: Any) -> str:
-    """May be empty: a model that says nothing has said that."""
+    """Checks that an answer is a text, and returns it. An empty text is an answer, too. Raises `DataError`."""
     if not isinstance(value, str):
         why = f"{type(value).__name__}, not text"
         raise record.refusal("wrong_type", key, value, why, "write the answer as text")
@@ -240,6 +277,7 @@ def _answer(record: Record, key: str, value: Any) -> str:
 
 
 def _finished(record: Record, value: Any) -> bool:
+    """Whether a `finish_reason` stands for a finished answer; None does. Raises `DataError` for unknown values."""
     if value not in (None, "stop", "length"):
         raise record.refusal(
             "wrong_type", "finish_reason", value, "neither stop nor length", "correct it, leave it out"

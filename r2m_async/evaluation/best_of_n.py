@@ -1,10 +1,13 @@
-"""Best-of-n: what a reward model's favourite among n samples is worth, against n's KL (`r2m bon`; GRM Sec. 5.2, Fig. 2).
+"""Best-of-n: how good a reward model's favourite among n samples is, against n's KL (`r2m bon`; GRM Sec. 5.2, Fig. 2).
 
-    OUT/table.md, OUT/results.json, OUT/best_of_n.png, and OUT/pool.jsonl where the samples were drawn here
+    OUT/table.md, OUT/results.json, OUT/best_of_n.png, and OUT/pool.jsonl if the samples were drawn here
 
-One pool of N samples per prompt serves every n. `best_of_n` is the mean over all C(N, n) subsets of the value of the
-subset's favourite, which is unbiased for n independent samples; the subsets are never listed, since the sample of rank
-i (1 is the lowest reward) is the favourite of C(i - 1, n - 1) of them. Rewards are shown less their value at n = 1.
+The favourite is the sample with the highest reward. One pool of N samples per prompt serves every n: `best_of_n` is the
+mean, over all C(N, n) subsets of n samples, of the value of the subset's favourite. This is unbiased if the samples are
+independent. The subsets are never listed. The sample of rank i, where 1 is the lowest reward, is the favourite of
+C(i - 1, n - 1) subsets, so it enters the mean with that weight.
+
+Results are gains: the value at n minus the value at n = 1.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ if TYPE_CHECKING:
     from r2m_async.from_scratch.embedded import EmbeddedModels
 
 MAX_N = 405
-"""The papers'."""
+"""The largest n in the papers."""
 NUM_POINTS = 17
+"""Number of values of n on a curve, before equal ones are merged."""
 SAMPLES_PER_PASS = 1024
+"""Limit on the samples that are drawn in one batch."""
 
 Array = NDArray[np.float64]
 
@@ -38,50 +43,68 @@ Array = NDArray[np.float64]
 
 
 def best_of_n(rewards: ArrayLike, values: ArrayLike, n: int) -> float:
-    """The expected value of the sample with the highest reward among n.
+    """The expected value of the favourite among n samples, that is, of the sample with the highest reward.
 
-    rewards, values: [N], of one pool of independent samples; with `values` the rewards themselves, their expected maximum.
-    n: 1 to N. Samples of equal reward are each other's equals: one of them is taken at random.
+    rewards: [N], of one pool of independent samples.
+    values: [N], what each sample is worth. If these are the rewards again, the result is the expected highest reward.
+    n: 1 to N.
+
+    Among samples with equal rewards each is the favourite with the same chance. Raises ValueError for shapes that
+    differ, and for another n.
     """
     rewards_N, values_N = np.asarray(rewards, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if rewards_N.shape != values_N.shape or rewards_N.ndim != 1:
         raise ValueError(f"rewards and values must have one shape [N], got {rewards_N.shape} and {values_N.shape}")
     order = np.argsort(rewards_N, kind="stable")
     _, tie_N = np.unique(rewards_N[order], return_inverse=True)
+    # Samples with equal rewards share the mean of their values, so their order among themselves does not matter.
     shared_N = (np.bincount(tie_N, weights=values_N[order]) / np.bincount(tie_N))[tie_N]
     return float(best_of_n_weights(len(rewards_N), n) @ shared_N)
 
 
 def best_of_n_weights(num_samples: int, n: int) -> Array:
-    """[N], C(i - 1, n - 1) / C(N, n) for ranks i = 1 ... N: the chance that rank i is the highest of n without replacement."""
+    """[N], for ranks i = 1 ... N: C(i - 1, n - 1) / C(N, n).
+
+    This is the chance that rank i is the highest of n ranks drawn without replacement. Raises ValueError unless n is 1
+    to N.
+    """
     from scipy.special import gammaln
 
     if not 1 <= n <= num_samples:
         raise ValueError(f"n = {n}: the best of n is estimated from at least n samples, and there are {num_samples}")
     ranks_N = np.arange(1, num_samples + 1, dtype=np.float64)
-    ranks_N = ranks_N[n - 1 :]  # no lower one can be the highest of n
+    ranks_N = ranks_N[n - 1 :]  # a lower rank cannot be the highest of n
+    # The binomials themselves overflow float64 for large N; their ratio does not.
     log_favoured = gammaln(ranks_N) - gammaln(ranks_N - n + 1) - gammaln(n)
     log_subsets = gammaln(num_samples + 1) - gammaln(num_samples - n + 1) - gammaln(n + 1)
     return np.concatenate([np.zeros(n - 1), np.exp(log_favoured - log_subsets)])
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n nats: KL(best of n || policy) where no two responses have one reward, else an upper bound."""
+    """log n - (n - 1) / n, in nats: KL(best of n || policy).
+
+    It is exact if no two responses have the same reward. Otherwise it is an upper bound.
+    """
     return math.log(n) - (n - 1) / n
 
 
 def sizes(max_n: int) -> list[int]:
-    """About NUM_POINTS values of n from 1 to `max_n`, evenly spread over log n."""
+    """About NUM_POINTS values of n from 1 to `max_n`, evenly spaced on a logarithmic scale."""
     return sorted({round(max_n ** (place / (NUM_POINTS - 1))) for place in range(NUM_POINTS)})
 
 
 def curves(rewards: Sequence[ArrayLike], golds: Sequence[ArrayLike], ns: Sequence[int]) -> dict[str, list[float]]:
-    """Means over prompts and their standard errors at each n, less the value at n = 1.
+    """Gains of the best of n over one sample: means over prompts, and their standard errors.
 
-    rewards, golds: per prompt [N], N its own and at least max(ns).
+    rewards, golds: for each prompt an array [N]. N may differ between prompts, and is at least max(ns).
+    ns: values of n.
+
+    Returns lists with a number for each n: `proxy` and `proxy_se` of the rewards, `gold` and `gold_se` of the golds.
+    The standard errors of a single prompt are NaN.
     """
     told: dict[str, list[float]] = {}
     for name, values in (("proxy", rewards), ("gold", golds)):
+        # The difference is taken prompt by prompt, so that the errors do not contain how prompts differ at n = 1.
         gains_PM = np.array(
             [
                 [best_of_n(rewards_N, values_N, n) - best_of_n(rewards_N, values_N, 1) for n in ns]
@@ -98,7 +121,12 @@ def curves(rewards: Sequence[ArrayLike], golds: Sequence[ArrayLike], ns: Sequenc
 
 
 def embedded_pool(models: EmbeddedModels, seed: int, num_prompts: int, num_samples: int) -> tuple[RankedPrompt, ...]:
-    """The embedded policy's samples on held-out prompts with the language's gold rewards, a function of the arguments."""
+    """Samples of the embedded policy on held-out prompts, with gold rewards.
+
+    They are a function of the arguments alone.
+
+    num_samples: samples per prompt.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from r2m_async.from_scratch import language
@@ -109,7 +137,7 @@ def embedded_pool(models: EmbeddedModels, seed: int, num_prompts: int, num_sampl
     for number, prompt in enumerate(language.prompts(num_prompts, seed, held_out=True)):
         samples = []
         for part, start in enumerate(range(0, num_samples, SAMPLES_PER_PASS)):
-            # Each its own seed, none of which the preferences' samples have.
+            # Each batch has its own seed, and the preference pairs were sampled with none of these.
             of_part = 2_000_000 + 1_000_000 * seed + 1000 * number + part
             count = min(SAMPLES_PER_PASS, num_samples - start)
             samples += sample_policy(policy, tokenizer, [prompt], samples_per_prompt=count, seed=of_part)[0]
@@ -118,9 +146,10 @@ def embedded_pool(models: EmbeddedModels, seed: int, num_prompts: int, num_sampl
 
 
 def load_pool(path: str | Path) -> tuple[RankedPrompt, ...]:
-    """JSONL of `prompt`, `responses` (texts) and, as long, `golds` (numbers; absent: NaN) and `finished` (absent: true).
+    """Reads a pool of samples from JSONL.
 
-    Raises `DataError`.
+    A record has `prompt` and `responses`, a list of texts. It may have two more lists of the same length: `golds`
+    (numbers; absent means NaN) and `finished` (booleans; absent means true). Raises `DataError` for anything else.
     """
 
     def parse(record: Record) -> RankedPrompt:
@@ -136,7 +165,7 @@ def load_pool(path: str | Path) -> tuple[RankedPrompt, ...]:
 
 
 def write_pool(pool: Sequence[RankedPrompt], path: Path) -> None:
-    """For `load_pool`."""
+    """Writes a pool as JSONL that `load_pool` reads. Raises DiskError."""
     records = [
         {
             "prompt": one.prompt,
@@ -150,9 +179,13 @@ def write_pool(pool: Sequence[RankedPrompt], path: Path) -> None:
 
 
 def _list(record: Record, key: str, value: Any, kind: type, length: int | None = None) -> list[Any]:
-    """A JSON list of str, bool or float, of this length or of any but 0."""
+    """Checks that `value` is a list of items of one kind: str, bool, or float for any number.
+
+    length: how many items there must be; None means one or more. Raises `DataError`.
+    """
 
     def fits(one: Any) -> bool:
+        # In Python a bool is an int, and JSON's true is no number here.
         return (isinstance(one, int | float) and not isinstance(one, bool)) if kind is float else isinstance(one, kind)
 
     if not (isinstance(value, list) and value and length in (None, len(value)) and all(map(fits, value))):
@@ -171,10 +204,16 @@ def measure_best_of_n(
     max_n: int = MAX_N,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Results by name: `ns`, `kl`, and per model its `curves`.
+    """The gains of the best of n by each of several reward models.
 
-    models, gold: as `reward_evaluation.evaluate` takes them; `gold` judges in place of the pool's own golds.
-    Raises ConfigError for what cannot be loaded, for a pool with fewer than `max_n` samples and for one without golds.
+    models: reward models, each named as for `evaluation.reward_models.evaluate`.
+    gold: a reward model, named in the same way, that gives gold rewards in place of the pool's own; None keeps those.
+    max_n: the largest n.
+    max_tokens: longest text that is read, in tokens; None means what a model's config says.
+
+    Returns results by name: `ns`, their `kl` in nats, and under `models` the `curves` of each model. Raises ConfigError
+    for a model that cannot be loaded, for a pool with fewer than `max_n` samples to a prompt, and for a pool without
+    gold rewards if `gold` is None.
     """
     from r2m_async.errors import ConfigError
     from r2m_async.models.loading import one_thread
@@ -203,7 +242,7 @@ def measure_best_of_n(
 
 
 def write_best_of_n(results: Mapping[str, Any], out: Path) -> str:
-    """Writes OUT's files; returns the table."""
+    """Writes the files of OUT, except for the pool, and returns the table."""
     from r2m_async.evaluation.plots import plot_best_of_n
 
     told = table(results)
@@ -213,7 +252,7 @@ def write_best_of_n(results: Mapping[str, Any], out: Path) -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown; gains over one sample, ± a standard error over prompts."""
+    """The results as a Markdown table: gains over one sample, each ± its standard error over prompts."""
     models = results["models"]
     head = ["n", "KL", *(f"{model}: {name} ± SE" for model in models for name in ("proxy", "gold"))]
     rows = []
@@ -228,7 +267,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _rewards(model: str, pool: Sequence[RankedPrompt], max_tokens: int | None) -> list[Array]:
-    """[N] per prompt."""
+    """For each prompt of the pool, the rewards [N] of its samples by the reward model `model`."""
     from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 
     texts = [(one.prompt, response.text, response.finished) for one in pool for response in one.responses]

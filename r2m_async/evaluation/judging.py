@@ -1,13 +1,14 @@
-"""Judgements of answer files: `r2m eval judge`, by a reward model, and `r2m eval win-rate`, by a judge's annotations.
+"""Judgements of answer files: `r2m eval judge` uses a reward model, `r2m eval win-rate` reads a judge's annotations.
 
-    OUT/table.md            what it also prints
+    OUT/table.md            the table that is also printed
     OUT/results.json
     OUT/rewards.jsonl       (judge) a line per answer
-    OUT/annotations.json    (judge --against) a record per comparison, in AlpacaEval's form: `r2m eval win-rate` reads it
+    OUT/annotations.json    (judge --against) a record per comparison, in AlpacaEval's form, for `r2m eval win-rate`
 
-An annotation has `instruction`, `output_1` (the opponent's), `output_2` (the model's) and `preference`: 1 to 2, the
-higher the more for output_2; 0 and 1.5 are ties, null is no judgement. So AlpacaEval has them (`describe_head2head` in
-github.com/tatsu-lab/alpaca_eval, src/alpaca_eval/metrics/helpers.py). Lengths are characters, as there.
+An annotation has `instruction`, `output_1` (the opponent's), `output_2` (the model's) and `preference`. A preference is
+from 1 to 2: the higher it is, the better is output_2. 1.5 is a tie, and so is 0; null is no judgement. This is
+AlpacaEval's form (`describe_head2head` in github.com/tatsu-lab/alpaca_eval, src/alpaca_eval/metrics/helpers.py). As
+there, lengths are in characters.
 """
 
 from __future__ import annotations
@@ -32,25 +33,29 @@ from r2m_async.runs.results import write_results
 from r2m_async.whole import disk_errors, write_file
 
 REFERENCE = "reference"
-"""`--against reference`: the authors' summaries in the file itself."""
+"""What `--against` names to compare with the authors' summaries, which are in the file itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotation:
-    """One comparison."""
+    """A judge's decision between two answers to one prompt."""
 
     group: Hashable
-    """The same for the turns of one question."""
+    """The same for all turns of one question."""
     instruction: str
     outputs: tuple[str, str]
-    """The opponent's, the model's."""
+    """The opponent's answer, then the model's."""
     generators: tuple[str, str]
+    """The names of the opponent and of the model."""
     preference: float | None
-    """0 to 1, 1 for the model; None where the judge gave none."""
+    """From 0 for the opponent to 1 for the model. None if the judge did not decide."""
 
 
 def win_rates(annotations: Sequence[Annotation]) -> dict[str, Any]:
-    """Results by name; rates in 0 ... 1. Raises DataError where no annotation has a preference."""
+    """Win rates and their statistics by name; rates are from 0 to 1.
+
+    Raises DataError if no annotation has a preference.
+    """
     judged = [(one, one.preference) for one in annotations if one.preference is not None]
     if not judged:
         raise DataError("the annotations have no preference at all: let the judge judge again")
@@ -64,6 +69,7 @@ def win_rates(annotations: Sequence[Annotation]) -> dict[str, Any]:
         "win_rate": _told(mean(preferences, groups)),
         "length_controlled_win_rate": _told(controlled.win_rate),
         "length_effect": controlled.length_effect,
+        # Here a preference between 0 and 1 counts as a whole win or loss, and a tie as half.
         "discrete_win_rate": float(((np.sign(preferences - 0.5) + 1) / 2).mean()),
         "num_wins": int((preferences > 0.5).sum()),
         "num_losses": int((preferences < 0.5).sum()),
@@ -78,7 +84,7 @@ def win_rates(annotations: Sequence[Annotation]) -> dict[str, Any]:
 
 
 def read_annotations(path: str | Path) -> tuple[Annotation, ...]:
-    """AlpacaEval's annotations.json, of one model against one other. Raises `DataError`."""
+    """Reads AlpacaEval's annotations.json, which is about one model against one other. Raises `DataError`."""
     annotations = tuple(map(_annotation, read_file(path)))
     if not annotations:
         raise DataError(f"{path}: no record; give a judge's annotations")
@@ -93,6 +99,7 @@ def read_annotations(path: str | Path) -> tuple[Annotation, ...]:
 
 
 def _annotation(record: Record) -> Annotation:
+    """The annotation of a record."""
     fields = record.fields()
     instruction = fields.get("instruction", record.place)
     outputs = tuple(record.field(key) for key in ("output_1", "output_2"))
@@ -100,6 +107,7 @@ def _annotation(record: Record) -> Annotation:
         if not isinstance(output, str):
             raise record.refusal("wrong_type", key, output, "not text", "write the output as text")
     return Annotation(
+        # Without a question's number every record is a group of its own.
         group=fields.get("question_id", record.place),
         instruction=str(instruction),
         outputs=(outputs[0], outputs[1]),
@@ -109,6 +117,7 @@ def _annotation(record: Record) -> Annotation:
 
 
 def _preference(record: Record) -> float | None:
+    """The preference of a record, from AlpacaEval's scale of 1 to 2 to one of 0 to 1. None for null and NaN."""
     value = record.field("preference")
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -128,13 +137,19 @@ def judge(
     prompts: str | Path | None = None,
     max_tokens: int | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """(results by name, a record per answer, a record per comparison).
+    """Scores an answer file with a reward model, and compares it with another answer file.
 
-    judge: a run of `reward-model train`, a sequence classifier, `embedded`, an OUT of `r2m export` (its classifier, without
-        the policy's feedback), or `module:attr`, f(prompt_text, response_text, finished) -> float, as `evaluation.gold`.
-    against: answers to the same prompts, or `reference`; more prompts than `outputs` has are left out.
-    prompts: MT-Bench's questions.
-    Raises ConfigError, also for a judge that fails or whose reward is not finite, and DataError.
+    outputs: the answer file.
+    judge: a run of `r2m reward-model train`, a sequence classifier, `embedded`, an OUT of `r2m export` (its classifier,
+        without the policy's feedback), or `module:attr`, a function f(prompt_text, response_text, finished) -> float
+        like `evaluation.gold`.
+    against: an answer file to the same prompts, or `reference`. It may have more prompts, which are left out. None
+        compares nothing.
+    prompts: the file of MT-Bench's questions.
+    max_tokens: longest text that the judge reads, in tokens; None means what its config says.
+
+    Returns (results by name, a record per answer, a record per comparison). Raises DataError for files that cannot be
+    read or compared, and ConfigError for a judge that cannot be loaded, fails, or gives a reward that is not finite.
     """
     ours = read_outputs(outputs, prompts)
     if not ours.texts:
@@ -170,6 +185,7 @@ def judge(
                 instruction=ours_one.instruction,
                 outputs=(theirs_one.output, ours_one.output),
                 generators=(theirs.generator, ours.generator),
+                # Equal rewards are a tie, 1/2.
                 preference=float((np.sign(reward - other) + 1) / 2),
             )
             annotations.append(one)
@@ -180,7 +196,10 @@ def judge(
 
 
 class _Scorer:
+    """The judge: a reward model, or a function of the user's own."""
+
     def __init__(self, judge: str, max_tokens: int | None) -> None:
+        """Loads the judge. A name with a colon is a function, unless there is a path of that name."""
         self._name = judge
         self._gold = self._model = None
         if ":" in judge and not Path(judge).exists():
@@ -192,10 +211,11 @@ class _Scorer:
 
     @property
     def num_cut(self) -> int:
+        """How many texts were too long for the reward model and lost their beginning."""
         return self._model.num_cut if self._model else 0
 
     def rewards(self, texts: Sequence[JudgedText]) -> np.ndarray:
-        """[N], finite"""
+        """Rewards [N] of N answers, all finite. Raises ConfigError naming an answer whose reward is not."""
         rewards = self._model_rewards(texts) if self._model else np.array([self._gold_reward(text) for text in texts])
         for text, reward in zip(texts, rewards, strict=True):
             if not np.isfinite(reward):
@@ -206,6 +226,7 @@ class _Scorer:
         return rewards
 
     def _model_rewards(self, texts: Sequence[JudgedText]) -> np.ndarray:
+        """Rewards [N] of N answers by the reward model."""
         from r2m_async.models.loading import one_thread
 
         assert self._model is not None
@@ -213,13 +234,14 @@ class _Scorer:
             return self._model.scores([(text.prompt, text.response, text.finished) for text in texts])
 
     def _gold_reward(self, text: JudgedText) -> float:
+        """The reward of one answer by the user's function. Raises ConfigError if it fails or returns no number."""
         assert self._gold is not None
         prompt = text.prompt if isinstance(text.prompt, str) else "\n".join(said for _, said in text.prompt)
         try:
             value = self._gold(prompt, text.response, text.finished)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # it comes from the terminal, not from the function
             raise
-        except BaseException as error:  # the user's program may raise anything, SystemExit too
+        except BaseException as error:  # the user's function may raise anything, SystemExit too
             what, frames = own_failure(error)
             raise ConfigError(
                 f"--judge {self._name}: cannot judge {_answer_of(text)}: {what}; correct the judge, or give it the answers "
@@ -235,10 +257,13 @@ class _Scorer:
 
 
 def _answer_of(text: JudgedText) -> str:
+    """For error messages: which answer it is."""
     return f"the answer to {text.instruction[:60]!r} ({text.place})"
 
 
 def _of_one(texts: Sequence[JudgedText], rewards: np.ndarray) -> dict[str, Any]:
+    """Mean reward, mean length and share of finished answers of one answer file."""
+    # The turns of one question are one draw of the standard error.
     groups = [text.key for text in texts]
     return {
         "num_prompts": len(set(groups)),
@@ -250,7 +275,10 @@ def _of_one(texts: Sequence[JudgedText], rewards: np.ndarray) -> dict[str, Any]:
 
 
 def _opponents(ours: Outputs, against: str, prompts: str | Path | None) -> Outputs:
-    """Of every answer of `ours` its opponent, in their order."""
+    """For each answer of `ours` the opponent's answer to the same prompt, in the same order.
+
+    Raises DataError if an answer is missing or there are two, and ConfigError for files of different formats.
+    """
     if against == REFERENCE:
         return Outputs(format=ours.format, generator=REFERENCE, texts=tuple(map(_reference, ours.texts)))
     theirs = read_outputs(against, prompts)
@@ -259,7 +287,7 @@ def _opponents(ours: Outputs, against: str, prompts: str | Path | None) -> Outpu
             f"--against {against}: is of format {theirs.format} and OUTPUTS of {ours.format}; give one format"
         )
     by_key = _by_key(theirs, against)
-    _by_key(ours, "OUTPUTS")
+    _by_key(ours, "OUTPUTS")  # raises if it has two answers to one prompt
     missing = [text for text in ours.texts if (text.key, text.turn) not in by_key]
     if missing:
         raise DataError(
@@ -271,6 +299,7 @@ def _opponents(ours: Outputs, against: str, prompts: str | Path | None) -> Outpu
 
 
 def _by_key(outputs: Outputs, name: str) -> dict[tuple[Hashable, int], JudgedText]:
+    """The answers of a file by prompt and turn. Raises DataError if two have the same."""
     found: dict[tuple[Hashable, int], JudgedText] = {}
     for text in outputs.texts:
         if (text.key, text.turn) in found:
@@ -282,6 +311,7 @@ def _by_key(outputs: Outputs, name: str) -> dict[tuple[Hashable, int], JudgedTex
 
 
 def _reference(text: JudgedText) -> JudgedText:
+    """The author's summary as an opponent's answer. Raises DataError if the file has none."""
     if text.reference is None:
         raise DataError(
             f"--against {REFERENCE}: the answer to {text.instruction[:60]!r} has no reference_summary; name a file of answers"
@@ -301,6 +331,7 @@ def _reference(text: JudgedText) -> JudgedText:
 def _compared(
     one: Annotation, text: JudgedText, form: str, judge: str, reward: float, reward_against: float
 ) -> dict[str, Any]:
+    """A comparison as a record of annotations.json."""
     assert one.preference is not None
     asked = {"question_id": one.group, "turn": text.turn} if form == "mt_bench" else {}
     return asked | {
@@ -320,7 +351,7 @@ def _compared(
 
 
 def write_judgement(judged: tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]], out: Path) -> str:
-    """What `judge` returned, as OUT's files; returns the table."""
+    """Writes what `judge` returned as the files of OUT, and returns the table."""
     results, records, compared = judged
     rows = [_row(results), *([_row(results["opponent"])] if "opponent" in results else [])]
     head = "| | reward | 95 % interval | answers | characters | finished |\n|---|---|---|---|---|---|\n"
@@ -331,16 +362,17 @@ def write_judgement(judged: tuple[dict[str, Any], list[dict[str, Any]], list[dic
         told += f"\n{results['num_texts_cut']} texts were longer than the judge reads and lost their beginning.\n"
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+        # One from an earlier command would not belong to these results.
         (out / "annotations.json").unlink(missing_ok=True)
     if compared:
         write_file(out / "annotations.json", json.dumps(compared, indent=2, ensure_ascii=False) + "\n")
     write_file(out / "rewards.jsonl", jsonl(records))
-    write_results(out, results, told)  # last: where results.json is, all is
+    write_results(out, results, told)  # last: where results.json is, all other files are, too
     return told
 
 
 def win_rate_table(results: Mapping[str, Any]) -> str:
-    """Markdown; ± is a standard error, over prompts."""
+    """The results of `win_rates` as Markdown. SE is a standard error over prompts."""
     plain, controlled = results["win_rate"], results["length_controlled_win_rate"]
     lines = [
         f"| {results['generator']} against {results['against']} | |",
@@ -357,6 +389,7 @@ def win_rate_table(results: Mapping[str, Any]) -> str:
 
 
 def _row(one: Mapping[str, Any]) -> str:
+    """A row of the table of rewards, for one answer file."""
     reward = one["reward"]
     interval = f"± {reward['half_width']:.3f}"
     return (
@@ -366,6 +399,7 @@ def _row(one: Mapping[str, Any]) -> str:
 
 
 def _told(estimate: Estimate) -> dict[str, Any]:
+    """An estimate by name, for results.json."""
     return {
         "value": estimate.value,
         "standard_error": estimate.standard_error,
@@ -375,4 +409,5 @@ def _told(estimate: Estimate) -> dict[str, Any]:
 
 
 def _percent(rate: Mapping[str, float]) -> str:
+    """A rate ± its standard error, in percent."""
     return f"{rate['value']:.1%} ± {rate['standard_error']:.1%}"

@@ -1,13 +1,15 @@
-"""What a policy's states tell of preferences, and how far they drift as it trains: what `r2m policy-states` finds out.
+"""What a policy's hidden states have to do with preferences, and how they drift in training: `r2m policy-states`.
 
-    OUT/table.md          what it also prints
-    OUT/results.json      the same in full, with the points of the second panel
+    OUT/table.md          the table that is also printed
+    OUT/results.json      all results, with the points of the second panel
     OUT/states.png
 
-Layer by layer, how alike texts of the same and of opposite preference are (R2M App. G.1, Fig. 1); at a deep layer,
-whether texts that are alike have like rewards (Fig. 2); and how far the states of the same texts are from POLICY's in
-later policies (Fig. 9b). A text's state is the mean over its tokens, prompt included; of Fig. 9b the paper does not say
-what its similarity is of: here, too, of these means, in the last layer behind the final norm.
+Three things are measured. Layer by layer, how similar texts of the same and of opposite preference are (R2M App. G.1,
+Fig. 1). In a deep layer, whether similar texts have similar rewards (Fig. 2). And in policies that POLICY became later,
+how far the hidden states of the same texts are from POLICY's (Fig. 9b).
+
+The hidden state of a text is the mean over its tokens, prompt included. The paper does not say which hidden states Fig.
+9b compares. Here they are these means, too, in the last layer after the final norm.
 
 The same arguments give the same numbers on the same machine.
 """
@@ -39,33 +41,39 @@ if TYPE_CHECKING:
     from r2m_async.from_scratch.embedded import EmbeddedModels
 
 DEEP = 30 / 32
-"""Of the layers: where Fig. 2 is taken."""
+"""Depth of the layer in which Fig. 2 is measured, as a share of the model's depth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySources:
-    """What to read; policies are HF names or directories, an OUT of `r2m export`, or `embedded`."""
+    """What to measure. A policy is a Hugging Face name, a directory, an OUT of `r2m export`, or `embedded`."""
 
     policy: str
+    """The policy whose hidden states are measured."""
     later: tuple[str, ...] = ()
-    """Policies that it became, whose states of the same texts are compared with its own."""
+    """Policies that it became. Their hidden states of the same texts are compared with its own."""
     pairs: str | None = None
-    """As `data.preferences`. None: for `embedded` the held-out pairs of its language."""
+    """Pairs, given as in `data.preferences`. None means the held-out pairs of the embedded language, for `embedded`
+    alone."""
     split: str | None = None
-    """Of `pairs` that are an HF data set; None: the default of `data.split`."""
+    """Split of `pairs`, if they are a Hugging Face data set. None means the default of `data.split`."""
     reward_model: str | None = None
-    """As of `reward-model eval`. None: an export's or the embedded one; for any other policy there is no Fig. 2."""
+    """A reward model, named as for `r2m reward-model eval`. None takes an export's own or the embedded one; with any
+    other policy Fig. 2 is left out."""
     max_tokens: int | None = None
-    """Longer texts lose their beginning; None: the default of a reward model's `data.max_tokens`."""
+    """Longest text that is read, in tokens; longer ones lose their beginning. None means the default of
+    `data.max_tokens`."""
     seed: int = 0
-    """Of all drawing."""
+    """Seed of all drawing of texts."""
 
 
 def policy_states(sources: PolicySources, embedded: EmbeddedModels | None = None) -> dict[str, Any]:
-    """All results by name, of numbers, lists and texts; what has no source is None.
+    """Measures a policy, and returns the results by name.
 
-    embedded: the models that `embedded` names; None means the default ones.
-    Raises ConfigError for what cannot be loaded or compared, DataError for pairs that cannot be read.
+    embedded: the models that `embedded` stands for; None means the default ones.
+
+    A result without a source is None. Raises ConfigError for what cannot be loaded or compared, and DataError for pairs
+    that cannot be read.
     """
     config = RewardModelConfig()
     if sources.max_tokens is not None:
@@ -82,10 +90,12 @@ def policy_states(sources: PolicySources, embedded: EmbeddedModels | None = None
         if reward_model is not None:
             ensemble = load_ensemble(reward_model, sources.max_tokens, embedded)
             rewards_N = TextScorer(ensemble).rewards(texts)
+        # Layer 0 of the means is the embeddings.
         deep = round(DEEP * (len(means_LND) - 1))
         last = {sources.policy: means_LND[-1]}
         for name in sources.later:
             own_ids, own_LND = _read(name, texts, config.data.max_tokens, embedded)
+            # Means over tokens can be compared only if both policies read the same tokens.
             _check_comparable(sources.policy, name, ids == own_ids, means_LND[-1].shape == own_LND[-1].shape)
             last[name] = own_LND[-1]
     return {
@@ -101,7 +111,7 @@ def policy_states(sources: PolicySources, embedded: EmbeddedModels | None = None
 
 
 def write_policy_states(results: Mapping[str, Any], out: Path) -> str:
-    """Writes OUT's files; returns the table."""
+    """Writes the files of OUT, and returns the table."""
     from r2m_async.evaluation.plots import plot_policy_states
 
     told = table(results)
@@ -111,7 +121,7 @@ def write_policy_states(results: Mapping[str, Any], out: Path) -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown."""
+    """The results as Markdown tables."""
     similarity = results["similarity"]
     parts = [f"# {results['policy']}\n"]
     parts.append(f"{similarity['num_chosen']} chosen and as many rejected texts of {results['num_pairs']} pairs\n")
@@ -130,6 +140,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _pairs(sources: PolicySources, config: RewardModelConfig) -> Sequence[ScoredPair]:
+    """The pairs to measure on, at least two. Raises ConfigError if no source is given."""
     if sources.pairs is not None:
         pairs = given_pairs(sources.pairs, config, sources.split)
     elif sources.policy == "embedded":
@@ -144,7 +155,11 @@ def _pairs(sources: PolicySources, config: RewardModelConfig) -> Sequence[Scored
 def _read(
     name: str, texts: Sequence[Text], max_tokens: int, embedded: EmbeddedModels | None
 ) -> tuple[list[list[int]], np.ndarray]:
-    """The texts as tokens, before they are cut to `max_tokens`, and the policy's `layer_means` [L, N, D] of them."""
+    """Loads a policy and reads the texts with it.
+
+    Returns the token ids of the texts before they are cut to `max_tokens`, and the `layer_means` [L, N, D] of the texts
+    after that. Raises ConfigError for a policy that cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = str(Path(name, "policy")) if is_export(name) else name
@@ -167,17 +182,23 @@ def _read(
         return [*policy_reads(prompt, tokenizer)[1], *response_ids(response, finished, tokenizer)]
 
     whole = [ids(text) for text in texts]
+    # Padding is masked, so any token id will do for it.
     return whole, layer_means(model.base_model, [one[-max_tokens:] for one in whole], padding=0)
 
 
 def _check_comparable(policy: str, later: str, same_tokens: bool, same_shape: bool) -> None:
+    """Raises ConfigError unless a later policy reads the same tokens and has hidden states of the same size."""
     if not (same_tokens and same_shape):
         what = "states of another size" if same_tokens else "other tokens of the same texts"
         raise ConfigError(f"--later {later}: has {what} than {policy}; name a policy that {policy} became")
 
 
 def _drift_results(last: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Means over texts: cosines of all policies with all, as Fig. 9b draws them, and distances from the first one's."""
+    """The drift between policies, as means over texts.
+
+    last: for each policy its hidden states [N, D] in the last layer. Returns cosines of all policies with all others,
+        as Fig. 9b draws them, and distances from the first policy in units of its norm.
+    """
     states = list(last.values())
     drifts = [[reward_metrics.state_drift(one, other) for other in states] for one in states]
     return {

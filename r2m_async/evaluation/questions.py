@@ -1,10 +1,10 @@
-"""The prompt files of three judges, read and checked.
+"""The prompt files of three benchmarks, read and checked.
 
-    alpaca_eval  `instruction`, or `prompt` (a text or one user turn); `dataset` is taken over into the answer
+    alpaca_eval  `instruction`, or `prompt` (a text or one user turn); `dataset` is copied into the answer
     mt_bench     `turns`, `category`, and `question_id` or an `id` that ends with it
     tldr         `prompt` (a text or one user turn), and the author's summary as `reference_summary` or `completion`
 
-Files are JSON lists, as AlpacaEval's own, or JSONL. Sources: github.com/tatsu-lab/alpaca_eval; FastChat's
+A file is a JSON list, as AlpacaEval's own file is, or JSONL. Sources: github.com/tatsu-lab/alpaca_eval; FastChat's
 `llm_judge/data/mt_bench/question.jsonl`, github.com/lm-sys/FastChat; huggingface.co/datasets/trl-lib/tldr.
 """
 
@@ -22,6 +22,7 @@ from r2m_async.errors import ConfigError, DataError
 
 Format: TypeAlias = Literal["alpaca_eval", "mt_bench", "tldr"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+"""The benchmarks whose files can be read."""
 
 MT_BENCH_TEMPERATURES = {
     "writing": 0.7,
@@ -33,29 +34,30 @@ MT_BENCH_TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-"""FastChat's `temperature_config`."""
+"""Sampling temperature of each category, as in FastChat's `temperature_config`."""
 DEFAULT_TEMPERATURE = {"alpaca_eval": 0.7, "mt_bench": 0.7, "tldr": 0.0}
-"""MT-Bench's is of categories that FastChat does not know; TL;DR's is TRL's."""
+"""Sampling temperature of each format. MT-Bench's counts for categories that FastChat does not know. TL;DR's is that of
+TRL."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What a model is asked."""
+    """What a model is asked, in one turn or in several."""
 
     place: str
-    """File and line."""
+    """Where the question is, for error messages: file and line."""
     content: Content
-    """The first prompt: turns, or raw text."""
+    """The first prompt: messages, or raw text."""
     later_turns: tuple[str, ...]
-    """What the user says after each answer."""
+    """What the user says after the first answer, after the second, and so on."""
     temperature: float
-    """The format's own."""
+    """The sampling temperature that the benchmark prescribes."""
     record: dict[str, Any]
-    """What the answer's record takes over."""
+    """Fields that are copied into the record of the answer."""
 
 
 def read_file(path: str | Path) -> Iterator[Record]:
-    """The records of a JSON list or of JSONL. Raises `DataError`."""
+    """Yields the records of a file, which is a JSON list or JSONL. Raises `DataError` if it cannot be read."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -76,17 +78,24 @@ def read_file(path: str | Path) -> Iterator[Record]:
 
 
 def default_chat(form: Format) -> bool:
-    """Whether prompts are turns, for the chat template; a TL;DR post is raw text that ends with `TL;DR:`."""
+    """Whether a format's prompts are turns for the chat template.
+
+    A TL;DR post is raw text, which ends with `TL;DR:`.
+    """
     return form != "tldr"
 
 
 def load_questions(
     path: str | Path, form: Format, *, chat: bool | None = None, limit: int | None = None
 ) -> tuple[Question, ...]:
-    """The first `limit` questions of a prompt file.
+    """Reads the questions of a prompt file.
 
+    form: the format of the file.
     chat: whether a prompt is a turn of the user (True) or raw text (False); None means `default_chat`.
-    Raises `DataError` for a record without what the format needs, and for a file without any.
+    limit: the number of questions to read; None means all.
+
+    Raises `DataError` for a record that lacks what the format needs and for a file without a record, and ConfigError if
+    MT-Bench's turns are to be raw text.
     """
     chat = default_chat(form) if chat is None else chat
     parse = {"alpaca_eval": _alpaca_question, "mt_bench": _mt_bench_question, "tldr": _tldr_question}[form]
@@ -101,6 +110,7 @@ def load_questions(
 
 
 def _alpaca_question(record: Record, chat: bool) -> Question:
+    """The question of a record of AlpacaEval."""
     fields = record.fields()
     instruction = record.response("instruction") if "instruction" in fields else _one_text(record, "prompt")
     taken = {key: fields[key] for key in ("dataset",) if key in fields}
@@ -114,6 +124,7 @@ def _alpaca_question(record: Record, chat: bool) -> Question:
 
 
 def _mt_bench_question(record: Record, chat: bool) -> Question:
+    """The question of a record of MT-Bench, which mostly has two turns."""
     if not chat:
         raise ConfigError("--no-chat: MT-Bench has a second turn, which raw text has no place for; leave it out")
     turns = _texts(record, "turns", record.field("turns"))
@@ -128,6 +139,7 @@ def _mt_bench_question(record: Record, chat: bool) -> Question:
 
 
 def _tldr_question(record: Record, chat: bool) -> Question:
+    """The question of a TL;DR post. The author's summary is stripped, as judges compare stripped summaries."""
     content: Content = record.content("prompt") if chat else _one_text(record, "prompt")
     taken: dict[str, Any] = {"prompt": content if isinstance(content, str) else turns_of(content)}
     fields = record.fields()
@@ -145,6 +157,7 @@ def _tldr_question(record: Record, chat: bool) -> Question:
 
 
 def _one_text(record: Record, key: str) -> str:
+    """The text of a prompt that is a text or a single turn. Raises `DataError` for several turns."""
     content = record.content(key)
     if isinstance(content, str):
         return content
@@ -155,7 +168,7 @@ def _one_text(record: Record, key: str) -> str:
 
 
 def question_id(record: Record) -> int:
-    """FastChat's number of a question."""
+    """FastChat's number of a question: `question_id`, or else the number at the end of `id`. Raises `DataError`."""
     fields = record.fields()
     if "question_id" in fields:
         value = fields["question_id"]
@@ -171,10 +184,12 @@ def question_id(record: Record) -> int:
 
 
 def _texts(record: Record, key: str, value: Any) -> list[str]:
+    """Checks that `value` is a list of one or more texts, and returns it. Raises `DataError`."""
     if not (isinstance(value, list) and value and all(isinstance(one, str) and one.strip() for one in value)):
         raise record.refusal("wrong_type", key, value, "not a list of one or more texts", "write one per turn")
     return value
 
 
 def turns_of(content: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
+    """Messages as the list of {"role", "content"} that files have."""
     return [{"role": role, "content": text} for role, text in content]

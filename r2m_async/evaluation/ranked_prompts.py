@@ -1,14 +1,16 @@
-"""What reward models are evaluated on beside pairs: ranked responses of the embedded language, and RM-Bench's styles.
+"""Prompts whose responses have a known order: four splits of the embedded language, and the prompts of RM-Bench.
 
-BSR (Sec. 2.2) asks what a reward model learnt by taking it to prompts, and to writers, that it was not trained on:
+BSR (Sec. 2.2) asks what a reward model has learnt. It measures the model on prompts that it was not trained on, and on
+responses by writers that it was not trained on:
 
                         the embedded policy writes      four other writers write
     training prompts    in_domain                       response_disjoint
     held-out prompts    prompt_disjoint                 mutual_disjoint
 
-Four responses to a prompt each, ranked by the language's gold reward. The embedded preferences pair the policy's samples
-on all training prompts; `in_domain` has new ones of those, where BSR keeps two of four responses back. The other
-writers stand in for its four unseen models: each writes one response to every prompt, now and then with a fault of its kind.
+Each prompt has four responses, which the embedded language's gold reward ranks. The embedded preference pairs are
+samples of the embedded policy on all training prompts. So `in_domain` takes new samples on those prompts, where BSR
+keeps two of four responses back. The other writers are programs that stand in for BSR's four unseen models. Each of
+them writes one response to every prompt, and now and then makes a fault of its own kind.
 """
 
 from __future__ import annotations
@@ -40,32 +42,44 @@ if TYPE_CHECKING:
     from r2m_async.from_scratch.embedded import EmbeddedModels
 
 SPLITS = ("in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
+"""Names of the splits, as in the table above."""
 NUM_RESPONSES = 4
+"""Responses to each prompt of a split."""
 NUM_STYLES = 3
+"""Styles in which RM-Bench has every response."""
 RM_BENCH_DOMAINS = ("chat", "math", "code", "safety-refuse", "safety-response")
+"""RM-Bench's domains, as its files of a single domain are called."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
+    """A response as text."""
+
     text: str
     finished: bool
+    """Whether the response ended by itself and was not cut off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedPrompt:
-    """A prompt with responses to it (NUM_RESPONSES in the splits) and the gold reward of each."""
+    """A prompt with several responses and their gold rewards. In the splits there are NUM_RESPONSES."""
 
     prompt: Content
     responses: tuple[Response, ...]
     golds: tuple[float, ...]
+    """The gold reward of each response; NaN where it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StyledPrompt:
-    """A record of RM-Bench; responses by rising style: concise, detailed, detailed with markdown."""
+    """A prompt of RM-Bench: three chosen and three rejected responses, one in each style.
+
+    The styles come in this order: concise, detailed, detailed with markdown.
+    """
 
     prompt: Content
     domain: str
+    """RM-Bench's domain of the prompt, such as `chat` or `safety-refuse`."""
     chosen: tuple[str, ...]
     rejected: tuple[str, ...]
 
@@ -73,7 +87,11 @@ class StyledPrompt:
 def embedded_splits(
     models: EmbeddedModels, seed: int, num_prompts: int = NUM_HELD_OUT_PROMPTS
 ) -> dict[str, tuple[RankedPrompt, ...]]:
-    """SPLITS by name with `num_prompts` (at most NUM_HELD_OUT_PROMPTS) prompts each, a function of the arguments alone."""
+    """The prompts of the four splits, by the name of the split. They are a function of the arguments alone.
+
+    models: the embedded models, whose policy writes half of the responses.
+    num_prompts: prompts per split, at most NUM_HELD_OUT_PROMPTS.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from r2m_async.from_scratch.embedded import sample_policy
@@ -82,7 +100,7 @@ def embedded_splits(
     splits: dict[str, tuple[RankedPrompt, ...]] = {}
     for held_out, (by_policy, by_others) in ((False, SPLITS[0::2]), (True, SPLITS[1::2])):
         chosen = prompts(num_prompts, seed, held_out=held_out)
-        # The preferences were sampled with small seeds: with one of those, these could be the very same samples.
+        # The preference pairs were sampled with small seeds. The same seed here could give the very same samples.
         samples = sample_policy(
             policy, tokenizer, chosen, samples_per_prompt=NUM_RESPONSES, seed=1_000_000 + 2 * seed + held_out
         )
@@ -96,17 +114,19 @@ def embedded_splits(
 
 
 def ranked(prompt: str, responses: Sequence[Response]) -> RankedPrompt:
-    """Responses to a prompt of the embedded language, with their gold rewards."""
+    """A prompt of the embedded language with its responses, and the gold reward of each."""
     golds = tuple(gold_reward(prompt, one.text, one.finished) for one in responses)
     return RankedPrompt(prompt=prompt, responses=tuple(responses), golds=golds)
 
 
 def load_rm_bench(path: str | Path) -> tuple[StyledPrompt, ...]:
-    """RM-Bench's files as they are published, JSON lists, or JSONL: one path, or several with commas between them.
+    """Reads the prompts of RM-Bench.
 
-    A record has `prompt`, `domain`, and three styles each in `chosen` and `rejected`, or in `chosen_styles` and
-    `rejected_styles`. The published files of one domain have it in their name alone (`safety-refuse_filtered.json`).
-    Raises `DataError` for anything else.
+    path: a file as RM-Bench publishes it (a JSON list), a JSONL file, or several files with commas between them.
+
+    A record has `prompt` and `domain`, and three responses each in `chosen` and `rejected` (or in `chosen_styles` and
+    `rejected_styles`). The published files of a single domain have no `domain`: their name says it, as in
+    `safety-refuse_filtered.json`. Raises `DataError` for anything else.
     """
     items = [str(path)] if Path(path).is_file() else [item.strip() for item in str(path).split(",")]
     styled = []
@@ -114,6 +134,7 @@ def load_rm_bench(path: str | Path) -> tuple[StyledPrompt, ...]:
         named = Path(item).stem.removesuffix("_filtered")
         for record in read_file(item) if Path(item).is_file() else read_records(item):
             prompt = record.content("prompt")
+            # A published file of a single domain has the domain in its name alone.
             in_name = named in RM_BENCH_DOMAINS and "domain" not in record.fields()
             one = StyledPrompt(
                 prompt=(("user", prompt),) if isinstance(prompt, str) else prompt,
@@ -128,6 +149,7 @@ def load_rm_bench(path: str | Path) -> tuple[StyledPrompt, ...]:
 
 
 def _styles(record: Record, side: str) -> tuple[str, ...]:
+    """The three responses of one side, `chosen` or `rejected`, of a record."""
     key = f"{side}_styles" if f"{side}_styles" in record.fields() else side
     styles = record.field(key)
     if not (isinstance(styles, list) and len(styles) == NUM_STYLES and all(isinstance(one, str) for one in styles)):
@@ -136,29 +158,31 @@ def _styles(record: Record, side: str) -> tuple[str, ...]:
     return tuple(styles)
 
 
-# The other writers: natural text, in which some sentences have a fault of the writer's kind. Style alone gives no rank away.
+# The other writers: all write natural text, and some of their sentences have a fault of the writer's kind. As most
+# sentences of every writer are natural, a writer's style alone does not give the rank of its response away.
 
 FAULTY = 0.2
-"""Of the sentences. With faults in most of them every reward model's tau is about 0, and none can be told from another."""
+"""Share of the sentences that have a fault. If most had one, the tau of every reward model would be near 0, and no two
+reward models could be told apart."""
 
 
 def _careless(prompt: str, rng: random.Random) -> Response:
-    """Words dropped, doubled or replaced."""
+    """In some sentences a word is dropped, doubled or replaced."""
     return Response(text=f" {sample_response(prompt, rng, noise=FAULTY)}", finished=True)
 
 
 def _ornate(prompt: str, rng: random.Random) -> Response:
-    """An adjective for every noun and an adverb for the verb, of either tone."""
+    """Some sentences have an adjective before every noun, perhaps of the wrong tone, and end with an adverb."""
     return _joined(_ornate_sentence(prompt, rng) if rng.random() < FAULTY else one for one in _natural(prompt, rng))
 
 
 def _repeating(prompt: str, rng: random.Random) -> Response:
-    """Says its sentences again."""
+    """Some sentences are said twice."""
     return _joined(again for one in _natural(prompt, rng) for again in [one] * (1 + (rng.random() < FAULTY)))
 
 
 def _wandering(prompt: str, rng: random.Random) -> Response:
-    """Now and then on another prompt's topic, or cut off."""
+    """Some responses are about the topic of another prompt, and some are cut off."""
     about = rng.choice(prompts(NUM_HELD_OUT_PROMPTS, 0, held_out=True)) if rng.random() < FAULTY else prompt
     words = sample_response(about, rng).split()
     kept = rng.randint(1, len(words)) if rng.random() < FAULTY else len(words)
@@ -166,11 +190,12 @@ def _wandering(prompt: str, rng: random.Random) -> Response:
 
 
 def _natural(prompt: str, rng: random.Random) -> list[str]:
-    """Sentences."""
+    """Natural sentences on the topic of a prompt, as a list."""
     return [f"{one.strip()} {END}" for one in sample_response(prompt, rng).split(END) if one.strip()]
 
 
 def _ornate_sentence(prompt: str, rng: random.Random) -> str:
+    """A sentence of `_ornate`: its adjectives may have the wrong tone, and its nouns may be off the topic."""
     tone, noun = topic(prompt)
     words: list[str] = []
     for named in (noun if rng.random() < 0.6 else rng.choice(NOUNS), rng.choice(NOUNS)):
@@ -180,7 +205,9 @@ def _ornate_sentence(prompt: str, rng: random.Random) -> str:
 
 
 def _joined(sentences: Iterable[str]) -> Response:
+    """A finished response that consists of these sentences."""
     return Response(text=f" {' '.join(sentences)}", finished=True)
 
 
 OTHER_WRITERS: tuple[Callable[[str, random.Random], Response], ...] = (_careless, _ornate, _repeating, _wandering)
+"""Each takes a prompt and a random generator, and writes a response."""

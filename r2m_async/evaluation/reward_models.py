@@ -1,14 +1,17 @@
-"""What `r2m reward-model eval` finds out about a reward model, and the files it leaves.
+"""What `r2m reward-model eval` measures of a reward model, and the files that it writes.
 
-    OUT/table.md          what it also prints
-    OUT/results.json      the same in full, with the points of the last panel
+    OUT/table.md          the table that is also printed
+    OUT/results.json      all results, with the points of the last panel
     OUT/evaluation.png
 
-Accuracy on held-out pairs; accuracy and Kendall's tau on the four splits of the embedded language; RM-Bench's grid;
-norms and effective rank of the states that the head reads; and how alike the texts of one preference are, layer by
-layer. R2M's Figures 1 and 2 read a policy's states (`policy_states`); these are of the reward model's own backbone. An
-ensemble's rewards are combined; the states are those of its first model. The final norm (RMSNorm, LayerNorm) leaves the
-norms of states little room: their spread is small, and compares models of one architecture alone.
+It measures the accuracy on held-out pairs; accuracy and Kendall's tau on the four splits of the embedded language;
+RM-Bench's grid of styles; norms and effective rank of the hidden states that the head reads; and, layer by layer, how
+similar the hidden states of texts of the same preference are. R2M's Figures 1 and 2 read a policy's hidden states, as
+`policy_states` does. Here they are those of the reward model's own backbone.
+
+The rewards of an ensemble are combined, while hidden states are those of its first model. A backbone's final norm
+(RMSNorm, LayerNorm) leaves the norms of hidden states little room. Their spread is small, and should be compared only
+between models of one architecture.
 
 The same arguments give the same numbers on the same machine.
 """
@@ -46,39 +49,48 @@ from r2m_async.reward_models.preferences import ScoredPair, given_pairs, load_pr
 from r2m_async.runs.results import markdown_table, write_results
 
 NUM_STATES = 256
-"""Texts at most whose norms and effective rank are taken; as many of every set as the smallest has."""
+"""Limit on the texts of a set whose hidden states are measured. All sets give as many texts as the smallest one has,
+because effective ranks can be compared only for equal numbers of texts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSources:
-    """What to evaluate on; at least one of them."""
+    """What to evaluate a reward model on. For a run the defaults suffice."""
 
     pairs: str | None = None
-    """As `data.preferences`. None: for a run the pairs that it held out, and its training pairs for their states."""
+    """Pairs, given as in `data.preferences`. None takes what a run held out, and then also measures the hidden states
+    of its training pairs."""
     split: str | None = None
-    """Of `pairs` that are an HF data set. None: the run's `data.split`, or that section's default."""
+    """Split of `pairs`, if they are a Hugging Face data set. None means the run's `data.split` or its default."""
     rm_bench: Path | None = None
+    """RM-Bench's file, or several with commas between them. None leaves RM-Bench out."""
     embedded: bool | None = None
-    """The four splits. None: for a run on the embedded preferences, and for the embedded reward model."""
+    """Whether to take the four splits of the embedded language. None takes them for a run on the embedded preferences,
+    and for the embedded reward model."""
     num_prompts: int = 200
-    """Per split, 1 to 200."""
+    """Prompts per split, 1 to 200."""
     initial_policy: str | None = None
-    """Of an export: the policy that its run started from, HF name, directory or `embedded`. None: as the export names it."""
+    """For an export: the policy that its run started from, as a Hugging Face name, a directory, or `embedded`. None
+    takes the policy that the export names."""
     max_tokens: int | None = None
-    """None: the run's `data.max_tokens`, or that section's default."""
+    """Longest text that is read, in tokens; longer ones lose their beginning. None means the run's `data.max_tokens`,
+    or the default of that key."""
     seed: int = 0
-    """Of the splits' responses and of all drawing."""
+    """Seed of the splits' responses, and of all drawing of texts."""
 
 
 def evaluate(
     model: str, sources: EvaluationSources | None = None, embedded: EmbeddedModels | None = None
 ) -> dict[str, Any]:
-    """All results by name, of numbers, lists and texts; what has no source is None.
+    """Measures a reward model on all sources, and returns the results by name.
 
-    model: a run directory of `reward-model train`, the HF name or directory of a sequence classifier, `embedded`; or what
-        `r2m export` wrote: its classifier, and on the pairs also its head with a policy's feedback, `_feedback_results`.
-    embedded: whose policy writes for the splits; None means the default ones.
-    Raises ConfigError for a model that cannot be loaded and where there is nothing to evaluate on, DataError for files.
+    model: a run directory of `r2m reward-model train`, a sequence classifier (Hugging Face name or directory),
+        `embedded`, or an OUT of `r2m export`. Of an export this is the classifier; on pairs its head with a policy's
+        feedback is measured, too (`_feedback_results`).
+    embedded: the embedded models, whose policy writes for the splits; None means the default ones.
+
+    A result without a source is None. Raises ConfigError for a model that cannot be loaded and if there is nothing to
+    evaluate on, and DataError for files that cannot be read.
     """
     sources = sources or EvaluationSources()
     ensemble = load_ensemble(model, sources.max_tokens, embedded)
@@ -111,7 +123,7 @@ def evaluate(
 
 
 def write_evaluation(results: Mapping[str, Any], out: Path) -> str:
-    """Writes OUT's files; returns the table."""
+    """Writes the files of OUT, and returns the table."""
     from r2m_async.evaluation.plots import plot_reward_evaluation
 
     told = table(results)
@@ -121,7 +133,7 @@ def write_evaluation(results: Mapping[str, Any], out: Path) -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown; SE is a standard error, over pairs or over prompts."""
+    """The results as Markdown. SE is a standard error, over pairs or over prompts."""
     parts = [f"# {results['model']}\n"]
     if results["num_texts_cut"]:
         cut, limit = results["num_texts_cut"], results["max_tokens"]
@@ -161,6 +173,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _pair_results(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
+    """Accuracy on pairs with its standard error, from the rewards [B] of their chosen and rejected responses."""
     accuracy = reward_metrics.pairwise_accuracy(chosen, rejected)
     error = math.sqrt(accuracy * (1 - accuracy) / len(chosen))
     return {"accuracy": accuracy, "accuracy_se": error, "num": len(chosen)}
@@ -169,11 +182,14 @@ def _pair_results(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
 def _feedback_results(
     export: str, pairs: Sequence[ScoredPair], sources: EvaluationSources, embedded: EmbeddedModels | None
 ) -> dict[str, Any] | None:
-    """R2M App. G.6 and Table 3, rewards at t = T with clipping and bonuses; None for a head that reads no feedback.
+    """Accuracy of an export's head with a policy's feedback, before and after the run (R2M App. G.6, Table 3).
 
-    before: the head as it was drawn, with the states of the policy that the run started from; None where it is not known.
-    after: the exported head with the exported policy's states.
-    Table 3's vanilla reward model is the classifier of an export, which is frozen: `pairs` in the results.
+    `before` is the head as it was drawn, with the hidden states of the policy that the run started from; None if that
+    policy is not known. `after` is the exported head with the exported policy's hidden states. Rewards are those at
+    t = T, with clipping and bonuses. The vanilla reward model of Table 3 is the export's classifier, which stands under
+    `pairs` in the results.
+
+    Returns None if the head reads no feedback.
     """
     after = RewardScorer(export, at_horizon=True)
     if not after.reads_feedback:
@@ -186,6 +202,11 @@ def _feedback_results(
 
 
 def _accuracy_of(scorer: RewardScorer, pairs: Sequence[ScoredPair]) -> dict[str, Any]:
+    """The `_pair_results` of an exported reward model.
+
+    Each text is scored by itself, since a pair's responses may end differently.
+    """
+
     def rewards(texts: Sequence[Text]) -> np.ndarray:
         return np.array([scorer.score(_turns(prompt), [text], finished).item() for prompt, text, finished in texts])
 
@@ -193,6 +214,10 @@ def _accuracy_of(scorer: RewardScorer, pairs: Sequence[ScoredPair]) -> dict[str,
 
 
 def _split_results(scorer: TextScorer, split: Sequence[RankedPrompt]) -> dict[str, Any]:
+    """Kendall's tau and accuracy on one split, with the standard error of tau over prompts.
+
+    Prompts whose gold rewards are all equal have no order. They are left out of tau and counted by themselves.
+    """
     golds = [one.golds for one in split]
     rewards = scorer.rewards(_ranked_texts(split)).reshape(len(split), -1)
     taus = reward_metrics.kendall_taus(rewards, golds)
@@ -206,10 +231,10 @@ def _split_results(scorer: TextScorer, split: Sequence[RankedPrompt]) -> dict[st
 
 
 def _rm_bench_results(scorer: TextScorer, styled: Sequence[StyledPrompt]) -> dict[str, Any]:
-    """By domain, by the halves of `safety`, and `all`, the mean of the domains.
+    """RM-Bench's accuracies for each domain, for the two halves of `safety`, and for `all`, the mean of the domains.
 
-    `safety` pools the prompts of its halves, as RM-Bench's own script does (scripts/utils.py, `split_dataset_by_domain`):
-    there are more to refuse than to answer.
+    `safety` pools the prompts of its halves, as RM-Bench's own script does (scripts/utils.py,
+    `split_dataset_by_domain`). There are more prompts to refuse than prompts to answer.
     """
     rewards = scorer.rewards(_styled_texts(styled)).reshape(len(styled), 2, NUM_STYLES)
 
@@ -221,6 +246,7 @@ def _rm_bench_results(scorer: TextScorer, styled: Sequence[StyledPrompt]) -> dic
     domains = dict.fromkeys(_domain(half) for half in halves)
     whole = {name: grid_of(name, _domain) for name in domains}
     shown = {name: grid_of(name, str) for name in halves} | whole
+    # A mean over domains, not over prompts: large domains do not count more.
     shown["all"] = np.mean([grid for grid, _ in whole.values()], axis=0), len(styled)
     return {
         name: asdict(reward_metrics.style_averages(grid)) | {"grid": grid.tolist(), "num": num}
@@ -229,11 +255,12 @@ def _rm_bench_results(scorer: TextScorer, styled: Sequence[StyledPrompt]) -> dic
 
 
 def _domain(half: str) -> str:
-    """`safety` of `safety-refuse`; other domains are whole."""
+    """The domain of a half: `safety` for `safety-refuse`. Other domains have no halves."""
     return half.split("-")[0]
 
 
 def _state_results(scorer: TextScorer, sets: Mapping[str, Sequence[Text]], seed: int) -> dict[str, Any]:
+    """Norms and effective rank of the hidden states that the head reads, for each set of texts."""
     num = min([NUM_STATES, *map(len, sets.values())])
     results = {}
     for name, texts in sets.items():
@@ -250,9 +277,11 @@ def _state_results(scorer: TextScorer, sets: Mapping[str, Sequence[Text]], seed:
 
 
 def _similarity_results(scorer: TextScorer, pairs: Sequence[ScoredPair], seed: int) -> dict[str, Any]:
+    """How similar texts of the same and of opposite preference are, by layer, and how similarity goes with rewards."""
     rng = random.Random(f"{seed}/similarity")
     texts = compared_texts(pairs, rng)
     _, means_LND = scorer.states(texts)
+    # Rewards and hidden states of one and the same model: an ensemble's rewards do not come from these states.
     return preference_comparison(means_LND, scorer.rewards_of_first(texts), len(means_LND) - 1, rng)
 
 
@@ -262,12 +291,12 @@ def _similarity_results(scorer: TextScorer, pairs: Sequence[ScoredPair], seed: i
 def _pairs(
     ensemble: RewardEnsemble, sources: EvaluationSources, is_run: bool
 ) -> tuple[Sequence[ScoredPair], Sequence[ScoredPair]]:
-    """Training pairs, where they are known, and held-out ones."""
+    """(training pairs, held-out pairs). There are training pairs only for a run that is measured on its own data."""
     if sources.pairs is not None:
         return (), given_pairs(sources.pairs, ensemble.config, sources.split)
     if not is_run:
         return (), ()
-    data = load_preference_data(ensemble.config.loss(preference="bt"))  # margins are not read
+    data = load_preference_data(ensemble.config.loss(preference="bt"))  # `bt` reads no margins, and none are needed
     return data.training, data.held_out
 
 
@@ -277,6 +306,7 @@ def _texts_by_set(
     splits: Mapping[str, Sequence[RankedPrompt]],
     styled: Sequence[StyledPrompt],
 ) -> dict[str, list[Text]]:
+    """Texts to measure hidden states of, by the name of their set. Sets without texts are left out."""
     sets = {
         "training pairs": chosen_texts(training) + rejected_texts(training),
         "held-out pairs": chosen_texts(pairs) + rejected_texts(pairs),
@@ -287,15 +317,17 @@ def _texts_by_set(
 
 
 def _turns(prompt: Content) -> str | list[dict[str, str]]:
+    """A prompt as `RewardScorer.score` takes it: a text, or a list of {"role", "content"}."""
     return prompt if isinstance(prompt, str) else [{"role": role, "content": content} for role, content in prompt]
 
 
 def _ranked_texts(split: Sequence[RankedPrompt]) -> list[Text]:
+    """All responses of a split with their prompts, in the order of the prompts."""
     return [(one.prompt, response.text, response.finished) for one in split for response in one.responses]
 
 
 def _styled_texts(styled: Sequence[StyledPrompt]) -> list[Text]:
-    """Six of a prompt: the chosen styles, then the rejected ones."""
+    """Six texts for each prompt: the chosen response in its three styles, then the rejected one."""
     return [(one.prompt, text, True) for one in styled for text in (*one.chosen, *one.rejected)]
 
 
@@ -303,4 +335,5 @@ def _styled_texts(styled: Sequence[StyledPrompt]) -> list[Text]:
 
 
 def _with_error(values: Mapping[str, float], key: str) -> str:
+    """A number ± its standard error, for a table."""
     return f"{values[key]:.3f} ± {values[f'{key}_se']:.3f}"

@@ -1,4 +1,4 @@
-"""Texts scored by reward models: rewards and last-layer states."""
+"""Rewards and hidden states of texts, by a reward model or by an ensemble of them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,20 @@ from r2m_async.reward_models.ensemble import RewardEnsemble
 
 
 class TextScorer:
-    """Rewards and states of texts by an ensemble; counts the texts that lost their beginning to `max_tokens`."""
+    """Scores texts with an ensemble, and reads the hidden states of its first model.
+
+    `num_cut` counts the texts that were too long and lost their beginning. A text that is read again counts once.
+    """
 
     def __init__(self, ensemble: RewardEnsemble) -> None:
+        """Moves the models to their device. Raises ConfigError if there is no padding token."""
         self._ensemble = ensemble
         self._ids: dict[Text, list[int]] = {}
         self.num_cut = 0
         for model in ensemble.models:
             settled(model, ensemble.config.run.device)
             text_config = model.config.get_text_config()
+            # Texts are scored at their last token that is not padding, so the padding token has to be known.
             if text_config.pad_token_id is None:
                 text_config.pad_token_id = ensemble.tokenizer.pad_token_id
             if text_config.pad_token_id is None:
@@ -40,7 +45,7 @@ class TextScorer:
                 )
 
     def rewards(self, texts: Sequence[Text]) -> np.ndarray:
-        """[N], finite; raises ConfigError naming the text whose reward is not."""
+        """Rewards [N] of N texts, all finite. Raises ConfigError naming the first text whose reward is not finite."""
         rewards = self.scores(texts)
         if (broken := np.flatnonzero(~np.isfinite(rewards))).size:
             prompt, response, _ = texts[broken[0]]
@@ -52,17 +57,18 @@ class TextScorer:
         return rewards
 
     def scores(self, texts: Sequence[Text]) -> np.ndarray:
-        """[N] as the ensemble gives them, finite or not."""
+        """Rewards [N] of N texts, as the ensemble gives them: they need not be finite."""
         return self._ensemble.score_ids([self._read(text) for text in texts]).numpy().astype(float)
 
     def rewards_of_first(self, texts: Sequence[Text]) -> np.ndarray:
-        """[N], of the model whose states `states` gives."""
+        """Rewards [N] of N texts by the ensemble's first model alone, whose hidden states `states` returns."""
         return score(self._ensemble.models[0], [self._read(text) for text in texts]).numpy().astype(float)
 
     def states(self, texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray]:
-        """[N, D] at the token that the head reads, and [L, N, D] means over all tokens of a text, prompt included.
+        """Hidden states of N texts in the ensemble's first model, float32.
 
-        Layer 0 is the embeddings, the last one has the final norm behind it. Float32.
+        Returns [N, D], the states that the head reads, and [L, N, D], for each layer the mean over all tokens of a
+        text, prompt included. Layer 0 is the embeddings. The last layer is taken after the final norm.
         """
         model = self._ensemble.models[0]
         padding = model.config.get_text_config().pad_token_id
@@ -72,10 +78,12 @@ class TextScorer:
             indices += batch.indices
             scored.append(batch.by_layer[-1][rows, scored_positions(model, batch.ids)].float().cpu())
             means.append(batch.token_means())
+        # Batches are made by length; this puts the texts back into the order in which they were given.
         order = np.argsort(indices)
         return torch.cat(scored)[order].numpy(), torch.cat(means, 1)[:, order].numpy()
 
     def _read(self, text: Text) -> list[int]:
+        """Token ids of a text, cut to the config's `data.max_tokens`."""
         if text not in self._ids:
             limit = self._ensemble.config.data.max_tokens
             whole = reward_input_ids(self._ensemble.tokenizer, *text)
@@ -85,7 +93,15 @@ class TextScorer:
 
 
 def load_ensemble(model: str, max_tokens: int | None = None, embedded: EmbeddedModels | None = None) -> RewardEnsemble:
-    """`RewardEnsemble(model)`, or of `embedded` by that name; it reads `max_tokens`, None for what its config says."""
+    """Loads the reward model or models that `model` names.
+
+    model: a run directory of `r2m reward-model train`, a sequence classifier (Hugging Face name or directory), an OUT
+        of `r2m export`, or `embedded`.
+    max_tokens: longest text that is read, in tokens; None means what the model's config says.
+    embedded: the models that the name `embedded` stands for; None means the default ones.
+
+    Raises ConfigError as `RewardEnsemble` does.
+    """
     if model == "embedded":
         ensemble = RewardEnsemble((embedded or embedded_models()).reward_model)
     else:

@@ -1,9 +1,9 @@
-"""Hidden states of whole texts, layer by layer, and how alike those of one preference are: R2M App. G.1, Fig. 1 and 2.
+"""Hidden states of whole texts by layer, and how similar those of one preference are: R2M App. G.1, Fig. 1 and 2.
 
-Of reward models (`reward_evaluation`) and of policies (`policy_states`).
+The model is a reward model (`evaluation.reward_models`) or a policy (`policy_states`).
 
-Shapes: B texts of a batch, S tokens (padded), N texts, D hidden size, L layers: 0 is the embeddings, and the last one has
-the final norm behind it.
+Shapes: B texts of a batch, S tokens (padded), N texts, D hidden size, L layers. Layer 0 is the embeddings, and the last
+layer is taken after the final norm.
 """
 
 from __future__ import annotations
@@ -22,37 +22,42 @@ from r2m_async.data.records import Content
 from r2m_async.reward_models.preferences import ScoredPair
 
 NUM_COMPARED = 100
-"""Chosen texts, and rejected ones, that are compared by layer (R2M App. G.1)."""
+"""Limit on the chosen texts, and on the rejected texts, that are compared by layer (R2M App. G.1)."""
 NUM_POINTS = 300
-"""Pairs of texts that are drawn (R2M Fig. 2); the correlation is over all."""
+"""Limit on the pairs of texts that the figure shows (R2M Fig. 2). The correlation is over all pairs."""
 TOKENS_PER_PASS = 8192
+"""Limit on the tokens of one forward pass, padding included."""
 
 Text = tuple[Content, str, bool]
-"""Prompt, response, and whether the response ended by itself."""
+"""A prompt, a response, and whether the response ended by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateBatch:
-    """Some of the texts, of like length."""
+    """The hidden states of some of the texts, which have similar lengths."""
 
     indices: list[int]
-    """Which of them, [B]."""
+    """[B], which of all texts these are."""
     ids: Tensor
-    """[B, S], padded on the right."""
+    """[B, S] token ids, padded on the right."""
     mask: Tensor
     """[B, S] bool, false on padding."""
     by_layer: tuple[Tensor, ...]
-    """L of [B, S, D]."""
+    """L tensors [B, S, D]."""
 
     def token_means(self) -> Tensor:
-        """[L, B, D] over all tokens of a text, prompt included; float32 on the CPU."""
+        """[L, B, D], means over all tokens of a text, prompt included; float32 on the CPU."""
         weights_BS1 = (self.mask / self.mask.sum(1, keepdim=True)).unsqueeze(-1)
         return torch.stack([(states_BSD.float() * weights_BS1).sum(1) for states_BSD in self.by_layer]).cpu()
 
 
 @torch.no_grad()
 def state_batches(base_model: Any, sequences: Sequence[Sequence[int]], padding: int) -> Iterator[StateBatch]:
-    """Forward passes of a decoder without its head over texts as token ids, each text in one batch."""
+    """Runs a decoder without its head over texts, and yields batches of hidden states. Each text is in one batch.
+
+    sequences: N texts as token ids.
+    padding: the token id that fills up shorter texts.
+    """
     device = base_model.device
     for indices in _batches([len(ids) for ids in sequences]):
         rows = [torch.tensor(sequences[index]) for index in indices]
@@ -64,24 +69,33 @@ def state_batches(base_model: Any, sequences: Sequence[Sequence[int]], padding: 
 
 
 def layer_means(base_model: Any, sequences: Sequence[Sequence[int]], padding: int) -> np.ndarray:
-    """[L, N, D] `token_means` of all texts in their order."""
+    """[L, N, D], the means over tokens of N texts, in the order of the texts.
+
+    Arguments are those of `state_batches`.
+    """
     indices, means = [], []
     for batch in state_batches(base_model, sequences, padding):
         indices += batch.indices
         means.append(batch.token_means())
+    # Batches are made by length; the sorted indices bring back the order of the texts.
     return torch.cat(means, 1)[:, np.argsort(indices)].numpy()
 
 
 def chosen_texts(pairs: Sequence[ScoredPair]) -> list[Text]:
+    """The chosen response of each pair with its prompt."""
     return [(pair.prompt, pair.chosen, pair.chosen_finished) for pair in pairs]
 
 
 def rejected_texts(pairs: Sequence[ScoredPair]) -> list[Text]:
+    """The rejected response of each pair with its prompt."""
     return [(pair.prompt, pair.rejected, pair.rejected_finished) for pair in pairs]
 
 
 def compared_texts(pairs: Sequence[ScoredPair], rng: random.Random) -> list[Text]:
-    """Chosen texts, then as many rejected ones, each drawn by itself: at most NUM_COMPARED."""
+    """Chosen texts, then equally many rejected texts, NUM_COMPARED of each at most.
+
+    Each side is drawn by itself, so a chosen text need not belong to the same pair as a rejected one.
+    """
     num = min(NUM_COMPARED, len(pairs))
     return [text for side in (chosen_texts(pairs), rejected_texts(pairs)) for text in rng.sample(side, num)]
 
@@ -89,9 +103,16 @@ def compared_texts(pairs: Sequence[ScoredPair], rng: random.Random) -> list[Text
 def preference_comparison(
     means_LND: np.ndarray, rewards_N: np.ndarray | None, layer: int, rng: random.Random
 ) -> dict[str, Any]:
-    """Of `compared_texts`: similarity by layer of the same and of opposite preference, and at `layer` against rewards.
+    """How similar texts of the same and of opposite preference are, and how similarity goes with rewards.
 
-    Without rewards there is no `correlation` and there are no `points`: None.
+    means_LND: [L, N, D], hidden states of `compared_texts`: the first half is chosen texts, the second half rejected
+        ones.
+    rewards_N: [N], or None to leave rewards out.
+    layer: the layer in which similarity is set against rewards.
+    rng: draws the points of the figure.
+
+    Returns results by name: `same` and `cross` have a number for each layer. `correlation` and `points` are None
+    without rewards.
     """
     num = means_LND.shape[1] // 2
     same_L, cross_L = reward_metrics.preference_similarities(means_LND, [True] * num + [False] * num)
@@ -108,15 +129,19 @@ def preference_comparison(
 
 
 def similarity_rows(comparison: dict[str, Any]) -> list[list[Any]]:
-    """Of a table: layer, same preference, cross preference."""
+    """Rows of a table: layer, similarity of the same preference, similarity of opposite preference."""
     both = zip(comparison["same"], comparison["cross"], strict=True)
     return [[layer, f"{same:.4f}", f"{cross:.4f}"] for layer, (same, cross) in enumerate(both)]
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices by similar length, at most TOKENS_PER_PASS tokens with padding; one text always fits."""
+    """Indices of texts in batches of similar length, each of TOKENS_PER_PASS tokens at most, padding included.
+
+    A text that is longer by itself gets a batch of its own.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # Lengths rise, so the whole batch is padded to this text's length.
         if batches and lengths[index] * (len(batches[-1]) + 1) <= TOKENS_PER_PASS:
             batches[-1].append(index)
         else:

@@ -1,12 +1,12 @@
-"""Reward models trained offline on preference pairs: `r2m reward-model train`.
+"""This folder trains reward models offline on preference pairs, which is what `r2m reward-model train` does.
 
-config.py           the configuration of such a training
-preferences.py      pairs, tokenized and in batches
-trainee.py          the model that trains
-trainer.py          one model's training, step by step
-training.py         the run: directories, seeds, resuming
-training_states.py  what is measured of the hidden states meanwhile
-ensemble.py         trained models as one
-process_group.py    training on several ranks
-plots.py            the figures
+config.py           the configuration of a training run, section by section
+preferences.py      preference pairs: read, split, tokenized, and put into micro-batches
+trainee.py          the model in training: a backbone, its scoring head, and for GRM a language-model head
+trainer.py          the training of one model, step by step
+training.py         a whole run: its directory, its seeds, and how it is resumed
+training_states.py  measurements of the model's hidden states during training
+ensemble.py         several trained models that score as one
+process_group.py    training on several ranks, each a process that torchrun started
+plots.py            the figures of a training run
 """

@@ -1,6 +1,9 @@
-"""The configuration of `r2m reward-model train`, a tree like `config.R2MConfig` with sections of its own.
+"""The configuration of `r2m reward-model train`.
 
-config = RewardModelConfig.from_yaml("configs/reward_model/bsr.yaml").loss(bsr_weight=1e-2).run(seed=3)
+It is a tree of sections like `config.R2MConfig`, with sections of its own. Calling a section returns a new
+configuration in which the named keys are changed:
+
+    config = RewardModelConfig.from_yaml("configs/reward_model/bsr.yaml").loss(bsr_weight=1e-2).run(seed=3)
 """
 
 from __future__ import annotations
@@ -15,113 +18,161 @@ from r2m_async.config_tree import ConfigTree, Section
 
 
 class RunSection(Section):
+    """What a run is called, where it is written, and what it runs on."""
+
     name: str = "reward-model"
+    """The run directory is called `<name>-<UTC time of its start>`."""
     seed: int = Field(0, ge=0)
-    """Of the head, the order of the data and its noise."""
+    """Seed of everything random: new weights of the head and of adapters, the held-out prompts, label noise, and the
+    order of the pairs."""
     output_dir: str = "runs"
+    """The directory in which the run directory is made."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """The device to train on. `auto` is a GPU if there is one, else the CPU."""
 
 
 class ModelSection(Section):
+    """The model that training starts from, and which part of it is trained."""
+
     start: str = "embedded"
-    """HF name or directory of a causal language model or a sequence classifier; `embedded` is a small language model of the
-    synthetic language, `embedded_reward` the reward model that goes by `embedded` in `reward.model`."""
+    """Hugging Face name or directory of a causal language model or a sequence classifier. `embedded` is a small
+    language model of the embedded language, the synthetic language that comes with this package. `embedded_reward` is
+    the reward model that `reward.model: embedded` stands for."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the model's weights."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """Name of the attention implementation in transformers that the model uses."""
     frozen: bool = False
-    """Train the head alone."""
+    """If true, the head alone is trained and the backbone stays as it is."""
     lora: LoRA | None = None
-    """Train adapters and the head; the saved model has them merged."""
+    """If set, adapters (LoRA) and the head are trained, and the backbone's own weights stay as they are. The saved
+    model has the adapters merged into its weights. None trains all weights."""
 
 
 class HeadSection(Section):
+    """The scoring head, which turns a hidden state into a reward."""
+
     layers: Literal[1, 2] = 1
-    """1: Linear(H, 1) without bias. 2: Linear(H, width)-ReLU-Linear(width, 1), GRM's."""
+    """1 is Linear(H, 1) without bias, where H is the hidden size. 2 is GRM's head: Linear(H, width), ReLU,
+    Linear(width, 1)."""
     width: int = Field(1024, gt=1)
-    """Of two layers."""
+    """Width of the middle layer. It counts only with two layers."""
     init: Literal["normal", "keep"] = "normal"
-    """Weights from N(0, 1/(inputs + 1)), biases 0; or the head that the start has."""
+    """`normal` draws the weights from N(0, 1/(inputs + 1)) and sets biases to 0. `keep` takes the head of the model
+    that training starts from."""
 
 
 class LossSection(Section):
-    """The keyword arguments of `reward_objectives.preference_loss` by their names."""
+    """The loss. Each key is the keyword argument of the same name of `reward_objectives.preference_loss`."""
 
     preference: Literal["bt", "bt_margin", "label_smooth", "hinge", "norm", "dr"] = "bt"
+    """The loss of a pair's two rewards. `bt` is Bradley-Terry; `bt_margin` is the same with margins from the data's
+    scores; `label_smooth` is the same with smoothed labels; `hinge`, `norm` and `dr` are BSR Eq. 30, 29 and 31."""
     epsilon: float = Field(0.1, gt=0, lt=0.5)
-    """Of label_smooth."""
+    """For `label_smooth`: the weight of the opposite label."""
     hinge_margin: float = Field(1.0, gt=0)
+    """For `hinge`: a pair costs nothing once its rewards differ by this much."""
     bsr: Literal["squared_mean", "mean_square"] | None = None
-    """BSR's square of the batch's mean reward (Eq. 25), or the mean of squares that Eq. 28 is the gradient of."""
+    """Batch sum-to-zero regularization, which keeps rewards centred on 0. `squared_mean` is the square of the batch's
+    mean reward (BSR Eq. 25). `mean_square` is the mean of the squared rewards, and its gradient is BSR Eq. 28. None
+    leaves the term out."""
     bsr_weight: float = Field(1e-3, gt=0)
-    """lambda of Eq. 24 as printed. The authors' code multiplies its own by the pairs of one device's forward pass: their
-    recipe, 1e-3 with 16 pairs per device, is 1.6e-2 here."""
+    """lambda of BSR Eq. 24, as printed. The authors' code multiplies its lambda by the number of pairs in one device's
+    forward pass, so their recipe of 1e-3 with 16 pairs per device is 1.6e-2 here."""
     pos_reg_weight: float = Field(0.0, ge=0)
-    """gamma of GRM App. C.6."""
+    """gamma of GRM App. C.6: weight of a term that raises the rewards of chosen responses. 0 leaves it out."""
     regularizer: Literal["sft", "sft_nll", "dpo", "dpo_noref"] | None = None
-    """GRM's, on the kept LM head of the start, which is not saved."""
+    """GRM's regularizer, a loss on the language-model head of the model that training starts from. That head is not
+    saved. None leaves the regularizer out."""
     alpha: float = Field(0.01, gt=0, lt=1)
-    """The regularizer's share (GRM Eq. 4); the paper takes 0.01 with two layers and 0.001 with one."""
+    """The regularizer's share of the loss (GRM Eq. 4). The paper takes 0.01 with two layers and 0.001 with one."""
     beta: float = Field(0.1, gt=0)
+    """Factor of the log-probabilities in the regularizers `sft`, `dpo` and `dpo_noref`."""
 
 
 class EnsembleSection(Section):
+    """Several reward models that are trained on the same pairs and score together."""
+
     size: int = Field(1, gt=0)
-    """Models of the seeds run.seed, run.seed + 1, ..., trained one after the other."""
+    """Number of models. They have the seeds run.seed, run.seed + 1, and so on, and are trained one after the other."""
     combine: Literal["mean", "min"] = "mean"
-    """Of their rewards."""
+    """How the models' rewards of a text become one reward: by their mean or by their minimum."""
 
 
 class OptimizerSection(Section):
-    """AdamW; the learning rate rises over the warm-up and falls linearly to 0."""
+    """AdamW. The learning rate rises linearly over the warm-up, and then falls linearly towards 0."""
 
     lr: float = Field(1e-5, gt=0)
+    """The highest learning rate."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps."""
+    """Share of the steps over which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of AdamW. Parameters with fewer than two dimensions, such as biases, are not decayed."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients with a larger norm are scaled down to this norm."""
     epochs: float = Field(1.0, gt=0)
+    """Passes over the training pairs. It need not be a whole number."""
     batch_size: int = Field(128, gt=0)
-    """Pairs in one step."""
+    """Pairs in one optimizer step, over all ranks together."""
     tokens_per_microbatch: int = Field(8192, gt=0)
-    """Tokens per forward pass, padding included; one pair always fits."""
+    """Limit on the tokens of one forward pass, padding included. A pair that is longer by itself gets a pass of its
+    own."""
 
 
 class DataSection(Section):
+    """The preference pairs to train on, and the held-out pairs to measure on."""
+
     preferences: str = "embedded"
-    """{prompt, chosen, rejected[, chosen_score, rejected_score]} in JSONL file(s), comma-separated, or an HF dataset;
-    `embedded`: noisy comparisons of the embedded policy's samples; `embedded_golden`: the same without noise."""
+    """Training pairs {prompt, chosen, rejected[, chosen_score, rejected_score]}: JSONL files with commas between them,
+    or a Hugging Face data set. `embedded` is noisy comparisons of samples of the embedded policy; `embedded_golden` is
+    the same pairs, labelled without noise."""
     eval: str | None = None
-    """Held-out pairs, as `preferences`; None holds `held_out` back (`embedded`: pairs of held-out prompts, without noise)."""
+    """Held-out pairs, given as in `preferences`. None holds back the share `held_out` of the prompts; for the embedded
+    pairs None takes pairs of held-out prompts, labelled without noise."""
     held_out: float = Field(0.05, ge=0, lt=1)
-    """Share of the prompts, with all their pairs."""
+    """Share of the prompts that is held back. All pairs of such a prompt are held back."""
     label_noise: float = Field(0.0, ge=0, lt=0.5)
-    """Share of the training pairs that are flipped."""
+    """Share of the training pairs in which the chosen and the rejected response change places."""
     max_tokens: int = Field(1024, gt=1)
-    """Longer texts lose the beginning of their prompt."""
+    """Longest text that is read, in tokens. A longer one loses the beginning of its prompt."""
     on_bad_record: Literal["error", "skip"] = "error"
+    """How to treat a record that cannot be used: `error` ends the run; `skip` leaves the record out and counts it."""
     prompt_field: str = "prompt"
+    """Name of the field that has the prompt."""
     split: str = "train"
-    """Of HF data sets."""
+    """Which split of a Hugging Face data set is read."""
     eval_split: str | None = None
-    """Of `eval`; None: `split`."""
+    """Which split of `eval` is read. None means the same as `split`."""
 
 
 class EvaluationSection(Section):
+    """When the model in training is measured."""
+
     every: int | None = Field(None, gt=0)
-    """Steps between evaluations, besides one before the first step and one after the last; None: those two alone."""
+    """Steps between evaluations. There is always an evaluation before the first step and after the last; None means
+    these two alone."""
 
 
 class CheckpointSection(Section):
+    """When a checkpoint is written."""
+
     every: int | None = Field(None, gt=0)
-    """Steps between checkpoints; None: a run that ends early starts its present model anew."""
+    """Steps between checkpoints. None writes none: if such a run is interrupted, the model in training starts anew."""
 
 
 class LoggingSection(Section):
+    """What the terminal shows."""
+
     live: bool = True
-    """A progress bar in the terminal (plain lines where the output is not one)."""
+    """Whether to show a progress bar. Without it, or where the output is no terminal, plain lines are printed."""
 
 
 class RewardModelConfig(ConfigTree):
+    """The whole configuration, with one field per section.
+
+    Raises `ConfigError` for a key or value that is not valid, and for keys that contradict each other.
+    """
+
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     head: HeadSection = HeadSection()
@@ -135,21 +186,24 @@ class RewardModelConfig(ConfigTree):
 
     @property
     def seeds(self) -> list[int]:
+        """The seed of each model of the ensemble."""
         return [self.run.seed + member for member in range(self.ensemble.size)]
 
     def num_steps(self, num_pairs: int) -> int:
-        """epochs * num_pairs / batch_size, rounded, at least 1."""
+        """Optimizer steps for `num_pairs` training pairs: epochs * num_pairs / batch_size, rounded, and at least 1."""
         return max(1, round(self.optimizer.epochs * num_pairs / self.optimizer.batch_size))
 
     def learning_rate(self, step: int, num_steps: int) -> float:
-        """Of step 0 <= step < num_steps."""
+        """The learning rate of step `step` of `num_steps`. Steps count from 0 here."""
         warmup = round(self.optimizer.warmup * num_steps)
         if step < warmup:
+            # Neither end of the schedule is 0, because a step with learning rate 0 would teach nothing.
             return self.optimizer.lr * (step + 1) / (warmup + 1)
         return self.optimizer.lr * (num_steps - step) / (num_steps - warmup)
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
+        """Refuses keys that contradict each other."""
         if broken := [message for message in (rule(self) for rule in _RULES) if message]:
             raise ValueError("\n".join(broken))
         return self

@@ -1,4 +1,4 @@
-"""Trained reward models as one: the mean or the least of their rewards."""
+"""Trained reward models that score as one: the reward of a text is the mean or the minimum of their rewards."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from r2m_async.reward_models.config import RewardModelConfig
 
 
 class RewardEnsemble:
-    """Rewards by the model or models of a finished run, combined as its `ensemble.combine` says."""
+    """Scores texts with the models of a finished run, whose `ensemble.combine` says how rewards are combined."""
 
     def __init__(self, source: str | Path) -> None:
-        """source: a run directory; or one model with its tokenizer, an HF name or directory, with the default `config`.
+        """Loads the models and their tokenizer.
 
-        Raises ConfigError for a model that a run has not got yet, and for what is no reward model.
+        source: a run directory of `r2m reward-model train`; or a single model with its tokenizer, as a Hugging Face
+            name or a directory. A single model gets the default configuration.
+
+        Raises ConfigError if the run lacks a model that it has yet to train, and if `source` is not a reward model.
         """
         from transformers import AutoTokenizer
 
@@ -39,6 +42,7 @@ class RewardEnsemble:
         for directory in directories:
             check_weight_files("reward model", directory)
         try:
+            # All models of a run start from one model, so one tokenizer serves them all.
             self.tokenizer = AutoTokenizer.from_pretrained(directories[0], trust_remote_code=False)
             self.models = [load_classifier(directory, trust_remote_code=False) for directory in directories]
         except (OSError, ValueError) as error:
@@ -47,7 +51,12 @@ class RewardEnsemble:
             scoring_head(model)
 
     def score(self, prompt: str | Sequence[Message], responses: Sequence[str], finished: bool = True) -> Tensor:
-        """[n] float32 rewards of n responses to one prompt; `finished` whether they ended by themselves."""
+        """Rewards [n], float32, of n responses to one prompt.
+
+        prompt: a text, or a list of messages.
+        responses: n texts.
+        finished: whether the responses ended by themselves; false means that they were cut off.
+        """
         ids = [
             reward_input_ids(self.tokenizer, prompt, response, finished, self.config.data.max_tokens)
             for response in responses
@@ -55,9 +64,11 @@ class RewardEnsemble:
         return self.score_ids(ids)
 
     def score_ids(self, sequences: Sequence[list[int]]) -> Tensor:
+        """Rewards [N], float32, of N texts that are given as token ids."""
         rewards = torch.stack([score(model, sequences) for model in self.models])
         return rewards.mean(0) if self.config.ensemble.combine == "mean" else rewards.amin(0)
 
 
 def seed_directory(run: Path, seed: int) -> Path:
+    """The folder of the model with this seed in a run directory."""
     return run / f"seed-{seed}"

@@ -1,4 +1,4 @@
-"""Figures of the training of reward models, from the files it wrote."""
+"""Figures of the training of reward models, drawn from the files that the training wrote."""
 
 from __future__ import annotations
 
@@ -12,19 +12,29 @@ from r2m_async.runs.records import Records, column, read_metrics
 
 
 def plot_reward_training(directories: Mapping[str, Path], out: Path) -> Path:
-    """Writes `reward_training_figure` of labelled folders of `reward_training`."""
+    """Draws `reward_training_figure` from each model's metrics.jsonl, writes it to `out`, and returns `out`.
+
+    directories: the folder of each model (`RUN/seed-N`), by the label that the figure shows.
+    """
     models = {label: read_metrics(path / "metrics.jsonl") for label, path in directories.items()}
     return save(reward_training_figure(models), out)
 
 
 def plot_training_states(directories: Mapping[str, Path], out: Path) -> Path:
-    """Writes `training_states_figure` of labelled folders of `reward_training`."""
+    """Draws `training_states_figure` from each model's evaluation.jsonl, writes it to `out`, and returns `out`.
+
+    directories: the folder of each model (`RUN/seed-N`), by the label that the figure shows.
+    """
     models = {label: read_metrics(path / "evaluation.jsonl") for label, path in directories.items()}
     return save(training_states_figure(models), out)
 
 
 def reward_training_figure(models: Mapping[str, Records]) -> Figure:
-    """Loss, accuracy (a line for the batches, points for held-out pairs) and spread of the rewards, of each model."""
+    """Loss, accuracy and standard deviation of the rewards against the step, in one colour per model.
+
+    models: records of metrics.jsonl, by label. In the accuracy panel, lines are training batches and points are
+        held-out pairs.
+    """
     labels = {"loss": "loss", "accuracy": "accuracy", "reward/std": "standard deviation\nof rewards"}
     figure, axes = grid(len(labels), 1)
     for (label, steps), color in zip(models.items(), color_cycle(len(models)), strict=True):
@@ -40,9 +50,13 @@ def reward_training_figure(models: Mapping[str, Records]) -> Figure:
 
 
 def training_states_figure(models: Mapping[str, Records]) -> Figure:
-    """BSR Fig. 1-3 over the steps: norm of the head, distance of a pair's states, norms of states and their dispersion.
+    """The measurements of BSR Fig. 1-3 against the step, in one colour per model.
 
-    Held-out pairs are drawn through, training pairs dashed; bands are standard deviations, of one model alone.
+    The panels show the norm of the head's weights, the distance between the hidden states of a pair's two responses,
+    the norm of hidden states, and the dispersion of that norm.
+
+    models: records of evaluation.jsonl, by label. Solid lines are held-out pairs, dashed lines training pairs. For a
+        single model the second and the third panel have bands of one standard deviation on either side.
     """
     figure, axes = grid(4, 1)
     [head], [apart], [norms], [dispersion] = axes
@@ -54,6 +68,7 @@ def training_states_figure(models: Mapping[str, Records]) -> Figure:
             for panel, key in ((apart, "difference_norm"), (norms, "norm_mean")):
                 mean, std = column(records, f"{name}/{key}"), column(records, f"{name}/{key.removesuffix('_mean')}_std")
                 panel.plot(step, mean, **drawn)
+                # Bands of several models would cover each other.
                 if len(models) == 1:
                     panel.fill_between(step, mean - std, mean + std, color=color, alpha=0.12, lw=0)
             dispersion.plot(step, column(records, f"{name}/norm_dispersion"), **drawn)

@@ -1,7 +1,8 @@
-"""The pairs that reward models are trained on: read, split, flipped and turned into tokens.
+"""Preference pairs for the training of reward models: how they are read, split, given label noise, and tokenized.
 
-A record has `prompt`, `chosen` and `rejected`, and may have `chosen_score` and `rejected_score` (numbers), and
-`chosen_finished` and `rejected_finished` (false for a response that was cut off; true where absent).
+A record has the fields `prompt`, `chosen` and `rejected`. It may also have `chosen_score` and `rejected_score`, which
+are numbers, and `chosen_finished` and `rejected_finished`, which are false for a response that was cut off. Where the
+last two are absent, the response counts as finished.
 """
 
 from __future__ import annotations
@@ -21,20 +22,26 @@ from r2m_async.reward_models.config import RewardModelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredPair:
-    """A pair as text."""
+    """A preference pair as text."""
 
     prompt: Content
+    """A text, or messages as (role, text)."""
     chosen: str
     rejected: str
     chosen_finished: bool
+    """Whether the chosen response ended by itself and was not cut off."""
     rejected_finished: bool
     margin: float | None
-    """The score of the chosen response minus that of the rejected one; None where no loss asks for it."""
+    """The score of the chosen response minus that of the rejected one. None unless the loss is `bt_margin`, which alone
+    reads it."""
     place: str = field(compare=False)
-    """Where its record stands, for messages: file and line, or data set and row."""
+    """Where the pair's record is, for error messages: file and line, or data set and row."""
 
     def flipped(self) -> ScoredPair:
-        """As an annotator who errs gives it: the scores go with the labels, so the margin stays."""
+        """The same pair with its responses swapped, as an annotator gives it who errs.
+
+        The margin stays as it is: an annotator who errs gives the higher score to the wrong response, too.
+        """
         return dataclasses.replace(
             self,
             chosen=self.rejected,
@@ -46,40 +53,53 @@ class ScoredPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedText:
-    """Prompt and response as the reward model reads them."""
+    """A prompt and its response as tokens of the reward model."""
 
     token_ids: tuple[int, ...]
+    """Token ids of the prompt, then those of the response."""
     prompt_len: int
-    """At least 1: the first token is never predicted."""
+    """Number of tokens of the prompt. It is at least 1, because nothing predicts the first token of a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedPair:
+    """A preference pair as tokens."""
+
     chosen: TokenizedText
     rejected: TokenizedText
     margin: float | None
+    """As in `ScoredPair`."""
     place: str = field(compare=False)
-    """As of `ScoredPair`."""
+    """As in `ScoredPair`."""
 
     @property
     def length(self) -> int:
+        """Number of tokens of the longer text."""
         return max(len(self.chosen.token_ids), len(self.rejected.token_ids))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceData:
+    """The preference pairs of a run."""
+
     training: tuple[ScoredPair, ...]
-    """With label noise."""
+    """The pairs to train on. Label noise has been applied to them."""
     held_out: tuple[ScoredPair, ...]
+    """The pairs to measure on. Label noise never touches them."""
     skipped: dict[str, int]
-    """Reason -> records left out."""
+    """How many records were left out, by reason."""
 
 
 EMBEDDED = ("embedded", "embedded_golden")
+"""Values of `data.preferences` that stand for pairs of the embedded language."""
 
 
 def load_preference_data(config: RewardModelConfig) -> PreferenceData:
-    """What `data` names. Raises `DataError` for what cannot be read or used, and where nothing is left to train on."""
+    """Reads the pairs that the section `data` names, separates the held-out pairs, and applies the label noise.
+
+    Raises `DataError` for a source that cannot be read or has no usable record, and for a bad record unless
+    `data.on_bad_record` is `skip`.
+    """
     data = config.data
     preferences, held_out_source = data.preferences, data.eval
     if preferences in EMBEDDED:
@@ -100,12 +120,16 @@ def load_preference_data(config: RewardModelConfig) -> PreferenceData:
 
 
 def given_pairs(source: str, config: RewardModelConfig, split: str | None = None) -> tuple[ScoredPair, ...]:
-    """All pairs of `source`, as `data.preferences`, to measure on: none held back, none flipped. Raises `DataError`.
+    """All pairs of a source, to measure a model on. None is held back, and none is flipped.
 
-    Of the embedded preferences it is those of held-out prompts.
-    split: of an HF data set; None means the config's `data.split`.
+    source: as `data.preferences`. For the embedded pairs the result is the pairs of held-out prompts.
+    config: says how the source is read.
+    split: split of a Hugging Face data set; None means the config's `data.split`.
+
+    Raises `DataError` as `load_preference_data` does.
     """
     read = {"preferences": source, "split": split or config.data.split, "eval": None, "eval_split": None}
+    # `bt` reads no margins, so pairs without scores can be measured, too.
     data = load_preference_data(config.loss(preference="bt").data(**read, held_out=0.0, label_noise=0.0))
     return data.held_out if source in EMBEDDED else data.training
 
@@ -113,7 +137,12 @@ def given_pairs(source: str, config: RewardModelConfig, split: str | None = None
 def split_by_prompt(
     pairs: Sequence[ScoredPair], share: float, seed: int
 ) -> tuple[tuple[ScoredPair, ...], tuple[ScoredPair, ...]]:
-    """(the rest, the pairs of `share` of the prompts), a prompt's pairs together, at least one prompt in the rest."""
+    """Splits pairs into (pairs to train on, held-out pairs). Pairs of one prompt stay together.
+
+    share: the share of the prompts that is held out, rounded to whole prompts. At least one prompt is left to train on.
+    seed: decides which prompts are held out.
+    """
+    # A dict keeps the order of the data. The order of a set differs from process to process, and so would the split.
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
     num = min(round(share * len(prompts)), len(prompts) - 1)
     held_out = set(random.Random(f"{seed}/held out").sample(prompts, num))
@@ -124,12 +153,13 @@ def split_by_prompt(
 
 
 def with_label_noise(pairs: Sequence[ScoredPair], share: float, seed: int) -> tuple[ScoredPair, ...]:
-    """The pairs in their order, round(share * their number) of them flipped."""
+    """The pairs in their order, with round(share * number of pairs) of them flipped. `seed` decides which."""
     flipped = set(random.Random(f"{seed}/label noise").sample(range(len(pairs)), round(share * len(pairs))))
     return tuple(pair.flipped() if index in flipped else pair for index, pair in enumerate(pairs))
 
 
 def tokenized(pair: ScoredPair, tokenizer: Any, max_tokens: int) -> TokenizedPair:
+    """The pair as tokens. A text of more than `max_tokens` tokens loses the beginning of its prompt."""
     text = partial(_tokenized_text, tokenizer, pair.prompt, max_tokens=max_tokens)
     return TokenizedPair(
         chosen=text(pair.chosen, pair.chosen_finished),
@@ -140,9 +170,17 @@ def tokenized(pair: ScoredPair, tokenizer: Any, max_tokens: int) -> TokenizedPai
 
 
 def microbatches(pairs: Sequence[TokenizedPair], indices: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """`indices` in parts of like length, each within `max_tokens` with padding; one pair always fits."""
+    """Splits pairs into parts of similar length, one for each forward pass.
+
+    pairs: all pairs.
+    indices: which of the pairs to split.
+    max_tokens: limit on the tokens of a part, padding included. A pair that is longer by itself gets a part of its own.
+
+    Returns the parts. Each is a list of indices, and each index is in one part.
+    """
     parts: list[list[int]] = []
     for index in sorted(indices, key=lambda index: pairs[index].length):
+        # Pairs come by rising length: both texts of every pair in the part are padded to the length of this one.
         tokens = 2 * pairs[index].length * (len(parts[-1]) + 1 if parts else 1)
         if parts and tokens <= max_tokens:
             parts[-1].append(index)
@@ -152,15 +190,21 @@ def microbatches(pairs: Sequence[TokenizedPair], indices: Sequence[int], max_tok
 
 
 def _tokenized_text(tokenizer: Any, prompt: Content, response: str, finished: bool, max_tokens: int) -> TokenizedText:
-    """A token that the end of the prompt shares with the response is the response's."""
+    """Tokenizes a prompt with its response, and finds where the response begins.
+
+    A token that contains the end of the prompt and the beginning of the response counts as part of the response.
+    """
     whole = reward_input_ids(tokenizer, prompt, response, finished)
     read = reward_input_ids(tokenizer, prompt, response, finished, max_tokens)
     _, prompt_ids = policy_reads(prompt, tokenizer)
+    # A tokenizer may merge the prompt's end with the response, so the prompt's own tokens need not all be in the text.
     shared = next((at for at, (a, b) in enumerate(zip(whole, prompt_ids, strict=False)) if a != b), len(prompt_ids))
+    # Cutting takes tokens from the beginning, so the prompt's share shrinks by as many as the text lost.
     return TokenizedText(token_ids=tuple(read), prompt_len=max(1, shared - (len(whole) - len(read))))
 
 
 def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[ScoredPair, ...], dict[str, int]]:
+    """(the pairs of `source`, how many records were left out by reason)."""
     data, scored = config.data, config.loss.preference == "bt_margin"
 
     def parse(record: Record) -> ScoredPair:
@@ -170,6 +214,7 @@ def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[
             rejected=record.response("rejected"),
             chosen_finished=_optional(record, "chosen_finished"),
             rejected_finished=_optional(record, "rejected_finished"),
+            # Scores are demanded only by the loss that reads them; many data sets have none.
             margin=_score(record, "chosen_score") - _score(record, "rejected_score") if scored else None,
             place=record.place,
         )
@@ -178,13 +223,16 @@ def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[
 
 
 def _score(record: Record, key: str) -> float:
+    """The finite number in the field `key`. Raises `DataError` for anything else."""
     value = record.field(key)
+    # In Python a bool is an int, so JSON's true would pass as 1. The last test is written so that NaN fails it.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
         raise record.refusal("wrong_type", key, value, "not a finite number", "write the score as a number")
     return float(value)
 
 
 def _optional(record: Record, key: str) -> bool:
+    """The boolean in the field `key`, or true if the record lacks it. Raises `DataError` for other values."""
     fields: Mapping[str, Any] = record.fields()
     value = fields.get(key, True)
     if not isinstance(value, bool):

@@ -1,8 +1,10 @@
-"""The torch.distributed process group of a command that torchrun started, one process per rank:
+"""Training on several ranks, in the torch.distributed process group of a command that torchrun started.
+
+A rank is one process of the group:
 
     torchrun --nproc-per-node 2 -m r2m_async.cli reward-model train CONFIG
 
-Without a group the functions below answer for the one process there is.
+Without torchrun there is no group, and the functions below behave as if this process were its only rank.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from r2m_async.errors import StageLost
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Within it this process is a rank of torchrun's group; where torchrun did not start it nothing changes.
+    """A context in which this process is a rank of torchrun's group. If torchrun did not start it, nothing changes.
 
-    device: auto, cpu or cuda, as `run.device`. On GPUs a rank has that of its LOCAL_RANK, and NCCL sums what lies there;
-    gloo what lies on the CPU. The standard output of all ranks but the first is dropped.
+    device: auto, cpu or cuda, as in `run.device`. On GPUs a rank uses the GPU whose number is its LOCAL_RANK; NCCL sums
+        what is on GPUs, and gloo sums what is on the CPU.
+
+    The standard output of all ranks but the first is dropped, so that every line is printed once.
     """
     if not dist.is_torchelastic_launched():
         yield
@@ -33,6 +37,7 @@ def process_group(device: str) -> Iterator[None]:
     on_gpus = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if on_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Metrics are summed on the CPU and gradients on the device, so both kinds of memory need a backend.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
@@ -42,24 +47,29 @@ def process_group(device: str) -> Iterator[None]:
 
 
 def rank() -> int:
+    """The number of this process in the group, from 0 on; 0 where there is no group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def num_ranks() -> int:
+    """The number of processes in the group; 1 where there is no group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """`tensor` itself, with the sum over the ranks in it."""
+    """Replaces `tensor` in place by its sum over all ranks, and returns it.
+
+    Every rank has to call this, in the same order: each call waits for all of them.
+    """
     if num_ranks() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def made_by_first(make: Callable[[], Path]) -> Path:
-    """What `make` returns in the first rank, which alone calls it, in all ranks.
+    """Calls `make` in the first rank alone, and returns its result in all ranks.
 
-    Raises in all of them if it fails there: its own error in the first, StageLost naming that in the others.
+    If `make` fails, every rank raises: the first one the error itself, the others StageLost, which names that error.
     """
     if rank() > 0:
         return _told_by_first()
@@ -71,9 +81,10 @@ def made_by_first(make: Callable[[], Path]) -> Path:
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """The other ranks come in when the first one is out: they find what it has built or fetched.
+    """A context that the first rank leaves before any other rank enters it.
 
-    Raises StageLost in them if the first one fails: they wait no longer, and do not come in.
+    So the others find what the first one has built or downloaded. If the first rank fails in it, the others do not
+    enter: they stop waiting and raise StageLost.
     """
     if rank() > 0:
         _told_by_first()
@@ -86,20 +97,23 @@ def first_rank_first() -> Iterator[None]:
 
 @contextmanager
 def _telling_failure() -> Iterator[None]:
+    """Tells the other ranks about an error in this context, and raises it here."""
     try:
         yield
-    except BaseException as error:  # Ctrl-C, too: the others wait for this rank, whatever ends it
-        with suppress(RuntimeError):  # they are gone already: what ended this rank is the news
+    except BaseException as error:  # Ctrl-C, too: the other ranks wait for this one, whatever ends it
+        with suppress(RuntimeError):  # the others may be gone; the error to report is this rank's own
             _tell(failure=f"{type(error).__name__}: {error}")
         raise
 
 
 def _tell(made: Path | None = None, failure: str | None = None) -> None:
+    """Sends the other ranks what the first rank made, or how it failed."""
     if num_ranks() > 1:
         dist.broadcast_object_list([made, failure])
 
 
 def _told_by_first() -> Any:
+    """Waits for the first rank. Returns what it made, or raises StageLost if it failed."""
     told: list[Any] = [None, None]
     dist.broadcast_object_list(told)
     made, failure = told

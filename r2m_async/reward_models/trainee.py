@@ -1,4 +1,4 @@
-"""The model that `reward_training` trains: a sequence classifier, and beside it the language-model head that GRM keeps.
+"""The model in training: a sequence classifier, and beside its scoring head the language-model head that GRM keeps.
 
 Shapes: N texts, S tokens (padded), D hidden size.
 """
@@ -24,10 +24,19 @@ from r2m_async.reward_models.preferences import TokenizedText
 
 
 class RewardTrainee(nn.Module):
-    """Without dropout: always in eval mode. Its trainable parameters are those with `requires_grad`."""
+    """A reward model in training. It is always in eval mode, so that there is no dropout.
+
+    A parameter is trained if its `requires_grad` is true.
+    """
 
     def __init__(self, start: str, config: RewardModelConfig) -> None:
-        """From the HF name or directory `start`, with a head and adapters drawn by run.seed. Raises ConfigError."""
+        """Loads the model that training starts from, and gives it the head and the adapters that `config` asks for.
+
+        start: Hugging Face name or directory.
+        config: its run.seed decides the first weights of a new head and of adapters.
+
+        Raises ConfigError for a model that cannot be loaded or trained, and if it lacks a head that the config keeps.
+        """
         super().__init__()
         self.tokenizer, self.classifier, has_head = _loaded(start, config)
         if config.head.init == "keep" and not has_head:
@@ -43,21 +52,32 @@ class RewardTrainee(nn.Module):
             self.classifier.base_model.requires_grad_(False)
         if config.model.lora is not None:
             add_adapters(self.classifier.base_model, config.model.lora, config.run.seed)
+            # peft freezes the backbone's own weights. It does not see the LM head, which is no part of the backbone.
             if self.lm_head is not None:
                 self.lm_head.requires_grad_(False)
         self.classifier.score.requires_grad_(True)
 
     @property
     def device(self) -> torch.device:
+        """The device that the model is on."""
         return self.classifier.device
 
     def forward(self, texts: Sequence[TokenizedText], with_logprobs: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Rewards [N] and, if asked for, log pi(response | prompt) [N] by the LM head; float32."""
+        """Rewards of N texts and, if asked for, the log-probabilities of their responses, all float32.
+
+        texts: N texts.
+        with_logprobs: whether to compute log-probabilities. The config must have a regularizer then.
+
+        Returns rewards [N], and log pi(response | prompt) [N] by the LM head or None. A log-probability is the sum over
+        the tokens of the response.
+        """
         ids_NS, lengths_N1, states_NSD = self._read(texts)
         rewards_N, _ = self._scored(ids_NS, states_NSD)
         if not with_logprobs:
             return rewards_N, None
         assert self.lm_head is not None
+        # The state at one token predicts the next token: the last state predicts nothing, and nothing predicts the
+        # first token.
         logits = self.lm_head(states_NSD[:, :-1]).float()
         logprobs = -F.cross_entropy(logits.transpose(1, 2), ids_NS[:, 1:], reduction="none")
         prompt_lens_N1 = torch.tensor([[text.prompt_len] for text in texts], device=self.device)
@@ -66,12 +86,12 @@ class RewardTrainee(nn.Module):
         return rewards_N, logprobs.masked_fill(~response, 0).sum(1)
 
     def rewards_and_states(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
-        """Rewards [N], float32, and the states [N, D] that the head makes them of."""
+        """Rewards [N], float32, and the hidden states [N, D] from which the head computes them."""
         ids_NS, _, states_NSD = self._read(texts)
         return self._scored(ids_NS, states_NSD)
 
     def _read(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids [N, S], lengths [N, 1] and last states [N, S, D]."""
+        """Runs the backbone. Returns token ids [N, S], lengths [N, 1], and the last hidden states [N, S, D]."""
         rows = [torch.tensor(text.token_ids) for text in texts]
         padding = self.classifier.config.get_text_config().pad_token_id
         ids_NS = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(self.device)
@@ -83,13 +103,19 @@ class RewardTrainee(nn.Module):
         return ids_NS, lengths_N1, states_NSD
 
     def _scored(self, ids_NS: Tensor, states_NSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards [N], and the hidden states [N, D] at the token that the head reads."""
         rows = torch.arange(len(ids_NS), device=self.device)
         scored_ND = states_NSD[rows, scored_positions(self.classifier, ids_NS)]
         return self.classifier.score(scored_ND).squeeze(-1).float(), scored_ND
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:
-        """For `load_classifier` (`AutoModelForSequenceClassification` with one layer) and AutoTokenizer; adapters merged."""
+        """Writes the reward model and its tokenizer into `directory`, with adapters merged into the weights.
+
+        `load_classifier` reads it. `AutoModelForSequenceClassification` does, too, if the head has one layer. The LM
+        head is not saved.
+        """
+        # `publications` names parameters as a model without adapters does, so that nobody needs peft to load the files.
         prefix = self.classifier.base_model_prefix
         weights = {f"{prefix}.{one.name}": one.whole() for one in publications(self.classifier.base_model)}
         weights |= {f"score.{name}": tensor for name, tensor in self.classifier.score.state_dict().items()}
@@ -98,7 +124,10 @@ class RewardTrainee(nn.Module):
 
 
 def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
-    """Tokenizer, classifier with one label, and whether its head came from `start`."""
+    """Loads the tokenizer and a classifier with one label. The third value says whether its head came from `start`.
+
+    Raises ConfigError if either cannot be loaded, if the head is not one linear layer, or if there is no padding token.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     check_weight_files("model.start", start)
@@ -119,19 +148,22 @@ def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
         raise ConfigError(
             f"model.start {start!r}: {type(classifier).__name__} has no linear head `score`; start with a decoder model"
         )
+    # A padded text is scored at its last token that is not padding, so the padding token has to be known.
     text_config = classifier.config.get_text_config()
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
     if text_config.pad_token_id is None:
         raise ConfigError(f"model.start {start!r}: has no padding token; save it with a tokenizer that has a pad_token")
+    # If the files lack the head, or have one of several labels, transformers drew a head at random.
     mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]}
     return tokenizer, classifier, "score.weight" not in {*info["missing_keys"], *mismatched}
 
 
 def _new_head(classifier: Any, config: RewardModelConfig) -> nn.Module:
-    """Weights from N(0, 1/(inputs + 1)) by run.seed, biases 0."""
+    """A head with weights from N(0, 1/(inputs + 1)), drawn by run.seed, and biases of 0."""
     hidden_size = classifier.config.get_text_config().hidden_size
     two = config.head.layers == 2
+    # The caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         head = two_layer_head(hidden_size, config.head.width) if two else nn.Linear(hidden_size, 1, bias=False)
@@ -144,17 +176,22 @@ def _new_head(classifier: Any, config: RewardModelConfig) -> nn.Module:
 
 
 def _lm_head(start: str, classifier: Any, config: RewardModelConfig) -> nn.Module:
-    """The start's own; where it is tied to the embeddings, to those of the classifier."""
+    """The language-model head of `start`. Raises ConfigError if `start` has none.
+
+    If the head shares its weight with the token embeddings, it shares that of the classifier's embeddings here.
+    """
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(start, output_loading_info=True, dtype=classifier.dtype)
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
+    # A head that is missing from the files is not an error to transformers, which draws one at random.
     if any(module is head and f"{name}.weight" in info["missing_keys"] for name, module in model.named_modules()):
         raise ConfigError(
             f"loss.regularizer is {config.loss.regularizer!r} and model.start {start!r} has no language-model head to keep; "
             f"start with a causal language model"
         )
+    # `model` is dropped after this. Its own embeddings would be a copy, and head and embeddings would train apart.
     if tied:
         head.weight = classifier.get_input_embeddings().weight
     return head

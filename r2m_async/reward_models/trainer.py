@@ -1,4 +1,4 @@
-"""One reward model under training: its data, its optimizer, its loss, its checkpoints."""
+"""The training of one reward model: its data, its optimizer, its loss and its checkpoints."""
 
 from __future__ import annotations
 
@@ -32,25 +32,35 @@ from r2m_async.runs.resuming import REWARD_MODEL_MAY_CHANGE, keys_of, refuse_cha
 from r2m_async.whole import whole_directory
 
 NUM_SAMPLED = 128
-"""Training pairs at most whose states are measured beside those of the held-out ones (BSR Fig. 3)."""
+"""Limit on the training pairs whose hidden states are measured beside those of the held-out pairs (BSR Fig. 3)."""
 
 
 class RewardTrainer:
-    """Trains one model, step by step.
+    """Trains one reward model, step by step.
 
-    Within a torch.distributed process group the ranks share out a step's micro-batches and add up what they find: the
-    step is the same as that of one process but for the order of sums.
+    Within a torch.distributed process group the ranks divide a step's micro-batches among them and add up their
+    results. The step is the same as that of a single process, except that sums are rounded in another order.
     """
 
     def __init__(self, config: RewardModelConfig, data: PreferenceData, start: str) -> None:
+        """Loads the model and tokenizes the pairs.
+
+        config: the configuration, with this model's own seed as run.seed.
+        data: the pairs as text.
+        start: Hugging Face name or directory of the model that training starts from.
+
+        Raises ConfigError as `RewardTrainee` does.
+        """
         self.config = config
         self.model = RewardTrainee(start, config)
         self.held_out = self._tokenized(data.held_out)
         self.pairs = self._tokenized(data.training)
         num_sampled = min(NUM_SAMPLED, len(self.pairs))
+        # Always the same pairs, so that evaluations of different steps can be compared.
         self._sample = random.Random(f"{config.run.seed}/sample").sample(self.pairs, num_sampled)
         self.num_steps = config.num_steps(len(self.pairs))
         self.steps_done = 0
+        # They belong to the model as it starts, so they are computed before any step and before `restore`.
         self._references = self._reference_logprobs() if config.loss.regularizer == "dpo" else None
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         parameters = list(self._parameters.values())
@@ -64,17 +74,23 @@ class RewardTrainer:
 
     @property
     def finished(self) -> bool:
+        """Whether all steps have been taken."""
         return self.steps_done >= self.num_steps
 
     def step(self) -> dict[str, float]:
-        """One optimizer step on the next batch; its metrics.
+        """Takes one optimizer step on the next batch, and returns its metrics.
 
-        Raises NonFiniteStep where the gradient or then a weight is not finite, with the pair that began it if one did.
+        The metrics are the number of the step (from 1 on), means over the batch's pairs (`_METRICS`), the standard
+        deviation of the rewards, the norm of the gradient before clipping, and the learning rate.
+
+        Raises NonFiniteStep if the gradient, or a weight after the update, is not finite. The message names the first
+        pair whose reward or loss was not finite, if there was one.
         """
         optimizer = self.config.optimizer
         batch = self._batch(self.steps_done)
         parts = self._microbatches(batch)
         own_parts = parts[rank() :: num_ranks()]
+        # The square of the batch's mean reward is no sum over micro-batches: each needs the mean of the whole batch.
         in_parts = self.config.loss.bsr == "squared_mean" and len(parts) > 1
         batch_mean = self._batch_mean(own_parts, len(batch)) if in_parts else None
         sums = torch.zeros(len(_METRICS), dtype=torch.float64)
@@ -83,13 +99,17 @@ class RewardTrainer:
         for part in own_parts:
             terms, rewards = self._loss(part, batch_mean)
             source = source or self._broken(part, rewards, terms)
+            # A micro-batch's loss is a mean over its pairs. With this weight the gradients add up to that of the whole
+            # batch.
             (terms.loss * (len(part) / len(batch))).backward()
             sums += torch.tensor(_metrics(terms, *rewards), dtype=torch.float64) * (len(part) / len(batch))
         for parameter in self._parameters.values():
+            # A rank without a micro-batch has no gradients, but must take part in each sum: the others wait for it.
             if num_ranks() > 1:
                 parameter.grad = summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         gradient_norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), optimizer.max_grad_norm).item()
         lr = self.config.learning_rate(self.steps_done, self.num_steps)
+        # Checked before the update, so that the weights stay finite. The test is written so that NaN fails it.
         if not gradient_norm < float("inf"):
             raise NonFiniteStep(
                 f"step {self.steps_done + 1}: the gradient's norm is {gradient_norm} at learning rate {lr:g}{source}; lower "
@@ -105,12 +125,18 @@ class RewardTrainer:
             )
         self.steps_done += 1
         metrics = dict(zip(_METRICS, summed(sums).tolist(), strict=True))
+        # Rounding can make the variance slightly negative.
         metrics["reward/std"] = max(0.0, metrics.pop("reward/square") - metrics["reward/mean"] ** 2) ** 0.5
         return {"step": self.steps_done, **metrics, "gradient_norm": gradient_norm, "lr": lr}
 
     def evaluate(self) -> dict[str, float]:
-        """A line of evaluation.jsonl: the norm of the head, and `PairStates.record` of the held-out pairs and of a sample
-        of the training pairs that is the same throughout. Raises NonFiniteStep naming a pair."""
+        """Measures the model, and returns a line of evaluation.jsonl.
+
+        The line has the number of steps taken, the norm of the head's weights, and `PairStates.record` of the held-out
+        pairs and of a sample of the training pairs. The sample is the same at every evaluation.
+
+        Raises NonFiniteStep naming a pair whose reward is not finite.
+        """
         record = {"step": self.steps_done, "head/weight_norm": head_norm(self.model.classifier.score)}
         for name, pairs in (("held_out", self.held_out), ("training", self._sample)):
             states = pair_states(self.model, pairs, self.config.optimizer.tokens_per_microbatch)
@@ -121,7 +147,11 @@ class RewardTrainer:
         return record
 
     def save(self, directory: Path) -> None:
-        """A checkpoint, whole or not at all: the trained parameters, AdamW's moments, the step and what it goes with."""
+        """Writes a checkpoint, whole or not at all.
+
+        It has the trained parameters, AdamW's moments, the number of steps taken, a digest of the training pairs, and
+        the config. Raises DiskError.
+        """
         tensors = {}
         for name, parameter in self._parameters.items():
             tensors[f"parameter/{name}"] = parameter.detach()
@@ -132,12 +162,16 @@ class RewardTrainer:
                 {name: tensor.contiguous() for name, tensor in tensors.items()}, building / "state.safetensors", record
             )
             (building / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+            # The manifest covers all other files, so it comes last.
             seal(building)
 
     @torch.no_grad()
     def restore(self, directory: Path) -> None:
-        """Raises ConfigError where the data is not what the checkpoint was trained on, for keys that may not change and for
-        a checkpoint that is not whole."""
+        """Goes on from a checkpoint that `save` wrote.
+
+        Raises ConfigError if the checkpoint is not whole, if the training pairs are others than it was trained on, or
+        if the config changed in a key that must stay.
+        """
         verified(directory)
         saved = saved_config(directory, RewardModelConfig)
         refuse_changes(directory, keys_of(saved), keys_of(self.config), REWARD_MODEL_MAY_CHANGE)
@@ -149,18 +183,25 @@ class RewardTrainer:
                 )
             names = set(file.keys())
             for name, parameter in self._parameters.items():
+                # Copied into the parameter itself, since the optimizer holds this very object.
                 parameter.copy_(file.get_tensor(f"parameter/{name}"))
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in names]
                 saved = {key: file.get_tensor(f"{key}/{name}") for key in keys}
+                # AdamW keeps `step` on the CPU, and the moments beside their parameter.
                 moments = {key: value.to(parameter.device) for key, value in saved.items() if key != "step"}
                 self._optimizer.state[parameter] = {"step": saved["step"], **moments} if saved else {}
         self.steps_done = int(record["step"])
 
     def _tokenized(self, pairs: Sequence[Any]) -> list[TokenizedPair]:
+        """The pairs as tokens, cut to `data.max_tokens`."""
         return [tokenized(pair, self.model.tokenizer, self.config.data.max_tokens) for pair in pairs]
 
     def _batch(self, step: int) -> list[int]:
-        """Indices of pairs, a function of (run.seed, step): each pass over the data is reshuffled."""
+        """Indices of the pairs of a step's batch.
+
+        They depend on run.seed and the step alone, so a resumed run gets the same batches. Each pass over the data has
+        its own order, and a batch may contain the end of one pass and the beginning of the next.
+        """
         size, num = self.config.optimizer.batch_size, len(self.pairs)
         orders: dict[int, list[int]] = {}
         batch = []
@@ -172,24 +213,29 @@ class RewardTrainer:
         return batch
 
     def _microbatches(self, batch: Sequence[int]) -> list[list[int]]:
+        """The batch in parts of at most `optimizer.tokens_per_microbatch` tokens."""
         return microbatches(self.pairs, batch, self.config.optimizer.tokens_per_microbatch)
 
     @torch.no_grad()
     def _batch_mean(self, parts: Sequence[Sequence[int]], num_pairs: int) -> Tensor:
-        """The mean of the whole batch's 2 * num_pairs rewards, a pass of its own: `squared_mean` says why."""
+        """The mean of all 2 * num_pairs rewards of the batch, a scalar without gradient.
+
+        parts: this rank's micro-batches. This is a forward pass of its own; `reward_objectives.squared_mean` says why.
+        """
         total = torch.zeros((), dtype=torch.float64)
         for part in parts:
             total += self._forward(part)[0].double().sum().cpu()
         return (summed(total) / (2 * num_pairs)).float().to(self.model.device)
 
     def _forward(self, part: Sequence[int], with_logprobs: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Rewards [2, B] and log-probs [2, B], chosen first."""
+        """Rewards [2, B] of B pairs and, if asked for, log-probabilities [2, B]. Row 0 is the chosen responses."""
         pairs = [self.pairs[index] for index in part]
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         rewards, logprobs = self.model(texts, with_logprobs)
         return rewards.view(2, -1), None if logprobs is None else logprobs.view(2, -1)
 
     def _loss(self, part: Sequence[int], batch_mean: Tensor | None) -> tuple[PreferenceTerms, Tensor]:
+        """The loss of a micro-batch with its terms, and its rewards [2, B] without gradient."""
         loss = self.config.loss
         rewards, logprobs = self._forward(part, with_logprobs=loss.regularizer is not None)
         margins = [self.pairs[index].margin for index in part]
@@ -206,6 +252,7 @@ class RewardTrainer:
             )
         terms = preference_loss(
             *rewards,
+            # Either all pairs have a margin or none has.
             margins=None if margins[0] is None else torch.tensor(margins, device=rewards.device),
             batch_mean=batch_mean,
             logprobs=responses,
@@ -214,7 +261,7 @@ class RewardTrainer:
         return terms, rewards.detach()
 
     def _broken(self, part: Sequence[int], rewards_2B: Tensor, terms: PreferenceTerms) -> str:
-        """Of a part of the batch, in words: which of its rewards is not finite, or that its loss is not; else nothing."""
+        """For an error message: which reward of a micro-batch is not finite, or that its loss is not. Else empty."""
         if bad := first_bad(rewards_2B):
             return f": {_reward_of(self.pairs[part[bad[1]]], bad[0], rewards_2B[tuple(bad)])}"
         if not terms.loss.isfinite():
@@ -223,17 +270,23 @@ class RewardTrainer:
 
     @torch.no_grad()
     def _reference_logprobs(self) -> Tensor:
-        """[2, pairs] by the base model, which is what the model is before its first step."""
+        """Log-probabilities [2, number of pairs] by the model as it starts, for GRM's `dpo`.
+
+        Row 0 is the chosen responses. They are on the CPU.
+        """
         references = torch.zeros(2, len(self.pairs))
         for part in self._microbatches(range(len(self.pairs)))[rank() :: num_ranks()]:
             references[:, part] = self._forward(part, with_logprobs=True)[1].cpu()
+        # Each rank fills its own columns and leaves 0 in the others, so the sum is the whole.
         return summed(references)
 
     def _data_digest(self) -> str:
+        """Digest of the training pairs' tokens and margins, by which a checkpoint recognises its data."""
         return key_digest(json.dumps([[p.chosen.token_ids, p.rejected.token_ids, p.margin] for p in self.pairs]))
 
 
 def _reward_of(pair: TokenizedPair, side: int, reward: Tensor) -> str:
+    """For error messages: whose reward it is, and its value. `side` 0 is the chosen response, 1 the rejected one."""
     return f"the reward of the {('chosen', 'rejected')[side]} response of {pair.place} is {reward.item()}"
 
 
@@ -248,10 +301,11 @@ _METRICS = (
     "reward/mean",
     "reward/square",
 )
-"""Means over a batch's pairs; NaN for a term that is off."""
+"""Each is a mean over a batch's pairs. A term of the loss that is off is NaN."""
 
 
 def _metrics(terms: PreferenceTerms, chosen: Tensor, rejected: Tensor) -> list[float]:
+    """The values of `_METRICS` for one micro-batch. A tie counts as half in the accuracy."""
     parts = (terms.loss, terms.preference, terms.bsr, terms.pos_reg, terms.regularizer)
     margin = chosen - rejected
     return [

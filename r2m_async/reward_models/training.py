@@ -2,13 +2,15 @@
 
     RUN/config.yaml                  the resolved config
     RUN/seed-0/metrics.jsonl         one line per step
-    RUN/seed-0/evaluation.jsonl      one line per evaluation: accuracy, and what `reward_states` finds out
-    RUN/seed-0/checkpoints/          the newest, where `checkpoint.every` is set and the model is not done
-    RUN/seed-0/model/                for AutoModelForSequenceClassification and AutoTokenizer (two layers: `load_classifier`)
-    RUN/training.png, states.png
+    RUN/seed-0/evaluation.jsonl      one line per evaluation: accuracy, and what `training_states` measures
+    RUN/seed-0/checkpoints/          the newest checkpoint, if `checkpoint.every` is set and the model is not done
+    RUN/seed-0/model/                for AutoModelForSequenceClassification and AutoTokenizer (two layers:
+                                     `load_classifier`)
+    RUN/training.png, states.png     the figures
 
-An ensemble has one such folder per seed, and `RewardEnsemble(RUN)` scores with all. Models train without dropout, in
-whole float32 or bfloat16, and on a CPU to the same bits in every run, resumed ones too.
+An ensemble has one such folder per seed, and `RewardEnsemble(RUN)` scores with all its models. Models are trained
+without dropout, and entirely in float32 or in bfloat16. On a CPU every run of the same config gives the same bits, even
+if it was interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -33,32 +35,41 @@ from r2m_async.whole import disk_errors, remove_directory, whole_directory
 
 
 def train(config: RewardModelConfig) -> Path:
-    """Trains the config's model or models into a new run directory; returns it.
+    """Trains the model or the models of a config into a new run directory, and returns that directory.
 
-    Within a process group the ranks train together, and the first one alone writes.
+    Within a process group all ranks train together, and the first one alone writes.
+
+    Raises ConfigError and DataError for a config and for pairs that cannot be used, NonFiniteStep if training diverges,
+    and DiskError.
     """
     run = made_by_first(lambda: new_directory(config.run.output_dir, config.run.name, config))
     try:
         return resume(run)
     except (ConfigError, DataError):
         if rank() == 0 and not any(seed_directory(run, seed).exists() for seed in config.seeds):
-            remove_directory(run)  # nothing but the config that was refused
+            remove_directory(run)  # it has nothing but the config that was refused
         raise
 
 
 def resume(run: Path) -> Path:
-    """Goes on with a run where it ended: finished models stay, an unfinished one starts from its newest checkpoint."""
+    """Goes on with a run where it ended, and returns its directory.
+
+    Models that are finished stay as they are. An unfinished model starts from its newest checkpoint, or anew if it has
+    none. Raises the errors of `train`.
+    """
     from r2m_async.reward_models.plots import plot_reward_training, plot_training_states
     from r2m_async.runs.progress import TrainingProgress
 
     config = RewardModelConfig.from_yaml(run / "config.yaml")
     with one_thread(), TrainingProgress(config.logging.live) as progress:
+        # The first rank builds or downloads what is missing; the other ranks then find it on the disk.
         with first_rank_first():
             start, data = _found(config, progress)
         for reason, count in data.skipped.items():
             progress.message(f"data: skipped {count} records: {reason}")
         progress.message(f"{len(data.training)} training pairs, {len(data.held_out)} held out; run directory {run}")
         for seed in config.seeds:
+            # This directory is there whole or not at all: if it is there, the model is done.
             if not (seed_directory(run, seed) / "model").is_dir():
                 _train_one(config.run(seed=seed), data, start, seed_directory(run, seed), progress)
     if rank() == 0:
@@ -69,7 +80,10 @@ def resume(run: Path) -> Path:
 
 
 def _found(config: RewardModelConfig, progress: Any) -> tuple[str, PreferenceData]:
-    """The name or directory of the start, and the pairs; the embedded language's are built where they are not there."""
+    """The name or directory of the model to start from, and the pairs.
+
+    The embedded language's models and pairs are built if they are not in the cache.
+    """
     start = config.model.start
     if start in ("embedded", "embedded_reward"):
         from r2m_async.from_scratch.embedded import embedded_models
@@ -81,6 +95,7 @@ def _found(config: RewardModelConfig, progress: Any) -> tuple[str, PreferenceDat
 
 
 def _train_one(config: RewardModelConfig, data: PreferenceData, start: str, directory: Path, progress: Any) -> None:
+    """Trains one model in its folder, from its newest checkpoint if it has one."""
     trainer = RewardTrainer(config, data, start)
     saved = checkpoints(directory)
     if saved:
@@ -89,8 +104,10 @@ def _train_one(config: RewardModelConfig, data: PreferenceData, start: str, dire
         with disk_errors(directory):
             directory.mkdir(exist_ok=True)
         for name in ("metrics.jsonl", "evaluation.jsonl"):
+            # A run that was killed may have written half of its last line.
             cut_partial_line(directory / name)
     if not saved:
+        # All ranks evaluate, since they share the work. The first one alone writes.
         _append(directory / "evaluation.jsonl", trainer.evaluate())
     while not trainer.finished:
         metrics = trainer.step()
@@ -102,6 +119,7 @@ def _train_one(config: RewardModelConfig, data: PreferenceData, start: str, dire
         progress.update(config.run.seed, metrics, trainer.num_steps)
         if rank() == 0 and _due(config.checkpoint.every, trainer.steps_done):
             trainer.save(checkpoint_path(directory, trainer.steps_done))
+            # Older ones go only after the new one is whole, so that there is always one to resume from.
             for old in checkpoints(directory)[:-1]:
                 remove_directory(old)
     if rank() == 0:
@@ -109,16 +127,18 @@ def _train_one(config: RewardModelConfig, data: PreferenceData, start: str, dire
 
 
 def _append(path: Path, record: dict[str, float]) -> None:
+    """Appends a record to a file, in the first rank alone."""
     if rank() == 0:
         append_records(path, [record])
 
 
 def _finish(trainer: RewardTrainer, directory: Path) -> None:
-    """The model, whole or not at all, in place of its checkpoints."""
+    """Writes the trained model, whole or not at all, and then removes its checkpoints."""
     with whole_directory(directory / "model") as building:
         trainer.model.save(building)
     remove_directory(directory / "checkpoints")
 
 
 def _due(every: int | None, step: int) -> bool:
+    """Whether `step` is a multiple of `every`; never, if `every` is None."""
     return every is not None and step % every == 0

@@ -1,8 +1,8 @@
-"""Many runs of one question: `r2m study` and `r2m reward-study`.
+"""This folder makes many runs, over a grid of configs and over seeds, to answer one question: `r2m study`.
 
-study.py          a grid of configs and seeds, run where runs are missing, and reported
-cells.py          the numbers of a cell of the grid over its seeds
-reward_models.py  the same for reward models
-intervals.py      confidence intervals
+study.py          a grid of configs and seeds: runs that are missing are made, and all are compared
+cells.py          the numbers of each cell of the grid, over its seeds
+reward_models.py  the numbers of each of the study's reward models, over its seeds
+intervals.py      confidence intervals over seeds, and tables of them
 jobs.py           jobs in processes of their own, several at a time
 """

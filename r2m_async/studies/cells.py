@@ -1,7 +1,8 @@
-"""What the runs of a study say: results.json, table.md and comparison.png in its OUT.
+"""The results of a study's runs: results.json, table.md and comparison.png in OUT.
 
-Comparing at equal steps flatters whatever learns slowest, so the table leads with the gold reward at matched KL, its peak,
-and the area under gold against KL. Cells share their seeds: `against` takes differences seed by seed.
+A comparison at equal steps favours whatever learns slowest. So the table begins with the gold reward at matched KL, its
+peak, and the area under gold against KL. All cells have the same seeds, so with `against` differences are taken seed by
+seed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from r2m_async.studies.intervals import differences, differences_tables, seeds_r
 from r2m_async.studies.jobs import failures
 
 SMOOTHING = 5
-"""Steps over which gold and KL are averaged before they are compared: a step is few responses."""
+"""Steps over which gold and KL are averaged before they are compared. A single step has few responses."""
 
 COMPARED = ("gold_at_kl_", "gold_peak", "gold_area", "gold_end", "accuracy_end")
-"""Beginnings of what is compared seed by seed."""
+"""Beginnings of the names of the numbers that are compared seed by seed."""
 
 Steps = Sequence[dict[str, Any]]
+"""The records of a run's metrics.jsonl, by rising step."""
 
 
 def compare_cells(
@@ -35,11 +37,14 @@ def compare_cells(
     out: Path,
     draw: Sequence[str] = (),
 ) -> None:
-    """Writes OUT's files.
+    """Writes the files of OUT.
 
-    cells: by name, then by seed, a run's directory, which is there if the run was done to its end.
-    against: those of them that are cells are compared with each of the others, seed by seed.
-    draw: `drawing.chosen` of them.
+    cells: for each cell and seed, the directory of the run. A run that failed has no directory.
+    kl_levels: KL in nats per response at which gold is compared.
+    against: names to compare all other cells with, seed by seed. Those that are no cells are ignored.
+    draw: cells that the figure shows, by `drawing.chosen`.
+
+    Raises DiskError.
     """
     there = {cell: {seed: path for seed, path in runs.items() if path.exists()} for cell, runs in cells.items()}
     steps = {path: read_metrics(path / "metrics.jsonl") for runs in there.values() for path in runs.values()}
@@ -64,6 +69,7 @@ def compare_cells(
 
 
 def _table(rows: Mapping[str, Any], paired: Mapping[str, Mapping[str, Any]], to_kl: float) -> str:
+    """The results as Markdown: a row for each cell, then the differences."""
     area = (
         f"\n`gold_area`: the mean of gold over KL from 0 to {to_kl:.3g}, which is the highest level, or the highest KL "
         f"that every run passed if that is less.\n"
@@ -72,16 +78,24 @@ def _table(rows: Mapping[str, Any], paired: Mapping[str, Mapping[str, Any]], to_
 
 
 def area_to_kl(runs: Sequence[Steps], kl_levels: Sequence[float]) -> float:
-    """The lesser of the highest level and the highest KL that all runs passed whose gold against KL is known; NaN if none's is."""
+    """The KL at which the area under gold ends: the highest level, or less if a run did not get so far.
+
+    A run whose gold against KL is not known does not count. NaN if none is known.
+    """
     passed = [levels[-1] for levels, _ in map(gold_against_kl, runs) if len(levels)]
     return float(min(max(kl_levels), *passed)) if passed else float("nan")
 
 
 def summary(steps: Steps, kl_levels: Sequence[float], to_kl: float) -> dict[str, float]:
-    """Of one run: gold where its KL first reached each level (NaN if never), its peak, the area, how it ended, how unstable
-    it was at its worst (effective sample size and gradient norm, as smoothed) and when it ended.
+    """The numbers of one run by name.
 
-    The area is the mean of gold over KL from 0 to `to_kl`, by the trapezoid rule.
+    They are gold where the KL first reached each level (NaN if it never did), the peak of gold, the area under gold,
+    the last values of gold, KL and proxy reward, the lowest effective sample size and the highest gradient norm, and
+    the seconds that the run took. All but the seconds are of smoothed curves.
+
+    steps: the run's records.
+    kl_levels: levels of KL.
+    to_kl: where the area ends. The area is the mean of gold over KL from 0 to there, by the trapezoid rule.
     """
     levels, gold_at = gold_against_kl(steps)
     gold = _smooth(column(steps, "reward/gold")[_known(steps)])
@@ -91,6 +105,7 @@ def summary(steps: Steps, kl_levels: Sequence[float], to_kl: float) -> dict[str,
             np.interp(kl, levels, gold_at, left=np.nan, right=np.nan) if len(levels) else np.full(np.shape(kl), np.nan)
         )
 
+    # With the curve's own points in between, the trapezoid rule is exact on the curve.
     points = np.concatenate([[0.0], levels[(levels > 0) & (levels < to_kl)], [to_kl]])
     return {f"gold_at_kl_{level:g}": float(at(level)) for level in kl_levels} | {
         "gold_peak": float(gold.max()) if len(gold) else float("nan"),
@@ -105,22 +120,27 @@ def summary(steps: Steps, kl_levels: Sequence[float], to_kl: float) -> dict[str,
 
 
 def gold_against_kl(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
-    """Rising KLs and the smoothed gold where the run's smoothed KL first reached each; steps without either are left out.
+    """The curve of gold over KL of one run: rising values of KL, and the gold where the smoothed KL first reached each.
 
-    The first step samples from the reference: the curve starts at KL 0 with that step's own gold.
+    Steps in which either is not known are left out. If both are known in the first step, the curve begins at KL 0 with
+    that step's gold, because the first step samples from the reference.
     """
     known = _known(steps)
     kl, gold = (values[known] for values in (samples_kl(steps), column(steps, "reward/gold")))
     levels, gold_at = _smooth(kl), _smooth(gold)
     if len(known) and known[0]:
         levels, gold_at = np.append(0.0, levels), np.append(gold[0], gold_at)
+    # KL may fall again. Only new maxima count, so the values of KL rise strictly, as np.interp needs.
     first = np.flatnonzero(np.diff(np.maximum.accumulate(levels), prepend=-np.inf) > 0)
     return levels[first], gold_at[first]
 
 
 def accuracies(run: Path) -> dict[str, float]:
-    """Of the run's last evaluation, of pairs of responses by the policy as it is then, the share ranked as gold does: by
-    the run's head, and by the frozen reward model. Nothing without evaluations."""
+    """How well a run's rewards order pairs of responses by the final policy, from its last evaluation.
+
+    `accuracy_end` is the share of pairs that the run's head orders as gold does, and `accuracy_frozen` the same for the
+    frozen reward model. Empty without evaluations.
+    """
     if not (evaluations := read_records(run / "evaluation.jsonl")):
         return {}
     names = {"accuracy_end": "proxy_accuracy", "accuracy_frozen": "frozen_accuracy"}
@@ -128,24 +148,27 @@ def accuracies(run: Path) -> dict[str, float]:
 
 
 def _known(steps: Steps) -> np.ndarray:
-    """[steps] whether both KL and gold are numbers."""
+    """[steps] bool, whether both KL and gold are finite."""
     return np.isfinite(samples_kl(steps)) & np.isfinite(column(steps, "reward/gold"))
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
+    """The values that are finite, in their order."""
     return values[np.isfinite(values)]
 
 
 def _extreme(of: Callable[[np.ndarray], Any], steps: Steps, key: str) -> float:
+    """The least or the greatest (`of`) value of a smoothed metric; NaN if the metric is not there."""
     values = _smooth(_finite(column(steps, key)))
     return float(of(values)) if len(values) else float("nan")
 
 
 def _last(values: np.ndarray) -> float:
+    """The last value; NaN if there is none."""
     return float(values[-1]) if len(values) else float("nan")
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Means over SMOOTHING values, or over all there are."""
+    """Moving averages over SMOOTHING values, or over all of them if there are fewer."""
     width = min(SMOOTHING, len(values))
     return np.convolve(values, np.full(width, 1 / width), mode="valid") if width else values

@@ -1,8 +1,8 @@
-"""The reward models of a study, each evaluated as it is trained, and what they say together.
+"""The reward models of a study: each is measured when it has been trained, and then all are compared.
 
-OUT/reward_models/table.md          means over seeds with 95 % intervals, and differences seed by seed
+OUT/reward_models/table.md          means over seeds with 95 % confidence intervals, and differences seed by seed
 OUT/reward_models/results.json      the same, with best-of-n, and what failed with its reason
-OUT/reward_models/best_of_n.png     where the study asks for it
+OUT/reward_models/best_of_n.png     if the study asks for best-of-n
 """
 
 from __future__ import annotations
@@ -21,12 +21,22 @@ from r2m_async.studies.jobs import failures
 from r2m_async.whole import disk_errors, write_file
 
 Parts: TypeAlias = Mapping[str, str]
-"""What is measured of each reward model, `evaluation` and `best_of_n` or one of them, and the folder for it in the model's
-directory, which is named by its settings."""
+"""What is measured of each reward model: `evaluation`, `best_of_n`, or both. The value is the folder for it in the
+model's run directory. The name of best-of-n's folder has its settings in it, so that other settings do not find old
+results."""
 
 
 def train_and_measure(config: str, directory: Path, parts: Parts, pool: Path, max_n: int) -> float:
-    """Trains, or goes on; then measures `parts`, best of n from the pool. Seconds."""
+    """Trains a reward model, and then measures what has not been measured. Returns the seconds that it took.
+
+    A training that was interrupted is resumed.
+
+    config: the config as YAML.
+    directory: the run directory.
+    parts: what to measure.
+    pool: the file of samples for best-of-n.
+    max_n: the largest n.
+    """
     from r2m_async.evaluation.best_of_n import load_pool, measure_best_of_n, write_best_of_n
     from r2m_async.evaluation.reward_models import evaluate, write_evaluation
     from r2m_async.reward_models.training import resume
@@ -46,7 +56,10 @@ def train_and_measure(config: str, directory: Path, parts: Parts, pool: Path, ma
 
 
 def is_measured(directory: Path, parts: Parts) -> bool:
-    """Whether each part's results are there and whole: half a file is what a killed writer of an older version left."""
+    """Whether the results of every part are there and can be read.
+
+    A file that cannot be read counts as missing: older versions of this package could leave half a file when killed.
+    """
     for folder in parts.values():
         try:
             _results(directory / folder)
@@ -62,8 +75,15 @@ def compare_reward_models(
     out: Path,
     draw: Sequence[str] = (),
 ) -> None:
-    """Writes OUT's files: a row for every name, of those of its directories, by seed, that are measured; and the
-    differences from `against`, of which names that are no reward model's are left out. draw: `drawing.chosen` of them."""
+    """Writes the files of OUT: a row for each name, and the differences from the names in `against`.
+
+    models: for each name and seed, the run directory. Those that were not measured are left out, and are reported as
+        failed if they left a reason.
+    parts: what was measured.
+    against: names to compare all others with, seed by seed. Those that are no reward models are ignored.
+    out: the folder OUT/reward_models.
+    draw: names that the figure shows, by `drawing.chosen`.
+    """
     there = {
         name: {seed: one for seed, one in ones.items() if is_measured(one, parts)} for name, ones in models.items()
     }
@@ -77,6 +97,7 @@ def compare_reward_models(
         from r2m_async.runs.drawing import chosen
 
         measured = {name: [_results(one / parts["best_of_n"]) for one in ones.values()] for name, ones in there.items()}
+        # All were measured from one pool with the same settings, so n and KL are the same in all of them.
         first = next(one for ones in measured.values() for one in ones)
         curves = {name: _curves(list(map(_gains, ones))) for name, ones in measured.items() if ones}
         results["best_of_n"] = {"ns": first["ns"], "kl": first["kl"], "models": curves}
@@ -89,12 +110,13 @@ def compare_reward_models(
 
 
 def summary(directory: Path, parts: Parts) -> dict[str, float]:
-    """Of one reward model: accuracy on held-out pairs, Kendall's tau by split, how its states lie, the best of n.
+    """The numbers of one reward model by name: accuracy on held-out pairs, Kendall's tau by split, and so on.
 
-    `norm_dispersion` is std / mean of the states' norms in domain (BSR Fig. 3), `erank_gain` the effective rank on responses
-    of other generators less that in domain, `erank_over_training` that on prompts and generators which training has not
-    seen less that on training pairs (BSR Table 1). Best-of-n in gains over one sample; `bon_gold_lost` from the n with the
-    most gold to the largest.
+    `norm_dispersion` is std / mean of the norms of hidden states in domain (BSR Fig. 3). `erank_gain` is the effective
+    rank on responses of other writers minus that in domain. `erank_over_training` is the effective rank on unseen
+    prompts with unseen writers minus that on training pairs (BSR Table 1). Numbers that begin with `bon_` are gains of
+    best-of-n over one sample, at the largest n; `bon_gold_peak` is the highest gain in gold at any n, and
+    `bon_gold_lost` is what is lost from there to the largest n.
     """
     told: dict[str, float] = {}
     if "evaluation" in parts:
@@ -121,9 +143,11 @@ def summary(directory: Path, parts: Parts) -> dict[str, float]:
 
 
 def _curves(ones: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
-    """Means over reward models of the gains over one sample, and as `_half_width` half their 95 % intervals.
+    """Means of the gains over the reward models of one name, with their 95 % confidence intervals.
 
-    The intervals are over reward models on one pool of prompts: other prompts would move all of them together.
+    `..._half_width` is half the width of an interval.
+
+    The intervals are over reward models on one pool of prompts. Other prompts would move all of them together.
     """
     told: dict[str, list[float]] = {}
     for key in ("proxy", "gold"):
@@ -134,9 +158,14 @@ def _curves(ones: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]
 
 
 def _gains(best_of_n: Mapping[str, Any]) -> Mapping[str, list[float]]:
+    """The `curves` of a result of best-of-n, which is about a single model."""
     (curves,) = best_of_n["models"].values()
     return curves
 
 
 def _results(folder: Path) -> Any:
+    """The contents of results.json in a folder.
+
+    Raises FileNotFoundError, NotADirectoryError, or ValueError if it is no JSON.
+    """
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))

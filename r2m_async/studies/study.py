@@ -1,22 +1,23 @@
-"""`r2m study STUDY OUT`: a grid of runs, as many at once as there are cores, and what they say at matched KL.
+"""`r2m study STUDY OUT`: a grid of runs, as many at once as there are cores, and their comparison at matched KL.
 
     base: ../quickstart.yaml            # every run's config, relative to this file
-    set: {run.num_steps: 80}            # over the base, for all
+    set: {run.num_steps: 80}            # keys changed in the base, for all runs
     seeds: [11, 12, 13]
     grid:                               # a run for every choice of one label per axis, and every seed
       variant:
         vanilla: {head.variant: vanilla, learner.lr: 5.0e-5}
         r2m: {head.variant: r2m, learner.lr: 3.0e-5}
         pretrained_rm: {head.variant: vanilla, reward.model: "trained:golden"}
-    reward_models:                      # those that `trained:NAME` stands for, each trained with the seed of its run
+    reward_models:                      # what `trained:NAME` stands for, each trained with the seed of its run
       golden: {config: ../reward_model/pretrained.yaml, set: {optimizer.epochs: 3}}
     against: [vanilla]                  # cells or reward models that all others are compared with, seed by seed
-    draw: [vanilla, r2m]                # those that the figures show; without it all
+    draw: [vanilla, r2m]                # cells or reward models that the figures show; without this key all
 
-OUT/runs/<labels>-seed<n> is a run directory, there only once it is whole, and OUT/reward_models/<name>-seed<n> one of
-`r2m reward-model train`: the command can be stopped and started again. A run leaves its last checkpoint, for `r2m export`
-(`checkpoint.at_end`). What fails leaves its reason as NAME.failed beside where it would be, and is tried again at the next
-start. OUT gets table.md, results.json and comparison.png (`study_results`).
+A cell is a choice of one label per axis. OUT/runs/<labels>-seed<n> is a run directory, which is there only once it is
+whole. OUT/reward_models/<name>-seed<n> is a run directory of `r2m reward-model train`. So the command can be stopped
+and started again. A run leaves its last checkpoint for `r2m export`, if `checkpoint.at_end` is set. What fails leaves
+its reason in NAME.failed, beside the place of its directory, and is tried again at the next start. OUT gets table.md,
+results.json and comparison.png (`studies.cells`).
 """
 
 from __future__ import annotations
@@ -44,81 +45,107 @@ from r2m_async.whole import disk_errors, whole_directory, write_file
 from r2m_async.yaml_tree import cut_repr, read_yaml
 
 TRAINED = "trained:"
+"""How a run's config names a reward model of the study: `trained:NAME`."""
 
 
 class RewardModelSource(BaseModel):
+    """How a reward model of the study is trained."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: str
-    """Of `r2m reward-model train`, relative to the study's file."""
+    """A config of `r2m reward-model train`, relative to the study's file."""
     set: dict[str, Any] = {}
+    """Keys that are changed in that config, as `section.key`."""
 
 
 class BestOfN(BaseModel):
-    """Of all the study's reward models, from one pool of the embedded policy's samples."""
+    """Best-of-n by all reward models of the study, from one pool of samples of the embedded policy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     n: int = Field(405, gt=1)
-    """Samples per prompt and the largest n, at which each prompt has one favourite: more prompts, less noise there."""
+    """Samples per prompt, and also the largest n. At that n each prompt has a single favourite, so more prompts mean
+    less noise there."""
     prompts: int = Field(40, gt=1, le=NUM_HELD_OUT_PROMPTS)
+    """Prompts in the pool."""
     seed: int = 0
+    """Seed of the pool's prompts and samples."""
 
     @property
     def label(self) -> str:
-        """Of files that go with these settings alone."""
+        """Part of the names of files that belong to these settings alone."""
         return f"n{self.n}-prompts{self.prompts}-seed{self.seed}"
 
 
 class Study(BaseModel):
+    """The contents of a study's file."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     base: str | None = None
-    """None: no runs, the reward models alone."""
+    """Config of every run, relative to the study's file. None makes no runs, and trains the reward models alone."""
     set: dict[str, Any] = {}
+    """Keys that are changed in the base for all runs, as `section.key`."""
     seeds: tuple[int, ...] = Field(min_length=1)
+    """Each cell has a run with each of these seeds, and each reward model is trained with each."""
     grid: dict[str, dict[str, dict[str, Any]]] = {}
+    """For each axis its labels, and for each label the keys that it changes."""
     reward_models: dict[str, RewardModelSource] = {}
+    """Reward models to train, by the name in `trained:NAME`."""
     evaluate: bool = False
-    """The reward models, as `r2m reward-model eval` does."""
+    """Whether the reward models are measured as by `r2m reward-model eval`."""
     best_of_n: BestOfN | None = None
+    """Settings of best-of-n by the reward models; None leaves it out."""
     against: tuple[str, ...] = ()
-    """Cells, reward models, or names of both."""
+    """Cells or reward models with which all others are compared."""
     draw: tuple[str, ...] = ()
-    """What the figures show, named in the same way; all cells where no cell is named, all reward models where none is."""
+    """Cells or reward models that the figures show. If no cell is named, all are shown, and so it is with reward
+    models."""
     kl_levels: tuple[PositiveFloat, ...] = Field((1.0, 2.0, 4.0, 8.0), min_length=1)
-    """Nats per response."""
+    """KL from the reference at which gold rewards are compared, in nats per response."""
     in_process: bool = True
-    """Without Ray: the one-process ring, which gives the same numbers where asynchrony is not the question."""
+    """Whether runs use the one-process ring, without Ray. Its numbers are the same unless the question is one of
+    asynchrony."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRun:
+    """A run of the study: a cell with a seed."""
+
     cell: str
-    """One label per axis."""
+    """The labels of the cell, one per axis, joined by `-`."""
     seed: int
     config: R2MConfig
 
     @property
     def name(self) -> str:
+        """Name of the run's directory."""
         return f"{self.cell}-seed{self.seed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRewardModel:
+    """A reward model of the study with a seed."""
+
     name: str
     config: RewardModelConfig
     directory: Path
+    """Its run directory."""
 
     @property
     def model(self) -> Path:
+        """Where the trained model is; of an ensemble, the first of its models."""
         return self.directory / f"seed-{self.config.run.seed}" / "model"
 
 
 def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], list[StudyRun]]:
-    """The study, the reward models that it trains under `out`, and its runs, cell by cell.
+    """Reads a study's file. Returns the study, the reward models that it trains, and its runs, cell by cell.
 
-    Raises ConfigError for whatever is wrong in it or in a config.
+    path: the study's file.
+    out: OUT, in which the reward models will be.
+
+    Raises ConfigError for whatever is wrong in the file or in a config.
     """
     try:
         study = Study.model_validate(read_yaml(path) or {})
@@ -138,7 +165,7 @@ def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], li
 
 
 def _explain(problem: Any) -> str:
-    """One line of what is wrong, from pydantic's record of it."""
+    """One line about an error that pydantic found."""
     place = [str(part) for part in problem["loc"]]
     key = ".".join(place) or "the file"
     if problem["type"] == "extra_forbidden":
@@ -150,7 +177,7 @@ def _explain(problem: Any) -> str:
 
 
 def _set(tree: dict[str, dict[str, Any]], key: str, value: Any) -> None:
-    """Raises ConfigError unless the key is `section.key`."""
+    """Changes a key in a tree of sections. Raises ConfigError unless the key is `section.key`."""
     section, dot, field = key.partition(".")
     if not dot:
         raise ConfigError(f"{key!r} is not of the form section.key, e.g. run.num_steps")
@@ -158,6 +185,7 @@ def _set(tree: dict[str, dict[str, Any]], key: str, value: Any) -> None:
 
 
 def _runs(path: Path, study: Study, reward_models: dict[tuple[str, int], StudyRewardModel]) -> list[StudyRun]:
+    """All runs of the grid. Raises ConfigError for a config that is not valid, and for two runs of one name."""
     if study.base is None:
         return []
     base, runs = R2MConfig.from_yaml(path.parent / study.base), []
@@ -165,6 +193,7 @@ def _runs(path: Path, study: Study, reward_models: dict[tuple[str, int], StudyRe
         cell = "-".join(label for label, _ in labels) or "base"
         changes = study.set | {key: value for _, keys in labels for key, value in keys.items()}
         for seed in study.seeds:
+            # Each run changes a tree of its own, so its changes do not reach the next run.
             tree = base.to_dict()
             try:
                 for key, value in (changes | {"run.seed": seed}).items():
@@ -181,7 +210,7 @@ def _runs(path: Path, study: Study, reward_models: dict[tuple[str, int], StudyRe
 
 
 def _reward_models(path: Path, study: Study, out: Path) -> dict[tuple[str, int], StudyRewardModel]:
-    """By name and seed."""
+    """The study's reward models, by name and seed. Raises ConfigError for a config that is not valid."""
     found = {}
     closest = min(((high - low, low, high) for low, high in itertools.pairwise(sorted(study.seeds))), default=None)
     for name, source in study.reward_models.items():
@@ -195,6 +224,7 @@ def _reward_models(path: Path, study: Study, out: Path) -> dict[tuple[str, int],
             except ConfigError as error:
                 raise ConfigError(f"{path}: reward_models.{name}: {error}") from None
             size = config.ensemble.size
+            # Ensembles that share a model are not independent, and an interval over seeds would be too narrow.
             if size > 1 and closest is not None and closest[0] < size:
                 raise ConfigError(
                     f"{path}: seeds {closest[1]} and {closest[2]}: reward_models.{name} has ensemble.size {size}, models of the "
@@ -207,6 +237,7 @@ def _reward_models(path: Path, study: Study, out: Path) -> dict[tuple[str, int],
 
 
 def _trained_model(value: str, seed: int, known: dict[tuple[str, int], StudyRewardModel]) -> str:
+    """The directory of the model that `trained:NAME` stands for in a run with this seed. Raises ConfigError."""
     name = value.removeprefix(TRAINED)
     if (name, seed) not in known:
         names = ", ".join(dict.fromkeys(one for one, _ in known)) or "none"
@@ -219,10 +250,13 @@ def _trained_model(value: str, seed: int, known: dict[tuple[str, int], StudyRewa
 
 
 def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[[str], None] = print) -> list[str]:
-    """Trains and runs what OUT lacks and writes its tables; the names of what failed, whose errors are told.
+    """Makes what OUT lacks, and writes its tables. Returns the names of what failed.
 
-    workers: jobs at once; None for the number of cores.
-    Raises ConfigError if OUT has a run or a reward model of that name with another config.
+    path: the study's file.
+    workers: jobs at once; None means the number of cores.
+    tell: gets a line for whatever ends or fails.
+
+    Raises ConfigError if OUT has a run or a reward model of the same name with another config.
     """
     from r2m_async.launch.workload import resolve
 
@@ -230,7 +264,7 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
         raise ConfigError(
             f"--workers is {workers}: so many runs at once; give 1 or more, or leave it out for one per core"
         )
-    out = out.resolve()  # the configs of runs that start from its reward models have it
+    out = out.resolve()  # it enters the configs of runs that start from the study's reward models
     study, reward_models, runs = read_study(path, out)
     with disk_errors(out):
         (out / "runs").mkdir(parents=True, exist_ok=True)
@@ -238,9 +272,10 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
     tell(f"{len(runs)} runs, {len(runs) - len(missing)} there already")
     with WorkerProcesses(workers or os.cpu_count() or 1) as processes:
         failed = _train_reward_models(study, reward_models, out, processes, tell) if reward_models else []
+        # Configs that differ in their seed alone need the same models and data.
         for config in {run.config.run(seed=0).to_yaml(): run.config for run in missing}.values():
-            with contextlib.suppress(ConfigError, DataError):  # which its runs will tell
-                resolve(config)  # builds what runs share, once
+            with contextlib.suppress(ConfigError, DataError):  # the runs themselves will report it
+                resolve(config)  # builds here, once, what all runs would otherwise build at the same time
         places = [out / "runs" / run.name for run in missing]
         running = {
             processes.submit(_run, run.config.to_dict(), place, study.in_process): place
@@ -258,7 +293,10 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
 def _train_reward_models(
     study: Study, models: Sequence[StudyRewardModel], out: Path, processes: WorkerProcesses, tell: Callable[[str], None]
 ) -> list[str]:
-    """Trains and measures what OUT lacks and writes their tables; the names of what failed."""
+    """Trains and measures the reward models that OUT lacks, and writes their tables.
+
+    Returns the names of what failed.
+    """
     best_of_n = study.best_of_n or BestOfN()
     parts = {"evaluation": "evaluation"} if study.evaluate else {}
     if study.best_of_n is not None:
@@ -271,8 +309,8 @@ def _train_reward_models(
     tell(f"{len(models)} reward models, {len(models) - len(missing)} there already")
     samples = out / f"pool-{best_of_n.label}.jsonl"
     if missing:
-        with contextlib.suppress(ConfigError, DataError):  # which its training will tell
-            load_preference_data(missing[0].config)  # builds what trainings share, once
+        with contextlib.suppress(ConfigError, DataError):  # the training itself will report it
+            load_preference_data(missing[0].config)  # builds here, once, what all trainings would otherwise build
         if study.best_of_n and not samples.exists():
             _sample_pool(best_of_n, samples)
     work = {
@@ -291,6 +329,7 @@ def _train_reward_models(
 
 
 def _sample_pool(best_of_n: BestOfN, path: Path) -> None:
+    """Draws the samples for best-of-n and writes them to `path`."""
     from r2m_async.evaluation.best_of_n import embedded_pool, write_pool
     from r2m_async.from_scratch.embedded import embedded_models
     from r2m_async.models.loading import one_thread
@@ -300,8 +339,9 @@ def _sample_pool(best_of_n: BestOfN, path: Path) -> None:
 
 
 def _is_there(directory: Path, config: ConfigTree) -> bool:
+    """Whether `directory` is a run with this config. Raises ConfigError if it is one with another config."""
     written = directory / "config.yaml"
-    if not written.is_file():  # killed before its first file
+    if not written.is_file():  # nothing is there, or it was killed before its first file
         return False
     if written.read_text(encoding="utf-8") != config.to_yaml():
         raise ConfigError(f"{directory} is a run of another config; remove it, or name another OUT")
@@ -309,13 +349,18 @@ def _is_there(directory: Path, config: ConfigTree) -> bool:
 
 
 def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
-    """One run in a process of its own; seconds of the ring."""
+    """Makes one run of the ring, and returns the seconds that it took. It is called in a process of its own.
+
+    tree: the config as plain values, which can be pickled.
+    directory: where the run directory appears once it is whole.
+    """
     from r2m_async.launch.ring import Ring
     from r2m_async.launch.training import keep_checkpoint
     from r2m_async.models.loading import one_thread
     from r2m_async.runs.directory import RunDirectory
 
     config = R2MConfig.from_dict(tree)
+    # Several runs share the cores. One thread each also makes a run of the one-process ring reproducible.
     threads = one_thread() if in_process else contextlib.nullcontext()
     with whole_directory(directory) as building, threads:
         write_file(building / "config.yaml", config.to_yaml())

@@ -38,10 +38,8 @@ class AdvantageNotFinite(ConfigError):
         """Where the first such value is: [group, response], or [group, response, token] for a result per token."""
 
 
-PER_TOKEN = ("reinforce_pp", "reinforce_pp_baseline", "gae")
-"""The built-in estimators that return one advantage per token."""
-GROUP_RELATIVE = ("rloo", "grpo", "reinforce_pp_baseline")
-"""The built-in estimators that compare the responses of a group. They need at least two responses per group."""
+FLAGS = ("needs_greedy", "kl_in_reward", "needs_values", "per_token", "group_relative", "whole_batch")
+"""What an estimator may say of itself: the fields of `Estimator` with these names say what each means."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,30 +100,46 @@ class Estimator:
 
     A class is instantiated once with the options. The instance is then called with the inputs of each step.
     """
-    needs_greedy: bool
+    needs_greedy: bool = False
     """If True, the rollout generates one greedy response per prompt beside the K sampled ones."""
-    kl_in_reward: bool
-    """If True, the estimator subtracts the KL itself, and the policy loss has no KL term."""
+    kl_in_reward: bool = False
+    """If True, the estimator subtracts the KL itself, and the policy loss has no KL term.
+
+    Its option `beta` is `objective.kl_coef`, unless the config's options name another.
+    """
     needs_values: bool = False
     """If True, a critic is trained, and the estimator returns a pair (advantages, returns).
 
     The returns are [n, K, T]. They are the critic's targets.
     """
+    per_token: bool = False
+    """If True, every token has an advantage of its own. A ratio per response could not weigh them: it needs
+    `objective.ratio: token`."""
+    group_relative: bool = False
+    """If True, the responses of a group are compared with each other. A group then needs at least two."""
+    whole_batch: bool = False
+    """If True, it normalises over the whole batch. Groups that the schedule cut short would fall out of it
+    (`scheduling.overage: mask`)."""
     _made: list[tuple[dict[str, Any], Callable[..., Any]]] = field(default_factory=list, repr=False, compare=False)
     """Empty, or one pair: the options and the instance of a class that was made with them."""
+
+    def __call__(self, inputs: AdvantageInputs, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The advantages, or (advantages, returns) with `needs_values`, as `advantages_and_returns` documents them."""
+        advantages, returns = advantages_and_returns(self, inputs, options)
+        return advantages if returns is None else (advantages, returns)
+
+    def accepts(self, option: str) -> bool:
+        """Whether the function, or the class as it is made, takes a keyword argument of this name."""
+        parameters = list(inspect.signature(self.function).parameters.values())
+        by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        return option in by_name or any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 _REGISTRY: dict[str, Estimator] = {}
 
 
 def _estimator(name: str, function: Any) -> Estimator:
-    return Estimator(
-        name=name,
-        function=function,
-        needs_greedy=bool(getattr(function, "needs_greedy", False)),
-        kl_in_reward=bool(getattr(function, "kl_in_reward", False)),
-        needs_values=bool(getattr(function, "needs_values", False)),
-    )
+    return Estimator(name=name, function=function, **{flag: bool(getattr(function, flag, False)) for flag in FLAGS})
 
 
 def _identity(function: Any) -> str:
@@ -134,14 +148,31 @@ def _identity(function: Any) -> str:
 
 
 def register_advantage(
-    name: str, needs_greedy: bool = False, kl_in_reward: bool = False, needs_values: bool = False
+    name: str,
+    *,
+    needs_greedy: bool = False,
+    kl_in_reward: bool = False,
+    needs_values: bool = False,
+    per_token: bool = False,
+    group_relative: bool = False,
+    whole_batch: bool = False,
 ) -> Callable[[Any], Any]:
     """Returns a decorator that registers a function or a class as an advantage estimator.
 
     The config can then name it `name`, or `module:attr` with the same flags. The flags are those of `Estimator`.
 
+    `r2m check` and `r2m train` hold the config against them, for a user's own estimator as for ours.
+
     Raises ConfigError when another estimator already has the name.
     """
+    flags = {
+        "needs_greedy": needs_greedy,
+        "kl_in_reward": kl_in_reward,
+        "needs_values": needs_values,
+        "per_token": per_token,
+        "group_relative": group_relative,
+        "whole_batch": whole_batch,
+    }
 
     def register(function: Any) -> Any:
         known = _REGISTRY.get(name)
@@ -150,7 +181,8 @@ def register_advantage(
                 f"advantage {name!r} is already registered by {_identity(known.function)}; choose another name"
             )
         # The flags also go onto the function itself: under `module:attr` it is found without the registry.
-        function.needs_greedy, function.kl_in_reward, function.needs_values = needs_greedy, kl_in_reward, needs_values
+        for flag in FLAGS:
+            setattr(function, flag, flags[flag])
         _REGISTRY[name] = _estimator(name, function)
         return function
 
@@ -276,7 +308,7 @@ def _not_finite(inputs: AdvantageInputs) -> str:
     return f"not all {' and '.join(found)} it was given are finite" if found else "all that it was given is finite"
 
 
-@register_advantage("rloo")
+@register_advantage("rloo", group_relative=True)
 def rloo(inputs: AdvantageInputs) -> Tensor:
     """RLOO: a response's reward minus the mean reward of the other K - 1 responses of its group (R2M Eq. 1).
 
@@ -287,7 +319,7 @@ def rloo(inputs: AdvantageInputs) -> Tensor:
     return deviation * (inputs.rewards.shape[1] / (inputs.rewards.shape[1] - 1))
 
 
-@register_advantage("grpo")
+@register_advantage("grpo", group_relative=True)
 def grpo(inputs: AdvantageInputs, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
     """GRPO: (reward - group mean) / (group std + `eps`) (arXiv 2402.03300).
 
@@ -315,7 +347,7 @@ def remax(inputs: AdvantageInputs) -> Tensor:
     return inputs.rewards - inputs.greedy_rewards[:, None]
 
 
-@register_advantage("reinforce_pp", kl_in_reward=True)
+@register_advantage("reinforce_pp", kl_in_reward=True, per_token=True, whole_batch=True)
 def reinforce_pp(inputs: AdvantageInputs, *, beta: float = 0.05, eps: float = 1e-6) -> Tensor:
     """REINFORCE++: the undiscounted reward-to-go of each token, normalised over the batch (arXiv 2501.03262).
 
@@ -333,7 +365,7 @@ def reinforce_pp(inputs: AdvantageInputs, *, beta: float = 0.05, eps: float = 1e
     return _normalised(_reward_to_go(inputs, inputs.rewards, beta), inputs.response_mask, eps)
 
 
-@register_advantage("reinforce_pp_baseline", kl_in_reward=True)
+@register_advantage("reinforce_pp_baseline", kl_in_reward=True, per_token=True, group_relative=True, whole_batch=True)
 def reinforce_pp_baseline(inputs: AdvantageInputs, *, beta: float = 0.05, eps: float = 1e-6) -> Tensor:
     """REINFORCE++ with a baseline: `reinforce_pp` on rewards from which the group's mean was subtracted.
 
@@ -343,7 +375,7 @@ def reinforce_pp_baseline(inputs: AdvantageInputs, *, beta: float = 0.05, eps: f
     return _normalised(_reward_to_go(inputs, deviation, beta), inputs.response_mask, eps)
 
 
-@register_advantage("gae", kl_in_reward=True, needs_values=True)
+@register_advantage("gae", kl_in_reward=True, needs_values=True, per_token=True, whole_batch=True)
 def gae(
     inputs: AdvantageInputs, *, gamma: float = 1.0, lam: float = 0.95, beta: float = 0.05, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:

@@ -221,8 +221,8 @@ class Schedule:
         return Admission(group_id=group_id, due_step=group.due_step, attempt=group.attempt, policy_version=version)
 
     def _oldest_lost(self) -> int | None:
-        """The oldest group that waits to be issued again, or None. Drops voided groups at the front of the heap."""
-        while self._lost and self._lost[0] not in self._groups:
+        """The oldest group that waits to be issued again, or None. Drops what came or was voided meanwhile."""
+        while self._lost and ((group := self._groups.get(self._lost[0])) is None or group.arrived):
             heapq.heappop(self._lost)
         return self._lost[0] if self._lost else None
 

@@ -391,3 +391,59 @@ def test_the_example_in_the_docs_runs_by_module_attr_and_by_its_registered_name(
         assert estimator.needs_greedy and not estimator.kl_in_reward
         assert compute_advantages(estimator, inputs).tolist() == [[-1.0, 1.0, 2.0]]
         assert compute_advantages(estimator, inputs, {"limit": 1.5}).tolist() == [[-1.0, 1.0, 1.5]]
+
+
+FLAGGED = """
+def per_token(inputs): return inputs.rewards[..., None].expand(inputs.response_mask.shape)
+per_token.per_token = True
+def compares(inputs): return inputs.rewards - inputs.rewards.mean(1, keepdim=True)
+compares.group_relative = True
+def normalises(inputs): return inputs.rewards - inputs.rewards.mean()
+normalises.whole_batch = True
+def takes_the_kl(inputs): return inputs.rewards
+takes_the_kl.kl_in_reward = True
+def takes_beta(inputs, *, beta): return inputs.rewards
+takes_beta.kl_in_reward = True
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("per_token", {}, "gives every token its own advantage, and objective.ratio is 'sequence'"),
+        ("compares", {"rollouts": {"group_size": 1}, "head": {"variant": "vanilla"}}, "rollouts.group_size is 1"),
+        ("normalises", {"scheduling": {"overage": "mask"}}, "scheduling.overage is 'mask' and advantage.name is"),
+        ("takes_the_kl", {}, "has no option `beta`, and objective.kl_coef is 0.05: nothing would use it"),
+    ],
+)
+def test_a_users_own_estimator_is_held_against_the_config_as_ours_are(tmp_path, monkeypatch, name, changes, message):
+    (tmp_path / "flagged.py").write_text(FLAGGED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = R2MConfig(advantage={"name": f"flagged:{name}"}, **changes)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_estimator(get_advantage(config.advantage.name), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("per_token", {"objective": {"ratio": "token"}}),
+        ("compares", {}),
+        ("normalises", {}),
+        ("takes_the_kl", {"objective": {"kl_coef": 0}}),
+        ("takes_beta", {}),
+    ],
+)
+def test_what_an_estimators_flags_allow_is_allowed(tmp_path, monkeypatch, name, changes):
+    (tmp_path / "flagged.py").write_text(FLAGGED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = R2MConfig(advantage={"name": f"flagged:{name}"}, **changes)
+    check_estimator(get_advantage(config.advantage.name), config)
+
+
+def test_an_estimator_can_be_called_by_itself():
+    inputs = AdvantageInputs(
+        rewards=torch.tensor([[1.0, 2.0, 6.0]]), response_mask=torch.ones(1, 3, 2, dtype=torch.bool)
+    )
+    assert torch.equal(get_advantage("rloo")(inputs), torch.tensor([[-3.0, -1.5, 4.5]]))
+    assert torch.allclose(get_advantage("grpo")(inputs, unbiased=False), get_advantage("grpo")(inputs) * 1.5**0.5)

@@ -120,10 +120,6 @@ def test_every_mistake_of_a_config_is_named_at_once():
             {"learner": {"backend": "deepspeed", "zero_stage": 1, "offload": "optimizer"}, "run": {"device": "cpu"}},
             ["learner.offload is 'optimizer'", "run.device is 'cpu'"],
         ),
-        (
-            {"scheduling": {"overage": "mask"}, "advantage": {"name": "gae"}},
-            ["scheduling.overage is 'mask'", "advantage.name is 'gae'"],
-        ),
         ({"reward": {"model": "from_scratch"}}, ["reward.model is 'from_scratch'", "data.preferences is not set"]),
         ({"model": {"policy": "from_scratch"}}, ["model.policy is 'from_scratch'", "data.prompts is 'embedded'"]),
     ],

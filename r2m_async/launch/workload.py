@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from r2m_async.advantages import GROUP_RELATIVE, PER_TOKEN, Estimator, check_options, get_advantage
+from r2m_async.advantages import Estimator, check_options, get_advantage
 from r2m_async.config import R2MConfig
 from r2m_async.data.prompts import PromptStream, load_prompts
 from r2m_async.data.seeds import Stream, sampling_seed
@@ -147,18 +147,29 @@ def hidden_size(key: str, name: str, fetch: bool = True) -> int | None:
 
 
 def check_estimator(estimator: Estimator, config: R2MConfig) -> None:
-    """Raises ConfigError for what an estimator of this library cannot work with; a user's own fails when it runs."""
-    if estimator.name in PER_TOKEN and config.objective.ratio != "token":
+    """Raises ConfigError for a config that contradicts what an estimator says of itself, a user's own as ours."""
+    name = f"advantage.name is {estimator.name!r}"
+    if estimator.per_token and config.objective.ratio != "token":
         raise ConfigError(
-            f"advantage.name {estimator.name!r} gives every token its advantage and objective.ratio is "
-            f"{config.objective.ratio!r}, one ratio per response: use objective.ratio token"
+            f"{name}, which gives every token its own advantage, and objective.ratio is {config.objective.ratio!r}, one "
+            f"ratio per response: use objective.ratio 'token'"
         )
-    if estimator.name in GROUP_RELATIVE and config.rollouts.group_size < 2:
+    if estimator.group_relative and config.rollouts.group_size < 2:
         raise ConfigError(
-            f"advantage.name {estimator.name!r} compares the responses of a group and rollouts.group_size is "
-            f"{config.rollouts.group_size}: use at least 2, or an estimator such as remax"
+            f"{name}, which compares the responses of a group, and rollouts.group_size is {config.rollouts.group_size}: "
+            f"use at least 2, or an estimator such as remax"
         )
-
+    if estimator.whole_batch and config.scheduling.overage == "mask":
+        raise ConfigError(
+            f"scheduling.overage is 'mask' and {name}: it normalises over the whole batch, which cut groups leave in parts "
+            f"of different size; use overage 'wait' or 'drop'"
+        )
+    if estimator.kl_in_reward and config.objective.kl_coef > 0 and not estimator.accepts("beta"):
+        raise ConfigError(
+            f"{name}, which takes the KL into the reward (kl_in_reward) and has no option `beta`, and objective.kl_coef is "
+            f"{config.objective.kl_coef}: nothing would use it; give the estimator a keyword argument beta, or set "
+            f"objective.kl_coef 0"
+        )
     for key, field in type(config.critic).model_fields.items():
         if not estimator.needs_values and getattr(config.critic, key) != field.default:
             raise ConfigError(

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from r2m_async.advantages import (
-    PER_TOKEN,
     AdvantageInputs,
     AdvantageNotFinite,
     Estimator,
@@ -100,7 +99,7 @@ def step_advantages(
     named = step_place(whole[0].ticket.due_step, whole)
     mask_BT = response_mask([trajectory for group in whole for trajectory in group.trajectories])
     options = dict(config.advantage.options)
-    if estimator.name in PER_TOKEN:
+    if estimator.kl_in_reward and estimator.accepts("beta"):
         options.setdefault("beta", config.objective.kl_coef)
     rows_by_size: dict[int, list[list[int]]] = defaultdict(list)
     groups_by_size: dict[int, list[ScoredGroup]] = defaultdict(list)

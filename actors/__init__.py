@@ -1,0 +1,13 @@
+"""The stages that produce data: rollout actors with their engines, the replay queue and the reward annotator.
+
+replay_queue.py         keeps every part of every group until both learners have used it
+reward_annotator.py     embeds responses with the frozen reward model and scores them with a reward head
+rollout_actor.py        turns tickets into groups of responses, with one engine
+transformers_engine.py  the engine on transformers' `generate`
+vllm_engine.py          the engine on vLLM
+vllm_drivers.py         two ways to run vLLM: step by step in this process, or in processes of its own
+vllm_worker.py          the worker inside vLLM's processes, which copies hidden states out
+vllm_weights.py         how weights reach vLLM's workers, and how they are checked there
+state_slab.py           the shared memory through which hidden states leave vLLM's worker
+vllm_offline.py         vLLM's offline `LLM`, for `r2m eval generate`
+"""

@@ -1,7 +1,8 @@
-"""The reward annotator: the frozen backbone (which embeds responses as they arrive) and the scoring by a given head.
+"""The reward annotator embeds responses with the frozen reward model and scores them with a given reward head.
 
-It keeps no head and no group: weights and embeddings come with each call, so any replica can do any of it and a
-version can be pinned by handing it in.
+Responses are embedded as they arrive, because the frozen reward model never changes. They are scored one whole step
+at a time. No call depends on an earlier one: the weights of the reward head and the embeddings come with each call.
+So any replica can serve any call, and a caller chooses the head version by passing its weights.
 """
 
 from __future__ import annotations
@@ -32,25 +33,45 @@ from r2m_async.trajectories import (
 
 
 class RewardAnnotator:
-    """`head` is a module of the run's variant whose weights every call overwrites."""
+    """Embeds and scores groups of responses for training, and judges held-out groups for an evaluation."""
 
     def __init__(self, model: Any, tokenizer: Any, head: nn.Module, config: R2MConfig) -> None:
+        """Keeps the models and finds the gold reward function.
+
+        Args:
+            model: the frozen reward model, a sequence classifier with one label.
+            tokenizer: the reward model's tokenizer.
+            head: a reward head of the run's variant (`heads.build_head`). `score` and `judge` overwrite its weights.
+            config: the run's config.
+
+        Raises ConfigError if `evaluation.gold` names no function.
+        """
         self._model = model
         self._tokenizer = tokenizer
         self._head = head.to(model.device)
-        self._initial = named_weights(head, 0)
+        self._initial = named_weights(head, 0)  # a copy: later calls overwrite the weights of this very module
         self._config = config
         gold = config.evaluation.gold
         self._gold = named_function(gold, "evaluation.gold") if gold else None
 
     @produces(1)
     def initial_head(self) -> tuple[StepReport, Weights]:
-        """Version 0 of the head: phi as the reward model came with it, cross-attention as drawn."""
+        """Returns a report and version 0 of the reward head.
+
+        Its scoring layer phi is the reward model's own. Its cross-attention, if the variant has one, is random.
+        """
         return StepReport(version=0, metrics={}), self._initial
 
     @produces(1)
     def embed(self, group: TrajectoryGroup) -> tuple[StepReport, RewardEmbeddings]:
-        """The group's RTEs. The report has its mean gold reward where one is known: watched, never trained on."""
+        """Computes the reward token embeddings (RTE) and the reward bonuses of a group.
+
+        Returns a report and the embeddings. If `evaluation.gold` is set, the report has the group's mean gold reward
+        under `gold`. The gold reward is only watched: nothing is trained on it.
+
+        Raises FunctionFailed if a reward function or the gold function fails. Raises NonFiniteStep if an embedding or a
+        reward is NaN or infinite, unless `learner.on_nonfinite` is `skip`.
+        """
         embeddings = embed_group(self._model, self._tokenizer, group, self._config)
         gold = self._gold_rewards(group)
         metrics = {"gold": _mean(gold)} if gold else {}
@@ -64,7 +85,19 @@ class RewardAnnotator:
         embeddings: list[RewardEmbeddings],
         feedback: list[PolicyFeedback | None],
     ) -> tuple[StepReport, tuple[GroupRewards, ...]]:
-        """Binds the rewards of a whole step with one head version."""
+        """Computes the rewards of all groups of one step with one version of the reward head.
+
+        Args:
+            step: the policy step that trains on the groups. It decides omega, the weight of the embedding.
+            head: the weights of the reward head.
+            embeddings: what `embed` returned for each group.
+            feedback: the policy's hidden states for each group, or None for each if the head reads none.
+
+        Returns a report with statistics of the rewards, and the rewards of each group in the same order.
+
+        Raises NonFiniteStep if a reward is NaN or infinite, unless `learner.on_nonfinite` is `skip`. Raises ValueError
+        if the weights do not fit the head, or if the lists differ in length.
+        """
         load_weights(self._head, head)
         rewards = tuple(
             score_group(self._head, one, states, step, head.version, self._config)
@@ -81,10 +114,29 @@ class RewardAnnotator:
         embeddings: list[RewardEmbeddings],
         feedback: list[PolicyFeedback | None],
     ) -> tuple[StepReport]:
-        """Mean rewards of held-out groups, and their standard errors over prompts: `proxy` by the given head, `frozen`
-        by the reward model as it came, `gold` where known; per-prompt means beside them as `frozen/<prompt index>`.
-        `proxy_accuracy` and `frozen_accuracy`: shares of pairs of a group that are ranked as gold ranks them."""
+        """Scores held-out groups for an evaluation, and returns a report.
+
+        Args:
+            step: the policy version that generated the groups.
+            head: the weights of the reward head.
+            groups: the held-out groups, one per prompt.
+            embeddings: what `embed` returned for each group.
+            feedback: the policy's hidden states for each group, or None for each if the head reads none.
+
+        The report's metrics are:
+
+        - `proxy`: the mean reward by the given head.
+        - `frozen`: the mean reward by the reward model as it came. `frozen/<prompt index>` is that of one prompt.
+        - `gold`: the mean gold reward, if `evaluation.gold` is set.
+        - `proxy_se`, `frozen_se`, `gold_se`: the standard errors over prompts. One prompt alone has 0.
+        - `proxy_accuracy`, `frozen_accuracy`: of the pairs of responses to one prompt, the share that is ranked as
+          gold ranks it. They are left out if gold ranks no pair or is not finite.
+        - `length`: the mean number of response tokens.
+
+        A mean over a reward that is not finite is NaN. Raises FunctionFailed if the gold function fails.
+        """
         load_weights(self._head, head)
+        # Omega is that of the step which made this policy version. No step made version 0, so step 0 stands in.
         horizon = max(0, step - 1)
         proxy = [
             score_group(self._head, one, states, horizon, head.version, self._config).model_rewards.tolist()
@@ -110,7 +162,11 @@ class RewardAnnotator:
         return (StepReport(version=head.version, metrics=metrics),)
 
     def _gold_rewards(self, group: TrajectoryGroup) -> list[float]:
-        """Of the responses; raises FunctionFailed. Under `on_nonfinite: skip` they may be NaN: not known."""
+        """The gold rewards of a group's responses, or an empty list if `evaluation.gold` is not set.
+
+        Under `learner.on_nonfinite: skip` a gold reward may be NaN or infinite. Raises FunctionFailed if the gold
+        function fails.
+        """
         gold, name, ticket = self._gold, self._config.evaluation.gold, group.ticket
         if gold is None or name is None:
             return []
@@ -124,11 +180,12 @@ class RewardAnnotator:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """NaN where one of them is not finite, as it may be under `learner.on_nonfinite: skip`."""
+    """The mean. It is NaN if a value is not finite, which `learner.on_nonfinite: skip` allows."""
     return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _reward_metrics(rewards: tuple[GroupRewards, ...]) -> dict[str, float]:
+    """Statistics of one step's rewards. A step without groups has none."""
     if not rewards:
         return {}
     values = torch.cat([one.rewards for one in rewards])

@@ -1,8 +1,12 @@
-"""The slab: policy states in shared memory, written by vLLM's worker as it decodes and read by the rollout actor.
+"""The slab: shared memory through which the policy's hidden states go from vLLM's worker to the rollout actor.
 
-One row of states per token, beside it the policy version that computed it. The rows form blocks, one per group that
-may be generated at once: K responses and the greedy twin, each at full length. The file has no name once both sides
-have it open, so no kind of exit leaves it behind.
+The worker writes states as it decodes, and the rollout actor reads them when a group has ended. Each token has a row:
+its hidden state and the policy version that computed it. Rows form blocks. A block belongs to one group that is being
+generated. It has room for the K responses and the greedy twin, each at full length.
+
+The file is unlinked once both sides have opened it. From then on no kind of exit can leave it behind.
+
+Shapes: N rows, S prompt + response tokens of one sequence, D hidden size of the policy.
 """
 
 from __future__ import annotations
@@ -18,60 +22,93 @@ import torch
 from torch import Tensor
 
 DIRECTORY = "/dev/shm"
+"""The folder of shared memory on Linux. Files in it lie in memory, not on a disk."""
 UNWRITTEN = -1
+"""The version of a row that nobody has written. Every policy version is larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlabShape:
+    """The dimensions of a slab. Both sides need the same ones, because the file has no header."""
+
     num_blocks: int
-    """Groups at once."""
+    """How many groups can be generated at once."""
     num_sequences: int
-    """Of a group: K, and the greedy twin."""
+    """Sequences of one group: its K responses, and one more if it has a greedy twin."""
     num_rows: int
-    """Of a sequence: its tokens at most."""
+    """Rows of one sequence: the most tokens that a prompt and its response may have together."""
     hidden_size: int
+    """D: how many numbers one hidden state has."""
     dtype: str
+    """The name of the states' dtype in torch, for example `bfloat16`."""
 
     @property
     def num_bytes(self) -> int:
-        """= blocks x sequences x rows x (hidden size x item size + 4 for the version)."""
+        """Size of the file in bytes: blocks x sequences x rows x (hidden size x item size + 4 for the version)."""
         itemsize = getattr(torch, self.dtype).itemsize
         return self.num_blocks * self.num_sequences * self.num_rows * (self.hidden_size * itemsize + 4)
 
 
 class StateSlab:
-    """`states` [blocks, sequences, rows, D] and `versions` [blocks, sequences, rows] int32 on shared memory."""
+    """One side's view of a slab.
+
+    `states` is [blocks, sequences, rows, D] in the slab's dtype. `versions` is [blocks, sequences, rows] int32.
+    Both lie in shared memory, so what one process writes the other one sees.
+    """
 
     def __init__(self, path: str, shape: SlabShape) -> None:
+        """Opens the file at `path`, which `create_slab_file` made for the same `shape`."""
         with open(path, "r+b") as file:
             self._memory = mmap.mmap(file.fileno(), shape.num_bytes)
         rows = (shape.num_blocks, shape.num_sequences, shape.num_rows)
         num_rows = shape.num_blocks * shape.num_sequences * shape.num_rows
         self.shape = shape
+        # The file has all versions first, then all states.
         self.versions = torch.frombuffer(self._memory, dtype=torch.int32, count=num_rows).view(rows)
         self.states = torch.frombuffer(
             self._memory, dtype=getattr(torch, shape.dtype), count=num_rows * shape.hidden_size, offset=4 * num_rows
         ).view(*rows, shape.hidden_size)
 
     def clear(self, block: int) -> None:
-        """Before a group's first request: nothing of the block counts as written."""
+        """Marks every row of a block as unwritten.
+
+        It must be called before a group's first request. Otherwise rows of the block's last group would pass for this
+        group's own.
+        """
         self.versions[block].fill_(UNWRITTEN)
 
     def write(self, rows: Tensor, states: Tensor, version: int) -> None:
-        """`rows` [N] int64 count through all blocks; `states` [N, D] on any device."""
+        """Writes hidden states, and beside each the policy version that computed it.
+
+        Args:
+            rows: [N] int64, row numbers counted from the start of the slab through all blocks and sequences.
+            states: [N, D] in any dtype and on any device. They are converted to the slab's dtype.
+            version: the policy version.
+        """
         self.states.flatten(0, 2).index_copy_(0, rows, states.to(self.states.device, self.states.dtype))
         self.versions.flatten().index_fill_(0, rows, version)
 
     def read(self, block: int, lengths: dict[int, int], prompt_len: int) -> tuple[tuple[Tensor, ...], int]:
-        """(states [S - 1, D] of the block's sequences in `lengths` (sequence -> S), the oldest version among them).
+        """Copies the hidden states of one group out of its block.
 
-        A prompt row that a sequence did not compute itself, because the prefix cache had it, is taken from a sibling.
-        Raises RuntimeError where a row is missing.
+        The prefix cache spares a sequence the prompt tokens that a sibling has computed already. The rows of these
+        tokens are taken from the sibling.
+
+        Args:
+            block: the group's block.
+            lengths: S, prompt and response tokens, by the index of the sequence. Other sequences are not read.
+            prompt_len: prompt tokens, the same for all sequences of the group.
+
+        Returns the states [S - 1, D] of each sequence in the order of `lengths`, and the oldest policy version among
+        them. The last token of a sequence was never an input, so it has no state. Raises RuntimeError if a row is
+        missing.
         """
         states, versions, every = self.states[block], self.versions[block], torch.arange(prompt_len)
+        # For each prompt token, the sequence that computed it with the newest version. UNWRITTEN never wins.
         holder = versions[:, :prompt_len].argmax(0)
         taken, oldest = [], []
         for sequence, length in lengths.items():
+            # Copies, because the next group writes into the same block.
             rows, own = states[sequence, : length - 1].clone(), versions[sequence, : length - 1].clone()
             cached = own[:prompt_len] == UNWRITTEN
             rows[:prompt_len][cached] = states[holder, every][cached]
@@ -84,12 +121,14 @@ class StateSlab:
 
 
 def create_slab_file(shape: SlabShape) -> str:
-    """A file of the slab's size in shared memory; whoever made it unlinks it once both sides have opened it.
+    """Creates a file of the slab's size in shared memory, and returns its path.
 
-    Raises OSError naming both sizes where shared memory is too small.
+    The caller must unlink the file once both sides have opened it. Raises OSError, naming the free and the needed
+    bytes, if shared memory is too small.
     """
     handle, path = tempfile.mkstemp(prefix="r2m-states-", dir=DIRECTORY)
     try:
+        # Reserves the memory now. A file that is only extended would kill a process with SIGBUS on some later write.
         os.posix_fallocate(handle, 0, shape.num_bytes)
     except OSError as error:
         os.unlink(path)

@@ -1,8 +1,8 @@
-"""Two ways to drive vLLM behind one seam: stepped here, call by call, or by `AsyncLLM` in processes of its own.
+"""Two ways to run vLLM behind one interface, `Driver`.
 
-`SteppedDriver` has the engine in this process: what happens is a function of the order of calls, so synchronous and
-exact runs use it. `AsyncDriver` lets vLLM run ahead while this process encodes and sends. Both are called from several
-threads at once, one per group.
+`SteppedDriver` runs the engine in this process, step by step. What happens depends on the order of calls alone, so
+synchronous and exact runs use it. `AsyncDriver` runs the engine in a process of its own, which keeps generating while
+this process encodes and sends. Both drivers are called from several threads at once, one thread per group.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
+# These are set before vLLM is imported, because some of them are read during the import.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # our worker is written for the V1 model runner
 if not torch.cuda.is_available():
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles one helper there, for 20 s
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines of a machine share its first core
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # on a CPU vLLM would compile one helper, for 20 s
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or all engines of a machine would share its first core
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -41,37 +42,49 @@ from r2m_async.errors import StageLost
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
+    """One request to vLLM: a prompt, and how to sample one response or several."""
+
     request_id: str
+    """A name that no other running request has. `abort` takes it."""
     token_ids: tuple[int, ...]
+    """The tokens of the prompt."""
     params: SamplingParams
     cache_salt: str
-    """Requests share prefix-cache entries only under the same salt."""
+    """Two requests share entries of the prefix cache only if they have the same salt."""
 
     @property
     def prompt(self) -> dict[str, Any]:
+        """The prompt in the form that vLLM takes."""
         return {"prompt_token_ids": list(self.token_ids), "cache_salt": self.cache_salt}
 
 
 @dataclass(slots=True)
 class Completed:
-    """A request's responses by index; those that an abort cut short have no finish_reason or `abort`."""
+    """What a request generated.
+
+    A response that an abort cut short may be missing. If it is there, its finish_reason is None or `abort`.
+    """
 
     outputs: dict[int, CompletionOutput] = field(default_factory=dict)
+    """The responses by their index, which counts from 0."""
     prompt_logprobs: Any = None
+    """vLLM's log-probabilities of the prompt's tokens; None if the request asked for none."""
 
 
 class _Aborted:
-    """Names that were aborted, until their requests have come and gone. Not to be used by several threads at once.
+    """The names of aborted requests, until these requests have come and gone. Only one thread at a time may use it.
 
-    A request that has gone before its abort comes will not come again, nor will that of a lost attempt; so only the
-    newest `LIMIT` names are kept. Those whose requests are on their way are among them: at most two per group that an
-    actor generates at once.
+    An abort may come before its request. The name is then kept, so that the request ends as soon as it comes. Some
+    requests never come: they had ended before the abort, or their attempt was lost on its way. So only the newest
+    `LIMIT` names are kept. The names that still matter are among them, because an actor has at most two requests per
+    group that it generates at once.
     """
 
     LIMIT = 4096
+    """How many names are kept at most."""
 
     def __init__(self) -> None:
-        self._names: dict[str, None] = {}
+        self._names: dict[str, None] = {}  # a dict keeps the order in which names came, a set does not
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -80,24 +93,33 @@ class _Aborted:
         return len(self._names)
 
     def add(self, names: Iterable[str]) -> None:
+        """Remembers names, and forgets the oldest beyond `LIMIT`."""
         self._names |= dict.fromkeys(names)
         for name in list(itertools.islice(self._names, max(0, len(self) - self.LIMIT))):
             del self._names[name]
 
     def forget(self, names: Iterable[str]) -> None:
+        """Forgets the names of requests that have ended."""
         for name in names:
             self._names.pop(name, None)
 
 
 class Driver(ABC):
-    """An engine that is running."""
+    """A vLLM engine that is running."""
 
     def update(self, info: dict[str, Any], version: int, keep_cache: bool) -> float:
-        """Swaps the weights between two steps, requests kept; returns the seconds from pause to resume.
+        """Replaces the weights between two steps. Running requests stay and go on with the new weights.
 
-        Caches of the old weights are dropped, running requests recompute theirs, unless `keep_cache`.
+        Args:
+            info: what the workers' transfer engine needs to receive the weights.
+            version: the policy version of the new weights.
+            keep_cache: whether running requests go on with the keys and values that the old weights computed. If not,
+                all cached keys and values are dropped, and running requests compute theirs anew.
+
+        Returns the seconds from pause to resume. Raises RuntimeError if vLLM did not drop its caches.
         """
         began = time.perf_counter()
+        # A step in the middle would compute with a mixture of weights, or label its states with the wrong version.
         with self._paused():
             for call, arguments in (
                 ("start_weight_update", {}),
@@ -114,32 +136,51 @@ class Driver(ABC):
         return time.perf_counter() - began
 
     @abstractmethod
-    def generate(self, requests: list[Request]) -> list[Completed]: ...
+    def generate(self, requests: list[Request]) -> list[Completed]:
+        """Runs requests until all of them have ended. Returns what each generated, in the same order."""
+        ...
 
     @abstractmethod
     def abort(self, request_ids: list[str]) -> None:
-        """Ends requests that run, and those of these names that come later at once."""
+        """Ends the requests of these names. One that has not come yet ends as soon as it comes."""
 
     @abstractmethod
-    def rpc(self, method: str, **arguments: Any) -> list[Any]: ...
+    def rpc(self, method: str, **arguments: Any) -> list[Any]:
+        """Calls a method of every worker of the engine. Returns their answers."""
+        ...
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Shuts the engine down."""
+        ...
 
     @abstractmethod
-    def _paused(self) -> AbstractContextManager[None]: ...
+    def _paused(self) -> AbstractContextManager[None]:
+        """A block during which the engine takes no step."""
+        ...
 
     @abstractmethod
-    def set_weight_version(self, version: str) -> None: ...
+    def set_weight_version(self, version: str) -> None:
+        """Tells vLLM with which version to label the tokens that it samples from here on."""
+        ...
 
     @abstractmethod
-    def _reset_cache(self) -> bool: ...
+    def _reset_cache(self) -> bool:
+        """Drops all cached keys and values, those of running requests too. Returns whether vLLM did so."""
+        ...
 
 
 class SteppedDriver(Driver):
-    """Whoever waits for a group takes the next step for all of them."""
+    """Runs the engine in this process. Each thread that waits for a group takes steps, and a step serves all groups."""
 
     def __init__(self, args: AsyncEngineArgs, timeout: float) -> None:
+        """Starts the engine.
+
+        Args:
+            args: vLLM's arguments.
+            timeout: the seconds that a call to the workers (`rpc`) may take.
+        """
+        # Processes that vLLM starts from here on end with this process (`vllm_worker.register`).
         os.environ[CHILD] = "1"
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self._timeout = timeout
@@ -153,6 +194,7 @@ class SteppedDriver(Driver):
         self._aborted = _Aborted()
 
     def generate(self, requests: list[Request]) -> list[Completed]:
+        """Takes steps until these requests have ended (`Driver.generate`)."""
         ids = {request.request_id for request in requests}
         with self._alone():
             for request in requests:
@@ -162,6 +204,7 @@ class SteppedDriver(Driver):
                 else:
                     self._engine.add_request(request.request_id, request.prompt, request.params)
         while True:
+            # The engine is given back after every step, so that other threads can add and abort groups in between.
             with self._alone():
                 if ids <= self._finished:
                     self._finished -= ids
@@ -171,7 +214,12 @@ class SteppedDriver(Driver):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Whoever waits holds the turn, so that the one who steps again and again cannot overtake it."""
+        """Gives the engine to the calling thread alone. A thread that has it already may enter again.
+
+        The turn makes this fair. A thread that waits for the lock holds the turn. So a thread that steps in a loop
+        cannot take the lock again before the waiting thread has had it.
+        """
+        # No lock is needed to read the owner: only this thread ever writes its own id there.
         if self._owner == threading.get_ident():
             yield
             return
@@ -185,14 +233,17 @@ class SteppedDriver(Driver):
             self._lock.release()
 
     def _step(self) -> None:
+        """Takes one step of the engine and sorts what came out of it by request."""
         for output in self._engine.step():
             completed = self._running[output.request_id]
+            # An output has all tokens of its response so far, so it takes the place of the older one.
             completed.outputs |= {one.index: one for one in output.outputs}
             completed.prompt_logprobs = output.prompt_logprobs or completed.prompt_logprobs
             if output.finished:
                 self._finished.add(output.request_id)
 
     def abort(self, request_ids: list[str]) -> None:
+        """Ends requests between two steps (`Driver.abort`)."""
         with self._alone():
             self._aborted.add(request_ids)
             running = [one for one in request_ids if one in self._running and one not in self._finished]
@@ -200,16 +251,19 @@ class SteppedDriver(Driver):
             self._finished.update(running)
 
     def rpc(self, method: str, **arguments: Any) -> list[Any]:
+        """Calls a method of every worker between two steps (`Driver.rpc`)."""
         with self._alone():
             return self._engine.collective_rpc(method, self._timeout, kwargs=arguments)
 
     def close(self) -> None:
+        """Shuts the engine down."""
         self._engine.engine_core.shutdown()
 
     def _paused(self) -> AbstractContextManager[None]:
         return self._alone()
 
     def set_weight_version(self, version: str) -> None:
+        """Tells vLLM with which version to label the tokens that it samples from here on."""
         self._engine.set_weight_version(version)
 
     def _reset_cache(self) -> bool:
@@ -217,43 +271,60 @@ class SteppedDriver(Driver):
 
 
 def leave_transformers_alone() -> None:
-    """Where vLLM runs an architecture by transformers' code (GPTNeoX), it marks transformers' own class for compilation,
-    in eager mode too, and models of this process that are not vLLM's can no longer be called."""
+    """Keeps vLLM from marking transformers' own model classes for compilation.
+
+    vLLM runs some architectures, GPTNeoX for one, with transformers' code. It then marks transformers' class for
+    compilation, even in eager mode. Other models of that class in this process could no longer be called.
+    """
     from vllm.model_executor.models.transformers.base import Base
 
     Base._decorate_cls_for_torch_compile = lambda self, **_: None
 
 
 class AsyncDriver(Driver):
-    """`AsyncLLM` on an event loop in a thread of its own, its engine core in a process that dies with this one.
+    """Runs `AsyncLLM` on an event loop in a thread of its own. Its engine core is a process that dies with this one.
 
-    A dead engine core raises StageLost from whatever is called, and so does one that takes longer than `timeout` seconds
-    for anything but generating.
+    Every call raises StageLost if the engine core is dead. `abort`, `rpc`, `update` and `set_weight_version` also raise
+    it if the engine core does not answer within `timeout` seconds.
     """
 
     def __init__(self, args: AsyncEngineArgs, timeout: float) -> None:
+        """Starts the engine.
+
+        Args:
+            args: vLLM's arguments.
+            timeout: the seconds that the engine core has for an answer, except for `generate` and `close`.
+        """
         self._timeout = timeout
+        # Only the event loop's thread touches the names of running and of aborted requests. So they need no lock.
         self._running: set[str] = set()
         self._aborted = _Aborted()
-        os.environ[CHILD] = "1"
+        os.environ[CHILD] = "1"  # processes that vLLM starts from here on end with this process
+        # With "1", vLLM on a CPU would put even a single worker into one more process, below the engine core's.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if args.tensor_parallel_size == 1 else "1"
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
 
+        # A coroutine, because AsyncLLM begins to handle outputs at once only if it is made inside a running event loop.
         async def start() -> AsyncLLM:
             return AsyncLLM.from_engine_args(args)
 
         self._engine = self._run(start())
 
     def generate(self, requests: list[Request]) -> list[Completed]:
+        """Waits until these requests have ended (`Driver.generate`)."""
+
         async def all_of_them() -> list[Completed]:
             return await asyncio.gather(*(self._generate(request) for request in requests))
 
         return self._run(all_of_them())
 
     async def _generate(self, request: Request) -> Completed:
+        """Runs one request to its end."""
         completed, name = Completed(), request.request_id
         try:
+            # Nothing is awaited between this look and the name's entry among the running requests. So an abort is seen
+            # either here or, because it repeats itself while the request runs, by vLLM.
             if name in self._aborted:
                 return completed
             params = request.params.clone()
@@ -262,7 +333,8 @@ class AsyncDriver(Driver):
             async for output in self._engine.generate(request.prompt, params, name):
                 completed.outputs = {one.index: one for one in output.outputs if one is not None}
                 completed.prompt_logprobs = output.prompt_logprobs
-            if name in self._aborted:  # the step that it was in may still be writing its states
+            if name in self._aborted:
+                # The step that the request was in may still be writing states into the group's block of the slab.
                 await self._engine.collective_rpc("r2m_settle", self._timeout)
         finally:
             self._running.discard(name)
@@ -270,22 +342,29 @@ class AsyncDriver(Driver):
         return completed
 
     def abort(self, request_ids: list[str]) -> None:
+        """Waits until the running requests of these names have ended (`Driver.abort`)."""
+
         async def until_ended() -> None:
             self._aborted.add(request_ids)
-            while not self._running.isdisjoint(request_ids):  # vLLM forgets an abort that comes before its request
+            # Once is not enough: vLLM forgets an abort that comes before it has taken the request in.
+            while not self._running.isdisjoint(request_ids):
                 await self._engine.abort(request_ids)
                 await asyncio.sleep(0.01)
 
         self._run(until_ended(), self._timeout)
 
     def rpc(self, method: str, **arguments: Any) -> list[Any]:
+        """Calls a method of every worker (`Driver.rpc`)."""
         return self._run(self._engine.collective_rpc(method, self._timeout, kwargs=arguments), self._timeout)
 
     def close(self) -> None:
+        """Shuts the engine core and the event loop down."""
+
         async def stop() -> None:
             if self._engine.output_handler is not None:
                 self._engine.output_handler.cancel()
             self._engine.shutdown(timeout=1)
+            # A loop that stops with tasks left would have asyncio complain of them.
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 task.cancel()
@@ -298,18 +377,22 @@ class AsyncDriver(Driver):
     @contextmanager
     def _paused(self) -> Iterator[None]:
         self._run(self._engine.pause_generation(mode="keep", clear_cache=False), self._timeout)
+        # There is no `finally`: after an error the engine stays paused, because half-loaded weights must not run.
         yield
-        self._run(
-            self._engine.resume_generation(), self._timeout
-        )  # not after an error: half-loaded weights must not run
+        self._run(self._engine.resume_generation(), self._timeout)
 
     def set_weight_version(self, version: str) -> None:
+        """Tells vLLM with which version to label the tokens that it samples from here on."""
         self._run(self._engine.update_weight_version(version), self._timeout)
 
     def _reset_cache(self) -> bool:
         return self._run(self._engine.reset_prefix_cache(reset_running_requests=True), self._timeout)
 
     def _run(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
+        """Runs a coroutine on the event loop and waits for what it returns.
+
+        Raises StageLost if the engine core is dead, or takes longer than `timeout` seconds.
+        """
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(timeout)

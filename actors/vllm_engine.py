@@ -1,7 +1,8 @@
-"""The rollout engine on vLLM: groups batched continuously, states out of its worker, weights in and checked.
+"""The rollout engine on vLLM.
 
-A group is one request with n = K and one greedy request for its twin. See `vllm_drivers` for how vLLM is driven and
-`vllm_worker` for what runs inside it.
+It batches groups continuously, gets the policy's hidden states from vLLM's worker, and checks the weights it is sent.
+A group is one request for K responses, and one more request if the group has a greedy twin. `vllm_drivers` says how
+vLLM is run, and `vllm_worker` is what runs inside it.
 """
 
 from __future__ import annotations
@@ -36,31 +37,47 @@ from r2m_async.trajectories import PolicyFeedback, Ticket, Trajectory, Trajector
 log = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
-"""Largest difference of a probe token's log-probability between learner and engine, in nats."""
+"""By dtype, the largest difference in nats between the learner's and the engine's log-probability of a probe token."""
 _REFUSED = {
     "pipeline_parallel_size": "is not supported: the first stage has no last states",
     "data_parallel_size": "is not supported: use rollouts.num_actors",
     "speculative_config": "is not supported: its tokens pass the language-model head otherwise",
     "logits_processors": "would change the distribution that is sampled from, and bias the ratio of Eq. 2",
 }
+"""Options of vLLM that `rollouts.engine_options` may not have, and why."""
 _BLOCK = 32
-"""Tokens of a cache block on a CPU; vLLM's own 128 there would share no short prompt."""
+"""Tokens in one block of the key-value cache on a CPU. Only full blocks are shared, and a short prompt would not fill
+one of the 128 tokens that vLLM takes there."""
 _CPU_CACHE_BYTES = (64 << 20, 1 << 30)
-"""At least and at most, for keys and values: vLLM zeroes them when it starts, at several seconds for a GiB."""
+"""The smallest and the largest key-value cache on a CPU, in bytes. vLLM fills the cache with zeros when it starts,
+which takes several seconds per GiB."""
 
 
 class VLLMEngine:
-    """The policy at `path` on vLLM; `twin` adds a greedy response to every group."""
+    """A `RolloutEngine` on vLLM. `generate` may run in several threads at once."""
 
     def __init__(self, path: str, tokenizer: Any, hidden_size: int, config: R2MConfig, twin: bool) -> None:
+        """Starts vLLM with the checkpoint at `path` as policy version 0.
+
+        Args:
+            path: name or directory of the policy.
+            tokenizer: the policy's tokenizer.
+            hidden_size: size of the policy's hidden states.
+            config: the run's config.
+            twin: whether every group gets one more response, which is decoded greedily.
+
+        Raises ConfigError for a vLLM option that is refused or unknown. Raises OSError if shared memory has no room for
+        the hidden states.
+        """
         began = time.perf_counter()
         self._tokenizer, self._config, self._twin = tokenizer, config, twin
         self._eos_ids = eos_ids(checkpoint_generation_config(path), tokenizer)
         self._version = 0
         self._slab: StateSlab | None = None
         self._blocks: queue.SimpleQueue[int] = queue.SimpleQueue()
+        """The slab's free blocks."""
         if config.weights.transport == "ipc":
-            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # vLLM unpickles the learner's CUDA handles
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # or vLLM would not unpickle CUDA handles
         slab: dict[str, Any] = {}
         if config.wants_rollout_states:
             slab = self._open_slab(hidden_size)
@@ -68,12 +85,14 @@ class VLLMEngine:
             args = _engine_args(path, config, twin, slab)
             self._driver: Driver = (AsyncDriver if config.asynchronous else SteppedDriver)(args, config.weights.timeout)
         finally:
+            # Either both sides have opened the file by now, or the engine did not start.
             if slab:
                 os.unlink(slab["path"])
-        self._driver.set_weight_version("0")  # the checkpoint's, until the first version is loaded
+        self._driver.set_weight_version("0")  # the checkpoint's version, until another is loaded
         self._startup = {"weights/engine_start_seconds": time.perf_counter() - began}
 
     def _open_slab(self, hidden_size: int) -> dict[str, Any]:
+        """Creates and opens the slab. Returns what vLLM's worker needs to open it, too."""
         rollouts = self._config.rollouts
         shape = SlabShape(
             num_blocks=rollouts.concurrent_groups,
@@ -91,13 +110,22 @@ class VLLMEngine:
     # Weights
 
     def join(self, channel: dict[str, Any]) -> None:
+        """Lets vLLM's workers join the learner's channel. Raises StageLost if they do not."""
         with self._or_lost("join the learner's channel"):
             self._driver.rpc("init_weight_transfer_engine", init_info=channel)
 
     def load(self, weights: Weights, sent: dict[str, Any] | None = None) -> dict[str, float]:
-        """Swaps the weights while requests wait, then probes them.
+        """Replaces the weights while running requests wait, and checks that vLLM computes with them.
 
-        Raises WeightMismatch if they are not the learner's, StageLost if they could not be loaded.
+        Args:
+            weights: the version to load. It has a layout instead of tensors if the learner sends the tensors itself.
+            sent: what the learner's `send` returned, if it sends the tensors itself.
+
+        Returns measurements: the seconds that the engine took to start and to load, the seconds for which requests
+        waited, and the MB/s at which the weights came meanwhile.
+
+        Raises WeightMismatch if the engine does not have the learner's weights, or does not compute with them. Raises
+        StageLost if the weights could not be loaded.
         """
         began = time.perf_counter()
         digests = weights.probe.digests if weights.probe else {}
@@ -120,32 +148,45 @@ class VLLMEngine:
         }
 
     def _update(self, info: dict[str, Any], version: int) -> float:
+        """Lets vLLM receive a version. Returns the seconds for which its requests waited."""
         with self._or_lost(f"take policy version {version}"):
             return self._driver.update(info, version, self._config.rollouts.keep_stale_cache)
 
     @contextmanager
     def _or_lost(self, what: str) -> Iterator[None]:
-        """An engine that failed in the middle of a transfer is of no more use."""
+        """Turns an error into StageLost, or into WeightMismatch if a parameter arrived damaged.
+
+        After a failed transfer the engine may hold a mixture of weights, so it is of no more use.
+        `what` completes the sentence "the vLLM engine did not ..." in the message.
+        """
         try:
             yield
         except StageLost:
             raise
         except Exception as error:
+            # An error in another process of vLLM's arrives as text, so only the message tells which error it was.
             if NOT_AS_SENT in str(error):
                 raise WeightMismatch(f"the vLLM engine did not {what}: {error}") from error
             raise StageLost(None, f"the vLLM engine did not {what}: {error}") from error
 
     def _check(self, probe: WeightProbe, version: int) -> None:
+        """Compares the engine's log-probabilities of the probe's tokens with the learner's.
+
+        Digests show that the weights arrived. Only this shows that the model computes with them. Raises WeightMismatch
+        if a token differs by more than PROBE_TOLERANCE.
+        """
         rollouts = self._config.rollouts
+        # One token less than vLLM's limit, because it has to generate one.
         tokens = tuple(probe.token_ids.tolist())[: rollouts.max_prompt_tokens + rollouts.max_new_tokens - 1]
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        # The version is in the salt: keys and values that older weights computed must not answer for these.
         request = Request(request_id=f"probe.{version}", token_ids=tokens, params=params, cache_salt=f"probe.{version}")
         (completed,) = self._driver.generate([request])
-        rows = completed.prompt_logprobs[1:]
+        rows = completed.prompt_logprobs[1:]  # the first token of a text has no log-probability
         own = torch.tensor([row[token].logprob for row, token in zip(rows, tokens[1:], strict=True)])
         worst = (own - probe.logprobs[: len(own)]).abs().max().item()
         tolerance = PROBE_TOLERANCE[self._config.model.dtype]
-        if not worst <= tolerance:
+        if not worst <= tolerance:  # this way round, so that NaN is refused, too
             raise WeightMismatch(
                 f"the vLLM engine at policy version {version}: every parameter arrived as it was sent, and the log-probability "
                 f"of a probe token differs from the learner's by {worst:.2g} nats, at most {tolerance} is expected in "
@@ -155,6 +196,11 @@ class VLLMEngine:
     # Groups
 
     def generate(self, ticket: Ticket) -> tuple[TrajectoryGroup, PolicyFeedback | None]:
+        """Generates a ticket's group and its feedback (`RolloutEngine.generate`).
+
+        If hidden states are kept and all blocks of the slab are taken, it waits for a free one.
+        """
+        # A group takes its whole block before its first request. So a slab that is full cannot stop a group half-way.
         block = self._blocks.get() if self._slab else None
         try:
             if self._slab and block is not None:
@@ -163,7 +209,8 @@ class VLLMEngine:
             try:
                 completed = self._driver.generate(requests)
             except Exception:
-                with suppress(StageLost):  # nothing of the group may write into its block any more
+                # Requests of this group may still run. They must end before `finally` gives their block away.
+                with suppress(StageLost):
                     self._driver.abort([request.request_id for request in requests])
                 raise
             whole = self._group(ticket, completed)
@@ -173,26 +220,31 @@ class VLLMEngine:
                 self._blocks.put(block)
 
     def _requests(self, ticket: Ticket, block: int | None) -> list[Request]:
+        """The requests of a group: one for its K responses, and one for its greedy twin."""
         rollouts = self._config.rollouts
         name = f"{ticket.group_id}.{ticket.attempt}"
 
         def request(suffix: str, sequence: int, **how: Any) -> Request:
+            # The worker writes the states of response k into the k-th sequence after this one.
             place = {} if block is None else {SEQUENCE: block * (rollouts.group_size + self._twin) + sequence}
             params = SamplingParams(
                 max_tokens=rollouts.max_new_tokens,
                 stop_token_ids=self._eos_ids,
-                ignore_eos=True,  # those above are the ones that count
+                ignore_eos=True,  # only the tokens above end a response
                 logprobs=0,
                 detokenize=False,
                 extra_args=place,
                 **how,
             )
+            # The salt keeps cached prompt tokens within the group. What another group computed has its states in the
+            # block of that group, where this one does not look.
             return Request(request_id=name + suffix, token_ids=ticket.prompt.token_ids, params=params, cache_salt=name)
 
         sampled = request("", 0, n=rollouts.group_size, temperature=rollouts.temperature, seed=ticket.seed)
         return [sampled, request(".greedy", rollouts.group_size, temperature=0.0)] if self._twin else [sampled]
 
     def _group(self, ticket: Ticket, completed: list[Completed]) -> TrajectoryGroup:
+        """The group that vLLM generated. A response that vLLM did not return counts as aborted."""
         prompt = ticket.prompt.token_ids
         sampled = completed[0].outputs
         trajectories = tuple(
@@ -202,10 +254,12 @@ class VLLMEngine:
         return TrajectoryGroup(ticket=ticket, trajectories=trajectories, greedy=greedy)
 
     def _trajectory(self, prompt: tuple[int, ...], output: CompletionOutput | None) -> Trajectory:
+        """The trajectory of one response. Without an output of vLLM's the response is empty and aborted."""
         response = list(output.token_ids) if output else []
         logprobs = (
             [step[token].logprob for step, token in zip(output.logprobs or [], response, strict=True)] if output else []
         )
+        # vLLM says which version sampled which tokens. Tokens of which it says nothing get the version loaded last.
         versions = torch.full((len(response),), self._version, dtype=torch.int32)
         for span in (output.weight_versions or []) if output else []:
             versions[span.start : span.end] = int(span.version)
@@ -220,6 +274,7 @@ class VLLMEngine:
         )
 
     def _feedback(self, whole: TrajectoryGroup, block: int) -> PolicyFeedback | None:
+        """The policy's hidden states on the finished responses, out of the group's block; None if none finished."""
         group = whole.finished()
         if not group.trajectories:
             return None
@@ -239,16 +294,18 @@ class VLLMEngine:
         )
 
     def abort(self, group_id: int, attempt: int) -> None:
+        """Ends the requests of this attempt, running or about to start (`RolloutEngine.abort`)."""
         name = f"{group_id}.{attempt}"
         self._driver.abort([name, f"{name}.greedy"])
 
     def close(self) -> None:
+        """Shuts vLLM down."""
         self._driver.close()
 
 
 @contextmanager
 def _shared_file(tensors: dict[str, Tensor]) -> Iterator[str]:
-    """The tensors as a safetensors file in shared memory."""
+    """Writes tensors into a safetensors file in shared memory. The file is deleted at the end of the block."""
     handle, path = tempfile.mkstemp(prefix="r2m-weights-", dir=DIRECTORY)
     os.close(handle)
     try:
@@ -259,14 +316,23 @@ def _shared_file(tensors: dict[str, Tensor]) -> Iterator[str]:
 
 
 def cpu_options(path: str, dtype: str, num_tokens: int, num_sequences: int) -> dict[str, Any]:
-    """Of vLLM's arguments, for `num_sequences` of at most `num_tokens` at once."""
+    """The arguments of vLLM that differ on a CPU.
+
+    Args:
+        path: name or directory of the model.
+        dtype: name of the model's dtype.
+        num_tokens: the most tokens of one sequence, prompt and response together.
+        num_sequences: the most sequences at once.
+
+    Returns vLLM's arguments by name. Among them is a key-value cache for that many sequences, within _CPU_CACHE_BYTES.
+    """
     least, most = _CPU_CACHE_BYTES
     cache = min(max(least, num_sequences * _cache_bytes(path, dtype, num_tokens)), most)
     return {"enforce_eager": True, "block_size": _BLOCK, "kv_cache_memory_bytes": cache}
 
 
 def _cache_bytes(path: str, dtype: str, num_tokens: int) -> int:
-    """Of one sequence's keys and values = 2 x layers x heads x head size x item size x tokens, in whole blocks."""
+    """Bytes of one sequence's keys and values: 2 x layers x heads x head size x item size x tokens, in whole blocks."""
     model = AutoConfig.from_pretrained(path).get_text_config()
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
@@ -279,6 +345,10 @@ def _present(greedy: Trajectory | None) -> Iterable[Trajectory]:
 
 
 def _engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any]) -> AsyncEngineArgs:
+    """vLLM's arguments: what the config decides, the user's `rollouts.engine_options`, and our defaults for the rest.
+
+    Raises ConfigError for an option that is refused, that the config decides, or that vLLM does not have.
+    """
     rollouts, cpu = config.rollouts, config.run.device == "cpu" or not torch.cuda.is_available()
     num_tokens = rollouts.max_prompt_tokens + rollouts.max_new_tokens
     ours = {
@@ -286,15 +356,17 @@ def _engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any])
         "dtype": config.model.dtype,
         "seed": config.run.seed % 2**31,
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # a checkpoint's own sampling settings would be sampled with and not trained with
-        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # a checkpoint's own settings would be sampled with and not trained with
+        "logprobs_mode": "processed_logprobs",  # of the distribution that tokens are drawn from
         "max_model_len": num_tokens,
-        "max_num_seqs": rollouts.concurrent_groups * (rollouts.group_size + twin) + 1,
+        "max_num_seqs": rollouts.concurrent_groups * (rollouts.group_size + twin) + 1,  # and the probe
         "tensor_parallel_size": rollouts.tensor_parallel,
         "worker_cls": "actors.vllm_worker.EngineWorker",
         "weight_transfer_config": {"backend": BACKENDS[config.weights.transport]},
         "additional_config": {"slab": slab} if slab else {},
     }
+    # After an in-flight update a sequence computes its prompt anew. A hit in the prefix cache would leave rows of old
+    # states in its block.
     recomputes = bool(slab) and rollouts.in_flight_updates
     defaults: dict[str, Any] = {"disable_log_stats": True, "enable_prefix_caching": not recomputes}
     if recomputes:

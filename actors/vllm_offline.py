@@ -1,7 +1,7 @@
-"""vLLM's offline `LLM` for `r2m eval generate`: a policy that does not change, on prompts that are all there.
+"""vLLM's offline `LLM`, for `r2m eval generate`. The policy does not change, and all prompts are known at the start.
 
-It runs in this process where one GPU, or none, is enough. The worker is the rollouts': a plain one on a CPU cannot draw
-with a request's own seed once its prompt is split over two steps.
+vLLM runs in this process if one GPU, or none, is enough. Its worker is the one of the rollouts. vLLM's own worker on a
+CPU fails if a request has a seed and its prompt is split over two steps.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from r2m_async.models.generation import checkpoint_generation_config, eos_ids
 from r2m_async.models.generator import GeneratedText, GenerationRequest, GeneratorOptions
 
 _MAX_SEQUENCES = 256
+"""The most responses that vLLM generates at once."""
 
 
 class OfflineVLLM:
-    """A `Generator`."""
+    """A `Generator` (`r2m_async.models.generator`) on vLLM."""
 
     def __init__(self, options: GeneratorOptions) -> None:
+        """Loads the policy at `options.path`."""
         if options.tensor_parallel == 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self._max_new_tokens = options.max_new_tokens
@@ -38,23 +40,24 @@ class OfflineVLLM:
         self._llm = LLM(
             model=options.path,
             dtype=options.dtype,  # type: ignore[arg-type]
-            generation_config="vllm",  # not the checkpoint's own sampling settings
+            generation_config="vllm",  # leaves the checkpoint's own sampling settings out
             max_model_len=options.context,
             max_num_seqs=num_sequences,
             tensor_parallel_size=options.tensor_parallel,
-            enable_prefix_caching=False,  # a resumed command has to compute what this one had in its cache
+            enable_prefix_caching=False,  # a resumed command starts with an empty cache and should compute the same
             worker_cls="actors.vllm_worker.EngineWorker",
             **on_cpu,
         )
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedText]:
+        """Generates an answer to every request. Returns the answers in the order of the requests."""
         params = [
             SamplingParams(
                 temperature=request.temperature,
                 seed=request.seed,
                 max_tokens=self._max_new_tokens,
                 stop_token_ids=self._eos,
-                ignore_eos=True,  # those above are the ones that count
+                ignore_eos=True,  # only the tokens above end an answer
                 detokenize=False,
             )
             for request in requests
@@ -64,8 +67,10 @@ class OfflineVLLM:
         return [self._text(one.outputs[0]) for one in completed]
 
     def _text(self, output: CompletionOutput) -> GeneratedText:
+        """An answer without the end-of-text token with which a finished one ends."""
         ids, finished = tuple(output.token_ids), output.finish_reason == "stop"
         return GeneratedText(token_ids=ids[:-1] if finished else ids, finished=finished)
 
     def close(self) -> None:
+        """Shuts vLLM down."""
         self._llm.llm_engine.engine_core.shutdown()

@@ -1,7 +1,8 @@
-"""What of ours runs inside vLLM's own processes: a worker that keeps the policy's states. `vllm_weights` is the rest.
+"""Our code inside vLLM's own processes: a worker that copies the policy's hidden states out.
 
-`EngineWorker` is passed as `worker_cls`; `register` is the `vllm.general_plugins` entry point, which vLLM calls in
-each of its processes. Written for the V1 model runner of vLLM 0.32, which a worker checks when it starts.
+vLLM takes `EngineWorker` as its `worker_cls`. It calls `register`, our `vllm.general_plugins` entry point, in each of
+its processes. The worker is written for the V1 model runner of vLLM 0.32, and it refuses another model runner when it
+starts. `vllm_weights` runs inside vLLM's processes, too.
 """
 
 from __future__ import annotations
@@ -25,22 +26,33 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 CHILD = "R2M_ENGINE_CHILD"
-"""Environment variable, set where vLLM's processes are a rollout actor's, to end with it."""
+"""An environment variable. If it is set, the processes that vLLM starts end with the process that started them."""
 SEQUENCE = "r2m_sequence"
-"""Key of `SamplingParams.extra_args`: the slab's sequence that a request's states go to; child k of n takes the k-th after."""
+"""A key of `SamplingParams.extra_args`: into which sequence of the slab the states of a request go.
+
+Sequences are counted through all blocks. Response k of a request with several goes into the k-th sequence after it.
+"""
 
 
 def register() -> None:
-    """Called by vLLM in every process of its own: ties their lives to the actor's, names our transports."""
+    """Makes our transfer engines known to vLLM, and ties the life of a child process to its parent's.
+
+    vLLM calls this in each of its processes.
+    """
     vllm_weights.register()
     if CHILD in os.environ and multiprocessing.parent_process() is not None:
         end_with_parent()
 
 
 class EngineWorker(PlatformWorker):
-    """Copies the rows the language-model head sees into the slab that `additional_config` names, if it names one."""
+    """A vLLM worker that copies the hidden states of each step into the slab.
+
+    These are the last layer's states after the final norm, from which the language-model head computes logits. Nothing
+    is copied if vLLM's `additional_config` names no slab.
+    """
 
     def init_device(self) -> None:
+        """Prepares the worker and opens the slab. Raises RuntimeError if vLLM runs another model runner than V1's."""
         super().init_device()
         if not isinstance(self.model_runner, GPUModelRunner):
             raise RuntimeError(
@@ -51,27 +63,32 @@ class EngineWorker(PlatformWorker):
         self._sequences: dict[str, int] = {}
         self._slab: StateSlab | None = None
         slab = self.vllm_config.additional_config.get("slab")
-        if slab and self.rank == 0:
+        if slab and self.rank == 0:  # all ranks of a tensor-parallel engine have the same states
             self._slab = StateSlab(slab["path"], SlabShape(**slab["shape"]))
 
     def r2m_set_version(self, version: int) -> None:
-        """States written from here on are of this policy version."""
+        """Labels the states that are written from here on with this policy version."""
         self._version = version
 
     def r2m_settle(self) -> None:
-        """Returns once the step under way has ended, like all calls from outside."""
+        """Does nothing. vLLM handles calls between two steps, so a return means that the step under way has ended."""
 
     def execute_model(self, scheduler_output: Any) -> Any:
+        """Computes the forward pass of one step and copies its hidden states."""
         output = super().execute_model(scheduler_output)
         if self._slab is not None:
             self._follow(scheduler_output)
+            # The states are there only until tokens are sampled. A step without tokens leaves none.
             if self.model_runner.execute_model_state is not None:
                 self._keep_states(self._slab)
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """A request whose prompt is not through yet draws a token that vLLM throws away, and then winds the request's
-        generator back, which a CPU's cannot do: there such a request draws without it."""
+        """Samples the tokens of one step. On a CPU, requests whose prompt takes further steps draw without a generator.
+
+        Such a request, too, draws a token, which vLLM throws away. vLLM then winds the request's own random generator
+        back, which a generator on a CPU cannot do. So the generator is taken away for this step.
+        """
         if not current_platform.is_cpu():
             return super().sample_tokens(grammar_output)
         batch, thrown_away = self.model_runner.input_batch, self.model_runner.discard_request_mask.np
@@ -83,6 +100,7 @@ class EngineWorker(PlatformWorker):
             batch.generators.update(parked)
 
     def _follow(self, scheduler_output: Any) -> None:
+        """Notes which sequence of the slab each new request writes to, and forgets the requests that have ended."""
         for request_id in scheduler_output.finished_req_ids:
             self._sequences.pop(request_id, None)
         for request in scheduler_output.scheduled_new_reqs:
@@ -91,10 +109,17 @@ class EngineWorker(PlatformWorker):
                 self._sequences[request.req_id] = first + _child_index(request.req_id)
 
     def _keep_states(self, slab: StateSlab) -> None:
+        """Writes the hidden states of all tokens of this step into the slab.
+
+        A step has some tokens of each request in the batch, one request after the other.
+        """
         runner = self.model_runner
         batch, starts = runner.input_batch, runner.query_start_loc.np
+        # -1 stands for a request without a place in the slab, such as the probe.
         sequences = np.array([self._sequences.get(request_id, -1) for request_id in batch.req_ids])
         counts = np.diff(starts[: len(sequences) + 1])
+        # A token's row is the first row of its sequence plus the token's place in the text. A request's first token of
+        # this step comes after those that are computed already.
         first_rows = sequences * slab.shape.num_rows + batch.num_computed_tokens_cpu[: len(sequences)]
         taken = np.arange(counts.sum())
         rows = np.repeat(first_rows - starts[: len(sequences)], counts) + taken
@@ -106,6 +131,6 @@ class EngineWorker(PlatformWorker):
 
 
 def _child_index(request_id: str) -> int:
-    """vLLM names child k of a request with n > 1 `k_<id>`; our own ids have no underscore."""
+    """Which of several responses to one request this is. vLLM names response k `k_<id>`; our ids have no underscore."""
     prefix, underscore, _ = request_id.partition("_")
     return int(prefix) if underscore else 0

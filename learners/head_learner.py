@@ -1,4 +1,4 @@
-"""The head learner: one AdamW update of the reward head per policy step (R2M, Algorithm 1, lines 15-20)."""
+"""The head learner makes one AdamW update of the reward head per policy step (R2M, Algorithm 1, lines 15-20)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,19 @@ from r2m_async.trajectories import GroupRewards, HeadGroup, PolicyFeedback, Rewa
 
 
 class HeadLearner:
-    """Every step ticks its version; a frozen variant's weights stay what they were. `start` gives it its weights."""
+    """Trains the reward head.
+
+    Every policy step raises the head version by one, even if the weights stay as they were. Before `start` or
+    `restore` the head's weights mean nothing.
+    """
 
     def __init__(self, head: nn.Module, config: R2MConfig) -> None:
+        """Keeps the head.
+
+        Args:
+            head: a reward head of the run's variant (`heads.build_head`). It is trained in place.
+            config: the run's config.
+        """
         self._head = head
         self._config = config
         self._version = 0
@@ -31,7 +41,10 @@ class HeadLearner:
 
     @produces(0)
     def start(self, weights: Weights) -> tuple[int]:
-        """Takes the reward model's own head, which only the annotator has loaded."""
+        """Takes the first weights. They come from the annotator, the only stage that has loaded the reward model.
+
+        Returns their version. Raises ValueError if they do not fit the head.
+        """
         load_weights(self._head, weights)
         self._held.start()
         return (weights.version,)
@@ -44,15 +57,27 @@ class HeadLearner:
         refreshed: Sequence[PolicyFeedback] | None,
         annotated: Sequence[GroupRewards],
     ) -> tuple[StepReport, Weights]:
-        """One update on a step's groups; an empty step, or a frozen head, only ticks.
+        """Makes the update of one step.
 
-        So does a step that the policy left out (`refreshed` is then empty), and an update that `improve_head` undid.
-        Raises NonFiniteStep.
+        Only the version changes, and no weight, if the step has no groups, if the variant's head does not train, or if
+        the policy learner left the step out. The same holds if the update made the head not finite and was undone.
+
+        Args:
+            step: the policy step.
+            embeddings: the reward token embeddings of the step's groups.
+            refreshed: the policy's hidden states on these groups, from the last epoch of the step. It is empty if the
+                policy learner left the step out, and None if the head reads no states.
+            annotated: the rewards of these groups that the policy was trained on.
+
+        Returns a report, and the weights of the new version: those that score from now on.
+
+        Raises NonFiniteStep if the update is not finite, unless `learner.on_nonfinite` is `skip`.
         """
         metrics: dict[str, float] = {}
         if self._config.trains_head and embeddings and refreshed is not None and not refreshed:
             metrics = {"head/skipped_updates": 1.0}
         elif self._config.trains_head and embeddings:
+            # Empty feedback was dealt with above. So this is None: the head reads no states.
             feedback = refreshed or [None] * len(embeddings)
             groups = [
                 HeadGroup(embeddings=one, feedback=states, annotated=rewards)
@@ -63,6 +88,7 @@ class HeadLearner:
         return StepReport(version=self._version, metrics=metrics), named_weights(self._held.scoring, self._version)
 
     def _update(self, step: int, groups: list[HeadGroup]) -> dict[str, float]:
+        """Updates the head on a step's groups. Returns the metrics, which are means over groups."""
         terms, counts = improve_head(self._head, self._optimizer, self._held, groups, step, self._config)
         if not counts:
             return {"head/skipped_updates": 1.0}
@@ -78,7 +104,8 @@ class HeadLearner:
 
     @produces(1)
     def state(self) -> tuple[StepReport, dict[str, Any]]:
-        """What `restore` continues from, bit for bit."""
+        """Returns a report, and what `restore` needs to go on bit for bit."""
+        # Under `head.hold: average` the head that scores is an average, and differs from the one that trains.
         state = {
             "weights": named_weights(self._head, self._version),
             "scoring": named_weights(self._held.scoring, self._version),
@@ -88,7 +115,10 @@ class HeadLearner:
 
     @produces(0)
     def restore(self, state: dict[str, Any]) -> tuple[int]:
-        """Raises ConfigError for a head that is not finite."""
+        """Goes on from what `state` returned, and returns the head version.
+
+        Raises ConfigError if the head is not finite. Raises ValueError if it is of another shape.
+        """
         load_weights(self._head, state["weights"])
         self._held.resume(state["scoring"])
         for weights in (state["weights"], state["scoring"]):

@@ -1,4 +1,4 @@
-"""Memory that runs out, told by what was being computed."""
+"""Running out of memory becomes an error that says what was being computed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import torch
 from r2m_async.errors import LearnerOutOfMemory, StepFailed
 
 _OUT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
-"""What a process's allocator, CUDA and its libraries say."""
+"""Words by which errors of the CPU's allocator, of CUDA and of its libraries are recognised."""
 
 
 @contextmanager
 def memory_enough_for(what: str) -> Iterator[None]:
-    """Raises LearnerOutOfMemory naming `what` where memory, the device's or this process's, ran out."""
+    """Turns an error inside the block into LearnerOutOfMemory if memory ran out, on the device or in this process.
+
+    Other errors pass. `what` says in the message what was being computed.
+    """
     try:
         yield
-    except StepFailed:  # a user's estimator, too, may say that it is out of memory
+    except StepFailed:  # it may tell of a user's estimator that ran out of memory, and names it already
         raise
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(

@@ -1,8 +1,14 @@
-"""The policy learner: a step's proximal pass, advantages and epochs, whichever backend moves the weights.
+"""The policy learner takes the policy steps. A backend holds the policy and moves its weights.
 
-`proximal` fixes pi_old and keeps what it computed here; `train` follows with the step's rewards. So log-probabilities
-and advantages never travel. A backend may be one of several ranks, each with a learner of its own around it: all get
-the same calls with all groups, compute on their share of them, and agree on everything that is about the whole batch.
+A step is two calls. `proximal` computes the log-probabilities of pi_old, which is the policy at the start of the step.
+It keeps them here. `train` follows with the step's rewards: it computes the advantages and makes all updates. So
+log-probabilities and advantages never leave the learner.
+
+A backend may be one of several ranks. Then each rank has a policy learner, and all of them get the same calls with all
+groups of the step. Each computes on its share of the groups, and they add up whatever is about the whole batch.
+
+Shapes: B trajectories of a step in group order, T response tokens (padded). Policies: mu sampled the responses, pi_old
+is the policy at the start of the step, pi_ref is the reference policy.
 """
 
 from __future__ import annotations
@@ -55,57 +61,82 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerBatch:
-    """The groups of exactly one due step with pi_old's and the reference's log-probabilities, and the critic's values."""
+    """The groups of exactly one step, with all that the proximal pass computed of them."""
 
     step: int
+    """The policy step, from 0."""
     groups: tuple[TrajectoryGroup, ...]
+    """All groups of the step, on every rank."""
     trajectories: tuple[Trajectory, ...]
-    """All groups' trajectories, in group order."""
+    """The B trajectories of all groups, in group order."""
     rows: tuple[range, ...]
-    """Where each group's stand among them."""
+    """For each group, the rows of its trajectories among them."""
     mask: Tensor
-    """[B, T] bool; all that follow are [B, T] too."""
+    """[B, T] bool, True on response tokens."""
     behaviour: Tensor
+    """[B, T] float32: log-probabilities under mu, 0 on padding."""
     old: Tensor
+    """[B, T] float32: log-probabilities under pi_old, 0 on padding."""
     reference: Tensor
+    """[B, T] float32: log-probabilities under pi_ref, 0 on padding."""
     values: Tensor | None
-    """None without a critic."""
+    """[B, T] float32: the critic's values at the start of the step, 0 on padding. None without a critic."""
 
     @property
     def ages(self) -> Tensor:
-        """[B] int64: the step minus the oldest policy version in a trajectory."""
+        """[B] int64: the age of each trajectory, which is the step minus the oldest policy version that sampled it."""
         return torch.tensor([max(0, self.step - trajectory.oldest_version) for trajectory in self.trajectories])
 
 
 class PolicyLearner:
+    """Trains the policy, and publishes its versions. Each step raises the policy version by one."""
+
     def __init__(
         self, backend: PolicyBackend, estimator: Estimator, config: R2MConfig, critic: Critic | None = None
     ) -> None:
-        """`critic` is there if the estimator needs values, and has as many ranks as the policy."""
+        """Keeps the backend, whose weights are policy version 0.
+
+        Args:
+            backend: what holds the policy.
+            estimator: the advantage estimator.
+            config: the run's config.
+            critic: the critic, if the estimator needs values. It has as many ranks as the policy.
+        """
         self._backend = backend
         self._critic = critic
         self._config = config
         self._version = 0
         self._estimator = estimator
         self._batch: LearnerBatch | None = None
+        """What `proximal` left for `train`. None if the step has no trajectories."""
         self._sender = WeightSender(config) if config.weights.direct and backend.rank == 0 else None
 
     @produces(1)
     def weights(self, whole: bool = False) -> tuple[StepReport, Weights | None]:
-        """The present version, on rank 0: a copy, or with a direct transport what is staged of it, unless `whole`.
+        """Publishes the present policy version.
 
-        May run beside `proximal` where `config.publishes_beside_passes`. Raises NonFiniteStep where a probe (`weights.probe`)
-        shows that the policy computes no finite log-probabilities.
+        It may run in another thread beside `proximal` if `config.publishes_beside_passes`.
+
+        Args:
+            whole: whether to return the tensors even if the learner sends them to engines itself.
+
+        Returns a report and, on rank 0, the weights; other ranks return None. The weights are a copy on the CPU. If the
+        learner sends weights itself, it keeps the copy, and the weights have names, dtypes and shapes only.
+
+        Raises NonFiniteStep if a probe (`weights.probe`) shows that the policy gives log-probabilities that are not
+        finite. Raises LearnerOutOfMemory.
         """
         with memory_enough_for(f"policy version {self._version}, being copied out"):
             return StepReport(version=self._version, metrics={}), self._weights(whole)
 
     def _weights(self, whole: bool) -> Weights | None:
+        """The present version as `weights` returns it. All ranks take part if they share the parameters out."""
         backend = self._backend
         weights = Weights(version=self._version, tensors={})
         tensors: dict[str, Tensor] = {}
         if backend.rank > 0:
-            for _ in backend.named_parameters():  # which the others help to gather
+            # Rank 0 cannot gather the parameters alone. This rank helps and keeps nothing.
+            for _ in backend.named_parameters():
                 pass
         elif whole or self._sender is None:
             weights = named_weights(backend, self._version)
@@ -116,7 +147,8 @@ class PolicyLearner:
             tensors = self._sender.staged(self._version)
         if self._config.probes_weights and not whole:
             probe = weight_probe(backend.probed, tensors)
-            if not all_finite([probe.logprobs]):  # an engine would be blamed for not computing the same
+            # Without this check, an engine would be blamed for not computing the same numbers.
+            if not all_finite([probe.logprobs]):
                 raise NonFiniteStep(
                     f"policy version {self._version}: its log-probabilities of the probe text are not finite, of finite "
                     f"weights: they have grown too large for its arithmetic; lower learner.lr"
@@ -124,26 +156,41 @@ class PolicyLearner:
             weights = dataclasses.replace(weights, probe=probe)
         return weights if backend.rank == 0 else None
 
-    # Direct transports, called while another thread trains. What fails is told, not raised: the engine is lost, not we.
+    # Direct transports: the learner sends weights itself. These calls run while another thread trains. A failure is
+    # returned and not raised, because it is the engine that is lost and not the learner.
 
     @produces(0)
     def open_channel(self, engine: int) -> tuple[dict[str, Any]]:
+        """Opens a new channel to an engine, given by its number, in the place of an old one.
+
+        Returns what the engine needs to join the channel.
+        """
         assert self._sender is not None
         return (self._sender.open(engine),)
 
     @produces(0)
     def connect(self, engine: int) -> tuple[dict[str, str]]:
-        """Waits for the engine to join its channel; `failed` with the reason if it did not."""
+        """Waits for an engine to join its channel.
+
+        Returns an empty dict, or the reason under `failed` if the engine did not join.
+        """
         assert self._sender is not None
         try:
             self._sender.connect(engine)
-        except RuntimeError as error:  # torch's and NCCL's
+        except RuntimeError as error:  # torch and NCCL raise it
             return ({"failed": str(error)},)
         return ({},)
 
     @produces(0)
     def send(self, engine: int, version: int) -> tuple[dict[str, str]]:
-        """Sends a version to an engine that is loading it; what it must be told besides, or `failed` with the reason."""
+        """Sends a staged version to an engine, over its channel.
+
+        Args:
+            engine: the engine's number.
+            version: the policy version.
+
+        Returns what the engine must know besides to load it, or the reason under `failed` if the version was not sent.
+        """
         assert self._sender is not None
         try:
             return (self._sender.send(engine, version),)
@@ -154,15 +201,23 @@ class PolicyLearner:
     def proximal(
         self, step: int, groups: list[TrajectoryGroup]
     ) -> tuple[StepReport, tuple[PolicyFeedback, ...] | None]:
-        """pi_old's and the reference's log-probabilities on the step's groups, kept for `train`.
+        """Computes log-probabilities under pi_old and pi_ref, and the critic's values. It keeps them for `train`.
 
-        Returns pi_old's feedback on this rank's groups where `feedback.source` is `learner`. Raises NonFiniteStep naming
-        the response and the model whose numbers are not finite, unless `learner.on_nonfinite` is `skip`.
+        Args:
+            step: the policy step.
+            groups: all groups of the step.
+
+        Returns a report and the feedback: pi_old's hidden states on this rank's groups. The feedback is None unless
+        the reward head reads it and `feedback.source` is `learner`.
+
+        Raises NonFiniteStep, naming the response and the model, if a number is not finite, unless
+        `learner.on_nonfinite` is `skip`. Raises LearnerOutOfMemory.
         """
         with memory_enough_for(step_place(step, groups)):
             return StepReport(version=self._version, metrics={}), self._proximal(step, groups)
 
     def _proximal(self, step: int, groups: list[TrajectoryGroup]) -> tuple[PolicyFeedback, ...] | None:
+        """Fills `_batch`, and returns this rank's feedback if the reward head reads it."""
         trajectories = tuple(trajectory for group in groups for trajectory in group.trajectories)
         if not trajectories:
             self._batch = None
@@ -188,6 +243,7 @@ class PolicyLearner:
             reference=reference,
             values=self._critic.values(trajectories, passes, mask) if self._critic else None,
         )
+        # Under `skip`, `train` finds such numbers again and leaves the step out.
         if self._config.learner.on_nonfinite == "stop":
             check_passes(batch.groups, batch.old, batch.reference, batch.values, self._config)
         self._batch = batch
@@ -195,14 +251,24 @@ class PolicyLearner:
 
     @produces(1, shares=(0,))
     def train(self, step: int, rewards: Sequence[GroupRewards]) -> tuple[StepReport, tuple[PolicyFeedback, ...] | None]:
-        """All epochs on the batch of `proximal`; returns the feedback that the last one refreshed here.
+        """Makes all updates of a step, on the groups that `proximal` got.
 
-        Raises NonFiniteStep, before the policy moves, for a reward, an advantage or a gradient that is not finite. Under
-        `learner.on_nonfinite: skip` a step with such rewards or advantages is left out whole, and then the feedback is
-        empty; an update with such a gradient is left out alone. In either mode an update that makes weights which are not
-        finite raises, for it cannot be undone. Raises FunctionFailed for the estimator, and LearnerOutOfMemory.
+        Args:
+            step: the policy step, as `proximal` got it.
+            rewards: the rewards of the groups, in the same order.
+
+        Returns a report and the refreshed feedback: the policy's hidden states in the last epoch, on this rank's
+        groups. The feedback is empty if nothing was learnt, and None if the reward head reads none.
+
+        Raises NonFiniteStep for a reward, an advantage or a gradient that is not finite, before it moves any weight.
+        Under `learner.on_nonfinite: skip` it raises nothing then: such a reward or advantage leaves the whole step out,
+        and such a gradient leaves its own update out. In both modes it raises NonFiniteStep if an update of finite
+        gradient made weights that are not finite, because that cannot be undone.
+
+        Raises FunctionFailed if the advantage estimator fails, LearnerOutOfMemory, and RuntimeError if `proximal` got
+        another step.
         """
-        batch, self._batch = self._batch, None
+        batch, self._batch = self._batch, None  # taken out: no step is ever trained on twice
         if batch is None:
             self._version += 1
             return StepReport(version=self._version, metrics={}), ()
@@ -216,7 +282,9 @@ class PolicyLearner:
     def _train(
         self, batch: LearnerBatch, rewards: Sequence[GroupRewards]
     ) -> tuple[dict[str, float], tuple[PolicyFeedback, ...] | None]:
+        """Makes all updates of a step. Returns the metrics and the refreshed feedback."""
         scored = [ScoredGroup(group=g, rewards=r) for g, r in zip(batch.groups, rewards, strict=True)]
+        # All advantages come before the first update. So a step that fails here leaves the policy as it was.
         try:
             advantages, returns = step_advantages(
                 self._estimator, scored, batch.old, batch.reference, self._config, batch.values
@@ -250,10 +318,12 @@ class PolicyLearner:
         if not self._config.reads_feedback:
             return metrics, None
         refreshed = _refreshed(batch, states.taken())
+        # In float64, because float32 does not count bytes exactly.
         kept_bytes = backend.total(torch.tensor(float(states.num_bytes), dtype=torch.float64))
         return metrics | {"memory/refreshed_states_bytes": kept_bytes.item()}, refreshed
 
     def _critic_step(self, batch: LearnerBatch, returns: Tensor | None) -> CriticStep | None:
+        """The critic's side of the step, or None without a critic."""
         if self._critic is None:
             return None
         assert batch.values is not None and returns is not None
@@ -263,7 +333,10 @@ class PolicyLearner:
     def _count(
         self, norm: float, counts: StepStatistics | CriticStep, batch: LearnerBatch, what: str, lr: float
     ) -> None:
-        """Raises NonFiniteStep unless the update of this norm was applied, or left out as the config says."""
+        """Counts an update by the norm of its gradient. If the norm is not finite, the update was not applied.
+
+        Then it counts as skipped under `learner.on_nonfinite: skip`, and otherwise NonFiniteStep is raised.
+        """
         if math.isfinite(norm):
             counts.grad_norms.append(norm)
         elif self._config.learner.on_nonfinite == "skip":
@@ -274,7 +347,10 @@ class PolicyLearner:
             raise NonFiniteStep(f"{step_place(batch.step, batch.groups)}: {what} is {norm}{after}")
 
     def _check_weights(self, backend: Backend, batch: LearnerBatch, model: str, key: str, lr: float) -> None:
-        """After every update and before the version is published: raises NonFiniteStep where a weight is not finite."""
+        """Raises NonFiniteStep if a weight is not finite.
+
+        It is called after every update, so such weights never become a version that is published.
+        """
         if backend.finite():
             return
         raise NonFiniteStep(
@@ -284,7 +360,7 @@ class PolicyLearner:
         )
 
     def _left_out(self, scored: Sequence[ScoredGroup]) -> dict[str, float]:
-        """The metrics of a step of which nothing was learnt."""
+        """The metrics of a step that is left out. All its updates count as skipped."""
         objective = self._config.objective
         updates = float(objective.epochs * len(minibatch_bounds(scored, objective.num_minibatches)))
         metrics = {"policy/skipped_updates": updates}
@@ -292,7 +368,13 @@ class PolicyLearner:
 
     @produces(1)
     def state(self, directory: str | None = None) -> tuple[StepReport, dict[str, Any]]:
-        """What `restore` continues from, bit for bit. `directory`, which every rank can reach, may hold part of it."""
+        """Saves the learner.
+
+        Args:
+            directory: where ranks may write large parts as files. All ranks must be able to reach it.
+
+        Returns a report, and what `restore` needs to go on bit for bit.
+        """
         path = None if directory is None else Path(directory)
         state = {"version": self._version} | self._backend.state(self._version, path)
         if self._critic:
@@ -301,7 +383,10 @@ class PolicyLearner:
 
     @produces(0)
     def restore(self, state: dict[str, Any], directory: str | None = None) -> tuple[int]:
-        """Raises ConfigError for weights that are not finite."""
+        """Goes on from what `state` returned and wrote into `directory`. Returns the policy version.
+
+        Raises ConfigError if the weights of the policy or the critic are not finite.
+        """
         path = None if directory is None else Path(directory)
         self._backend.restore(state, path)
         if self._critic:
@@ -315,11 +400,13 @@ class PolicyLearner:
         return (self._version,)
 
     def _passes(self, trajectories: Sequence[Trajectory], groups: Sequence[range]) -> list[MicroBatch]:
+        """This rank's micro-batches of some groups, given by the rows of their trajectories."""
         backend = self._backend
         max_tokens, packed = self._config.learner.tokens_per_microbatch, self._config.learner.packing
         return rank_microbatches(trajectories, groups, backend.rank, backend.num_ranks, max_tokens, packed)
 
     def _minibatch_passes(self, batch: LearnerBatch, rows: slice) -> list[MicroBatch]:
+        """This rank's micro-batches of a minibatch, which is the groups whose rows lie within `rows`."""
         groups = [group for group in batch.rows if rows.start <= group.start and group.stop <= rows.stop]
         return self._passes(batch.trajectories, groups)
 
@@ -332,7 +419,10 @@ class PolicyLearner:
         mask: Tensor,
         kept: KeptStates | None = None,
     ) -> Tensor:
-        """[B, T] float32 on the CPU, of all ranks' trajectories; keeps the states of this rank's."""
+        """Log-probabilities of all ranks' trajectories under `model`, [B, T] float32 on the CPU, 0 on padding.
+
+        If `kept` is given, the hidden states of this rank's trajectories go there.
+        """
         logprobs_BT = torch.zeros(mask.shape)
         for one in passes:
             chosen = [trajectories[row] for row in one.rows]
@@ -341,15 +431,21 @@ class PolicyLearner:
                 kept.keep(one.rows, states)
             if one.counts:
                 logprobs_BT[list(one.rows), : part_BT.shape[1]] = part_BT.cpu()
+        # Every row is 0 but on the rank that computed it, so the sum over ranks puts all rows together.
         return self._backend.total(logprobs_BT)
 
     def _pass(self, model: Any, trajectories: Sequence[Trajectory]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One forward pass: the log-probabilities and the hidden states of these trajectories."""
         return logprobs_and_states(model, trajectories, self._config.rollouts.temperature, self._config.learner.packing)
 
     def _own_feedback(self, batch: LearnerBatch, states: dict[int, Tensor]) -> tuple[PolicyFeedback, ...]:
-        """Of this rank's groups. The twins' passes are as many on every rank."""
+        """pi_old's feedback on this rank's groups, from the states of the proximal pass by row.
+
+        Greedy twins are not trained and have no such states, so each twin takes a forward pass of its own.
+        """
         owned = group_shares(batch.trajectories, batch.rows, self._backend.num_ranks)
         mine = owned[self._backend.rank]
+        # Every rank must make equally many passes. A rank with fewer groups repeats group 0 and drops the results.
         pace = mine + [0] * (max(map(len, owned)) - len(mine))
         policy, groups, rows = self._backend.policy, batch.groups, batch.rows
         return tuple(
@@ -369,15 +465,20 @@ class PolicyLearner:
         kept: KeptStates,
         statistics: StepStatistics,
     ) -> None:
-        """Accumulates the gradients of this rank's part of the rows; keeps the last epoch's states."""
+        """Adds up the gradient of this rank's part of a minibatch, and measures it for the statistics.
+
+        In the last epoch the hidden states go into `kept`. `rows` are the minibatch's rows in the step.
+        """
         device = self._backend.policy.device
         keeps = self._config.reads_feedback and epoch == self._config.objective.epochs - 1
+        # Counts of the whole minibatch divide the loss. So the losses of all passes and ranks add up to its loss.
         denominator, responses = denominators(batch.mask[rows], self._config)
         for index, one in enumerate(passes):
             chosen, trajectories = list(one.rows), [batch.trajectories[row] for row in one.rows]
             logprobs_BT, states = self._pass(self._backend.policy, trajectories)
             last = index == len(passes) - 1
             if not one.counts:
+                # Other ranks have more passes. A gradient of 0 takes part in their collectives and changes nothing.
                 self._backend.backward(0.0 * logprobs_BT.sum(), last)
                 continue
             if keeps:
@@ -399,12 +500,12 @@ class PolicyLearner:
 
 
 def _refreshed(batch: LearnerBatch, states: dict[int, Tensor]) -> tuple[PolicyFeedback, ...]:
-    """Of the groups whose states are here."""
+    """The refreshed feedback on those groups whose states are on this rank."""
     return tuple(
         PolicyFeedback(
             group_id=group.ticket.group_id,
             hidden_states=tuple(states[row] for row in rows),
-            greedy=None,
+            greedy=None,  # the twin is not trained on, and the head learner does not read it
             policy_version=batch.step,
         )
         for group, rows in zip(batch.groups, batch.rows, strict=True)

@@ -1,7 +1,9 @@
-"""What a policy step reports, over the whole batch: the same numbers whoever computed which part of it.
+"""The metrics of a policy step. They are over the whole batch, and do not depend on which rank computed which part.
 
-Shapes: E epochs, B trajectories of a step, T response tokens (padded), U = T where a ratio belongs to a token and 1 where
-to a sequence.
+A unit is what has a probability ratio: a response token, or a whole response (`objective.ratio`).
+
+Shapes: E epochs, B trajectories of a step, b trajectories of a micro-batch, T response tokens (padded), U = T if a
+token is a unit and 1 if a response is, V quantities per unit, N units or tokens that count.
 """
 
 from __future__ import annotations
@@ -17,15 +19,24 @@ from r2m_async.objectives import PolicyLoss
 from r2m_async.trajectories import Trajectory
 
 _BY_UNIT = ("ratio", "weight", "clipped", "left_out")
+"""The V quantities of a `PolicyLoss` that each unit has."""
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
 class StepStatistics:
-    """Gathers what the micro-batches of a step measured, here and on the other ranks."""
+    """Gathers what the micro-batches of a step measure, on this rank and on the others."""
 
     def __init__(self, mask: Tensor, config: R2MConfig) -> None:
+        """Begins with nothing measured.
+
+        Args:
+            mask: [B, T] bool, True on the response tokens of the step.
+            config: the run's config.
+        """
         self.grad_norms: list[float] = []
+        """Gradient norms, before clipping, of the updates that were applied. The policy learner fills it."""
         self.skipped = 0
+        """How many updates were left out because their gradient was not finite. The policy learner counts them."""
         self._mask_BT = mask
         self._leans_on_ratio = config.objective.off_policy == "none"
         self._units_BU = mask if config.objective.ratio == "token" else mask.any(1, keepdim=True)
@@ -33,15 +44,30 @@ class StepStatistics:
         self._added: list[tuple[int, list[int], Tensor, Tensor]] = []
 
     def add(self, epoch: int, rows: list[int], loss: Tensor, surrogate: PolicyLoss) -> None:
-        """One micro-batch on these rows of the step. Nothing is waited for: it stays where it is until `metrics`."""
+        """Notes what one micro-batch measured.
+
+        Args:
+            epoch: the epoch, from 0.
+            rows: the rows of its trajectories in the step.
+            loss: scalar, its part of the update's loss.
+            surrogate: what it measured of each unit, [b, U].
+        """
+        # The numbers stay on the device until `metrics`. To read one now would wait for the GPU in every pass.
         values_VbU = torch.stack([getattr(surrogate, name).float() for name in _BY_UNIT])
         self._added.append((epoch, rows, loss.detach(), values_VbU))
 
     def metrics(self, total: Callable[[Tensor], Tensor], mismatch: Tensor, ages: Tensor) -> dict[str, float]:
-        """Over all units, and once more over those of each policy age.
+        """Returns the metrics of the step: over all units, and again over the units of each policy age.
 
-        `total` adds a tensor up over the ranks; `mismatch` [B, T] is log pi_old - log mu; `ages` [B].
+        Args:
+            total: adds a tensor up over the ranks. All ranks must call `metrics`, because it does.
+            mismatch: [B, T], log pi_old - log mu: by how much the learner's log-probabilities exceed those that the
+                responses were sampled with.
+            ages: [B], the policy age of each trajectory in steps.
+
+        Those over all units are named `policy/...`, and those of age 1 `policy_age_1/...`.
         """
+        # Every rank fills in its own rows and leaves the others 0, so the sum over ranks puts all rows together.
         values_VEBU = torch.zeros(len(_BY_UNIT), self._num_epochs, *self._units_BU.shape)
         loss = torch.zeros((), dtype=torch.float64)
         for epoch, rows, part, values_VbU in self._added:
@@ -68,10 +94,18 @@ class StepStatistics:
 def unit_statistics(
     ratio: Tensor, weight: Tensor, clipped: Tensor, left_out: Tensor, leans_on_ratio: bool
 ) -> dict[str, float]:
-    """Over N units, each tensor [N] as `PolicyLoss` has them; zeros without any.
+    """Statistics of the probability ratios of N units. All are 0 if there are no units.
 
-    effective_sample_size is (sum v)^2 / (N sum v^2) in [0, 1], where v is what importance sampling leans on: w, or rho
-    under `off_policy: none`.
+    Args:
+        ratio: [N], rho of each unit. See `PolicyLoss` for this and the next three.
+        weight: [N], w.
+        clipped: [N] bool, whether the clip took the unit's gradient.
+        left_out: [N] bool, whether `off_policy: mask` left the unit out.
+        leans_on_ratio: whether importance sampling rests on rho, as it does under `off_policy: none`. If not, it rests
+            on w.
+
+    Returns the statistics by name. `effective_sample_size` is (sum v)^2 / (N sum v^2), in [0, 1], where v is the one of
+    rho and w that importance sampling rests on.
     """
     if not len(ratio):
         ratio = weight = clipped = left_out = torch.zeros(1)
@@ -93,7 +127,7 @@ def unit_statistics(
 
 
 def _mismatch_metrics(mismatch_N: Tensor) -> dict[str, float]:
-    """How far the learner's log-probabilities are from those that were sampled with, by token."""
+    """How far the learner's log-probabilities of tokens are from those that the tokens were sampled with, in nats."""
     distances = mismatch_N.abs() if len(mismatch_N) else torch.zeros(1)
     return {"mismatch_mean": distances.mean().item(), "mismatch_max": distances.max().item()}
 
@@ -106,11 +140,23 @@ def batch_metrics(
     advantages: Tensor,
     trajectories: Sequence[Trajectory],
 ) -> dict[str, float]:
-    """KL of pi_old to the reference (k3 per token, and the mean difference that R2M's Fig. 5 plots) and lengths.
+    """Metrics of a step that need no gradient: the KL to the reference policy, and the lengths of responses.
 
-    `kl/behaviour` is that of the policies that sampled: what belongs to the step's rewards where they are older than pi_old,
-    for the samples of one policy do not measure another's KL. `mask` and the log-probabilities are [B, T], `advantages`
-    [B] or [B, T].
+    Args:
+        mask: [B, T] bool, True on response tokens.
+        behaviour: [B, T], log-probabilities under mu, the policies that sampled the responses.
+        old: [B, T], log-probabilities under pi_old, the learner at the start of the step.
+        reference: [B, T], log-probabilities under the reference policy pi_ref.
+        advantages: [B] or [B, T].
+        trajectories: the B trajectories of the step.
+
+    Returns the metrics by name. All KLs are in nats:
+
+    - `kl/sequence`: the mean over responses of log pi_old - log pi_ref, which R2M's Fig. 5 plots. `kl/token` is the
+      mean over tokens.
+    - `kl/k3`: the mean over tokens of the estimator k3 (http://joschu.net/blog/kl-approx.html).
+    - `kl/behaviour`: as `kl/sequence`, but of mu instead of pi_old. It belongs to the step's rewards if the responses
+      are older than pi_old, because samples of one policy do not measure the KL of another.
     """
     difference = (old - reference).masked_fill(~mask, 0)
     k3 = ((-difference).expm1() + difference).masked_fill(~mask, 0)

@@ -1,7 +1,10 @@
-"""The learner's end of the direct weight transports: staged copies of the newest versions, a channel to every engine.
+"""The learner's end of the direct weight transports, by which the learner sends weights to engines itself.
 
-`gloo` and `nccl` broadcast over a private process group of the learner and one engine's workers, made anew whenever
-the engine is; `ipc` hands out CUDA handles of the staged copy. Channels are served from another thread than trains.
+The learner keeps copies of its newest policy versions: they are staged. It has a channel to every engine. With `gloo`
+and `nccl` a channel is a process group of the learner and the engine's workers, over which the learner broadcasts. A
+restarted engine gets a new channel. With `ipc` the engine gets CUDA handles of the staged copy and reads it itself.
+
+The channels are used in another thread than the one that trains.
 """
 
 from __future__ import annotations
@@ -25,17 +28,29 @@ if TYPE_CHECKING:
 
 
 class WeightSender:
+    """Stages policy versions, and sends them to engines, which are known by their numbers."""
+
     def __init__(self, config: R2MConfig) -> None:
+        """Begins without versions and channels. `weights.transport` must be a direct one."""
         self._config = config
         self._staged: dict[int, dict[str, Tensor]] = {}
         self._channels: dict[int, _Channel] = {}
         self._num_staged = 2 + config.scheduling.max_policy_age
-        """An evaluation may ask for a version that the policy has since left by this many steps."""
+        """How many versions are kept. The policy may get 1 + max_policy_age steps ahead of one that is evaluated."""
 
     def stage(self, model: Any, version: int) -> dict[str, Any]:
-        """Copies the model's `named_parameters()` where they lie; what an engine's transfer backend must be told of them."""
+        """Copies a policy version on the device where it lies, and drops the oldest if there are too many.
+
+        Args:
+            model: what has the `named_parameters()`, a backend or a module.
+            version: its policy version.
+
+        Returns the names, dtypes and shapes, which an engine must know to receive the tensors.
+        """
+        # Copies, because the next update changes the parameters while they are still being sent.
         tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         kept = sorted([*self._staged, version])[-self._num_staged :]
+        # A new dict takes the place of the old one: another thread may be reading that.
         self._staged = {one: tensors if one == version else self._staged[one] for one in kept}
         return {
             "names": list(tensors),
@@ -44,14 +59,17 @@ class WeightSender:
         }
 
     def staged(self, version: int) -> dict[str, Tensor]:
-        """Raises RuntimeError for a version that is not, or no longer, staged."""
+        """Returns the parameters of a staged version by name.
+
+        Raises RuntimeError if the version is not staged, or no longer.
+        """
         staged = self._staged  # read once: another thread may stage a version meanwhile, which drops the oldest
         if version not in staged:
             raise RuntimeError(f"policy version {version} is no longer staged; those are {sorted(staged)}")
         return staged[version]
 
     def open(self, engine: int) -> dict[str, Any]:
-        """A new channel to an engine; what the engine needs to join it."""
+        """Opens a new channel to an engine, in the place of an old one. Returns what the engine needs to join it."""
         channel = _CHANNELS[self._config.weights.transport]
         if old := self._channels.pop(engine, None):
             old.close()
@@ -59,32 +77,48 @@ class WeightSender:
         return self._channels[engine].init_info
 
     def connect(self, engine: int) -> None:
-        """Waits for the engine to join."""
+        """Waits for an engine to join its channel. Raises RuntimeError if it does not do so in time."""
         self._channels[engine].connect()
 
     def send(self, engine: int, version: int) -> dict[str, Any]:
-        """Sends a staged version; what the engine must be told besides, in time for it to load."""
+        """Sends a staged version to an engine over its channel.
+
+        Returns what the engine must know besides to load it. Raises RuntimeError if the version is no longer staged, or
+        if it cannot be sent.
+        """
         tensors = self.staged(version)
         return self._channels[engine].send(tensors)
 
 
 class _Channel(Protocol):
-    """Made with the number of processes that meet on it and the seconds they wait for each other."""
+    """The learner's end of a way to one engine.
+
+    It is made with two arguments: how many processes meet on it, and the seconds that they wait for each other.
+    """
 
     init_info: dict[str, Any]
-    """What the engine's end must know."""
+    """What the engine's end must know to join."""
 
-    def connect(self) -> None: ...
+    def connect(self) -> None:
+        """Waits for the engine's workers to join."""
+        ...
 
-    def send(self, tensors: dict[str, Tensor]) -> dict[str, Any]: ...
+    def send(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Sends tensors in their order. Returns what the engine must know besides."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Gives up what the channel holds."""
+        ...
 
 
 class _Gloo:
+    """A channel that broadcasts over gloo."""
+
     def __init__(self, world_size: int, timeout: float) -> None:
         host = os.environ.get(NODE_ADDRESS, "127.0.0.1")
         self._timeout = datetime.timedelta(seconds=timeout)
+        # The store must not wait here: the engine can join only once it has been told host and port.
         self._store = torch.distributed.TCPStore(
             host, 0, world_size, is_master=True, wait_for_workers=False, timeout=self._timeout
         )
@@ -107,16 +141,18 @@ class _Gloo:
 
 
 class _NCCL:
-    """vLLM's own group and packing, without the handshake its trainer class would drive: the controller does that."""
+    """A channel that broadcasts over NCCL, with vLLM's own process group and packing.
+
+    vLLM has a class for a trainer's end, which would also call the engine. Here the controller does that instead.
+    """
 
     def __init__(self, world_size: int, timeout: float) -> None:
         from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
 
         host = os.environ.get(NODE_ADDRESS, "127.0.0.1")
         self._timeout = timeout
-        self._socket = socket.create_server(
-            (host, 0)
-        )  # kept: a port that is let go may be another's when we meet there
+        # The socket stays open until the processes meet. Another program could take a port that is free meanwhile.
+        self._socket = socket.create_server((host, 0))
         self._info = NCCLWeightTransferInitInfo(
             master_address=host,
             master_port=self._socket.getsockname()[1],
@@ -136,9 +172,10 @@ class _NCCL:
             self._group = PyNcclCommunicator(processes, device=torch.accelerator.current_device_index())
 
     def _meet(self) -> StatelessProcessGroup:
-        """As vLLM's `trainer_init` does, but at the socket that listens already, and within our deadline.
+        """Meets the engine's workers at the socket that listens already, within our deadline.
 
-        vLLM can be handed a socket, too, but closes it a second time where nobody comes, which then may be another file.
+        vLLM's `trainer_init` does the same and can take a socket, too. But if nobody comes it closes the socket twice.
+        The second time, the same number may belong to another file.
         """
         from vllm.distributed.utils import StatelessProcessGroup
 
@@ -149,7 +186,7 @@ class _NCCL:
             is_master=True,
             timeout=datetime.timedelta(seconds=self._timeout),
             use_libuv=False,
-            master_listen_fd=self._socket.detach(),
+            master_listen_fd=self._socket.detach(),  # from here on the store alone closes it
         )
         return StatelessProcessGroup(rank=0, world_size=self._info.world_size, store=store)
 
@@ -164,6 +201,7 @@ class _NCCL:
             buffer_size_bytes=self._info.packed_buffer_size_bytes,
             num_buffers=self._info.packed_num_buffers,
         )
+        # A return says that the weights are sent, so the GPU must have finished.
         torch.cuda.current_stream().synchronize()
         return {}
 
@@ -174,7 +212,7 @@ class _NCCL:
 
 
 class _IPC:
-    """One GPU for learner and engine: the engine copies out of the staged tensors."""
+    """A channel for a learner and an engine on one GPU. The engine copies the weights out of the staged tensors."""
 
     def __init__(self, world_size: int, timeout: float) -> None:
         self.init_info = {"packed": False}
@@ -194,3 +232,4 @@ class _IPC:
 
 
 _CHANNELS: dict[str, Callable[[int, float], _Channel]] = {"gloo": _Gloo, "nccl": _NCCL, "ipc": _IPC}
+"""The channel of each direct `weights.transport`."""

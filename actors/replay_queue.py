@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from r2m_async.ring.stages import produces
-
 
 class ReplayQueue:
     """A store of named parts of groups, such as `group`, `feedback` and `embeddings`."""
@@ -21,7 +19,6 @@ class ReplayQueue:
     def __init__(self) -> None:
         self._parts: dict[tuple[int, str], Any] = {}
 
-    @produces(0)
     def put(self, group_id: int, names: tuple[str, ...], *payloads: Any) -> tuple[int]:
         """Adds parts to a group. A part replaces an older one of the same name.
 
@@ -38,7 +35,6 @@ class ReplayQueue:
             self._parts[group_id, name] = payload
         return (len(self._parts),)
 
-    @produces(1)
     def get(self, group_id: int, name: str) -> tuple[None, Any]:
         """Returns one part of a group, which stays in the queue.
 
@@ -48,7 +44,6 @@ class ReplayQueue:
             raise KeyError(f"group {group_id} has no {name!r} in the replay queue")
         return None, self._parts[group_id, name]
 
-    @produces(0)
     def free(self, group_ids: tuple[int, ...]) -> tuple[int]:
         """Forgets all parts of these groups. Returns the number of parts that are left in the queue.
 

@@ -21,7 +21,6 @@ from r2m_async.models.reward import embed_group
 from r2m_async.models.weights import load_weights, named_weights
 from r2m_async.plugins import called_for_number, named_function
 from r2m_async.reward_metrics import ranking_accuracy
-from r2m_async.ring.stages import produces
 from r2m_async.trajectories import (
     GroupRewards,
     PolicyFeedback,
@@ -54,7 +53,6 @@ class RewardAnnotator:
         gold = config.evaluation.gold
         self._gold = named_function(gold, "evaluation.gold") if gold else None
 
-    @produces(1)
     def initial_head(self) -> tuple[StepReport, Weights]:
         """Returns a report and version 0 of the reward head.
 
@@ -62,7 +60,6 @@ class RewardAnnotator:
         """
         return StepReport(version=0, metrics={}), self._initial
 
-    @produces(1)
     def embed(self, group: TrajectoryGroup) -> tuple[StepReport, RewardEmbeddings]:
         """Computes the reward token embeddings (RTE) and the reward bonuses of a group.
 
@@ -77,7 +74,6 @@ class RewardAnnotator:
         metrics = {"gold": _mean(gold)} if gold else {}
         return StepReport(version=group.ticket.group_id, metrics=metrics), embeddings
 
-    @produces(1)
     def score(
         self,
         step: int,
@@ -105,7 +101,6 @@ class RewardAnnotator:
         )
         return StepReport(version=head.version, metrics=_reward_metrics(rewards)), rewards
 
-    @produces(0)
     def judge(
         self,
         step: int,

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from r2m_async.codec import encoded_size
 from r2m_async.finite import first_bad, no_probability
-from r2m_async.ring.stages import produces
 from r2m_async.trajectories import GroupReport, PolicyFeedback, StepReport, Ticket, TrajectoryGroup, Weights
 
 
@@ -66,7 +65,6 @@ class RolloutActor:
         self._engine = engine
         self._state_bytes = state_bytes
 
-    @produces(0)
     def load_weights(self, weights: Weights, sent: dict[str, Any]) -> tuple[StepReport]:
         """Loads a policy version into the engine (`RolloutEngine.load`).
 
@@ -74,13 +72,11 @@ class RolloutActor:
         """
         return (StepReport(version=weights.version, metrics=self._engine.load(weights, sent)),)
 
-    @produces(0)
     def join(self, channel: dict[str, Any]) -> tuple[None]:
         """Lets the engine join the learner's channel (`RolloutEngine.join`)."""
         self._engine.join(channel)
         return (None,)
 
-    @produces(2)
     def generate(self, ticket: Ticket) -> tuple[GroupReport, TrajectoryGroup, PolicyFeedback | None]:
         """Generates the ticket's group.
 
@@ -125,7 +121,6 @@ class RolloutActor:
         )
         return report, group, feedback
 
-    @produces(0)
     def abort(self, group_id: int, attempt: int) -> tuple[None]:
         """Ends this attempt at a group early (`RolloutEngine.abort`)."""
         self._engine.abort(group_id, attempt)

@@ -15,7 +15,6 @@ from r2m_async.errors import ConfigError
 from r2m_async.finite import all_finite
 from r2m_async.models.heads import HeldHead, improve_head
 from r2m_async.models.weights import load_weights, named_weights
-from r2m_async.ring.stages import produces
 from r2m_async.trajectories import GroupRewards, HeadGroup, PolicyFeedback, RewardEmbeddings, StepReport, Weights
 
 
@@ -39,7 +38,6 @@ class HeadLearner:
         self._held = HeldHead(head, config)
         self._optimizer = torch.optim.AdamW(head.parameters(), lr=config.head.lr, weight_decay=0.0)
 
-    @produces(0)
     def start(self, weights: Weights) -> tuple[int]:
         """Takes the first weights. They come from the annotator, the only stage that has loaded the reward model.
 
@@ -49,7 +47,6 @@ class HeadLearner:
         self._held.start()
         return (weights.version,)
 
-    @produces(1)
     def update(
         self,
         step: int,
@@ -102,7 +99,6 @@ class HeadLearner:
             "head/skipped_updates": 0.0,
         }
 
-    @produces(1)
     def state(self) -> tuple[StepReport, dict[str, Any]]:
         """Returns a report, and what `restore` needs to go on bit for bit."""
         # Under `head.hold: average` the head that scores is an average, and differs from the one that trains.
@@ -113,7 +109,6 @@ class HeadLearner:
         }
         return StepReport(version=self._version, metrics={}), state
 
-    @produces(0)
     def restore(self, state: dict[str, Any]) -> tuple[int]:
         """Goes on from what `state` returned, and returns the head version.
 

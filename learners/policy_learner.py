@@ -45,7 +45,6 @@ from r2m_async.models.policy_objective import (
     step_place,
 )
 from r2m_async.models.weights import named_weights, weight_probe
-from r2m_async.ring.stages import produces
 from r2m_async.trajectories import (
     GroupRewards,
     PolicyFeedback,
@@ -111,7 +110,6 @@ class PolicyLearner:
         """What `proximal` left for `train`. None if the step has no trajectories."""
         self._sender = WeightSender(config) if config.weights.direct and backend.rank == 0 else None
 
-    @produces(1)
     def weights(self, whole: bool = False) -> tuple[StepReport, Weights | None]:
         """Publishes the present policy version.
 
@@ -159,7 +157,6 @@ class PolicyLearner:
     # Direct transports: the learner sends weights itself. These calls run while another thread trains. A failure is
     # returned and not raised, because it is the engine that is lost and not the learner.
 
-    @produces(0)
     def open_channel(self, engine: int) -> tuple[dict[str, Any]]:
         """Opens a new channel to an engine, given by its number, in the place of an old one.
 
@@ -168,7 +165,6 @@ class PolicyLearner:
         assert self._sender is not None
         return (self._sender.open(engine),)
 
-    @produces(0)
     def connect(self, engine: int) -> tuple[dict[str, str]]:
         """Waits for an engine to join its channel.
 
@@ -181,7 +177,6 @@ class PolicyLearner:
             return ({"failed": str(error)},)
         return ({},)
 
-    @produces(0)
     def send(self, engine: int, version: int) -> tuple[dict[str, str]]:
         """Sends a staged version to an engine, over its channel.
 
@@ -197,7 +192,6 @@ class PolicyLearner:
         except RuntimeError as error:
             return ({"failed": str(error)},)
 
-    @produces(1, shares=(0,))
     def proximal(
         self, step: int, groups: list[TrajectoryGroup]
     ) -> tuple[StepReport, tuple[PolicyFeedback, ...] | None]:
@@ -249,7 +243,6 @@ class PolicyLearner:
         self._batch = batch
         return self._own_feedback(batch, states.taken()) if states else None
 
-    @produces(1, shares=(0,))
     def train(self, step: int, rewards: Sequence[GroupRewards]) -> tuple[StepReport, tuple[PolicyFeedback, ...] | None]:
         """Makes all updates of a step, on the groups that `proximal` got.
 
@@ -366,7 +359,6 @@ class PolicyLearner:
         metrics = {"policy/skipped_updates": updates}
         return metrics | ({"critic/skipped_updates": updates} if self._critic else {})
 
-    @produces(1)
     def state(self, directory: str | None = None) -> tuple[StepReport, dict[str, Any]]:
         """Saves the learner.
 
@@ -381,7 +373,6 @@ class PolicyLearner:
             state["critic"] = self._critic.state(self._version, path)
         return StepReport(version=self._version, metrics={}), state
 
-    @produces(0)
     def restore(self, state: dict[str, Any], directory: str | None = None) -> tuple[int]:
         """Goes on from what `state` returned and wrote into `directory`. Returns the policy version.
 

@@ -26,7 +26,9 @@ from r2m_async.advantages import (
     remax,
     rloo,
 )
+from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
+from r2m_async.launch.workload import check_estimator
 
 DOCS = Path(__file__).parents[1] / "docs" / "advantages.md"
 

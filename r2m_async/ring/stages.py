@@ -12,6 +12,7 @@ a clock that costs nothing (simulator.py). `tests/ring/test_stages.py` holds dec
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def method(
         def call(self: Stage, *args: Any) -> Call[Any]:
             return Call(self.carrier, known, args)
 
-        call.__name__, call.__doc__, call.method = function.__name__, function.__doc__, known  # type: ignore[attr-defined]
+        functools.update_wrapper(call, function)  # its name, its documentation, its signature
+        call.method = known  # type: ignore[attr-defined]
         return cast(F, call)
 
     return declared
@@ -343,7 +345,3 @@ def local_bytes() -> dict[str, Callable[..., Any]]:
         return encode(payload)
 
     return {"to_bytes": to_bytes, "from_bytes": decode}
-
-
-def produces(num_payloads: int, shares: tuple[int, ...] = ()) -> Callable[[F], F]:
-    return lambda function: function

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from r2m_async.child_process import NODE_ADDRESS
 from r2m_async.config import R2MConfig
-from r2m_async.ring.stages import NODE_ADDRESS
 
 if TYPE_CHECKING:
     from vllm.distributed.utils import StatelessProcessGroup

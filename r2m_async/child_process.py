@@ -1,9 +1,12 @@
-"""Child processes that are killed when their parent ends, even if the parent itself is killed. Linux only."""
+"""What a process owes to the one that started it: to end with it, and the address it was told. Linux only."""
 
 import ctypes
 import multiprocessing
 import os
 import signal
+
+NODE_ADDRESS = "R2M_NODE_ADDRESS"
+"""Environment variable of a stage's process: the address of its machine as the other stages' machines know it."""
 
 
 def end_with_parent() -> None:

@@ -26,8 +26,8 @@ WINGS = {
     "reward_models": {"data", "from_scratch", "models", "runs"},
     "evaluation": {"actors", "data", "from_scratch", "models", "reward_models", "runs"},
     "studies": {"evaluation", "from_scratch", "launch", "models", "reward_models", "runs"},
-    "actors": {"models", "ring"},
-    "learners": {"models", "ring"},
+    "actors": {"models"},
+    "learners": {"models"},
 }
 """The wings that each wing may know."""
 
@@ -58,8 +58,6 @@ ONLY = {
     "r2m_async.launch.ray_stages": {"r2m_async.algorithm", "r2m_async.launch.makers", "r2m_async.launch.ring"},
     "r2m_async.ring.stages": {
         *(f"r2m_async.{name}" for name in ("launch.makers", "launch.ray_stages", "launch.ring", "runs.checkpoints")),
-        *(f"actors.{name}" for name in ("replay_queue", "reward_annotator", "rollout_actor")),
-        *(f"learners.{name}" for name in ("head_learner", "policy_learner", "weight_sender")),
     },
 }
 """Who, outside of the package that it is in, may import it: these and no others, and each of them does."""

@@ -1,11 +1,12 @@
-"""The prompts of a run: read and checked (`load_prompts`, `load_preferences`), then dealt to groups (`PromptStream`).
+"""Loads and checks the prompts and preference pairs of a run, and deals the prompts to groups.
 
     loaded = load_prompts("posts.jsonl", tokenizer=tokenizer, max_prompt_tokens=512, on_bad_record="skip")
     stream = PromptStream(loaded.prompts, seed=0)
     stream.prompt_of(17), sampling_seed(0, 17)
 
-A source is a JSONL file, several of them (a list, or one string with commas), a directory that `datasets` wrote, or
-the name of a data set on the Hugging Face hub. A bad record is refused with its file and line, or skipped and counted.
+A source is a JSONL file, several of them (a list, or one string with commas), a directory that the package `datasets`
+wrote, or the name of a data set on the Hugging Face hub. A bad record raises an error that names its file and line.
+Under `on_bad_record="skip"` it is left out and counted instead.
 """
 
 from __future__ import annotations
@@ -21,21 +22,33 @@ from r2m_async.trajectories import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedPrompts:
+    """The prompts of a source, and how many records were left out."""
+
     prompts: tuple[Prompt, ...]
+    """In the order of the source."""
     skipped: dict[str, int]
-    """Reason -> number of records left out; empty under `on_bad_record="error"`."""
+    """For each reason, the number of records left out. It is empty under `on_bad_record="error"`."""
 
 
 class Preference(NamedTuple):
+    """Two responses to one prompt, of which people (or a label) preferred the first."""
+
     prompt: Content
+    """Raw text, or (role, content) turns that end with the user's."""
     chosen: str
+    """The response that was preferred."""
     rejected: str
+    """The other response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedPreferences:
+    """The preference pairs of a source, and how many records were left out."""
+
     pairs: tuple[Preference, ...]
+    """In the order of the source."""
     skipped: dict[str, int]
+    """For each reason, the number of records left out. It is empty under `on_bad_record="error"`."""
 
 
 def load_prompts(
@@ -48,11 +61,18 @@ def load_prompts(
     split: str = "train",
     limit: int | None = None,
 ) -> LoadedPrompts:
-    """The first `limit` usable prompts of `source`, as text and tokens of the policy's `tokenizer`.
+    """Returns the usable prompts of `source`, as text and as tokens of the policy.
 
-    A prompt is raw text, which goes to the policy as it is, or a list of {"role", "content"} turns that ends with a
-    user turn. Raises `DataError` for a source that cannot be read, for a bad record unless `on_bad_record` is
-    "skip", and where no prompt is left.
+    source: see the top of this file.
+    tokenizer: the policy's.
+    max_prompt_tokens: the most tokens that a prompt may have. A longer one is a bad record.
+    on_bad_record: "error" raises at the first bad record. "skip" leaves it out and counts it.
+    prompt_field: the field of a record that holds the prompt. A prompt is raw text, which the policy reads as it is,
+        or a list of {"role", "content"} turns that ends with a user turn.
+    split: the split of a data set. JSONL files have none.
+    limit: stop after this many prompts. None takes all.
+
+    Raises DataError if the source cannot be read, if a record is bad under "error", or if no prompt is left.
     """
 
     def parse(record: Record) -> Prompt:
@@ -80,7 +100,10 @@ def load_preferences(
     split: str = "train",
     limit: int | None = None,
 ) -> LoadedPreferences:
-    """The first `limit` usable {prompt, chosen, rejected} records; errors as in `load_prompts`."""
+    """Returns the usable preference pairs of `source`, whose records have the fields prompt, chosen and rejected.
+
+    Arguments and errors are those of `load_prompts`.
+    """
 
     def parse(record: Record) -> Preference:
         prompt = record.content(prompt_field, PROMPT_FIELD)
@@ -91,9 +114,12 @@ def load_preferences(
 
 
 def prompt_text(content: Content, tokenizer: Any) -> str:
-    """What the policy reads: raw text as it is, turns through the tokenizer's chat template.
+    """Returns the text that the policy reads for a prompt.
 
-    Where the tokenizer has no chat template, the turns' contents, a newline after each.
+    content: raw text, which is returned as it is, or (role, content) turns. Turns go through the tokenizer's chat
+        template. If it has none, the contents of the turns are joined, with a newline after each.
+
+    Raises what the chat template raises, jinja2.TemplateError.
     """
     if isinstance(content, str):
         return content
@@ -105,33 +131,47 @@ def prompt_text(content: Content, tokenizer: Any) -> str:
 
 
 def policy_reads(content: Content, tokenizer: Any) -> tuple[str, list[int]]:
-    """`prompt_text` and its token ids. Raises what a chat template raises, jinja2.TemplateError."""
+    """Returns what the policy reads for a prompt, as text and as token ids.
+
+    content: raw text, or (role, content) turns, see `prompt_text`.
+
+    Raises what the chat template raises, jinja2.TemplateError.
+    """
     text = prompt_text(content, tokenizer)
     templated = not isinstance(content, str) and getattr(tokenizer, "chat_template", None) is not None
-    # A chat template writes its own special tokens.
+    # A chat template writes its own special tokens. The tokenizer must not add them a second time.
     return text, tokenizer(text, add_special_tokens=not templated)["input_ids"]
 
 
 def response_ids(response: str, finished: bool, tokenizer: Any) -> list[int]:
-    """A response given as text, as the policy reads it behind its prompt; `finished` adds the end of text."""
+    """Returns the token ids of a response that is given as text, as the policy would read them after the prompt.
+
+    finished: True adds the end-of-text token.
+    """
     return tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * finished
 
 
 class PromptStream:
-    """The prompt of every group, a pure function of (seed, group_id): each pass over the prompts is reshuffled."""
+    """Deals prompts to groups, in a new random order for each pass over the prompts.
+
+    The prompt of a group depends on the seed and the group's number alone. So a resumed run deals as the first one did.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        """prompts: all prompts of the run, at least one, else ValueError is raised. seed: the run's seed."""
         if not prompts:
             raise ValueError("a prompt stream needs at least one prompt")
         self._prompts = tuple(prompts)
         self._seed = seed
 
     def prompt_of(self, group_id: int) -> Prompt:
+        """Returns the prompt of a group. group_id: counted from 0."""
         epoch, place = divmod(group_id, len(self._prompts))
         return self._prompts[prompt_order(self._seed, epoch, len(self._prompts))[place]]
 
 
 def _as_policy_reads(content: Content, record: Record, tokenizer: Any, key: str) -> tuple[str, list[int]]:
+    """Does what `policy_reads` does, but raises BadRecord if the chat template refuses the turns."""
     import jinja2
 
     try:

@@ -1,4 +1,8 @@
-"""Records of a data source: a JSONL file, several of them, a directory of `datasets`, or a data set of the hub."""
+"""Reads the records of a data source, checks their fields, and names file and line of a bad one.
+
+A source is a JSONL file, several of them, a directory that the package `datasets` wrote, or a data set of the Hugging
+Face hub.
+"""
 
 from __future__ import annotations
 
@@ -14,46 +18,60 @@ from r2m_async.errors import ConfigError, DataError
 
 Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Content: TypeAlias = str | tuple[tuple[str, str], ...]
+"""A prompt: raw text, or (role, content) turns."""
 OnBadRecord: TypeAlias = Literal["error", "skip"]
 T = TypeVar("T")
 
 _ABSENT = object()
+"""Stands for the value of a field that a record lacks. None will not do: a record can have it."""
 
 
 class BadRecord(DataError):
-    """A `DataError` that `on_bad_record="skip"` may count under its `reason`."""
+    """One record cannot be used. `on_bad_record="skip"` catches this error and counts it under its `reason`."""
 
     def __init__(self, reason: str, message: str) -> None:
+        """reason: one word for the count, for example `too_long`. message: what the user reads under "error"."""
         super().__init__(message)
         self.reason = reason
 
 
 PROMPT_FIELD = "data.prompt_field"
+"""The config key that names the field of the prompt, for messages."""
 OR_SKIP = " or set data.on_bad_record: skip"
+"""The second remedy, in messages to a user who has a config."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One record where it stands; what it is asked for, it gives or refuses."""
+    """One record of a source, which knows where it comes from.
+
+    Its methods return a checked field, or raise BadRecord with a message that names file and line.
+    """
 
     place: str
-    """File and line (or data set and row), for a person."""
+    """File and line, or data set and row, for messages."""
     name: str
-    """The same, short: `posts.jsonl:17`."""
+    """The same in short, for example `posts.jsonl:17`. It becomes the id of the prompt."""
     raw: bytes | Mapping[str, Any]
-    """A line of JSON not yet decoded, or a row of a data set."""
+    """A line of JSON that is not yet decoded, or a row of a data set."""
     or_else: str = ""
-    """The other remedy, where there is one."""
+    """A second remedy that messages offer at their end. Empty if there is none."""
 
     def refusal(self, reason: str, key: str, value: Any, why: str, remedy: str) -> BadRecord:
+        """Returns the error to raise for this record.
+
+        reason: one word for the count. key, value: the field that is wrong, and what it holds. why, remedy: what is
+        wrong with it, and what the user can do.
+        """
         shown = key if value is _ABSENT else f"{key} = {_excerpt(value)}"
         return BadRecord(reason, f"{self.place}: {shown}: {why}; {remedy}{self.or_else}")
 
     def fields(self) -> Mapping[str, Any]:
+        """Returns all fields by name. Raises BadRecord if the line is not UTF-8 or not a JSON object."""
         if not isinstance(self.raw, bytes):
             return self.raw
         try:
-            fields = json.loads(self.raw.decode("utf-8-sig"))
+            fields = json.loads(self.raw.decode("utf-8-sig"))  # which drops a byte-order mark at the file's start
         except UnicodeDecodeError as error:
             why = f"not UTF-8 at byte {error.start + 1} of the line"
             raise self.refusal("not_utf8", "line", self.raw, why, "convert the file to UTF-8") from None
@@ -67,7 +85,10 @@ class Record:
         return fields
 
     def field(self, key: str, named_by: str | None = None) -> Any:
-        """named_by: the config's key that says which field it is, if one does."""
+        """Returns the value of one field. Raises BadRecord if the record lacks it.
+
+        named_by: the config key by which the user chose this field, for the message. None if the field's name is fixed.
+        """
         fields = self.fields()
         if key not in fields:
             why = f"missing, the record has {', '.join(map(repr, fields)) or 'no field'}"
@@ -76,6 +97,10 @@ class Record:
         return fields[key]
 
     def content(self, key: str, named_by: str | None = None) -> Content:
+        """Returns a prompt: raw text, or (role, content) turns that end with the user's.
+
+        key, named_by: as in `field`. Raises BadRecord if the field is missing, empty, or neither text nor such turns.
+        """
         value = self.field(key, named_by)
         if isinstance(value, str):
             return self._text(key, value)
@@ -97,6 +122,7 @@ class Record:
         return tuple((turn["role"], turn["content"]) for turn in value)
 
     def response(self, key: str) -> str:
+        """Returns a response, which is text. Raises BadRecord if the field is missing, empty or not text."""
         value = self.field(key)
         if not isinstance(value, str):
             why = f"{type(value).__name__}, not text"
@@ -104,11 +130,16 @@ class Record:
         return self._text(key, value)
 
     def _text(self, key: str, value: str) -> str:
+        """Returns `value` if it holds more than white space and is valid Unicode. Raises BadRecord if not."""
         if not value.strip():
             raise self.refusal("empty", key, value, "no text", "fill it")
         return self._unicode(key, value)
 
     def _unicode(self, key: str, value: str) -> str:
+        """Returns `value` if it is valid Unicode. Raises BadRecord if not.
+
+        JSON can write half of a surrogate pair as an escape. Such a string is no text: tokenizers fail on it.
+        """
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -124,9 +155,16 @@ def load_records(
     on_bad_record: OnBadRecord | None = None,
     limit: int | None = None,
 ) -> tuple[tuple[T, ...], dict[str, int]]:
-    """What `parse` makes of the first `limit` records it does not refuse, and how many it refused for each reason.
+    """Returns the parsed records of a source, and for each reason the number of records that were left out.
 
-    on_bad_record: None is an error, where the user has no config to say otherwise.
+    source, split: as in `read_records`.
+    parse: makes something of a record, or raises BadRecord.
+    on_bad_record: "error" raises at the first bad record. "skip" leaves it out and counts it. None acts like "error",
+        but the message does not offer "skip": the user has no config to set it in.
+    limit: stop after this many usable records. None takes all.
+
+    Raises ConfigError for another `on_bad_record`. Raises DataError if the source cannot be read, a record is bad under
+    "error", or no usable record is left.
     """
     if on_bad_record not in ("error", "skip", None):
         raise ConfigError(f"data.on_bad_record: {on_bad_record!r} is neither 'error' nor 'skip'")
@@ -148,9 +186,15 @@ def load_records(
 
 
 def read_records(source: Source, split: str = "train") -> Iterator[Record]:
-    """Every record of a source, not yet parsed. Raises `DataError` where the source itself cannot be read."""
+    """Yields every record of a source, not yet parsed. Empty lines of a file are left out.
+
+    source: a path or a name of a data set, several in one string with commas, or a sequence of them.
+    split: the split of a data set. JSONL files have none.
+
+    Raises DataError if the source cannot be read.
+    """
     items = _items(source)
-    names = Counter(Path(item).name for item in items)
+    names = Counter(Path(item).name for item in items)  # the short name must tell files of one name apart
     for item in items:
         path = Path(item).expanduser()
         if path.is_file():
@@ -165,12 +209,16 @@ def read_records(source: Source, split: str = "train") -> Iterator[Record]:
 
 
 def _items(source: Source) -> list[str]:
+    """Returns the paths or names that a source consists of."""
+    # An existing path comes first, because a comma may be part of a file's name.
     if isinstance(source, str) and "," in source and not Path(source).expanduser().exists():
         return [item.strip() for item in source.split(",") if item.strip()]
     return [os.fspath(source)] if isinstance(source, str | os.PathLike) else [os.fspath(item) for item in source]
 
 
 def _rows(item: str, path: Path, split: str) -> Iterator[Mapping[str, Any]]:
+    """Yields the rows of a data set: a directory, or a name of the Hugging Face hub. Raises DataError."""
+    # What looks like a path and does not exist is a wrong path. Looked up on the hub, it would give a puzzling message.
     if not path.exists() and (path.suffix in (".jsonl", ".json", ".txt") or item.startswith(("/", ".", "~"))):
         raise DataError(f"data source {item!r}: no such file or directory; correct the path (now in {Path.cwd()})")
     try:
@@ -181,6 +229,7 @@ def _rows(item: str, path: Path, split: str) -> Iterator[Mapping[str, Any]]:
             "name is not installed; correct the path or `pip install datasets`"
         ) from None
     try:
+        # `save_to_disk` leaves these marks. Any other directory is a folder of data files.
         if path.is_dir() and any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(str(path))
             table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
@@ -196,6 +245,7 @@ def _rows(item: str, path: Path, split: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _excerpt(value: Any) -> str:
+    """Returns at most 80 characters of the value's repr, for messages."""
     text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
     shown = repr(text)
     return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -1,6 +1,7 @@
-"""The text a reward model reads: how a prompt and a response become its token ids, in one place for the whole project.
+"""Turns a prompt and a response into the token ids that a reward model reads.
 
-A response crosses from the policy to the reward model as text, because their tokenizers may differ.
+A response goes from the policy to the reward model as text, because their tokenizers may differ. Training and scoring
+must read the same text in the same way, so both use `reward_input_ids`.
 """
 
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str] | tuple[str, str]
+"""One turn of a conversation: {"role": ..., "content": ...} or (role, content)."""
 
 
 def reward_input_ids(
@@ -17,18 +19,23 @@ def reward_input_ids(
     finished: bool,
     max_tokens: int | None = None,
 ) -> list[int]:
-    """Token ids of prompt and response under the reward model's own tokenizer.
+    """Returns the token ids of a prompt and its response under the reward model's own tokenizer.
 
-    prompt: a text, or messages, each {"role": ..., "content": ...} or (role, content) as in `Prompt.content`.
-    response_text: the policy tokenizer's decoding without special tokens. To a prompt that is a text it is appended
-        as it is, so any space between the two belongs to one of them.
-    finished: whether the response ended with end of text.
-    max_tokens: the prompt's start is cut away to get down to it, a leading beginning-of-text token kept; of a
-        response that is longer by itself the end is kept. None means no bound.
+    tokenizer: the reward model's.
+    prompt: a text, or a list of messages.
+    response_text: the response as text, without special tokens. It is appended to a text prompt as it is. So a space
+        between the two must belong to one of them.
+    finished: whether the policy ended the response itself, with an end-of-text token.
+    max_tokens: the most ids to return. What is too much is cut from the start, but a leading beginning-of-text token is
+        kept. None means no limit.
 
-    Messages go through the chat template: a finished response as a closed assistant turn, an unfinished one as a turn
-    left open. Where there is no template, their contents and the response are joined by newlines. Raw text ends with
-    the tokenizer's end-of-text token if, and only if, the response is finished; a template's closing says as much.
+    Messages go through the tokenizer's chat template. A finished response becomes a closed assistant turn, an
+    unfinished one a turn that is left open. Without a chat template, all contents are joined by newlines.
+
+    Text that went through no template ends with the tokenizer's end-of-text token if the response is finished, and
+    never otherwise. In a template the closed turn says the same.
+
+    Raises ValueError if the tokenizer has no end-of-text token where it is needed, or if `max_tokens` is below 2.
     """
     if isinstance(prompt, str):
         ids = _raw_ids(tokenizer, prompt + response_text, finished)
@@ -44,6 +51,7 @@ def reward_input_ids(
 
 
 def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool) -> list[int]:
+    """Returns the ids of a text. They end with the end-of-text token if `finished`, and never otherwise."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the reward tokenizer has no eos_token: set one, it tells finished responses from cut ones")
@@ -54,6 +62,7 @@ def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool) -> l
 
 
 def _without_start(ids: list[int], max_tokens: int, bos: int | None) -> list[int]:
+    """Returns the last `max_tokens` ids. The id `bos`, if the ids begin with it, counts among them and stays first."""
     if max_tokens < 2:
         raise ValueError(f"max_tokens={max_tokens}: a reward model needs at least 2 tokens")
     if len(ids) <= max_tokens:

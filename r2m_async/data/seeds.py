@@ -1,4 +1,8 @@
-"""Every random stream of a run: its number, and the seeds drawn from it."""
+"""Names the random streams of a run, and derives from the run's seed every seed that is needed.
+
+Every number is a function of the run's seed and of what it is for. So it does not matter in which order, or in which
+process, the seeds are asked for.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,17 @@ from functools import lru_cache
 import numpy as np
 
 _PERMUTATION, _SAMPLING = 1, 2
-"""Keep the two kinds of random numbers apart. Last in the key and never 0: numpy ignores trailing zeros."""
+"""Two marks, of which every key holds one: the first for orders of prompts, the second for seeds of groups.
+
+They must not be 0, because numpy takes a key that ends with zeros for the key without them.
+"""
 
 
 class Stream(IntEnum):
-    """Users of a run's seed, each with random numbers of its own. A number must never change: old runs would."""
+    """What a seed is for. Each stream has random numbers of its own.
+
+    The numbers must never change: a run with an old config would then give other results.
+    """
 
     ROLLOUTS = 0
     HEAD = 1
@@ -23,9 +33,12 @@ class Stream(IntEnum):
 
 
 def sampling_seed(seed: int, group_id: int, stream: int = Stream.ROLLOUTS) -> int:
-    """In [0, 2**63): 63 hashed bits, so two of a run's first million groups share one with odds of 1 in 10**7.
+    """Returns the seed of one group in one stream, a number in [0, 2**63).
 
-    `stream` is a `Stream`, or the turn of a conversation that `r2m eval generate` answers.
+    seed: the run's seed. group_id: the group's number, 0 or above.
+    stream: a `Stream`, or the number of a conversation's turn for `r2m eval generate`.
+
+    A seed has 63 hashed bits. The odds that two of a run's first million groups share one are 1 in 10**7.
     """
     entropy = np.random.SeedSequence([seed, group_id, _SAMPLING, int(stream)])
     return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -33,5 +46,8 @@ def sampling_seed(seed: int, group_id: int, stream: int = Stream.ROLLOUTS) -> in
 
 @lru_cache(maxsize=4)
 def prompt_order(seed: int, epoch: int, num_prompts: int) -> np.ndarray:
-    """[num_prompts] int64: the places of the prompts in the order in which an epoch deals them."""
+    """Returns [num_prompts] int64: the indices of the prompts in the order in which one pass deals them.
+
+    epoch: the number of the pass over the prompts, from 0.
+    """
     return np.random.default_rng(np.random.SeedSequence([seed, epoch, _PERMUTATION])).permutation(num_prompts)

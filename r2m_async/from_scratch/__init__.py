@@ -1,9 +1,9 @@
-"""Models and data that are made here: what runs where nothing can be downloaded.
+"""This folder makes small models and data from nothing, so that everything can run where nothing can be downloaded.
 
-language.py      the synthetic language and its gold reward
-embedded.py      a policy and a reward model of that language
-preferences.py   pairs of that language, with labels to train and judge reward models by
-text_models.py   small models built from a user's own texts
-pretraining.py   the training loops of all of them
-cache.py         where they are kept, and what they are recognised by
+language.py      defines the embedded language: a small synthetic language, its prompts and its gold reward
+embedded.py      trains a policy and a reward model of that language
+preferences.py   makes preference pairs of that language, to train and to judge reward models with
+text_models.py   trains a small policy and a small reward model on a user's own texts
+pretraining.py   holds the training loops of all these models
+cache.py         keeps what was built on disk, under a name that says what it was built from
 """

@@ -1,8 +1,8 @@
-"""Directories that are expensive to build, kept on disk and shared by all runs: `cached_directory`.
+"""Keeps directories that are expensive to build on disk, and shares them between all runs: `cached_directory`.
 
-A directory's name ends in the digest of everything that decides its content, so a hit never needs checking. Other
-processes see all of it or nothing, and of several concurrent builders the first to finish wins while the others use its
-result.
+The name of a directory ends with a digest of everything that decides its content (the key). So a directory that is
+found never needs to be checked. Other processes see a directory whole or not at all. If several processes build the
+same one, the first to finish wins, and the others use its result.
 """
 
 import ast
@@ -16,15 +16,18 @@ from r2m_async.whole import whole_directory
 
 
 def cache_root() -> Path:
-    """`$R2M_CACHE`, or `~/.cache/r2m-async`."""
+    """Returns the directory of the cache: `$R2M_CACHE`, or `~/.cache/r2m-async` if that is not set."""
     return Path(os.environ.get("R2M_CACHE") or Path.home() / ".cache" / "r2m-async").expanduser()
 
 
 def cached_directory(name: str, key: str | bytes | Iterable[str | bytes], build: Callable[[Path], None]) -> Path:
-    """The directory `<cache_root>/<name>-<digest of key>`, made by `build(empty_directory)` if it is not there yet.
+    """Returns a cached directory, and builds it first if it is not there yet.
 
-    `key` is one part or several; the digest depends on where one part ends and the next begins, and takes `"a"` and
-    `b"a"` for the same part. What `build` raises passes through and leaves nothing behind. Raises DiskError.
+    name: what the directory holds. Its path is `<cache_root>/<name>-<digest of key>`.
+    key: everything that decides the content, see `key_digest`.
+    build: is called with an empty directory, and fills it.
+
+    Raises DiskError, and what `build` raises. Nothing is left behind then.
     """
     final = cache_root() / f"{name}-{key_digest(key)}"
     if final.is_dir():
@@ -33,21 +36,32 @@ def cached_directory(name: str, key: str | bytes | Iterable[str | bytes], build:
         with whole_directory(final) as building:
             build(building)
     except FileExistsError:
-        if not final.is_dir():  # else another process was faster, and has built the same
+        # Another process was faster and has built the same. If no directory is there, something else has the name.
+        if not final.is_dir():
             raise
     return final
 
 
 def made_by(*files: str) -> list[str]:
-    """Key parts: the code of these source files without its comments, and the versions of what it computes with."""
+    """Returns the parts of a key that say which code builds the content.
+
+    files: paths of Python source files. The parts are the code of these files, and the versions of torch,
+    transformers and tokenizers. Comments and layout of the files do not count, but docstrings do.
+    """
+    # Parsed and written out again, which drops comments and layout.
     code = [ast.unparse(ast.parse(Path(file).read_text(encoding="utf-8"))) for file in files]
     return [*code, *(f"{package} {version(package)}" for package in ("torch", "transformers", "tokenizers"))]
 
 
 def key_digest(key: str | bytes | Iterable[str | bytes]) -> str:
-    """16 hexadecimal digits of the SHA-256 of the key's parts, each preceded by its length."""
+    """Returns the digest of a key, as 16 hexadecimal digits.
+
+    key: one part or several. Text counts as its UTF-8 bytes, so "a" and b"a" are the same part. The digest depends on
+        where one part ends and the next begins: ("ab",) and ("a", "b") differ.
+    """
     digest = hashlib.sha256()
     for part in [key] if isinstance(key, str | bytes) else key:
         data = part.encode() if isinstance(part, str) else part
+        # With the length in front, no two keys give the same bytes to the digest.
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:16]

@@ -1,12 +1,14 @@
-"""The embedded default: a tiny policy and a tiny, imperfect reward model of the language in `language.py`.
+"""Trains the embedded models: a tiny policy and a tiny, imperfect reward model of the language in `language.py`.
 
     models = embedded_models()
     AutoModelForCausalLM.from_pretrained(models.policy)
     AutoModelForSequenceClassification.from_pretrained(models.reward_model)
 
-Made from nothing in under a minute on one core, then found in the cache. The policy (Qwen3, one token per word)
-is trained on sampled text. The reward model (Llama, byte-pair tokens of its own) is trained on comparisons of the
-policy's samples, few and noisy enough that it can be over-optimised.
+Training takes less than a minute on one core. After that the models are found in the cache.
+
+The policy (Qwen3, one token per word) is trained on sampled text of the language. The reward model (Llama, with
+byte-pair tokens of its own) is trained on comparisons of the policy's samples. They are so few and so noisy that a
+policy can over-optimise the reward model, as it can in practice.
 """
 
 import json
@@ -38,26 +40,30 @@ from r2m_async.models.loading import one_thread
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 HEAD_WIDTH = 32
-"""The least that vLLM's attention kernels take."""
+"""The width of an attention head. It is the smallest that vLLM's attention kernels support."""
 MAX_NEW_TOKENS = 40
+"""The most tokens of a sampled response, end of text included."""
 SAMPLES_PER_PROMPT = 4
+"""Responses that are sampled for each prompt. They give two comparisons."""
 SAMPLING_PROMPTS = 64
+"""Prompts that are sampled from as one batch."""
 NUM_MEASURED_PROMPTS = language.NUM_HELD_OUT_PROMPTS
+"""Held-out prompts that the measurements are taken on."""
 
 OnStage = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all)."""
+"""A function that is called with (name of the stage, steps done, steps in all) to show progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedSettings:
-    """Sizes and steps of the embedded models; the defaults are what every quickstart uses."""
+    """Sizes and training steps of the embedded models. Every quickstart uses the defaults."""
 
     seed: int = 0
     policy_width: int = 96
     policy_layers: int = 3
     policy_texts: int = 12_000
     policy_noise: float = 0.02
-    """Probability that a sentence of the policy's training text has a fault."""
+    """The probability that a sentence of the policy's training text has a fault."""
     policy_steps: int = 600
     policy_batch_size: int = 24
     policy_lr: float = 3e-3
@@ -66,9 +72,9 @@ class EmbeddedSettings:
     reward_vocabulary: int = 160
     reward_prompts: int = 400
     reward_comparisons: int = 600
-    """At most; each prompt gives two, less those whose responses tie in gold."""
+    """The most comparisons to train on. Each prompt gives two, except where two responses have the same gold reward."""
     reward_label_scale: float = 1.0
-    """A comparison follows gold with probability sigmoid(scale x difference in gold)."""
+    """A comparison is labelled as gold ranks it with probability sigmoid(scale x difference in gold)."""
     reward_epochs: float = 4
     reward_batch_size: int = 32
     reward_lr: float = 1e-3
@@ -76,13 +82,18 @@ class EmbeddedSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedModels:
-    """Hugging Face directories, each with its tokenizer."""
+    """Where the embedded models are on disk."""
 
     policy: Path
+    """The directory of the policy and its tokenizer, for AutoModelForCausalLM and AutoTokenizer."""
     reward_model: Path
+    """The directory of the reward model and its tokenizer, for AutoModelForSequenceClassification and AutoTokenizer."""
     measurements: Path
-    """JSON, on held-out prompts at temperature 1: `reward_accuracy` (share of comparisons decided as gold does),
-    `policy_gold`, `policy_num_tokens` (end of text included) and `policy_finished` (means over responses)."""
+    """A JSON file of what the models do on held-out prompts, with samples at temperature 1.
+
+    `reward_accuracy` is the share of comparisons that the reward model decides as gold does. `policy_gold`,
+    `policy_num_tokens` (end of text included) and `policy_finished` are means over the policy's responses.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,31 +102,40 @@ class Sample:
 
     prompt: str
     response: str
+    """The response without special tokens. Every word has a space before it, the first one too."""
     finished: bool
+    """True if the policy ended the response itself, False if the limit of length cut it."""
     num_tokens: int
-    """End of text included."""
+    """The number of its tokens, end of text included."""
 
     @property
     def gold(self) -> float:
+        """The gold reward of the response."""
         return gold_reward(self.prompt, self.response, self.finished)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Two responses to one prompt that differ in gold."""
+    """Two responses to one prompt that differ in their gold reward."""
 
     better: Sample
+    """The response with the higher gold reward."""
     worse: Sample
+    """The response with the lower gold reward."""
 
     @property
     def margin(self) -> float:
+        """The difference of their gold rewards, always above 0."""
         return self.better.gold - self.worse.gold
 
 
 def embedded_models(*, settings: EmbeddedSettings | None = None, on_progress: OnStage | None = None) -> EmbeddedModels:
-    """The embedded models, built unless the cache has them (`cache` says where, and what concurrent builders do).
+    """Returns the embedded models, and trains them first if the cache does not have them.
 
-    They are the same bit for bit on the same machine; a change to their source files or `settings` makes new ones.
+    settings: None takes the defaults. on_progress: is called while the models are trained.
+
+    On one machine the models are always the same, bit for bit. A change to `settings`, or to the source files that
+    they are made by, gives new models.
     """
     settings = settings or EmbeddedSettings()
     code = made_by(language.__file__, pretraining.__file__, reward_text.__file__, __file__)
@@ -133,6 +153,8 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 
 def _build(directory: Path, settings: EmbeddedSettings, on_progress: OnStage) -> None:
+    """Trains both models, measures them, and saves them into `directory`."""
+    # One thread, because the rounding of sums on the CPU depends on how many threads there are.
     with one_thread(), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         policy, policy_tokenizer = _train_policy(settings, on_progress)
@@ -151,6 +173,7 @@ def _build(directory: Path, settings: EmbeddedSettings, on_progress: OnStage) ->
 
 
 def _train_policy(settings: EmbeddedSettings, on_progress: OnStage) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """Returns the policy, trained on natural text of the language, and its tokenizer."""
     tokenizer = _word_tokenizer()
     policy = Qwen3ForCausalLM(
         Qwen3Config(
@@ -162,7 +185,8 @@ def _train_policy(settings: EmbeddedSettings, on_progress: OnStage) -> tuple[Qwe
             num_key_value_heads=2,
             head_dim=HEAD_WIDTH,
             max_position_embeddings=256,
-            initializer_range=0.1,  # the usual 0.02 is slow to learn at this width: it takes 400 steps to copy the noun
+            # The usual 0.02 learns slowly at this width: it needs 400 steps to learn to copy the prompt's noun.
+            initializer_range=0.1,
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -185,7 +209,7 @@ def _train_policy(settings: EmbeddedSettings, on_progress: OnStage) -> tuple[Qwe
 
 
 def _natural_texts(settings: EmbeddedSettings) -> list[tuple[str, str]]:
-    """(prompt, response) on training prompts."""
+    """Returns (prompt, response) texts to train the policy on, all on training prompts."""
     rng = random.Random(settings.seed)
     chosen = rng.choices(prompts(language.NUM_TRAINING_PROMPTS, settings.seed), k=settings.policy_texts)
     return [(prompt, sample_response(prompt, rng, settings.policy_noise)) for prompt in chosen]
@@ -194,6 +218,7 @@ def _natural_texts(settings: EmbeddedSettings) -> list[tuple[str, str]]:
 def _train_reward_model(
     comparisons: list[Comparison], settings: EmbeddedSettings, on_progress: OnStage
 ) -> tuple[LlamaForSequenceClassification, PreTrainedTokenizerFast]:
+    """Returns the reward model, trained on noisy labels of the comparisons, and its tokenizer."""
     tokenizer = _byte_pair_tokenizer(settings)
     model = LlamaForSequenceClassification(
         LlamaConfig(
@@ -214,6 +239,7 @@ def _train_reward_model(
     pairs = []
     for comparison in comparisons[: settings.reward_comparisons]:
         better, worse = _pair(comparison, tokenizer)
+        # Some labels are wrong on purpose. The closer two responses are in gold, the more often their label is wrong.
         follows_gold = rng.random() < 1 / (1 + math.exp(-settings.reward_label_scale * comparison.margin))
         pairs.append((better, worse) if follows_gold else (worse, better))
     train_reward_model(
@@ -232,6 +258,7 @@ def _train_reward_model(
 def _measurements(
     samples: list[list[Sample]], model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, float]:
+    """Returns what `EmbeddedModels.measurements` says. samples: for each held-out prompt, the policy's responses."""
     every = [sample for of_prompt in samples for sample in of_prompt]
     pairs = [_pair(comparison, tokenizer) for comparison in _comparisons(samples)]
     return {
@@ -243,7 +270,10 @@ def _measurements(
 
 
 def _comparisons(samples: list[list[Sample]]) -> list[Comparison]:
-    """Of the first and second response to each prompt, the third and fourth, ...; those that tie are left out."""
+    """Compares the first response to each prompt with the second, the third with the fourth, and so on.
+
+    Two responses with the same gold reward give no comparison.
+    """
     neighbours = [pair for of_prompt in samples for pair in zip(of_prompt[0::2], of_prompt[1::2], strict=True)]
     return [
         Comparison(better=max(pair, key=lambda sample: sample.gold), worse=min(pair, key=lambda sample: sample.gold))
@@ -253,10 +283,15 @@ def _comparisons(samples: list[list[Sample]]) -> list[Comparison]:
 
 
 def _pair(comparison: Comparison, tokenizer: PreTrainedTokenizerFast) -> Pair:
+    """Returns the token ids of the better and of the worse text, as the reward model reads them."""
     return reward_ids(tokenizer, comparison.better), reward_ids(tokenizer, comparison.worse)
 
 
 def reward_ids(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> list[int]:
+    """Returns the token ids of a prompt and its response, as the reward model reads them.
+
+    tokenizer: the reward model's.
+    """
     return reward_input_ids(tokenizer, sample.prompt, sample.response, sample.finished)
 
 
@@ -269,13 +304,20 @@ def sample_policy(
     samples_per_prompt: int,
     seed: int,
 ) -> list[list[Sample]]:
-    """Responses to each prompt of the language, sampled at temperature 1 and cut after MAX_NEW_TOKENS."""
+    """Samples responses to prompts of the language at temperature 1. They are cut after MAX_NEW_TOKENS tokens.
+
+    prompt_texts: prompts of the language.
+    samples_per_prompt: the number of responses to each prompt.
+    seed: decides all random numbers.
+
+    Returns, for each prompt, the list of its responses. The caller's random state is left as it was.
+    """
     sampled = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(prompt_texts), SAMPLING_PROMPTS):
             batch = prompt_texts[start : start + SAMPLING_PROMPTS]
-            prompt_ids = torch.tensor(tokenizer(batch)["input_ids"])  # prompts of the language are equally long
+            prompt_ids = torch.tensor(tokenizer(batch)["input_ids"])  # no padding: all prompts have the same length
             output = policy.generate(  # type: ignore[misc]
                 prompt_ids,
                 attention_mask=torch.ones_like(prompt_ids),
@@ -295,6 +337,7 @@ def sample_policy(
 
 
 def _sample(prompt: str, ids: list[int], tokenizer: PreTrainedTokenizerFast) -> Sample:
+    """Returns the response with these token ids. What follows the first end of text is padding."""
     finished = tokenizer.eos_token_id in ids
     if finished:
         ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
@@ -303,10 +346,12 @@ def _sample(prompt: str, ids: list[int], tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def _word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, decoded with a space before it: a decoded response can follow its prompt as it is.
+    """Returns the policy's tokenizer, which has one token for each word of the language.
 
-    Not for a `qwen2` policy: for that type AutoTokenizer (transformers 5) loads a Qwen2Tokenizer whatever was saved.
+    It decodes a response with a space before it, so that the text can be appended to its prompt as it is.
     """
+    # The policy must not be a Qwen2: for that type AutoTokenizer (transformers 5) ignores what was saved and loads a
+    # Qwen2Tokenizer.
     vocabulary = {word: index for index, word in enumerate((*SPECIAL_TOKENS.values(), *language.WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -315,7 +360,10 @@ def _word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _byte_pair_tokenizer(settings: EmbeddedSettings) -> PreTrainedTokenizerFast:
-    """Pieces of words, learnt from natural text: other tokens and other lengths than the policy's."""
+    """Returns the reward model's tokenizer, whose tokens are pieces of words, learnt from natural text.
+
+    Its tokens differ from the policy's on purpose, because they differ in practice.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

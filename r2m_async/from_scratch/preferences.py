@@ -1,8 +1,9 @@
-"""What reward models of the embedded language are trained from: a language model to start with, and comparisons.
+"""Makes what reward models of the embedded language are trained from: a language model to start with, and pairs.
 
-The comparisons are of the embedded policy's samples. An annotator scores each response with its gold reward plus Gumbel
-noise and prefers the higher score, so a pair's label follows gold with probability sigmoid(label_scale x difference in
-gold). The golden pairs are the same ones without noise; held-out pairs are of other prompts and follow gold always.
+A pair is two samples of the embedded policy for one prompt. A simulated annotator scores each sample with its gold
+reward plus Gumbel noise, and prefers the higher score. So a label follows gold with probability sigmoid(label_scale x
+difference in gold). The golden pairs are the same pairs without noise. The held-out pairs are of other prompts, and
+always follow gold.
 """
 
 from __future__ import annotations
@@ -27,14 +28,19 @@ from r2m_async.models.loading import one_thread
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedPreferenceSettings:
+    """How many pairs are made, and how large the language model is and how long it trains."""
+
     seed: int = 0
     prompts: int = language.NUM_TRAINING_PROMPTS
+    """Training prompts. Each gives two pairs, except where two samples have the same gold reward or one is empty."""
     held_out_prompts: int = language.NUM_HELD_OUT_PROMPTS
+    """Held-out prompts, which give pairs in the same way."""
     label_scale: float = 1.0
+    """How sharply the annotator sees differences in gold. A larger scale gives fewer wrong labels."""
     width: int = 64
     layers: int = 2
     texts: int = 6000
-    """Natural text for the language model, on training prompts."""
+    """The number of natural texts, on training prompts, that the language model is trained on."""
     steps: int = 300
     batch_size: int = 24
     lr: float = 3e-3
@@ -42,20 +48,29 @@ class EmbeddedPreferenceSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedPreferences:
+    """Where the language model and the pairs are on disk."""
+
     start: Path
-    """A Llama for AutoModelForCausalLM with the embedded reward model's tokenizer."""
+    """The directory of a Llama for AutoModelForCausalLM, with the embedded reward model's tokenizer."""
     training: Path
-    """JSONL that `preference_data` reads, scores included."""
+    """A JSONL file of pairs with noisy labels, the annotator's scores included."""
     golden: Path
-    """The training pairs as gold orders them."""
+    """A JSONL file of the training pairs, labelled as gold ranks them."""
     held_out: Path
+    """A JSONL file of pairs of held-out prompts, labelled as gold ranks them."""
 
 
 def embedded_preferences(
     models: EmbeddedModels | None = None, settings: EmbeddedPreferenceSettings | None = None
 ) -> EmbeddedPreferences:
-    """Found in the cache or made of the embedded `models`, in about half a minute of one core."""
+    """Returns the language model and the pairs, and makes them first if the cache does not have them.
+
+    models: the embedded models whose policy is sampled. None takes the default ones. settings: None takes the defaults.
+
+    Making them takes about half a minute on one core.
+    """
     models, settings = models or embedded_models(), settings or EmbeddedPreferenceSettings()
+    # The name of the models' directory ends with the digest of all that they were made from.
     key = [*made_by(__file__), models.policy.parent.name, json.dumps(asdict(settings))]
     directory = cached_directory("embedded-preferences", key, lambda path: _build(path, models, settings))
     files = {name: directory / f"{name}.jsonl" for name in ("training", "golden", "held_out")}
@@ -69,6 +84,7 @@ def _build(directory: Path, models: EmbeddedModels, settings: EmbeddedPreference
         start = _language_model(tokenizer, settings)
         start.save_pretrained(directory / "start")
         tokenizer.save_pretrained(directory / "start")
+        # Both training files get the very same pairs, in the same order: they differ in their labels alone.
         pairs, unseen = (_sampled_pairs(models, settings, held_out) for held_out in (False, True))
         _write_pairs(directory / "training.jsonl", pairs, settings.label_scale, settings.seed)
         _write_pairs(directory / "golden.jsonl", pairs, math.inf, settings.seed)
@@ -76,6 +92,7 @@ def _build(directory: Path, models: EmbeddedModels, settings: EmbeddedPreference
 
 
 def _language_model(tokenizer: PreTrainedTokenizerFast, settings: EmbeddedPreferenceSettings) -> LlamaForCausalLM:
+    """Returns a language model, trained on natural text of the language. Reward models start from it."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -109,6 +126,7 @@ def _language_model(tokenizer: PreTrainedTokenizerFast, settings: EmbeddedPrefer
 def _sampled_pairs(
     models: EmbeddedModels, settings: EmbeddedPreferenceSettings, held_out: bool
 ) -> list[tuple[Sample, Sample]]:
+    """Samples the policy and returns pairs of neighbouring responses that differ in gold, neither of them empty."""
     num = settings.held_out_prompts if held_out else settings.prompts
     policy, tokenizer = (kind.from_pretrained(models.policy) for kind in (AutoModelForCausalLM, AutoTokenizer))
     samples = sample_policy(
@@ -116,7 +134,7 @@ def _sampled_pairs(
         tokenizer,
         language.prompts(num, settings.seed, held_out=held_out),
         samples_per_prompt=embedded.SAMPLES_PER_PROMPT,
-        seed=settings.seed + held_out,
+        seed=settings.seed + held_out,  # True counts as 1: other random numbers than for training
     )
     return [
         pair
@@ -127,13 +145,16 @@ def _sampled_pairs(
 
 
 def _write_pairs(path: Path, pairs: list[tuple[Sample, Sample]], scale: float, seed: int) -> None:
+    """Labels the pairs and writes them as JSONL. scale: of the annotator; infinity means no noise."""
     rng = random.Random(seed)
     path.write_text("".join(json.dumps(_record(pair, scale, rng)) + "\n" for pair in pairs), encoding="utf-8")
 
 
 def _record(pair: tuple[Sample, Sample], scale: float, rng: random.Random) -> dict[str, Any]:
-    """The difference of two Gumbel numbers is logistic: hence the sigmoid above."""
+    """Returns a pair as a record, with the response that the annotator prefers as chosen."""
+    # Gumbel noise: the difference of two Gumbel numbers is logistic, so the label follows gold with a sigmoid's odds.
     scores = [sample.gold - math.log(-math.log(1 - rng.random())) / scale for sample in pair]
+    # The index decides a tie of scores. Without it, `sorted` would compare samples, which have no order.
     (chosen_score, _, chosen), (rejected_score, _, rejected) = sorted(
         zip(scores, (0, 1), pair, strict=True), reverse=True
     )

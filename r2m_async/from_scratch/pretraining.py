@@ -1,8 +1,10 @@
-"""Two training loops for small models made from scratch: next-token cross entropy and Bradley-Terry.
+"""Trains small models from scratch, in two loops: language models with cross entropy, reward models with Bradley-Terry.
 
-Plain PyTorch on the model's own device: AdamW, linear warm-up, cosine decay, gradients clipped at norm 1. With the
-same seed, model, data and number of threads the resulting weights are the same bit for bit on a CPU. The caller's
-random state is left as it was.
+The loops are plain PyTorch on the model's own device: AdamW, linear warm-up, cosine decay, gradients clipped at norm
+1. On a CPU the same seed, model, data and number of threads give the same weights, bit for bit. The caller's random
+state is left as it was.
+
+Shapes: B sequences of a batch, S tokens of a sequence (padded).
 """
 
 import math
@@ -17,14 +19,17 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 Pair = tuple[list[int], list[int]]
-"""Token ids of the chosen and of the rejected text."""
+"""The token ids of the chosen and of the rejected text, each with its prompt."""
 
 OnStep = Callable[[int, int, float], None]
-"""Called with (steps done, steps in all, loss of the last one)."""
+"""A function that is called after every step with (steps done, steps in all, loss of the step)."""
 
 IGNORED_LABEL = -100
+"""The label of positions that the loss leaves out."""
 WARMUP_SHARE = 0.05
+"""The share of the steps in which the learning rate rises."""
 FINAL_LR_SHARE = 0.05
+"""The learning rate at the end, as a share of the highest one."""
 
 
 def train_language_model(
@@ -40,11 +45,19 @@ def train_language_model(
     weight_decay: float = 0.01,
     on_progress: OnStep | None = None,
 ) -> None:
-    """Trains a Hugging Face causal language model in place on `sequences` of token ids, right-padded per batch.
+    """Trains a causal language model of transformers in place, with next-token cross entropy.
 
-    prompt_lens: leading tokens of each sequence that are read but not predicted, at least 1; None means 1.
-    steps: batches of `batch_size` sequences; the data is passed over as often as that takes.
-    microbatch_size: sequences in one forward pass; decides memory and padding, and of the gradients only low bits.
+    sequences: the token ids of each training text.
+    steps: the number of batches. The data is passed over as often as that takes.
+    batch_size: the sequences of a batch. The last batch of a pass over the data may be smaller.
+    lr: the highest learning rate.
+    seed: decides the order of the data, and dropout if the model has any.
+    prompt_lens: for each sequence, how many of its first tokens are read but not predicted, at least 1. None means 1.
+    microbatch_size: the sequences of one forward pass. It changes memory and padding. Of the gradients it changes the
+        rounding alone.
+    on_progress: is called after every step.
+
+    The model is in eval mode afterwards. Raises ValueError if there are no sequences.
     """
     prompt_lens = [1] * len(sequences) if prompt_lens is None else prompt_lens
     device = _device(model)
@@ -86,11 +99,21 @@ def train_reward_model(
     weight_decay: float = 0.01,
     on_progress: OnStep | None = None,
 ) -> float:
-    """Trains an AutoModelForSequenceClassification with one label in place on `pairs`, with the Bradley-Terry loss.
+    """Trains a sequence classifier with one label in place, with the Bradley-Terry loss. Returns its accuracy.
 
+    pairs: the token ids of chosen and rejected texts.
+    epochs: how often the training pairs are passed over. It may be a fraction.
+    batch_size: the pairs of a batch.
+    lr: the highest learning rate.
+    seed: decides which pairs are held out, the order of the data, and dropout if the model has any.
     trainable: "head" leaves the backbone as it is.
-    held_out: the share of `pairs`, drawn by `seed`, that is kept from training; the returned accuracy is theirs,
-        NaN at 0. Give the pairs of one prompt a split of your own where leakage through the prompt matters.
+    held_out: the share of `pairs` that is kept from training. Pairs are drawn one by one, so two pairs of one prompt
+        may be on both sides. Split the data yourself if that matters.
+    microbatch_size: the pairs of one forward pass.
+    on_progress: is called after every step.
+
+    The accuracy is that on the held-out pairs, or NaN if none are held out. Raises ValueError if there is no pair to
+    train on, or if the model has no padding token.
     """
     from r2m_async.head_objectives import bradley_terry
 
@@ -123,7 +146,7 @@ def train_reward_model(
 
 
 def reward_accuracy(model: PreTrainedModel, pairs: Sequence[Pair], *, batch_size: int = 64) -> float:
-    """Share of `pairs` whose chosen text gets the higher reward, a tie counting half; NaN for no pairs."""
+    """Returns the share of `pairs` whose chosen text gets the higher reward. A tie counts half. No pairs give NaN."""
     rewards = score(model, [ids for pair in pairs for ids in pair], batch_size=batch_size)
     margins = rewards[0::2] - rewards[1::2]
     return ((margins.sign() + 1) / 2).mean().item()
@@ -131,9 +154,14 @@ def reward_accuracy(model: PreTrainedModel, pairs: Sequence[Pair], *, batch_size
 
 @torch.no_grad()
 def score(model: PreTrainedModel, sequences: Sequence[list[int]], *, batch_size: int = 64) -> Tensor:
-    """The model's rewards [len(sequences)] in their order, float32 on the CPU; computed by similar length."""
+    """Returns the rewards [number of sequences] float32 on the CPU, in the order of the sequences.
+
+    model: a sequence classifier with one label, which is put into eval mode. sequences: the token ids of each text.
+    batch_size: the sequences of one forward pass. Raises ValueError if the model has no padding token.
+    """
     model.eval()
     rewards = torch.empty(len(sequences))
+    # Texts of similar length go through the model together, because that takes the least padding.
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
@@ -142,6 +170,7 @@ def score(model: PreTrainedModel, sequences: Sequence[list[int]], *, batch_size:
 
 
 def _rewards(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Tensor:
+    """Returns the rewards [B] of one batch, in the model's dtype and on its device."""
     padding = model.config.get_text_config().pad_token_id
     if padding is None:
         raise ValueError("the reward model's config has no pad_token_id: set it, it marks where a text ends")
@@ -163,16 +192,17 @@ def _train(
     seed: int,
     on_progress: OnStep | None,
 ) -> None:
-    """loss_of: the mean loss of the data with these indices. counts: how many terms each of them has in a mean.
+    """Runs the training loop that both kinds of models share.
 
-    Lengths are alike within a microbatch, which saves padding, but not within a batch: clipping steps that hold one
-    length each would shift how often short texts are seen to end.
+    loss_of: returns the mean loss of the data with the given indices. It is called on one microbatch at a time.
+    lengths: the tokens of each item of the data.
+    counts: for each item, the number of terms that it has in a mean: predicted tokens, or 1 for a pair.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms and biases do not decay
         ],
         lr=lr,
         betas=(0.9, 0.95),
@@ -184,11 +214,15 @@ def _train(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for step in range(1, steps + 1):
+            # Sorted within the batch alone, so that a microbatch has little padding. Batches must mix lengths: the
+            # gradient of each is clipped, and with one length per batch the model would learn wrongly how often short
+            # texts end.
             batch = sorted(next(batches), key=lengths.__getitem__)
             total_count = sum(counts[i] for i in batch)
             batch_loss = 0.0
             for start in range(0, len(batch), microbatch_size):
                 microbatch = batch[start : start + microbatch_size]
+                # Weighed by its share of the terms: the sum over microbatches is the mean over the batch.
                 loss = loss_of(microbatch) * (sum(counts[i] for i in microbatch) / total_count)
                 loss.backward()
                 batch_loss += loss.item()
@@ -202,6 +236,7 @@ def _train(
 
 
 def _lr_share(step: int, warmup: int, steps: int) -> float:
+    """Returns the learning rate of a step, counted from 0, as a share of the highest one."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -209,7 +244,10 @@ def _lr_share(step: int, warmup: int, steps: int) -> float:
 
 
 def _batches(num: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices; an index comes back when every other had its turn."""
+    """Yields batches of indices below `num` without end, in a new order for each pass over them.
+
+    Raises ValueError if `num` is 0.
+    """
     if num == 0:
         raise ValueError("nothing to train on: the data is empty")
     rng = random.Random(seed)
@@ -220,7 +258,7 @@ def _batches(num: int, batch_size: int, seed: int) -> Iterator[list[int]]:
 
 
 def _right_padded(sequences: Sequence[list[int]], *, padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, S] and the boolean mask of those that are no padding."""
+    """Returns the token ids [B, S] int64, padded on the right, and a mask [B, S] that is True on real tokens."""
     length = max(map(len, sequences))
     ids = torch.tensor([[*ids, *[padding] * (length - len(ids))] for ids in sequences], device=device)
     lengths = torch.tensor([[len(ids)] for ids in sequences], device=device)
@@ -229,6 +267,7 @@ def _right_padded(sequences: Sequence[list[int]], *, padding: int, device: torch
 
 @contextmanager
 def _only_head_trainable(model: PreTrainedModel) -> Iterator[None]:
+    """Freezes the backbone within the block. Afterwards, the parameters that were trainable before are so again."""
     frozen = [parameter for parameter in model.base_model.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -1,16 +1,17 @@
-"""`from_scratch`: a small policy and a small reward model made from the user's own text, once, on one core.
+"""Trains a small policy and a small reward model on the user's own text. The config calls them `from_scratch`.
 
-They exist so that the whole ring can run on real text without a download. The policy (Qwen2) writes words in the
-manner of its data, not sense. The reward model (Llama, another tokenizer) is a language model of the prompts and
-responses first and then learns from the preferences; what it gets right on pairs that it never saw stands in
-`measurements.json`, beside what picking the longer response gets.
+With them the whole ring can run on real text without a download. They are trained once and kept in the cache.
 
     policy = text_policy("posts.jsonl")
     reward_model = text_reward_model("pairs.jsonl")    # score with reward.max_tokens = TextRewardSettings.max_tokens
 
-On 1859 TL;DR posts the policy takes 2 minutes of one core, and on 959 pairs the reward model half a minute. That is
-too little for the latter to beat length: 0.62 of 192 unseen pairs right, where the longer response is in 0.69. Its
-rewards follow length (correlation 0.6 to 0.7), and so will a policy that is trained on them.
+The policy (Qwen2) writes words in the manner of its data, but no sense. The reward model (Llama, with another
+tokenizer) is first trained as a language model of the prompts and responses, and then on the preferences.
+`measurements.json` gives its accuracy on unseen pairs, and the accuracy of picking the longer response.
+
+On 1859 TL;DR posts the policy takes 2 minutes on one core. On 959 pairs the reward model takes half a minute. That is
+too little for it to beat length: it ranks 0.62 of 192 unseen pairs right, and picking the longer response ranks 0.69
+right. Its rewards follow length (correlation 0.6 to 0.7). A policy that is trained on them will do so too.
 """
 
 import json
@@ -43,39 +44,43 @@ from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_lang
 from r2m_async.models.loading import one_thread
 
 OnStage = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all)."""
+"""A function that is called with (name of the stage, steps done, steps in all) to show progress."""
 
 Document = tuple[Content, str]
-"""A prompt and its response; an empty response where the record has none."""
+"""A prompt and its response. The response is empty if the record has none."""
 
 INITIALIZER_RANGE = 0.08
-"""The usual 0.02 learns far more slowly at these widths."""
+"""The standard deviation of the first weights. The usual 0.02 learns far more slowly at these widths."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPolicySettings:
+    """The size of the policy, and how it is trained."""
+
     seed: int = 0
     vocabulary: int = 4000
     width: int = 128
     layers: int = 3
     steps: int = 1500
     batch_size: int = 1
-    """Documents. Small batches, because the number of steps is what a minute of one core lacks."""
+    """The documents of a batch. It is small, because one core needs many steps more than it needs large batches."""
     lr: float = 4e-3
     max_tokens: int = 576
-    """Longer documents lose their beginning."""
+    """The most tokens of a document. A longer one loses its beginning."""
     response_fields: tuple[str, ...] = ("reference_summary", "chosen")
-    """The first of them that a record has is its response."""
+    """Fields that may hold the response. The first of them that a record has is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRewardSettings:
+    """The size of the reward model, and how it is trained: as a language model first, on preferences then."""
+
     seed: int = 0
     vocabulary: int = 1500
     width: int = 96
     layers: int = 2
     max_tokens: int = 128
-    """What the model reads, in training and wherever it scores: the response and the end of its prompt."""
+    """The most tokens that the model reads, in training and in scoring: the response and the end of its prompt."""
     language_steps: int = 300
     language_batch_size: int = 4
     language_lr: float = 4e-3
@@ -84,7 +89,7 @@ class TextRewardSettings:
     lr: float = 5e-4
     weight_decay: float = 0.1
     held_out: float = 0.2
-    """Share of the pairs kept from training, for `measurements.json`."""
+    """The share of the pairs that is kept from training, for `measurements.json`."""
 
 
 def text_policy(
@@ -96,9 +101,15 @@ def text_policy(
     split: str = "train",
     on_progress: OnStage | None = None,
 ) -> Path:
-    """A directory for AutoModelForCausalLM and AutoTokenizer, trained on the records' prompts and responses.
+    """Returns the directory of a policy that was trained on a source, and trains it first if need be.
 
-    Raises `DataError` as `load_prompts` does. The same bits for the same text and settings on the same machine.
+    The directory is for AutoModelForCausalLM and AutoTokenizer. It is kept in the cache.
+
+    source, on_bad_record, prompt_field, split: as in `load_prompts`.
+    settings: None takes the defaults.
+    on_progress: is called while the policy is trained.
+
+    On one machine the same text and settings give the same bits. Raises DataError as `load_prompts` does.
     """
     settings = settings or TextPolicySettings()
 
@@ -127,9 +138,12 @@ def text_reward_model(
     split: str = "train",
     on_progress: OnStage | None = None,
 ) -> Path:
-    """A directory for AutoModelForSequenceClassification and AutoTokenizer, trained on {prompt, chosen, rejected}.
+    """Returns the directory of a reward model that was trained on preferences, and trains it first if need be.
 
-    Errors and reproducibility as for `text_policy`.
+    The directory is for AutoModelForSequenceClassification and AutoTokenizer. It is kept in the cache.
+
+    source: as in `load_preferences`; its records have the fields prompt, chosen and rejected. The other arguments, the
+    errors and the reproducibility are those of `text_policy`.
     """
     settings = settings or TextRewardSettings()
     loaded = load_preferences(source, on_bad_record=on_bad_record, prompt_field=prompt_field, split=split)
@@ -146,6 +160,7 @@ def text_reward_model(
 def _trained_policy(
     documents: Sequence[Document], settings: TextPolicySettings, on_progress: OnStage
 ) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast, dict[str, Any]]:
+    """Returns the trained policy, its tokenizer, and what goes into `measurements.json`."""
     tokenizer = _byte_pair_tokenizer(
         [text for content, response in documents for text in (_raw(content), response)], settings.vocabulary
     )
@@ -168,7 +183,7 @@ def _trained_policy(
     )
     measured = {
         "nats_per_token": fmean(losses[-max(1, len(losses) // 10) :]),
-        # Up to 1, the documents behind that number were seen for the first time.
+        # If this is at most 1, the loss above is of documents that were seen for the first time.
         "passes": settings.steps * settings.batch_size / len(documents),
     }
     return policy, tokenizer, measured
@@ -177,6 +192,8 @@ def _trained_policy(
 def _trained_reward_model(
     pairs: Sequence[Preference], settings: TextRewardSettings, on_progress: OnStage
 ) -> tuple[LlamaForSequenceClassification, PreTrainedTokenizerFast, dict[str, Any]]:
+    """Returns the trained reward model, its tokenizer, and what goes into `measurements.json`."""
+    # The split is made here and not by `train_reward_model`: tokenizer and language model must not see held-out pairs.
     pairs = random.Random(settings.seed).sample(pairs, len(pairs))
     num_held_out = round(settings.held_out * len(pairs))
     held_out, training = pairs[:num_held_out], pairs[num_held_out:]
@@ -195,6 +212,7 @@ def _trained_reward_model(
         seed=settings.seed,
         on_progress=lambda done, total, loss: on_progress("reward model, language", done, total),
     )
+    # The backbone goes on from the language model; the head is new.
     model = LlamaForSequenceClassification(LlamaConfig(**shape | {"num_labels": 1}))
     model.model.load_state_dict(language_model.model.state_dict())
     train_reward_model(
@@ -214,6 +232,7 @@ def _trained_reward_model(
 def _accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, held_out: Sequence[Preference], max_tokens: int
 ) -> dict[str, Any]:
+    """Returns the model's accuracy on the held-out pairs, and the accuracy of picking the longer response."""
     if not held_out:
         return {"num_held_out": 0, "max_tokens": max_tokens}
     longer = [(c > r) + (c == r) / 2 for c, r in ((len(pair.chosen), len(pair.rejected)) for pair in held_out)]
@@ -226,6 +245,7 @@ def _accuracies(
 
 
 def _token_pairs(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Preference], max_tokens: int) -> list[Pair]:
+    """Returns the token ids of each pair, as the reward model reads them. Every response counts as finished."""
     return [
         (
             reward_input_ids(tokenizer, pair.prompt, pair.chosen, True, max_tokens),
@@ -236,20 +256,28 @@ def _token_pairs(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Preference]
 
 
 def _document_ids(tokenizer: PreTrainedTokenizerFast, document: Document) -> list[int]:
-    """Prompt and response are tokenized apart, as generation meets them; a prompt alone does not end the text."""
+    """Returns the token ids of a prompt, its response and an end of text. A prompt without response has no end."""
+    # Tokenized apart, because a policy generates from the tokens of the prompt alone.
     content, response = document
     prompt_ids = tokenizer(prompt_text(content, tokenizer))["input_ids"]
     return [*prompt_ids, *tokenizer(response)["input_ids"], tokenizer.eos_token_id] if response else prompt_ids
 
 
 def _pieces(ids: list[int], length: int) -> list[list[int]]:
-    """`ids` cut from the end, so that the last piece is what a reward model reads; a short first one is left out."""
+    """Cuts `ids` into pieces of at most `length` ids, counted from the end.
+
+    So the last piece is what a reward model reads. A first piece with less than a quarter of `length` is left out,
+    unless it is the only one.
+    """
     pieces = [ids[max(0, end - length) : end] for end in range(len(ids), 0, -length)]
     return [piece for piece in pieces if len(piece) >= length // 4] or pieces
 
 
 def _byte_pair_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Every byte has a token, so that any text can be read; learnt by frequency from `texts`."""
+    """Returns a tokenizer with at most `vocabulary` tokens, which are learnt from `texts` by frequency.
+
+    Every byte has a token of its own, so that any text can be read.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -268,6 +296,7 @@ def _byte_pair_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTok
 def _shape(
     tokenizer: PreTrainedTokenizerFast, settings: TextPolicySettings | TextRewardSettings, kv_heads: int
 ) -> dict[str, Any]:
+    """Returns the arguments that the configs of all these models share."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": settings.width,
@@ -284,17 +313,21 @@ def _shape(
 
 
 def _save(directory: Path, model: Any, tokenizer: PreTrainedTokenizerFast, measured: dict[str, Any]) -> None:
+    """Writes the model, its tokenizer and `measurements.json` into `directory`."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     (directory / "measurements.json").write_text(json.dumps(measured, indent=2) + "\n")
 
 
 def _key(data: Any, skipped: dict[str, int], settings: TextPolicySettings | TextRewardSettings) -> list[str]:
+    """Returns the key of a cached model: the code that makes it, the data, and the settings."""
+    # The number of skipped records belongs to the key, because `measurements.json` states it.
     code = made_by(pretraining.__file__, prompts.__file__, records.__file__, reward_text.__file__, __file__)
     return [*code, json.dumps([data, skipped, asdict(settings)])]
 
 
 def _raw(content: Content) -> str:
+    """Returns the text of a prompt, whose turns are joined by newlines. Tokenizers are trained on it."""
     return content if isinstance(content, str) else "\n".join(text for _, text in content)
 
 

@@ -17,12 +17,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from r2m_async.child_process import NODE_ADDRESS
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, DiskError, StageLost, StepFailed, WeightMismatch
 from r2m_async.launch.ray_connection import RayConnection
 from r2m_async.launch.workload import Workload
-from r2m_async.ring.stages import NODE_ADDRESS, Method
+from r2m_async.ring.stages import Method
 
 RESTART_TIMEOUT = 300.0
 """Seconds in which a new process must be there for a dead rollout actor."""

@@ -1,14 +1,14 @@
-"""The networks, and everything that is computed with one: the policy, the reward model, its head and the critic.
+"""This folder holds the networks (policy, reward model, reward head, critic) and everything that is computed with them.
 
-loading.py           how a model is loaded: checks, device, threads, what a pass keeps
-weight_files.py      the files of a checkpoint, checked before they are loaded
-weights.py           parameters as they travel: copies, digests, a probe; float32 masters
-policy.py            log-probabilities and hidden states of given trajectories
-policy_objective.py  Eq. 2 of given trajectories: the loss of one microbatch
-generation.py        sampling groups of responses with transformers
-generator.py         answers of a policy that does not change: the protocol, and transformers
-reward.py            the reward model: backbone, first head phi, and the user's reward functions
-heads.py             the R2M head on groups: its scores, its losses, its update
-critic.py            values of tokens, for estimators that need them
-adapters.py          LoRA
+loading.py           loads a model: checks, device, threads, activation checkpointing
+weight_files.py      checks the weight files of a model before they are loaded
+weights.py           copies parameters, fingerprints them for the way to an engine, and keeps float32 masters
+policy.py            computes log-probabilities and hidden states of given trajectories
+policy_objective.py  computes the advantages of a step and the policy loss (Eq. 2) of one microbatch
+generation.py        samples groups of responses with transformers
+generator.py         defines what an engine for a fixed policy is asked and returns, and has one on transformers
+reward.py            splits the reward model into backbone and scoring head, and adds the user's reward functions
+heads.py             builds the reward head, scores groups with it, and updates it
+critic.py            predicts values of response tokens, for advantage estimators that need them
+adapters.py          adds LoRA adapters and merges them into the base model's weights
 """

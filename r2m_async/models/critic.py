@@ -1,7 +1,10 @@
-"""The critic's model: a decoder with a linear head of one output, read where each response token is chosen.
+"""The critic: a decoder with a linear head that predicts one value for each response token.
 
-PPO, arXiv 1707.06347. The value of response token t is that of the state in which it is chosen: prompt and response
-before t. Shapes: B trajectories, T response tokens (padded), N response tokens in all, R x C input tokens.
+The value of response token t is read at the position where the policy chooses t. So it depends on the prompt and on the
+response tokens before t, but not on t itself. PPO, arXiv 1707.06347.
+
+Shapes: B trajectories, T response tokens (padded), N response tokens of all trajectories, R rows of C input tokens,
+X = R C input tokens flattened, D hidden size.
 """
 
 from __future__ import annotations
@@ -23,28 +26,40 @@ from r2m_async.trajectories import Trajectory
 
 
 class ValueModel(nn.Module):
-    """All that `response_values` computes, as one module; learners train and adapt it as they do a policy."""
+    """The critic as one module, which computes all that `response_values` needs.
+
+    Learners train it and add adapters to it in the same way as to a policy.
+    """
 
     def __init__(self, classifier: Any) -> None:
-        """`classifier`: a sequence classifier of transformers with a linear head `score` of one label."""
+        """classifier: a sequence classifier of transformers, whose linear head `score` has one output."""
         super().__init__()
         self.classifier = classifier
 
     @property
     def device(self) -> torch.device:
+        """The device of the classifier's parameters."""
         return self.classifier.device
 
     def add_adapter(self, lora: Any) -> None:
-        """Into the decoder, whose weights no longer train; the head does."""
+        """Adds adapters to the decoder and freezes the decoder's weights. The linear head stays trainable.
+
+        lora: a `LoraConfig` of peft.
+        """
         self.classifier.base_model.add_adapter(lora)
 
     def gradient_checkpointing_enable(self, **how: Any) -> None:
+        """Passes the call on to the classifier, with the same keyword arguments."""
         self.classifier.gradient_checkpointing_enable(**how)
 
     def forward(
         self, inputs_RC: Tensor, attention_RC: Tensor | None, positions_RC: Tensor | None, places_N: Tensor
     ) -> Tensor:
-        """Values [N] float32."""
+        """Returns the values [N] float32 of the response tokens.
+
+        The arguments are the tensors of `PassInputs`: input tokens, attention mask, positions, and the flat position
+        (0 to R C - 1) at which each response token is chosen.
+        """
         outputs = self.classifier.base_model(
             input_ids=inputs_RC, attention_mask=attention_RC, position_ids=positions_RC, use_cache=False
         )
@@ -53,7 +68,10 @@ class ValueModel(nn.Module):
 
 
 def check_one_layer(path: str) -> None:
-    """Raises ConfigError for a reward model with a head of two layers, which transformers takes for many labels."""
+    """Raises ConfigError if the model at `path` is a reward model whose head has two layers.
+
+    transformers would load such a model with many labels, and the critic would silently lose the trained head.
+    """
     if second_layer(path):
         raise ConfigError(
             f"critic.model is {path!r}: its head has two layers, and a critic's is linear; name a reward model that was "
@@ -62,11 +80,13 @@ def check_one_layer(path: str) -> None:
 
 
 def load_critic(path: str, config: R2MConfig) -> ValueModel:
-    """The model at `path` (HF name or directory) in the policy's dtype, on the device, in eval mode.
+    """Loads the critic in the policy's dtype, moves it to the configured device and puts it into eval mode.
 
-    A linear head of one label that it has is kept: the usual start from a reward model; one of two layers is refused. Any
-    other critic gets a head of zeros: all values are 0 at first, so that the first step's advantages hold rewards and no
-    noise of a head drawn at random. Raises ConfigError, also where a weight is not finite.
+    path: HF name or directory. A reward model with a linear head of one label keeps its head, which is the usual
+        start. Any other model, such as the policy, gets a head of zeros.
+
+    Raises ConfigError if the model cannot be loaded, has no linear head `score`, has a head of two layers, or has
+    weights that are not finite.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -75,7 +95,7 @@ def load_critic(path: str, config: R2MConfig) -> ValueModel:
         classifier, info = AutoModelForSequenceClassification.from_pretrained(
             path,
             num_labels=1,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # a classifier of several labels loads too: its head is replaced below
             output_loading_info=True,
             dtype=getattr(torch, config.model.dtype),
             attn_implementation=config.model.attention,
@@ -91,22 +111,28 @@ def load_critic(path: str, config: R2MConfig) -> ValueModel:
         )
     mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]}
     if "score.weight" in {*info["missing_keys"], *mismatched}:
+        # transformers drew this head at random. Zeros make every value 0 at first, so that the first step's advantages
+        # hold rewards and no noise.
         nn.init.zeros_(head.weight)
     check_weights(classifier, "critic.model", path)
     return ValueModel(settled(classifier, config.run.device))
 
 
 def response_values(model: Any, trajectories: Sequence[Trajectory], packed: bool = False) -> Tensor:
-    """[B, T] float32, 0 on padding, in one forward pass. `model` is a `ValueModel`, or an engine around one.
+    """Returns the values [B, T] float32 of the response tokens, from one forward pass. Padding has value 0.
 
-    Padded or packed into one row as in `logprobs_and_states`.
+    model: a `ValueModel`, or an engine that wraps one.
+    packed: False pads every trajectory to the longest one. True puts all trajectories into one row without padding.
     """
     return by_response(model(*PassInputs.of(trajectories, packed).on(model.device)), trajectories)
 
 
 @torch.no_grad()
 def proximal_values(model: ValueModel, trajectories: Sequence[Trajectory], config: R2MConfig) -> Tensor:
-    """[B, T] float32 on the CPU, by micro-batches."""
+    """Returns the values [B, T] float32 of the response tokens, on the CPU. Padding has value 0.
+
+    The passes are microbatches of at most `learner.tokens_per_microbatch` tokens.
+    """
     values_BT = torch.zeros(response_mask(trajectories).shape)
     packed = config.learner.packing
     for part in microbatches(trajectories, config.learner.tokens_per_microbatch, packed):

@@ -1,7 +1,12 @@
-"""Sampling groups with transformers: of each ticket one prompt, K responses and a greedy twin, one seed.
+"""Samples groups of responses with transformers.
 
-The log-probabilities kept are those of the distribution each token was drawn from, taken where it is drawn. Sampling is
-plain: top-p, top-k and penalties would bias the ratio of Eq. 2 (`load_policy` drops a checkpoint's own).
+A ticket gives one prompt and one seed. Its group has K sampled responses and, where the advantage estimator asks for
+it, a greedy twin: one more response that takes the most likely token each time.
+
+Every token is kept with its log-probability under the distribution that it was drawn from. Sampling is plain. Top-p,
+top-k or penalties would bias the ratio of Eq. 2, so `load_policy` drops those that a model's files ask for.
+
+Shapes: R rows (all responses of all groups in the batch), V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +31,12 @@ from r2m_async.trajectories import Ticket, Trajectory, TrajectoryGroup
 
 
 class _Draw(LogitsProcessor):
-    """Draws every row's next token itself, each group's with a generator of its own, and remembers its log-probability."""
+    """Draws the next token of every row itself, and remembers the token's log-probability.
+
+    Each group has a random generator of its own, so what one group draws does not depend on the others in the batch.
+
+    The rows of one group follow each other: `num_responses` sampled rows first, then the greedy twin if there is one.
+    """
 
     def __init__(
         self,
@@ -45,31 +55,46 @@ class _Draw(LogitsProcessor):
         self._logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """-inf everywhere but for the tokens drawn, which `generate` then takes; the greedy twins' are the likeliest."""
+        """Returns scores [R, V] that are 0 at each row's drawn token and -inf elsewhere.
+
+        `generate` runs in greedy mode, so it takes exactly the drawn tokens.
+
+        input_ids: [R, tokens so far]; not used. scores: [R, V], the logits of the next token.
+
+        Raises NonFiniteStep if a row has no finite distribution.
+        """
         logprobs_RV = (scores.float() / self._temperature).log_softmax(-1)
         broken_R = logprobs_RV[:, 0].isnan()  # softmax spreads one NaN over its whole row
-        if broken_R.any():  # asked before the draw, which on a GPU would end the process
+        if broken_R.any():  # checked before the draw, because a draw from NaN ends the process on a GPU
             group, response = divmod(int(broken_R.nonzero()[0]), self._num_rows)
             token = len(self._logprobs)
             raise no_probability(self._tickets[group], response, self._num_responses, token, self._version)
+        # Greedy twins keep this token; the sampled rows are overwritten.
         drawn_R1 = logprobs_RV.argmax(-1, keepdim=True)
+        # Rows that have ended draw too: a group then uses up the same random numbers whenever its responses end.
         for rows, generator in zip(self._sampled, self._generators, strict=True):
             drawn_R1[rows] = torch.multinomial(logprobs_RV[rows].softmax(-1), 1, generator=generator)
         self._logprobs.append(logprobs_RV.gather(1, drawn_R1))
         return torch.full_like(scores, -torch.inf).scatter(1, drawn_R1, 0.0)
 
     def logprobs(self) -> Tensor:
-        """[rows, tokens drawn] float32."""
+        """Returns the log-probabilities [R, tokens drawn] float32, those drawn after a row's end included."""
         return torch.cat(self._logprobs, dim=1)
 
 
 class _Aborted(StoppingCriteria):
+    """Ends the rows of a group as soon as the schedule has aborted the group."""
+
     def __init__(self, tickets: Sequence[Ticket], num_rows: int, aborted: Callable[[Ticket], bool]) -> None:
         self._tickets, self._num_rows, self._aborted = tickets, num_rows, aborted
         self.ends: list[int | None] = [None] * len(tickets)
-        """By group: the length of its sequences when it was aborted; what `generate` writes after it is padding."""
+        """For each group, the length of its sequences (prompt included) when it was aborted, or None.
+
+        What `generate` writes after that length is padding.
+        """
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Returns [R] bool: True on every row of an aborted group. `generate` calls this after every token."""
         for index, ticket in enumerate(self._tickets):
             if self.ends[index] is None and self._aborted(ticket):
                 self.ends[index] = input_ids.shape[1]
@@ -90,12 +115,21 @@ def sample_groups(
     version: int,
     aborted: Callable[[Ticket], bool] = lambda _: False,
 ) -> list[TrajectoryGroup]:
-    """Samples the tickets' groups as one batch, prompts padded on the left.
+    """Samples the groups of all `tickets` as one batch, and returns them in the order of the tickets.
 
-    A group's draws come from its ticket's seed alone; its log-probabilities round as the batch has it, so one ticket at a
-    time is a function of the weights and the ticket. `aborted` is asked after every token; once true, the group's
-    unfinished responses end with finish_reason `abort`. Raises NonFiniteStep naming the response whose next token has no
-    finite probability.
+    The random numbers of a group come from its ticket's seed alone. Log-probabilities also depend on the batch,
+    because a larger batch rounds differently. So a group is a function of the weights and its ticket only if its
+    ticket is alone.
+
+    num_responses: K, the sampled responses of each group.
+    temperature: divides the logits; it must be above 0.
+    max_new_tokens: the most tokens that a response may have, end of text included.
+    greedy_twin: whether each group gets a greedy twin.
+    version: the version of the policy whose weights `model` has. It is recorded with every token.
+    aborted: is asked about every ticket after every token. Once it answers True, the group's unfinished responses end
+        with the finish_reason `abort`.
+
+    Raises NonFiniteStep, which names the first response whose next token has no finite probability.
     """
     num_rows = num_responses + greedy_twin
     prompts = [torch.tensor(ticket.prompt.token_ids) for ticket in tickets]
@@ -104,6 +138,7 @@ def sample_groups(
     input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left").to(model.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     width = input_ids.shape[1]
+    # From the lengths and not from the ids: the padding token may also be an end-of-text token within a prompt.
     attention_mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
     aborts = _Aborted(tickets, num_rows, aborted)
     draw = _Draw(tickets, num_responses, num_rows, temperature, version, model.device)
@@ -137,7 +172,10 @@ def sample_groups(
 
 
 def checkpoint_generation_config(path: str) -> GenerationConfig:
-    """What `from_pretrained` gives a model at `path` as its generation_config."""
+    """Returns the generation config that transformers gives a model loaded from `path`, without loading the model.
+
+    path: HF name or directory. A model without generation_config.json gets one made from its config.json.
+    """
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError:
@@ -145,7 +183,11 @@ def checkpoint_generation_config(path: str) -> GenerationConfig:
 
 
 def eos_ids(generation_config: GenerationConfig, tokenizer: Any) -> list[int]:
-    """The model's end-of-text tokens (chat models have several), else the tokenizer's."""
+    """Returns the ids of the tokens that end a response.
+
+    They are the end-of-text tokens of `generation_config`, of which chat models have several. If it names none, they
+    are the tokenizer's only one.
+    """
     ids = generation_config.eos_token_id
     if ids is None:
         ids = tokenizer.eos_token_id
@@ -155,9 +197,15 @@ def eos_ids(generation_config: GenerationConfig, tokenizer: Any) -> list[int]:
 def _trajectory(
     prompt: Tensor, drawn: Tensor, logprobs: Tensor, eos: set[int], limit: int, version: int, tokenizer: Any
 ) -> Trajectory:
+    """Builds the trajectory of one row.
+
+    prompt: [prompt tokens] int64, without padding. drawn: [tokens] int64, cut where the group was aborted, but with
+    whatever follows the first end-of-text token. logprobs: [tokens drawn] float32. limit: the most response tokens.
+    """
     response = drawn.tolist()
     end = next((index + 1 for index, token in enumerate(response) if token in eos), None)
     length = end or len(response)
+    # A row that neither ended nor reached the limit can only have been aborted.
     finish_reason = "stop" if end else "length" if length == limit else "abort"
     return Trajectory(
         token_ids=torch.cat([prompt, drawn[:length]]),

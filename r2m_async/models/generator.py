@@ -1,6 +1,7 @@
-"""Answers of a policy that does not change: what an engine is asked and returns, and transformers as an engine.
+"""The interface of an engine that generates with a fixed policy, and such an engine on transformers.
 
-vLLM as an engine is `actors.vllm_offline`. Groups of a ring are sampled in `generation`.
+`r2m eval generate` uses it. The engine on vLLM is `actors.vllm_offline`. Training samples its groups elsewhere, in
+`generation`.
 """
 
 from __future__ import annotations
@@ -12,45 +13,69 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
+    """One prompt to answer, and how to sample the answer."""
+
     token_ids: tuple[int, ...]
+    """The prompt, as tokens of the policy."""
     temperature: float
-    """Zero is greedy."""
+    """The logits are divided by it. Zero means greedy decoding."""
     seed: int
+    """Seeds the random numbers of this answer alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedText:
+    """The response to one request."""
+
     token_ids: tuple[int, ...]
-    """The response without its end-of-text token."""
+    """The response, without its end-of-text token."""
     finished: bool
-    """Whether it ended by itself."""
+    """True if the policy ended the text itself, False if the limit of length cut it."""
 
 
 class Generator(Protocol):
-    """A policy that is loaded; answers come in the order of requests."""
+    """An engine that holds a loaded policy."""
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedText]: ...
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedText]:
+        """Answers all requests, and returns the responses in the order of the requests."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Releases the policy. The engine cannot be used afterwards."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorOptions:
+    """How an engine loads a policy and how much it generates. The engine on transformers needs only some of these."""
+
     path: str
+    """HF name or directory of the policy."""
     tokenizer: Any
+    """The policy's tokenizer, already loaded."""
     context: int
-    """Tokens of prompt and response together, at most."""
+    """The most tokens that a prompt and its response may have together."""
     max_new_tokens: int
+    """The most tokens that a response may have, end of text included."""
     max_requests: int
-    """At once."""
+    """The most requests that one call of `generate` brings."""
     dtype: str
+    """The dtype of the weights, by its name in torch or `auto`."""
     tensor_parallel: int
+    """The number of GPUs that share the policy."""
 
 
 class TransformersGenerator:
-    """One prompt after the other: an answer depends on its own prompt and seed alone."""
+    """A `Generator` on transformers. It answers one prompt at a time.
+
+    So an answer depends on its own prompt, temperature and seed, and not on the other requests.
+    """
 
     def __init__(self, options: GeneratorOptions) -> None:
+        """Loads the policy onto the GPU if there is one. It reads `path`, `tokenizer`, `max_new_tokens` and `dtype`.
+
+        Raises ConfigError if a weight is not finite.
+        """
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -61,11 +86,12 @@ class TransformersGenerator:
         model = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)
         check_weights(model, "MODEL", options.path)
         self._eos = eos_ids(model.generation_config, options.tokenizer)
-        model.generation_config = GenerationConfig()  # its own sampling settings
+        model.generation_config = GenerationConfig()  # drops the sampling settings that came with the model
         self._model: Any = model.eval()
         self._model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedText]:
+        """Answers all requests, and returns the responses in the order of the requests."""
         from r2m_async.models.loading import one_thread
 
         with one_thread():
@@ -83,6 +109,7 @@ class TransformersGenerator:
             **(how if request.temperature > 0 else {"do_sample": False}),
         )
         prompt = torch.tensor([request.token_ids], device=self._model.device)
+        # `generate` draws from torch's global generators. They are seeded here, and the fork restores them.
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(request.seed)
             row = self._model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[0]
@@ -91,4 +118,5 @@ class TransformersGenerator:
         return GeneratedText(token_ids=tuple(ids[:-1] if finished else ids), finished=finished)
 
     def close(self) -> None:
+        """Drops the model, so that its memory can be used again."""
         del self._model

@@ -1,4 +1,19 @@
-"""The variants' heads (method.md section 7): how each is built, scores a group, and what its update minimises."""
+"""The reward head of each variant: how it is built, how it scores a group, and how it is updated.
+
+A reward head turns what the frozen reward model computed for a response into a reward. Its last part is the scoring
+head phi, which comes with the reward model. `head.variant` decides what the reward head reads and whether it learns:
+
+    r2m             reads the policy's hidden states (the feedback), and learns
+    r2m_no_train    reads the feedback, and stays as it began
+    r2m_noise       reads noise with the mean and variance of the feedback, and learns
+    iterative_head  is phi alone, and learns
+    vanilla         is phi alone, and stays as it came
+
+R2M, arXiv 2601.22664, Sec. 4 and Algorithm 1, lines 15-20.
+
+Shapes: K responses of a group, S prompt + response tokens of one trajectory, D_m hidden size of the reward model, D_p
+hidden size of the policy.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +42,15 @@ from r2m_async.trajectories import (
 
 
 def build_head(phi: nn.Module, rm_hidden_size: int, policy_hidden_size: int, config: R2MConfig) -> nn.Module:
-    """A module with `.scoring_head`, a copy of phi; an `R2MHead` where the variant reads feedback. Float32."""
+    """Returns a new float32 reward head on the CPU, all of whose parameters require gradients.
+
+    phi: the reward model's own scoring head. The new head has a copy of it as `.scoring_head`.
+    rm_hidden_size, policy_hidden_size: D_m and D_p.
+
+    Variants that read feedback get an `R2MHead`. Its first weights are drawn from `run.seed`. The others get a plain
+    module that holds the copy of phi and nothing else.
+    """
+    # A copy, because phi stays a part of the frozen reward model, whose own rewards must not change.
     phi = copy.deepcopy(phi).float().cpu().requires_grad_(True)
     if config.reads_feedback:
         generator = torch.Generator().manual_seed(sampling_seed(config.run.seed, 0, Stream.HEAD))
@@ -38,14 +61,22 @@ def build_head(phi: nn.Module, rm_hidden_size: int, policy_hidden_size: int, con
 
 
 def omega_of(step: int, config: R2MConfig) -> float:
-    """Eq. 4 at t = step + 1; 1 where the variant reads no feedback."""
+    """Returns omega, the weight of the response's embedding beside the feedback: Eq. 4 at t = `step` + 1.
+
+    step: the policy step, counted from 0. Variants that read no feedback have omega 1.
+    """
     if not config.reads_feedback:
         return 1.0
     return mixing_weight(step + 1, config.omega_horizon, config.head.omega_floor)
 
 
 def head_rewards(head: nn.Module, rte: Tensor, states: Sequence[Tensor] | None, omega: float) -> Tensor:
-    """[K] rewards of one group: `rte` [K, D_m], `states` K tensors [S - 1, D_p] or None."""
+    """Returns the rewards [K] float32 of one group by `head`, on the head's device. Gradients flow if enabled.
+
+    rte: [K, D_m] float32, the reward token embeddings of the responses.
+    states: K tensors [S - 1, D_p] of hidden states of the policy, or None if the head reads no feedback.
+    omega: the weight of the embedding beside the feedback, see `omega_of`.
+    """
     if states is None:
         return head.scoring_head(rte.to(next(head.parameters()).device)).squeeze(-1)
     device = next(head.parameters()).device
@@ -62,10 +93,15 @@ def score_group(
     head_version: int,
     config: R2MConfig,
 ) -> GroupRewards:
-    """Binds a group's rewards: the head's, clipped, plus bonuses.
+    """Returns the rewards of a group: those of the reward head, clipped to `reward.clip`, plus the bonuses.
 
-    Raises NonFiniteStep naming the response whose reward is not finite and what made it so; under
-    `learner.on_nonfinite: skip` such rewards are returned as they are.
+    embeddings: the group's reward token embeddings and bonuses. If they have a greedy twin, it is scored too.
+    feedback: the policy's hidden states on the group, or None if the head reads no feedback.
+    step: the policy step, counted from 0, which sets omega.
+    head_version: the version of `head`, which is recorded in the result.
+
+    Raises NonFiniteStep if a reward is not finite. The message names the first such response and what made its reward
+    so. Under `learner.on_nonfinite: skip` a line in the log says so instead, and the rewards are returned as they are.
     """
     omega = omega_of(step, config)
     states, greedy_states = _states(feedback, Stream.SAMPLED_NOISE, config)
@@ -93,24 +129,32 @@ def score_group(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTerms:
-    """Of one group; scalars. Only `loss` carries a gradient."""
+    """The terms of the reward head's loss for one group. All are scalars. Only `loss` carries a gradient."""
 
     loss: Tensor
-    """What the update minimises, in the mean over groups."""
+    """The group's loss. An update minimises its mean over the groups of a step."""
     grebt: GrebtTerms
-    """Eq. 7, as it is in the paper's version."""
+    """The terms of Eq. 7 as the paper has it, without the penalty of `head.hold`."""
     hold: Tensor
-    """The penalty of `head.hold` in `loss`, weight included."""
+    """The penalty that `head.hold` adds to `loss`, already multiplied by its weight. Zero if there is no penalty."""
     agrees: Tensor
-    """bool; the frozen reward model, too, ranks the pair's chosen response above its rejected one."""
+    """bool: True if the frozen reward model also ranks the pair's chosen response above its rejected one."""
     teaches: Tensor
-    """bool; False for a group that `hold: agreement` leaves out. A step of such groups alone does not move the head."""
+    """bool: False for a group that `hold: agreement` leaves out. A step of such groups alone does not move the head."""
 
 
 def head_losses(head: nn.Module, groups: Sequence[HeadGroup], step: int, config: R2MConfig) -> Iterator[HeadTerms]:
-    """Group by group, so that one graph is alive at a time: rewards by the present head on the refreshed feedback."""
+    """Yields the loss terms of each group of a step, in order.
+
+    The rewards in the loss are those of `head` as it is now, on the refreshed feedback (the hidden states of the policy
+    from the last epoch of the step's training). step: the policy step, counted from 0.
+
+    The caller should call `backward` on one loss before it asks for the next. Then only one group's graph is in memory.
+    """
     step_rewards = None
     if config.head.hold == "bsr":
+        # This penalty needs the rewards of all groups at once. They are computed here without a graph, and once more
+        # with one below: `_mean_square_share` makes the sum of the parts have the gradient of the whole.
         with torch.no_grad():
             step_rewards = [_refreshed_rewards(head, one, step, config) for one in groups]
     for group in groups:
@@ -118,6 +162,7 @@ def head_losses(head: nn.Module, groups: Sequence[HeadGroup], step: int, config:
 
 
 def _refreshed_rewards(head: nn.Module, group: HeadGroup, step: int, config: R2MConfig) -> Tensor:
+    """Returns the group's rewards [K] by `head` as it is now, on the feedback that the group comes with."""
     states, _ = _states(group.feedback, Stream.REFRESHED_NOISE, config)
     return head_rewards(head, group.embeddings.rte, states, omega_of(step, config))
 
@@ -125,7 +170,11 @@ def _refreshed_rewards(head: nn.Module, group: HeadGroup, step: int, config: R2M
 def _head_terms(
     rewards: Tensor, group: HeadGroup, step_rewards: Sequence[Tensor] | None, config: R2MConfig
 ) -> HeadTerms:
-    """`step_rewards`: of all the step's groups, for BSR."""
+    """Returns the loss terms of one group.
+
+    rewards: [K], by the present head, with gradient. step_rewards: the rewards [K] of every group of the step without
+    gradient, for `hold: bsr`; otherwise None.
+    """
     hold, weight = config.head.hold, config.head.hold_weight
     frozen = group.embeddings.frozen_rewards.to(rewards.device)
     pairs = {"refreshed": None, "annotated": group.annotated.model_rewards.to(rewards.device), "frozen": frozen}
@@ -134,6 +183,7 @@ def _head_terms(
     chooses = rewards if of_pairs is None else of_pairs
     agrees = frozen[chooses.argmax()] > frozen[chooses.argmin()]
     teaches = agrees | (hold != "agreement")
+    # `head.hold` is either a penalty that is added, a choice of groups (`agreement`), or an average (`HeldHead`).
     penalty, loss = torch.zeros((), device=rewards.device), grebt.loss
     if hold == "divergence":
         penalty = weight * preference_divergence(rewards[None], frozen[None])
@@ -150,21 +200,29 @@ def improve_head(
     step: int,
     config: R2MConfig,
 ) -> tuple[list[HeadTerms], bool]:
-    """One update of the trained head on a step's groups (Algorithm 1, lines 17-20); its terms, and whether it counts.
+    """Updates the trained head once on the groups of a step (Algorithm 1, lines 17-20).
 
-    A head whose loss, gradient, weights or rewards after the update are not finite is no version. Raises NonFiniteStep
-    naming the step and what made it so; under `learner.on_nonfinite: skip` head and optimizer stay as they were.
+    head: the trained head. held: the head that scores, which follows the trained one. step: counted from 0.
+
+    Returns the loss terms of the groups, and True if the update counts.
+
+    An update fails if a loss, a gradient, a weight or a reward after the update is not finite. Then it raises
+    NonFiniteStep, whose message names the step and what was not finite. Under `learner.on_nonfinite: skip` the head and
+    the optimizer are put back as they were instead, and the second result is False.
     """
     kept = None
     if config.learner.on_nonfinite == "skip":
+        # A deep copy: the optimizer changes these very tensors in place.
         kept = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
     terms = []
     for term in head_losses(head, groups, step, config):
         (term.loss / len(groups)).backward()
         terms.append(term)
     failure = _failed_update(head, groups, terms, step, config)
+    # Without a group that teaches there is no step: AdamW would move the head by its old moments all the same.
     if failure is None and any(term.teaches for term in terms):
         optimizer.step()
+        # A sample: the rewards of one group show weights that are finite and yet too large.
         failure = _failed_head(head, groups[0], step, config)
     optimizer.zero_grad(set_to_none=True)
     if failure is None:
@@ -181,11 +239,12 @@ def improve_head(
 def _failed_update(
     head: nn.Module, groups: Sequence[HeadGroup], terms: Sequence[HeadTerms], step: int, config: R2MConfig
 ) -> str | None:
-    """Why the head must not be moved by its gradients, or None."""
+    """Returns why the gradients must not move the head, in words for a message, or None if they may."""
     named = f"step {step} (groups {[group.embeddings.group_id for group in groups]})"
     losses = torch.stack([term.loss.detach() for term in terms])
     if losses.isfinite().all():
         gradients = (parameter.grad for parameter in head.parameters() if parameter.grad is not None)
+        # Losses may be finite and gradients not: a backward pass can overflow by itself.
         return None if all_finite(gradients) else f"{named}: the gradient of the head is not finite, of finite losses"
     what = f"the loss of the head's update is {losses[~losses.isfinite()][0].item()}"
     for group in groups:
@@ -202,7 +261,10 @@ def _failed_update(
 
 @torch.no_grad()
 def _failed_head(head: nn.Module, group: HeadGroup, step: int, config: R2MConfig) -> str | None:
-    """Why the moved head must not be published, or None. Weights may be finite and too large to give a finite reward."""
+    """Returns why the updated head must not be published, in words for a message, or None if it may.
+
+    Finite weights are not enough: they may be so large that the rewards overflow.
+    """
     bad = first_bad(_refreshed_rewards(head, group, step, config))
     if bad is None and all_finite(head.parameters()):
         return None
@@ -213,17 +275,26 @@ def _failed_head(head: nn.Module, group: HeadGroup, step: int, config: R2MConfig
 
 
 def _mean_square_share(rewards: Tensor, step_rewards: Sequence[Tensor]) -> Tensor:
-    """One group's share in the square of the mean of all of `step_rewards`, whose groups may be of different size: the
-    mean of these shares over groups is that square, and has its gradient."""
+    """Returns one group's share, a scalar, in the squared mean of all rewards of a step.
+
+    rewards: [K], the group's, with gradient.
+    step_rewards: the rewards [K] of every group, without gradient. Groups may differ in K.
+
+    The mean of the shares over the groups is the squared mean, and it has the gradient of the squared mean.
+    """
     every = torch.cat(list(step_rewards))
     mean, rewards_per_group = every.mean(), len(every) / len(step_rewards)
     return 2 * mean * rewards.sum() / rewards_per_group - mean.square()
 
 
 class HeldHead:
-    """The head that scores: the trained one, or under `hold: average` the exponential moving average of its weights."""
+    """The reward head that scores.
+
+    It is the trained head itself, or under `hold: average` an exponential moving average of the trained head's weights.
+    """
 
     def __init__(self, head: nn.Module, config: R2MConfig) -> None:
+        """head: the trained head. Under `hold: average` a second head is made here, with decay `head.hold_decay`."""
         self._averaged = None
         if config.head.hold == "average":
             self._averaged = AveragedModel(head, multi_avg_fn=get_ema_multi_avg_fn(config.head.hold_decay))
@@ -231,28 +302,37 @@ class HeldHead:
 
     @property
     def scoring(self) -> nn.Module:
+        """The module to score with, and to publish."""
         return self._trained if self._averaged is None else self._averaged.module
 
     def start(self) -> None:
-        """From the trained head's present weights."""
+        """Begins the average anew, at the trained head's present weights. Without an average it does nothing."""
         if self._averaged is not None:
+            # At a count of zero, torch copies the weights instead of averaging them.
             self._averaged.n_averaged.zero_()
             self.follow()
 
     def follow(self) -> None:
-        """After an update of the trained head."""
+        """Takes the trained head's present weights into the average. Call it after every update of the trained head."""
         if self._averaged is not None:
             self._averaged.update_parameters(self._trained)
 
     def resume(self, weights: Weights) -> None:
-        """From a checkpoint's scoring head."""
+        """Goes on with the average that a checkpoint saved. Without an average it does nothing.
+
+        weights: the weights of `scoring` in the checkpoint.
+        """
         if self._averaged is not None:
             load_weights(self._averaged.module, weights)
+            # Any count above zero: the next `follow` must average, not copy.
             self._averaged.n_averaged.fill_(1)
 
 
 def _clipped(rewards: Tensor, config: R2MConfig) -> Tensor:
-    """Infinity stays what it is: it is no large reward, but a sum that overflowed."""
+    """Returns the rewards clipped to [-reward.clip, reward.clip], or as they are if there is no clip.
+
+    Infinity and NaN are not clipped. Infinity is not a large reward but a sum that overflowed, and it must be noticed.
+    """
     clip = config.reward.clip
     return rewards if clip is None else torch.where(rewards.isfinite(), rewards.clamp(-clip, clip), rewards)
 
@@ -260,19 +340,27 @@ def _clipped(rewards: Tensor, config: R2MConfig) -> Tensor:
 def _states(
     feedback: PolicyFeedback | None, noise_stream: int, config: R2MConfig
 ) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
-    """(states, the twin's as a list of one) as the variant's head sees them."""
+    """Returns the hidden states that the variant's head reads: the K responses', and the greedy twin's.
+
+    Each is a tensor [S - 1, D_p]. The second result is a list of one tensor, or empty if there is no twin. Both are
+    None without feedback. noise_stream: the `Stream` that `r2m_noise` draws from.
+    """
     if feedback is None:
         return None, None
     states = [*feedback.hidden_states, *([] if feedback.greedy is None else [feedback.greedy])]
     if config.head.variant == "r2m_noise":
         first = _noise_seed(feedback.group_id, noise_stream, config)
+        # Seeds of one group differ in their lowest bits only, which is enough to give each trajectory other noise.
         states = [noise_like(rows, first ^ index) for index, rows in enumerate(states)]
     num = len(feedback.hidden_states)
     return states[:num], states[num:]
 
 
 def _noise_seed(group_id: int, stream: int, config: R2MConfig) -> int:
-    """Groups of the evaluation, numbered from -1 down, have a stream of their own: none shares another group's noise."""
+    """Returns the seed of the noise for a group.
+
+    Evaluation groups are numbered from -1 downwards and have a stream of their own. So no two groups share noise.
+    """
     if group_id < 0:
         return sampling_seed(config.run.seed, -1 - group_id, Stream.EVALUATION_NOISE)
     return sampling_seed(config.run.seed, group_id, stream)

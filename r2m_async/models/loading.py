@@ -1,4 +1,4 @@
-"""Models as they are loaded: on which device, on how many threads, with what is kept in a pass."""
+"""Loads models, and sets how they compute: on which device, on how many threads, with which activations kept."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from r2m_async.models.weight_files import check_weight_files
 
 
 def load_policy(path: str, config: R2MConfig) -> Any:
-    """The causal language model at `path` (HF name or directory) in the configured dtype, on the device, in eval mode.
+    """Loads a causal language model in the configured dtype, moves it to the device and puts it into eval mode.
 
-    Every copy keeps `requires_grad`, those that never train too: torch picks other CPU kernels without it, even where
-    no gradient is recorded, and they round otherwise. Raises ConfigError where a weight is not finite.
+    path: HF name or directory of the policy or of the reference.
+
+    The result keeps only the special token ids of the model's generation config. Its parameters keep `requires_grad`,
+    even in a copy that never trains. Without it torch picks other CPU kernels, also where no gradient is recorded,
+    and those round differently.
+
+    Raises ConfigError if a weight file is damaged, a weight is not finite, or the attention's package is not installed.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -31,7 +36,8 @@ def load_policy(path: str, config: R2MConfig) -> Any:
     except ImportError as error:
         raise ConfigError(f"model.attention is {config.model.attention!r}: {error}; or use sdpa") from None
     check_weights(model, "model.reference" if path == config.model.reference else "model.policy", path)
-    own = model.generation_config  # its penalties and bans would be sampled with and not trained with
+    # Sampling would apply the model's own penalties and bans, and training would not. Their log-probabilities differ.
+    own = model.generation_config
     ends = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id, "bos_token_id": own.bos_token_id}
     model.generation_config = GenerationConfig(**ends)
     return settled(model, config.run.device)
@@ -39,13 +45,12 @@ def load_policy(path: str, config: R2MConfig) -> Any:
 
 @torch.no_grad()
 def settled(model: Any, device: str = "auto") -> Any:
-    """The loaded model on a device in eval mode, its parameters in memory of torch's own.
+    """Copies a loaded model's parameters into torch's own memory, moves it to a device, and returns it in eval mode.
 
-    device: one of torch's names, or `auto`: the GPU where there is one.
-
-    A loader may leave them in a mapped file at odd addresses, and CPU kernels round by alignment: two copies of the same
-    weights would then give different bits.
+    device: one of torch's device names, or `auto` for the GPU if there is one and the CPU if not.
     """
+    # A loader may leave parameters in a mapped file at odd addresses, and CPU kernels round differently by alignment.
+    # Two copies of the same weights would then not compute the same bits.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     if device == "auto":
@@ -54,13 +59,15 @@ def settled(model: Any, device: str = "auto") -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Every layer keeps its input alone and computes the rest again in the backward pass, to the same bits.
+    """Switches on activation checkpointing: less memory, more time, the same bits.
 
-    transformers does so only where a layer says it is in training. The layers' insides stay in eval mode: no dropout.
+    Each layer then keeps only its input in the forward pass, and computes the rest again in the backward pass.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers checkpoints a layer only in training mode. The flag is set on the layer alone, and not by
+    # `train()`, so that the modules inside it stay in eval mode, without dropout.
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
@@ -68,7 +75,10 @@ def checkpoint_activations(model: Any) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """CPU sums depend on how many threads share them: wherever bits matter, one does."""
+    """Lets torch use one CPU thread within the block, and as many as before after it.
+
+    A sum on the CPU rounds differently when more threads share it. With one thread, the bits are always the same.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

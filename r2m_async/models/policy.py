@@ -1,6 +1,10 @@
-"""The policy as the learner and the feedback see it: log-probabilities and last-layer states of given trajectories.
+"""Computes the policy's log-probabilities and hidden states on trajectories that were sampled before.
 
-Shapes: B trajectories, T response tokens (padded), S prompt + response tokens (padded), D hidden size, V vocabulary.
+The learner trains on the log-probabilities. The reward head reads the hidden states, which
+are called feedback there.
+
+Shapes: B trajectories, T response tokens (padded), S prompt + response tokens of one trajectory, D hidden size, V
+vocabulary, N response tokens of all trajectories, R rows of C input tokens, X = R C input tokens flattened.
 """
 
 from __future__ import annotations
@@ -18,7 +22,13 @@ from r2m_async.trajectories import PolicyFeedback, Trajectory, TrajectoryGroup
 
 
 def microbatches(trajectories: Sequence[Trajectory], max_tokens: int, packed: bool = False) -> list[slice]:
-    """Consecutive runs within `max_tokens`, padding included unless `packed`: never reordered. One trajectory always fits."""
+    """Cuts the trajectories, in their order, into microbatches of at most `max_tokens` tokens.
+
+    packed: False counts each trajectory as long as the longest of its microbatch, padding included. True counts the
+        trajectories' own tokens.
+
+    Returns consecutive slices of `trajectories`. A trajectory longer than `max_tokens` gets a microbatch of its own.
+    """
     slices, start, longest, total = [], 0, 0, 0
     for index, trajectory in enumerate(trajectories):
         length = len(trajectory.token_ids)
@@ -30,36 +40,45 @@ def microbatches(trajectories: Sequence[Trajectory], max_tokens: int, packed: bo
 
 
 def response_mask(trajectories: Sequence[Trajectory], length: int | None = None) -> Tensor:
-    """[B, T] bool; T is the longest response, or `length`."""
+    """Returns [B, T] bool, True on the response tokens of each trajectory and False on padding.
+
+    length: T. None makes T the number of tokens of the longest response.
+    """
     counts = torch.tensor([trajectory.num_response_tokens for trajectory in trajectories])
     width = int(counts.max()) if length is None else length
     return torch.arange(width) < counts[:, None]
 
 
 def behaviour_logprobs(trajectories: Sequence[Trajectory]) -> Tensor:
-    """[B, T] float32, 0 on padding."""
+    """Returns [B, T] float32: the log-probability of each response token when it was sampled. Padding has 0."""
     return _stacked([trajectory.behaviour_logprobs[trajectory.prompt_len :] for trajectory in trajectories], 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassInputs:
-    """Trajectories as one forward pass reads them: every token but the last, R rows of C. N response tokens in all."""
+    """Trajectories laid out for one forward pass.
+
+    The last token of a trajectory is left out, because nothing follows that it would predict.
+    """
 
     inputs_RC: Tensor
+    """[R, C] int64 token ids."""
     attention_RC: Tensor | None
-    """None where packed."""
+    """[R, C] int64: 1 on tokens, 0 on padding. None if the trajectories are packed."""
     positions_RC: Tensor | None
-    """None where padded."""
+    """[R, C] int64: each token's position in its own trajectory. None if the trajectories are padded."""
     places_N: Tensor
-    """Where among the R x C input tokens, flattened, the state lies in which each response token is chosen."""
+    """[N] int64, for each response token, the flat position (of R C) of the token before it, where it is chosen."""
     rows: tuple[slice, ...]
-    """Where each trajectory lies among them."""
+    """For each trajectory, the range of flat positions that it takes."""
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], packed: bool) -> PassInputs:
-        """Rows padded on the right, or with `packed` one row without padding, in which each attends to itself alone:
+        """Lays out trajectories for one forward pass.
 
-        transformers tells them apart by their positions, which begin anew.
+        packed: False gives each trajectory a row of its own, padded on the right. True puts all of them into one row
+            without padding. Each then attends to itself alone: transformers knows where a trajectory begins, because
+            the positions start at 0 there.
         """
         inputs = [trajectory.token_ids[:-1] for trajectory in trajectories]
         lengths = [len(row) for row in inputs]
@@ -82,28 +101,31 @@ class PassInputs:
         )
 
     def on(self, device: torch.device) -> tuple[Tensor | None, ...]:
-        """Inputs, attention, positions and places."""
+        """Returns (inputs, attention, positions, places) on `device`: the first arguments of a forward pass."""
         given = (self.inputs_RC, self.attention_RC, self.positions_RC, self.places_N)
         return tuple(None if one is None else one.to(device) for one in given)
 
 
 class PolicyForward(nn.Module):
-    """All that `logprobs_and_states` computes with a causal language model, as one module.
+    """The whole computation of `logprobs_and_states` with a causal language model, as one module.
 
-    An engine that works by hooks on modules (DeepSpeed) wraps this one, and so sees every use of a parameter.
-    N response tokens; token n is targets_N[n] and is predicted at places_N[n] of the R x C input tokens, flattened.
+    DeepSpeed works by hooks on modules. It wraps this module, and so it sees every use of a parameter, that of the
+    output layer too.
     """
 
     def __init__(self, model: Any) -> None:
+        """model: a causal language model of transformers."""
         super().__init__()
         self.model = model
 
     @property
     def config(self) -> Any:
+        """The config of the language model."""
         return self.model.config
 
     @property
     def device(self) -> torch.device:
+        """The device of the language model's parameters."""
         return self.model.device
 
     def forward(
@@ -115,12 +137,22 @@ class PolicyForward(nn.Module):
         targets_N: Tensor,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        """(log-probs [N] float32, states [R C, D])."""
+        """Returns (log-probabilities [N] float32, hidden states [R C, D]).
+
+        The first four arguments are those of `PassInputs`.
+
+        targets_N: [N] int64, the response tokens themselves. Token n is predicted at the flat position places_N[n].
+        temperature: divides the logits before the softmax.
+
+        The hidden states are those of the last layer, after the final norm.
+        """
         model = self.model
         outputs = model.base_model(
             input_ids=inputs_RC, attention_mask=attention_RC, position_ids=positions_RC, use_cache=False
         )
         states_XD = outputs.last_hidden_state.flatten(0, 1)
+        # Only positions that predict a response token: logits of the prompt and of padding would fill memory for
+        # nothing. In float32, because a log-probability rounded to bfloat16 is too coarse for the ratio of Eq. 2.
         logits_NV = model.get_output_embeddings()(states_XD[places_N]).float() / temperature
         return logits_NV.log_softmax(-1).gather(1, targets_N[:, None]).squeeze(1), states_XD
 
@@ -128,21 +160,26 @@ class PolicyForward(nn.Module):
 def logprobs_and_states(
     model: Any, trajectories: Sequence[Trajectory], temperature: float, packed: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One forward pass: (log-probs [B, T] float32 of the response tokens at `temperature`, B states [S_b - 1, D]).
+    """Returns the log-probabilities of the response tokens, and the hidden states, from one forward pass.
 
-    `model` is a causal language model, or an engine around its `PolicyForward`. The states are the last layer's after
-    the final norm, without gradient; the last token is never an input, so it has none. Log-probs on padding are 0.
+    model: a causal language model, or an engine that wraps its `PolicyForward`.
+    temperature: divides the logits; it should be the one that the trajectories were sampled at.
+    packed: False pads every trajectory to the longest one. True puts all trajectories into one row without padding.
+
+    The first result is [B, T] float32 with gradient, and 0 on padding. The second is one tensor [S - 1, D] per
+    trajectory, without gradient: the last layer's hidden states after the final norm. The last token is never an
+    input, so it has no hidden state.
     """
     forward = model if isinstance(getattr(model, "module", None), PolicyForward) else PolicyForward(model)
     inputs = PassInputs.of(trajectories, packed)
     targets_N = torch.cat([trajectory.token_ids[trajectory.prompt_len :] for trajectory in trajectories])
     picked_N, states_XD = forward(*inputs.on(model.device), targets_N.to(model.device), temperature)
-    states_XD = states_XD.detach()
+    states_XD = states_XD.detach()  # the reward head reads them and must not train the policy
     return by_response(picked_N, trajectories), tuple(states_XD[row] for row in inputs.rows)
 
 
 def by_response(values_N: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:
-    """[B, T]: what was computed for every response token, 0 on padding."""
+    """Spreads values [N] of the response tokens, in the order of the trajectories, over [B, T]. Padding gets 0."""
     mask_BT = response_mask(trajectories).to(values_N.device)
     return torch.zeros(mask_BT.shape, device=values_N.device).masked_scatter(mask_BT, values_N)
 
@@ -151,7 +188,13 @@ def by_response(values_N: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:
 def proximal_pass(
     model: Any, trajectories: Sequence[Trajectory], config: R2MConfig
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(log-probs [B, T] float32, B states in `feedback.dtype`) on the CPU, by micro-batches."""
+    """Computes log-probabilities and hidden states by pi_old, the policy as it is when a step begins.
+
+    The passes are microbatches of at most `learner.tokens_per_microbatch` tokens, without gradient.
+
+    Returns log-probabilities [B, T] float32 (0 on padding) and one tensor [S - 1, D] of hidden states in
+    `feedback.dtype` per trajectory. All are on the CPU.
+    """
     width = response_mask(trajectories).shape[1]
     rows, kept = [], []
     packed = config.learner.packing
@@ -163,13 +206,16 @@ def proximal_pass(
 
 
 def token_logprobs(model: Any, trajectories: Sequence[Trajectory], config: R2MConfig) -> Tensor:
-    """[B, T] float32 on the CPU, by micro-batches."""
+    """Returns the log-probabilities [B, T] float32 of the response tokens, on the CPU. See `proximal_pass`."""
     return proximal_pass(model, trajectories, config)[0]
 
 
 @torch.no_grad()
 def group_feedback(model: Any, group: TrajectoryGroup, config: R2MConfig, version: int) -> PolicyFeedback:
-    """The states of one group (and its twin), computed as one batch."""
+    """Returns the hidden states of a group and of its greedy twin, if it has one. One forward pass computes them all.
+
+    version: the version of the policy whose weights `model` has. It is recorded in the result.
+    """
     both = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
     _, states = logprobs_and_states(model, both, config.rollouts.temperature)
     kept = feedback_states(states, config)
@@ -185,7 +231,13 @@ def group_feedback(model: Any, group: TrajectoryGroup, config: R2MConfig, versio
 def proximal_feedback(
     model: Any, group: TrajectoryGroup, states: Sequence[Tensor], config: R2MConfig, version: int
 ) -> PolicyFeedback:
-    """A group's feedback of states that its proximal pass yielded; a greedy twin, which is not trained, has a pass of its own."""
+    """Makes a group's feedback from hidden states that the proximal pass (the pass by pi_old) computed already.
+
+    states: K tensors [S - 1, D], those of the group's trajectories.
+    version: the version of the policy whose weights `model` has. It is recorded in the result.
+
+    The greedy twin is never trained on, so the states do not include it. It gets a forward pass here.
+    """
     greedy = None
     if group.greedy is not None:
         _, own = logprobs_and_states(model, [group.greedy], config.rollouts.temperature)
@@ -196,8 +248,9 @@ def proximal_feedback(
 
 
 def feedback_states(states: Sequence[Tensor], config: R2MConfig) -> tuple[Tensor, ...]:
-    """Copies on the CPU in `feedback.dtype`."""
+    """Returns copies of hidden states on the CPU, in the dtype that `feedback.dtype` asks for."""
     dtype = getattr(torch, config.feedback_dtype)
+    # A forced copy: on a CPU, `to` may return the tensor itself, a slice that keeps its whole pass's states in memory.
     return tuple(rows.to("cpu", dtype, copy=True) for rows in states)
 
 

@@ -1,6 +1,9 @@
-"""Eq. 2 for a step of groups: their advantages, and the loss of a micro-batch.
+"""Computes the advantages of a step's groups, and the policy loss (Eq. 2) of one microbatch.
 
-Shapes: B trajectories of a step in group order, T response tokens (padded), K responses of a group.
+R2M, arXiv 2601.22664, Eq. 2. pi_old is the policy at the start of the step.
+
+Shapes: B trajectories of a step in the order of their groups, T response tokens (padded), K responses of a group, n
+groups of one size.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from r2m_async.advantages import (
     AdvantageInputs,
@@ -29,7 +31,7 @@ from r2m_async.trajectories import ScoredGroup, TrajectoryGroup
 
 
 def step_place(step: int, groups: Sequence[TrajectoryGroup]) -> str:
-    """A step's name in messages."""
+    """Returns the name of a step for messages, for example `step 3 (groups [24, 25])`."""
     return f"step {step} (groups {[group.ticket.group_id for group in groups]})"
 
 
@@ -40,9 +42,14 @@ def check_passes(
     values_BT: Tensor | None,
     config: R2MConfig,
 ) -> None:
-    """Raises NonFiniteStep naming the first response token for which a model gave a number that is not finite.
+    """Checks that the first passes of a step gave finite numbers.
 
-    Of the step's first passes: pi_old's and the reference's log-probabilities and the critic's values.
+    logprobs_BT, ref_BT: [B, T], log-probabilities by pi_old and by the reference.
+    values_BT: [B, T], values by the critic, or None without a critic.
+
+    All may hold anything on padding.
+
+    Raises NonFiniteStep if one is not finite. The message names the model, the response and the first such token.
     """
     mask_BT = response_mask([trajectory for group in groups for trajectory in group.trajectories])
     reference = f"model.reference {config.model.reference!r}" if config.model.reference else "model.policy as it began"
@@ -60,7 +67,10 @@ def check_passes(
 
 
 def row_place(groups: Sequence[TrajectoryGroup], row: int) -> str:
-    """The name in messages of a row of the step's trajectories."""
+    """Returns the name of one trajectory for messages: its group, and its place in the group.
+
+    row: the trajectory's index among the trajectories of all `groups`. Raises IndexError if there are fewer.
+    """
     for group in groups:
         if row < len(group.trajectories):
             return f"{group.ticket.place}, response {row}"
@@ -69,6 +79,7 @@ def row_place(groups: Sequence[TrajectoryGroup], row: int) -> str:
 
 
 def _check_rewards(scored: Sequence[ScoredGroup]) -> None:
+    """Raises NonFiniteStep, which names the response, if a reward is NaN or infinite."""
     for one in scored:
         twin = [] if one.rewards.greedy_reward is None else [one.rewards.greedy_reward[None]]
         rewards = torch.cat([one.rewards.rewards, *twin])
@@ -85,13 +96,17 @@ def step_advantages(
     config: R2MConfig,
     values_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """([B] or [B, T] advantages, [B, T] returns or None without a critic).
+    """Returns the advantages of a step's trajectories, and the returns if there is a critic.
 
-    `logprobs_BT` are pi_old's, `values_BT` the critic's at the start of the step. Groups that the schedule cut are
-    estimated apart, by size.
+    estimator: the advantage estimator of the run.
+    logprobs_BT, ref_BT: [B, T], log-probabilities by pi_old and by the reference.
+    values_BT: [B, T], values by the critic at the start of the step, or None without a critic.
 
-    Raises NonFiniteStep where a reward, a log-probability, a value or then an advantage is not finite, and FunctionFailed
-    where the estimator raises or returns what it must not; both name the step.
+    The advantages are [B] or [B, T], as the estimator gives them. The returns are [B, T], or None without a critic. The
+    estimator sees groups of one size at a time. So groups that the schedule cut are estimated apart from whole ones.
+
+    Raises NonFiniteStep if a reward, a log-probability, a value or an advantage is not finite. Raises FunctionFailed if
+    the estimator raises, or returns something else than it must. Both messages name the step.
     """
     whole = [one.group for one in scored]
     _check_rewards(scored)
@@ -100,7 +115,9 @@ def step_advantages(
     mask_BT = response_mask([trajectory for group in whole for trajectory in group.trajectories])
     options = dict(config.advantage.options)
     if estimator.kl_in_reward and estimator.accepts("beta"):
+        # These subtract the KL from the rewards themselves, by default with the coefficient of the loss's KL term.
         options.setdefault("beta", config.objective.kl_coef)
+    # Tensors [n, K, ...] need groups of one K. `order` below remembers which trajectories each tensor holds.
     rows_by_size: dict[int, list[list[int]]] = defaultdict(list)
     groups_by_size: dict[int, list[ScoredGroup]] = defaultdict(list)
     start = 0
@@ -135,8 +152,12 @@ def step_advantages(
 
 
 def _in_order(order: list[int], parts: Sequence[Tensor]) -> Tensor:
-    """[B, ...] of parts [n, K, ...], whose responses stand in `order`."""
+    """Joins parts [n, K, ...] into one tensor [B, ...] in the order of the step's trajectories.
+
+    order: for each response of the parts, one after the other, its index among the step's trajectories.
+    """
     ordered = torch.cat([part.flatten(0, 1) for part in parts])
+    # The clone is what is read: without it, rows would be overwritten before they are moved.
     ordered[order] = ordered.clone()
     return ordered
 
@@ -153,11 +174,20 @@ def microbatch_loss(
     estimator: Estimator,
     config: R2MConfig,
 ) -> tuple[Tensor, PolicyLoss, Tensor]:
-    """(loss, surrogate, KL to the reference) of a part of a minibatch; the parts' losses add up to the minibatch's.
+    """Returns the policy loss of one microbatch (Eq. 2), which is its part of the loss of a minibatch.
 
-    All but `logprobs_BT` are wider than the part's T or as wide; `denominator` is the minibatch's (`loss_denominator`),
-    `responses` its number of responses. The KL term of an estimator with its KL in the reward is 0.
+    The losses of a minibatch's microbatches add up to the loss of the minibatch.
+
+    logprobs_BT: [B, T] with gradient, log-probabilities of this microbatch's B trajectories by the policy now.
+    behaviour_BT, old_BT, ref_BT: [B, T or more], by the policy that sampled, by pi_old and by the reference.
+    advantages: [B], or [B, T or more].
+    mask_BT: [B, T] bool, True on response tokens.
+    denominator, responses: the results of `denominators` for the whole minibatch.
+
+    The three results are the scalar loss, the surrogate with its statistics, and the scalar KL to the reference without
+    gradient. If the estimator has the KL in its rewards, the loss has no KL term.
     """
+    # The other tensors are as wide as the longest response of the step; this microbatch's may be shorter.
     width, objective = mask_BT.shape[1], config.objective
     surrogate = policy_loss(
         logprobs_BT,
@@ -173,6 +203,7 @@ def microbatch_loss(
         aggregation=config.aggregation,
         denominator=denominator,
     )
+    # Eq. 2 has the KL of whole responses beside the ratio of whole responses: a sum over tokens, not a mean.
     whole = objective.ratio == "sequence" and config.aggregation == "sequence"
     kl = kl_loss(
         logprobs_BT,
@@ -186,7 +217,11 @@ def microbatch_loss(
 
 
 def minibatch_bounds(scored: Sequence[ScoredGroup], num_minibatches: int) -> list[tuple[int, int]]:
-    """Trajectory ranges of the minibatches: consecutive whole groups, as even as they come."""
+    """Splits the trajectories of a step into minibatches, and returns each as a range (first, last + 1).
+
+    A minibatch is a run of whole groups. The numbers of groups differ by at most one. There are never more
+    minibatches than groups.
+    """
     sizes = [len(one.group.trajectories) for one in scored]
     count = min(num_minibatches, len(sizes))
     cuts = [len(sizes) * part // count for part in range(count + 1)]
@@ -194,16 +229,18 @@ def minibatch_bounds(scored: Sequence[ScoredGroup], num_minibatches: int) -> lis
 
 
 def denominators(mask_BT: Tensor, config: R2MConfig) -> tuple[int, int]:
-    """(what the surrogate is divided by, number of responses) of a minibatch."""
+    """Returns the two counts that the losses of a minibatch's microbatches are divided by.
+
+    mask_BT: [B, T] bool, True on the response tokens of the whole minibatch.
+
+    The first is the count for the surrogate, see `loss_denominator`. The second is the number of responses that have
+    tokens.
+    """
     return loss_denominator(mask_BT, config.aggregation), loss_denominator(mask_BT, "sequence")
 
 
-def widened(values_BT: Tensor, width: int) -> Tensor:
-    """[B, width], zeros on the right."""
-    return pad(values_BT, (0, width - values_BT.shape[1]))
-
-
 def _greedy(scored: ScoredGroup) -> Tensor:
+    """Returns the reward of the greedy twin, a scalar. Raises RuntimeError if the group has no twin."""
     if scored.rewards.greedy_reward is None:
         raise RuntimeError(f"group {scored.rewards.group_id} has no greedy twin and its estimator asks for one")
     return scored.rewards.greedy_reward

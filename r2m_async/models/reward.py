@@ -1,12 +1,16 @@
-"""The frozen reward model in two parts: reward token embedding (RTE) and scoring head; R2M, arXiv 2601.22664, App. H.1.
+"""The frozen reward model, split into a backbone and a scoring head. R2M, arXiv 2601.22664, App. H.1.
 
-For any sequence-classification model of transformers with one label: scoring_head(model) of an RTE is its logit.
+The reward model is a sequence classifier of transformers with one label, whose logit is the reward. The backbone maps a
+response to its reward token embedding (RTE): the hidden state from which the logit is computed. The scoring head phi
+maps the RTE to the logit, so scoring_head(model) of an RTE is the reward of the response.
 
-transformers knows linear heads only. A classifier with a head of two layers is saved as one whose labels are the first
-layer's outputs before bias and ReLU, the rest beside it in `reward_head.safetensors`: `AutoModelForSequenceClassification`
-loads it, but as a model of many labels that nobody can take for a reward, and `load_classifier` makes it whole.
+A scoring head has one linear layer, or two with a ReLU between them. transformers can store only linear heads. So a
+classifier with two layers is saved in two parts. Its first weight matrix is saved as a linear head with many labels.
+The rest of the head is saved beside it in `reward_head.safetensors`. `load_classifier` puts both together.
+`AutoModelForSequenceClassification` loads the first part alone, and its many labels show that it is not a reward model.
 
-Shapes: B responses, S prompt + response positions (padded), D_m hidden size.
+Shapes: B responses, S prompt + response positions (padded), D_m hidden size of the reward model, K responses of a
+group.
 """
 
 from __future__ import annotations
@@ -35,18 +39,25 @@ if TYPE_CHECKING:
 
 
 def reward_token_embeddings(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B, D_m]: the last hidden state, after the final norm, at the token whose logit is the model's reward.
+    """Returns the reward token embeddings [B, D_m]: hidden states of the last layer, after the final norm.
 
-    As transformers 5.19 has it, that is the rightmost token of `input_ids` [B, S] unequal to the padding token: by
-    its id, not by `attention_mask`. So where the padding token also ends a response, that end is not the scored token.
-    Gradients flow if they are enabled. Raises ConfigError for several rows and a model without padding token.
+    input_ids: [B, S] int64, padded on the right. attention_mask: [B, S], 1 on tokens and 0 on padding.
+
+    A response's embedding is read at the token whose logit is the model's reward. In transformers 5.19 that is the
+    rightmost token that is not the padding token. The token's id decides this, and not `attention_mask`. So if a
+    response ends with the padding token, that end is not the scored token.
+
+    Gradients flow if they are enabled. Raises ConfigError if there are several rows and the model has no padding token.
     """
     states_BSD = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     return states_BSD[torch.arange(len(input_ids), device=states_BSD.device), scored_positions(model, input_ids)]
 
 
 def scoring_head(model: PreTrainedModel) -> nn.Module:
-    """The model's own module D_m -> 1, not a copy. Raises ConfigError when it has none, or several labels."""
+    """Returns the scoring head phi, a module that maps [..., D_m] to [..., 1]. It is the model's own, not a copy.
+
+    Raises ConfigError if the model has no head `score`, or more labels than one.
+    """
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Module) or model.config.num_labels != 1:
         raise ConfigError(
@@ -57,7 +68,10 @@ def scoring_head(model: PreTrainedModel) -> nn.Module:
 
 
 def scored_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """[B], where `reward_token_embeddings` finds them."""
+    """Returns [B] int64: the position in each row of `input_ids` [B, S] at which the reward token embedding is read.
+
+    Raises ConfigError if there are several rows and the model has no padding token.
+    """
     num_rows, length = input_ids.shape
     pad_token_id = model.config.get_text_config().pad_token_id
     if pad_token_id is None:
@@ -66,22 +80,29 @@ def scored_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
                 f"reward.model's config has no pad_token_id, so {num_rows} responses cannot be scored at once; set it"
             )
         return input_ids.new_tensor([length - 1])
+    # The rule of transformers: padding has position 0 here, so the largest position is that of the last real token.
     positions = torch.arange(length, device=input_ids.device)
     return (positions * (input_ids != pad_token_id)).argmax(-1)
 
 
 def two_layer_head(hidden_size: int, width: int) -> nn.Sequential:
-    """GRM's: Linear(hidden_size, width)-ReLU-Linear(width, 1), with biases."""
+    """Returns a new scoring head with two layers, as GRM has it.
+
+    It is Linear(hidden_size, width), ReLU, Linear(width, 1). Both linear layers have biases.
+    """
     return nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, 1))
 
 
 def load_classifier(path: str | Path, **how: Any) -> PreTrainedModel:
-    """A sequence classifier that transformers or `save_classifier` wrote; `how` is for `from_pretrained`."""
+    """Loads a sequence classifier that transformers or `save_classifier` wrote, a scoring head of two layers included.
+
+    path: HF name or directory. how: further arguments of transformers' `from_pretrained`.
+    """
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(path, **how)
     if rest := second_layer(path):
-        first = model.score.weight
+        first = model.score.weight  # [width, D_m]; transformers takes it for a linear head of `width` labels
         _give_two_layers(model)
         model.score.load_state_dict(load_file(rest) | {"0.weight": first.detach()})
         model.score.to(first.dtype)
@@ -89,7 +110,10 @@ def load_classifier(path: str | Path, **how: Any) -> PreTrainedModel:
 
 
 def classifier_skeleton(path: str | Path) -> PreTrainedModel:
-    """What `load_classifier` returns, without its weights: on the meta device."""
+    """Returns the module that `load_classifier` would return, but on the meta device: shapes without weights.
+
+    path: HF name or directory. Only the config is read.
+    """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     with torch.device("meta"):
@@ -100,7 +124,10 @@ def classifier_skeleton(path: str | Path) -> PreTrainedModel:
 
 
 def second_layer(path: str | Path) -> str | None:
-    """The file that `save_classifier` leaves beside a model whose head has two layers."""
+    """Returns the path of `reward_head.safetensors`, or None if the model's scoring head has one layer.
+
+    path: HF name or directory. For an HF name the file is downloaded if it is not in the cache.
+    """
     return cached_file(
         path,
         SECOND_LAYER,
@@ -110,19 +137,27 @@ def second_layer(path: str | Path) -> str | None:
 
 
 def _give_two_layers(model: PreTrainedModel) -> None:
+    """Replaces a head [width, D_m] of `width` labels by a head of two layers and one label. Its weights are new."""
     width, hidden_size = model.score.weight.shape
     model.score = two_layer_head(hidden_size, width)
     model.config.num_labels = model.num_labels = 1
 
 
 def save_classifier(model: PreTrainedModel, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Writes what `load_classifier` reads, with `weights` of these names in place of the model's own."""
+    """Writes the files that `load_classifier` reads.
+
+    model: a sequence classifier whose scoring head has one layer or two.
+    directory: must exist.
+    weights: the state dict to write. None writes the model's own.
+    """
     weights = dict(model.state_dict() if weights is None else weights)
     config = copy.deepcopy(model.config)
     if isinstance(model.score, nn.Sequential):
         weights["score.weight"] = weights.pop("score.0.weight")
         rest = {name: weights.pop(f"score.{name}").contiguous() for name in ("0.bias", "2.weight", "2.bias")}
         config.num_labels = len(weights["score.weight"])
+    # transformers saves modules, not state dicts. `assign` puts the tensors themselves into an empty one: no second
+    # copy.
     with torch.device("meta"):
         plain = type(model)(config)
     plain.load_state_dict(weights, assign=True)
@@ -132,23 +167,33 @@ def save_classifier(model: PreTrainedModel, directory: Path, weights: Mapping[st
 
 
 def load_reward_model(path: str, config: R2MConfig) -> PreTrainedModel:
-    """The frozen sequence classifier at `path`, on the device, in eval mode.
+    """Loads the reward model in `reward.dtype`, moves it to the device, freezes it and puts it into eval mode.
 
-    Raises ConfigError unless it has one label, and where a weight is not finite.
+    path: HF name or directory.
+
+    Raises ConfigError if a weight file is damaged, the model has more labels than one, or a weight is not finite.
     """
     check_weight_files("reward.model", path)
     model = load_classifier(path, dtype=getattr(torch, config.reward.dtype))
-    scoring_head(model)
+    scoring_head(model)  # raises unless the model can be one
     check_weights(model, "reward.model", path)
     return settled(model, config.run.device).requires_grad_(False)
 
 
 @torch.no_grad()
 def embed_group(model: PreTrainedModel, tokenizer: Any, group: TrajectoryGroup, config: R2MConfig) -> RewardEmbeddings:
-    """The RTEs and bonuses of a group (and its twin), computed as one right-padded batch.
+    """Returns the reward token embeddings, bonuses and frozen rewards of a group.
 
-    Raises FunctionFailed for a function of `reward.functions`, and NonFiniteStep for what is not finite, both naming
-    the response; under `learner.on_nonfinite: skip` numbers that are not finite are returned.
+    A greedy twin, if the group has one, gets an embedding and a bonus too. It gets no frozen reward.
+
+    tokenizer: the reward model's own tokenizer. The responses come to it as text.
+
+    All responses go through the reward model as one batch, padded on the right. The tensors of the result are float32
+    on the CPU.
+
+    Raises FunctionFailed if a function of `reward.functions` raises or returns no number. Raises NonFiniteStep if an
+    embedding, a bonus or a reward is not finite. Both messages name the response. Under `learner.on_nonfinite: skip`
+    such numbers are logged and returned.
     """
     both = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
     prompt = group.ticket.prompt
@@ -173,6 +218,7 @@ def embed_group(model: PreTrainedModel, tokenizer: Any, group: TrajectoryGroup, 
     )
     twin = group.greedy is not None
     phi = scoring_head(model)
+    # In float32, because the reward head has phi in float32: both then give the same reward for the same embedding.
     weights = {name: weight.float() for name, weight in phi.named_parameters()}
     frozen = torch.func.functional_call(phi, weights, (rte[:num].to(model.device),)).squeeze(-1).cpu()
     embeddings = RewardEmbeddings(
@@ -188,7 +234,13 @@ def embed_group(model: PreTrainedModel, tokenizer: Any, group: TrajectoryGroup, 
 
 
 def _bonus(prompt: str, trajectory: Trajectory, place: str, config: R2MConfig) -> float:
-    """What verifiable functions and penalties add to one response's reward; `place` says which response it is."""
+    """Returns the bonus of one response: what the user's reward functions and the penalties add to the model's reward.
+
+    prompt: the prompt as the policy reads it. place: names the response in messages.
+
+    Raises FunctionFailed if a function raises or returns no number, and NonFiniteStep if the bonus is not finite. Under
+    `learner.on_nonfinite: skip` such a bonus is logged and returned.
+    """
     reward, key, finite = config.reward, "reward.functions", config.learner.on_nonfinite == "stop"
     verified = sum(
         called_for_number(named_function(name, key), (prompt, trajectory.text), key, name, place, finite)
@@ -196,6 +248,7 @@ def _bonus(prompt: str, trajectory: Trajectory, place: str, config: R2MConfig) -
     )
     length = reward.length_penalty * trajectory.num_response_tokens
     bonus = verified - length - reward.missing_eos_penalty * (trajectory.finish_reason != "stop")
+    # Finite numbers may add up to one that float32 cannot hold. Written with `not`, so that NaN is caught as well.
     if not abs(bonus) <= FLOAT32_MAX:
         stop_or_log(
             f"{place}: {', '.join((key, *map(repr, reward.functions)))}, reward.length_penalty {reward.length_penalty} and "

@@ -1,4 +1,4 @@
-"""Weight files of models, looked at before they are loaded."""
+"""Checks the weight files of a model before they are loaded, so that a damaged file is named in the message."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from r2m_async.errors import ConfigError
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 SECOND_LAYER = "reward_head.safetensors"
-"""Beside a reward model's weights where its head has two layers, see `reward_model`."""
+"""The file beside a reward model's weights that holds the rest of a head of two layers. `reward.py` explains it."""
 _REMEDY = "copy or download it again"
 
 
 def check_weight_files(key: str, name: str | Path) -> None:
-    """Raises ConfigError naming the key and the file unless the model's safetensors files are whole: not cut off, empty or
-    without their header. Reads headers alone. `name`: HF name or directory; what is not on this machine yet is not looked at.
+    """Checks that the safetensors files of a model are whole. Only their headers are read.
+
+    key: the config key that names the model, for the message.
+    name: HF name or directory. Files that are not on this machine yet are not checked.
+
+    Raises ConfigError, which names the key and the file, if a file is empty, cut off or without a readable header.
     """
     from safetensors import SafetensorError, safe_open
 
     for path in _files(key, name):
         try:
+            # The header says where each tensor ends, and opening the file compares that with the file's length.
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
@@ -30,6 +35,10 @@ def check_weight_files(key: str, name: str | Path) -> None:
 
 
 def _files(key: str, name: str | Path) -> Iterator[Path]:
+    """Returns the model's weight files on this machine: those of its index if it has one, and the head's second part.
+
+    Raises ConfigError if the index cannot be read.
+    """
     if (index := _found(name, _INDEX)) is None:
         names = {_WEIGHTS}
     else:
@@ -41,12 +50,13 @@ def _files(key: str, name: str | Path) -> Iterator[Path]:
 
 
 def _found(name: str | Path, file: str) -> Path | None:
+    """Returns the path of one file of a model, or None if it is not on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(name).is_dir():
         return path if (path := Path(name, file)).is_file() else None
     try:
         cached = try_to_load_from_cache(str(name), file)
-    except ValueError:  # no name of a model, which its loader will say
+    except ValueError:  # `name` cannot be an HF name; the loader says so, with a better message
         return None
     return Path(cached) if isinstance(cached, str) else None

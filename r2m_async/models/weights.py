@@ -1,6 +1,10 @@
-"""A policy's parameters as they travel: copies, digests and a probe, float32 masters.
+"""Parameters on their way from a learner to an engine, and the float32 masters that the optimizer moves.
 
-By digests and probe the receiver knows that it has what was sent and computes the same with it.
+A version of the weights can carry a probe: a digest of every parameter, and log-probabilities of a fixed text. With the
+digests an engine checks that it has the bytes that were sent. With the log-probabilities it checks that it computes the
+same with them.
+
+Shapes: B trajectories, T response tokens, P tokens of the fixed text.
 """
 
 from __future__ import annotations
@@ -16,25 +20,45 @@ from r2m_async.models.policy import logprobs_and_states
 from r2m_async.trajectories import Trajectory, WeightProbe, Weights
 
 _PROBE_LENGTH = 12
+"""P, the number of tokens in the fixed text."""
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """XXH3 of the bytes, wherever the tensor lies: 32 hexadecimal digits against accidents, not against forgers."""
+    """Returns the XXH3-128 digest of a tensor's bytes, as 32 hexadecimal digits.
+
+    tensor: on any device, of any dtype. The digest does not depend on the device or on the memory layout.
+
+    The digest detects accidents. It is no protection against forgery.
+    """
+    # Viewed as bytes, because numpy has no bfloat16.
     flat = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
     return xxhash.xxh3_128_hexdigest(flat.numpy().data)
 
 
 def named_weights(model: Any, version: int, probe: bool = False) -> Weights:
-    """A copy of the `named_parameters()` on the CPU; a tied pair stands once. With `probe`, what an engine must see of them."""
+    """Returns a copy of a model's parameters on the CPU.
+
+    model: a module, or anything else with `named_parameters`. Two names that share one tensor give one entry.
+    version: the number of this version.
+    probe: whether the result carries a `WeightProbe`. The model must then be a language model.
+    """
+    # The clone is needed on a CPU, where `cpu()` returns the parameter itself, which the next update would change.
     tensors = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     return Weights(version=version, tensors=tensors, probe=weight_probe(model) if probe else None)
 
 
 @torch.no_grad()
 def weight_probe(model: Any, tensors: Mapping[str, Tensor] | None = None) -> WeightProbe:
-    """`tensors` are the parameters by name, where the model itself does not hold them whole."""
+    """Returns what an engine must find once it has loaded these weights.
+
+    That is the digest of every parameter, and the log-probabilities [P - 1] of a fixed text at temperature 1.
+
+    model: a causal language model, or an engine that wraps its `PolicyForward`.
+    tensors: the parameters by name. None takes the model's own. They must be given if this rank holds shards only, or
+        if the engine gets the parameters under other names.
+    """
     size = getattr(model, "module", model).config.get_text_config().vocab_size
-    tokens = torch.arange(_PROBE_LENGTH) * 7919 % size  # a prime: all over the vocabulary
+    tokens = torch.arange(_PROBE_LENGTH) * 7919 % size  # steps of a large prime reach all parts of the vocabulary
     text = Trajectory(
         token_ids=tokens,
         prompt_len=1,
@@ -51,7 +75,10 @@ def weight_probe(model: Any, tensors: Mapping[str, Tensor] | None = None) -> Wei
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Weights) -> None:
-    """Overwrites the parameters. Raises ValueError naming what is missing, unknown or of another shape."""
+    """Overwrites the parameters of `model` with `weights`, in place.
+
+    Raises ValueError, which names the parameter, if one is missing, unknown or has another shape.
+    """
     parameters = dict(model.named_parameters())
     if parameters.keys() != weights.tensors.keys():
         raise ValueError(f"weights and model differ in {sorted(parameters.keys() ^ weights.tensors.keys())}")
@@ -62,32 +89,40 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
 
 
 class MasterWeights:
-    """What the optimizer moves: float32 copies of the parameters, or the parameters themselves where they are float32.
+    """The float32 tensors that the optimizer moves, one for each parameter of a model.
 
-    A step of 1e-6 vanishes in bfloat16. After `backward`: `take_gradients`, clip and step on `tensors`, `write_back`.
+    A parameter in bfloat16 gets a float32 copy, its master. A step of 1e-6 would vanish in bfloat16, but it adds up
+    in the master. A parameter that is float32 already is its own master.
+
+    After each `backward`, call `take_gradients`, clip the gradients of `tensors`, step the optimizer on `tensors`,
+    and call `write_back`.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        """model: a module, or anything else with `parameters`. Its parameters stay the ones that compute."""
         self._parameters = list(model.parameters())
         self.tensors = [p if p.dtype == torch.float32 else p.detach().float() for p in self._parameters]
         self._copies = [(m, p) for m, p in zip(self.tensors, self._parameters, strict=True) if m is not p]
 
     @property
     def copies(self) -> list[Tensor]:
-        """The masters that are no parameter: what a checkpoint must keep beside the weights."""
+        """The masters that are copies. A checkpoint must keep them beside the weights, which are rounded."""
         return [master for master, _ in self._copies]
 
     def take_gradients(self) -> None:
+        """Moves the gradient of every copied parameter to its master, in float32. The parameter keeps none."""
         for master, parameter in self._copies:
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
 
     @torch.no_grad()
     def write_back(self) -> None:
+        """Writes every copied master back into its parameter, rounded to the parameter's dtype."""
         for master, parameter in self._copies:
             parameter.copy_(master)
 
     @torch.no_grad()
     def restore(self, copies: Sequence[Tensor]) -> None:
+        """Takes over the masters that a checkpoint saved from `copies`, in the same order."""
         for master, saved in zip(self.copies, copies, strict=True):
             master.copy_(saved)

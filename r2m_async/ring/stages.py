@@ -21,9 +21,6 @@ from typing import Any, Generic, Literal, NewType, Protocol, TypeVar, cast
 from r2m_async.codec import decode, encode
 from r2m_async.trajectories import GroupReport, StepReport, Ticket
 
-NODE_ADDRESS = "R2M_NODE_ADDRESS"
-"""Environment variable of a stage's process: the address of its machine as the other stages' machines know it."""
-
 Payload = NewType("Payload", object)
 """What a stage made for another stage: an object of this process, or a reference to one elsewhere."""
 

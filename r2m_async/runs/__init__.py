@@ -1,12 +1,12 @@
-"""What a run leaves on disk: its directory, checkpoints, records and figures.
+"""This folder holds what a run shows and leaves on disk: its directory, checkpoints, records, figures and progress.
 
-directory.py    the directory of one run, and what is written into it while it goes on
-checkpoints.py  checkpoints: their files, their manifest, and the check before anything in them is used
-resuming.py     which keys of the config a resumed run may change
-records.py      records, a JSON object a line, and the columns of numbers in them
-results.py      the results of a command as JSON and as a table
-plots.py        the figures of a run, and of several runs compared
-drawing.py      what all figures share
-live.py         the progress that a terminal shows while a run goes on
-progress.py     the progress of a reward model's training
+directory.py    makes the directory of one run, and appends to its files while the run goes on
+checkpoints.py  writes and reads checkpoints: their files, their manifest, and the check before anything is used
+resuming.py     says which keys of the config a resumed run may change
+records.py      writes and reads JSON records, one per line, and takes columns of numbers from them
+results.py      writes the results of a command as JSON and as a table
+plots.py        draws the figures of a run, and of several runs compared
+drawing.py      holds what all figures share: colours, panels, lines
+live.py         shows a run in the terminal while it goes on
+progress.py     shows the training of a reward model in the terminal
 """

@@ -1,15 +1,17 @@
-"""What a checkpoint is on disk: files, and a manifest that knows each of them by size and digest.
+"""Writes and reads checkpoints. A checkpoint is a directory of files, and a manifest with the size and digest of each.
 
     step-000040/
-      manifest.json            every other file's size and XXH3-128 digest, and a digest of itself
-      config.yaml              of the run that saved it
-      step.msgpack             policy steps taken
-      policy_learner.msgpack   and head_learner: what `restore` goes on from
-      policy_weights_39.msgpack, head_weights_39.msgpack, ...     versions that groups under way may still need
-      deepspeed/ ...           a learner on DeepSpeed writes its part itself, from every rank
+      manifest.json            size and XXH3-128 digest of every other file, and a digest of the manifest itself
+      config.yaml              the config of the run that saved the checkpoint
+      step.msgpack             the number of policy steps taken
+      policy_learner.msgpack   the state from which the policy learner goes on
+      head_learner.msgpack     the state from which the head learner goes on
+      policy_weights_39.msgpack, head_weights_39.msgpack, ...     weight versions that unfinished groups may still need
+      deepspeed/ ...           the part that a learner on DeepSpeed writes itself, from every rank
 
-A checkpoint is built by `whole.whole_directory`; `seal` comes last. A reader checks everything before it uses anything:
-what was changed, cut, lost, added, or belongs to another checkpoint is refused by its name.
+The writer fills a directory inside `whole.whole_directory` and calls `seal` last. So a checkpoint is there whole or
+not at all. The reader checks all files before it uses any of them. It refuses, by name, a file that was changed, cut,
+lost or added, or that belongs to another checkpoint.
 """
 
 from __future__ import annotations
@@ -38,15 +40,21 @@ C = TypeVar("C", bound=ConfigTree)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-"""Raise it with any change of what a manifest says: readers refuse what they do not know."""
+"""The version of the manifest's format. Raise it with every change: readers refuse a format that they do not know."""
 _CHUNK = 16 * 2**20
+"""Bytes that are read at once to compute a digest. A file may be larger than the memory."""
 
 
 # Writing
 
 
 def write_parts(directory: Path, parts: Mapping[str, bytes | memoryview], config: R2MConfig) -> None:
-    """Fills the directory of a ring's checkpoint, in which the learner may have written already, and seals it."""
+    """Fills the directory of a ring's checkpoint and seals it.
+
+    directory: must exist. A learner on DeepSpeed may have written its own files there already.
+    parts: the encoded content of every file, by the file's name without `.msgpack`.
+    """
+    # The digests are of the bytes in memory. So a reader notices what went wrong on their way to the disk.
     known = {}
     for name, part in parts.items():
         (directory / f"{name}.msgpack").write_bytes(part)
@@ -56,9 +64,11 @@ def write_parts(directory: Path, parts: Mapping[str, bytes | memoryview], config
 
 
 def seal(directory: Path, known: Mapping[str, dict[str, Any]] | None = None) -> None:
-    """Writes the manifest of all files below, last of all. `known`: entries of files that need not be read again.
+    """Writes the manifest of a directory. Call it last, when all other files are there.
 
-    A sealed directory within stands in it by its own manifest.
+    known: manifest entries of files whose digests are known, by name. All other files are read to compute theirs.
+
+    If a directory inside is sealed already, only its own manifest is listed, which stands for its files.
     """
     known = known or {}
     files = {name: known[name] if name in known else _entry_of(directory / name) for name in _files(directory)}
@@ -66,16 +76,20 @@ def seal(directory: Path, known: Mapping[str, dict[str, Any]] | None = None) -> 
 
 
 def _manifest(files: Mapping[str, dict[str, Any]]) -> bytes:
+    """Returns the bytes of a manifest. files: the entry (see `_entry`) of every file, by name."""
+    # The digest covers the compact form, without the digest. A reader makes the manifest anew and compares the bytes.
     content = {"format": FORMAT, "files": dict(sorted(files.items()))}
     digest = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
     return json.dumps(content | {"digest": digest}, indent=1).encode() + b"\n"
 
 
 def _entry(size: int, digest: str) -> dict[str, Any]:
+    """Returns what a manifest says about one file. size: in bytes. digest: XXH3-128, in hexadecimal."""
     return {"bytes": size, "xxh3_128": digest}
 
 
 def _entry_of(path: Path) -> dict[str, Any]:
+    """Returns the manifest entry of a file, by reading it. Raises OSError if it cannot be read."""
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -85,11 +99,15 @@ def _entry_of(path: Path) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> list[str]:
-    """Names of what is not a directory, but for the manifest; of a sealed directory within, that alone."""
+    """Returns the names, relative to `directory`, of the files that its manifest lists, in order.
+
+    These are all files and links, except the manifest. Of a sealed directory inside, only its manifest is listed.
+    """
     names = []
     for folder, folders, files in os.walk(directory):
         if folder != str(directory) and MANIFEST in files:
-            files, folders[:] = [MANIFEST], []
+            files, folders[:] = [MANIFEST], []  # emptied in place, which keeps `walk` from going further down
+        # `walk` counts a link to a directory as a directory, and does not enter it.
         links = [name for name in folders if Path(folder, name).is_symlink()]
         names += [Path(folder, name).relative_to(directory).as_posix() for name in (*files, *links)]
     return sorted(name for name in names if name != MANIFEST)
@@ -99,22 +117,28 @@ def _files(directory: Path) -> list[str]:
 
 
 def read_checkpoint(directory: str | Path, config: R2MConfig) -> dict[str, bytes]:
-    """The parts of a ring's checkpoint by name, all of it verified.
+    """Verifies a ring's checkpoint and returns the encoded content of its files, by name without `.msgpack`.
 
-    Raises ConfigError for what `verified` refuses, for parts that another version of r2m-async wrote, and if `config`
-    changes what a resumed run must keep (`resuming`).
+    config: the config of the run that is to go on.
+
+    Raises ConfigError if the checkpoint is not whole (see `verified`), if it cannot be decoded, or if `config` changes
+    what a resumed run must keep (see `resuming`).
     """
     directory = whole_at(directory)
     parts = verified(directory, lambda name: name.endswith(".msgpack") and "/" not in name)
     _check_ring(directory, parts)
     for name, part in parts.items():
-        decoded(directory / name, part)  # without a copy
+        # Only to see that it can be decoded, before anything is started. Decoding makes no copy of the tensors.
+        decoded(directory / name, part)
     check_resumable(directory, saved_config(directory), config)
     return {name.removesuffix(".msgpack"): part for name, part in parts.items()}
 
 
 def newest_weights(directory: Path) -> tuple[int, Weights, Weights]:
-    """(step, policy, head) of a ring's checkpoint, which is verified. Raises ConfigError."""
+    """Verifies a ring's checkpoint and returns (policy steps taken, the policy's weights, the head's weights).
+
+    Both weights are of the version of that step. Raises ConfigError if the checkpoint is damaged or cannot be decoded.
+    """
     parts = verified(directory, lambda name: name == "step.msgpack" or "_weights_" in name)
     _check_ring(directory, parts)
     step = decoded(directory / "step.msgpack", parts["step.msgpack"])
@@ -124,18 +148,25 @@ def newest_weights(directory: Path) -> tuple[int, Weights, Weights]:
 
 
 def _check_ring(directory: Path, parts: Mapping[str, bytes]) -> None:
+    """Raises ConfigError if these are not the files of a ring's checkpoint."""
     if "step.msgpack" not in parts:
         raise ConfigError(f"{directory}: is no checkpoint of a ring: it has no step.msgpack; name one that a run saved")
 
 
 def kept_versions(saved: Mapping[str, bytes], prefix: str, stages: Stages) -> dict[int, Any]:
-    """The kept weights of a checkpoint by version."""
+    """Returns the weight versions that a checkpoint kept, by version number, as the stages take them.
+
+    saved: the result of `read_checkpoint`. prefix: `policy_weights_` or `head_weights_`.
+    """
     names = [name for name in saved if name.startswith(prefix)]
     return {int(name.removeprefix(prefix)): stages.from_bytes(saved[name]) for name in names}
 
 
 def saved_config(directory: Path, kind: type[C] = R2MConfig) -> C:
-    """Of a checkpoint that was verified. Raises ConfigError."""
+    """Returns the config of the run that saved a checkpoint. Verify the checkpoint first.
+
+    kind: the class of the config. Raises ConfigError if this version of r2m-async does not know the config.
+    """
     try:
         return kind.from_yaml(directory / "config.yaml")
     except ConfigError as error:
@@ -146,7 +177,7 @@ def saved_config(directory: Path, kind: type[C] = R2MConfig) -> C:
 
 
 def decoded(path: Path, data: bytes) -> Any:
-    """What the bytes of a checkpoint's file stand for. Raises ConfigError."""
+    """Decodes the bytes of a checkpoint's file. Raises ConfigError, which names `path`, if they cannot be decoded."""
     try:
         return decode(data)
     except CodecError as error:
@@ -167,11 +198,19 @@ def verified(
     strays: Callable[[str], bool] = _never,
     checked: Callable[[str], bool] = _always,
 ) -> dict[str, bytes]:
-    """Checks the files of a sealed directory; those that are `wanted` are read once, and returned by name.
+    """Checks the files of a sealed directory against its manifest, and returns the content of some of them by name.
 
-    strays: files that the manifest does not know and that may be there all the same. checked: the others are not read.
-    Raises ConfigError naming the directory, the file, what is wrong with it, and the newest whole directory beside it.
+    The three functions take a file's name relative to the directory.
+
+    wanted: True for files whose content is returned. Such a file is read once, so what is returned is what was checked.
+    strays: True for files that may be there although the manifest does not list them.
+    checked: False for listed files that are neither checked nor read.
+
+    Raises ConfigError if a file is damaged, missing or not listed, or if the manifest is. The message names the file,
+    what is wrong with it, and the newest whole directory beside this one.
     """
+    # A running training may replace the directory while it is read. Files of two checkpoints then look like damage.
+    # So a failure counts only if the manifest is still the one from before; else the new directory is checked.
     while True:
         place, before = whole_at(directory), None
         try:
@@ -183,10 +222,13 @@ def verified(
 
 
 class _Damaged(Exception):
+    """A directory or a file in it is not what was sealed. The message says what is wrong, but not what to do."""
+
     pass
 
 
 def _manifest_of(directory: Path) -> bytes | None:
+    """Returns the bytes of a directory's manifest, or None if it has none. Raises _Damaged if it cannot be read."""
     path = directory / MANIFEST
     try:
         return path.read_bytes()
@@ -197,7 +239,7 @@ def _manifest_of(directory: Path) -> bytes | None:
 
 
 def _replaced(directory: str | Path, before: bytes | None) -> bool:
-    """Whether a new one took its place while it was read."""
+    """Returns whether another directory has taken this one's place since its manifest was `before` (None: had none)."""
     try:
         return _manifest_of(whole_at(directory)) != before
     except _Damaged:
@@ -205,6 +247,7 @@ def _replaced(directory: str | Path, before: bytes | None) -> bool:
 
 
 def _entries(directory: Path, manifest: bytes | None) -> dict[str, dict[str, Any]]:
+    """Returns a manifest's entries by file name. Raises _Damaged if it is missing, damaged or of another format."""
     if manifest is None:
         if not directory.is_dir():
             raise _Damaged(f"{directory}: is not there" if not directory.exists() else f"{directory}: is no directory")
@@ -218,7 +261,7 @@ def _entries(directory: Path, manifest: bytes | None) -> dict[str, dict[str, Any
             return content["files"]
         number = content["format"]
     except (ValueError, TypeError, KeyError, AttributeError):
-        number = FORMAT
+        number = FORMAT  # it says no format, so it is damaged and not of another version
     if number != FORMAT:
         raise _Damaged(f"{directory / MANIFEST}: has format {number!r}, and this version of r2m-async reads {FORMAT}")
     raise _Damaged(f"{directory / MANIFEST}: is damaged: it does not have its own digest")
@@ -231,6 +274,7 @@ def _verified(
     strays: Callable[[str], bool] = _never,
     checked: Callable[[str], bool] = _always,
 ) -> dict[str, bytes]:
+    """Does once what `verified` does, with a manifest that was read before. Raises _Damaged."""
     entries = _entries(directory, manifest)
     if others := [name for name in _files(directory) if name not in entries and not strays(name)]:
         raise _Damaged(f"{directory / others[0]}: is no file of this checkpoint, whose manifest does not know it")
@@ -255,13 +299,15 @@ def _verified(
 
 
 def _others(directory: Path) -> Iterator[Path]:
-    """Directories beside it, and those in which a run keeps checkpoints, newest first by their names."""
+    """Yields sealed directories beside this one, and checkpoints inside it if it is a run. The newest comes first."""
+    # By name, the longer one later: step-1000000 is newer than step-999999.
     paths = [*listed(directory.absolute().parent).values(), *listed(directory / "checkpoints").values()]
     paths.sort(key=lambda path: (len(path.name), path.name), reverse=True)
     return (path for path in paths if path.name != directory.name and (path / MANIFEST).is_file())
 
 
 def _origin(directory: Path, name: str, entry: dict[str, Any]) -> str:
+    """Returns words for a message that name the checkpoint a wrong file came from, or nothing if none is known."""
     for other in _others(directory):
         with contextlib.suppress(_Damaged):
             if _entries(other, _manifest_of(other)).get(name) == entry:
@@ -270,6 +316,7 @@ def _origin(directory: Path, name: str, entry: dict[str, Any]) -> str:
 
 
 def _remedy(directory: Path) -> str:
+    """Returns words for a message that name the newest whole directory beside a damaged one, if there is one."""
     for other in _others(directory):
         with contextlib.suppress(_Damaged):
             _verified(other, _manifest_of(other))
@@ -278,16 +325,20 @@ def _remedy(directory: Path) -> str:
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
+    """Returns the directory of a run's checkpoint after `step` policy steps."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """A run's whole checkpoints, oldest first; one that was interrupted has another name, and so have copies."""
+    """Returns the directories of a run's checkpoints, the oldest first.
+
+    A checkpoint whose writing was interrupted has another name and is left out. So are copies under other names.
+    """
     steps = {_step(name): path for name, path in listed(run / "checkpoints").items()}
     return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
 
 def _step(name: str) -> int | None:
-    """Of the name that `checkpoint_path` gives to a step's checkpoint, and of no other."""
+    """Returns the step in a name that `checkpoint_path` gives, or None for any other name."""
     number = re.fullmatch(r"step-(\d{6,})", name)
     return int(number[1]) if number and checkpoint_path(Path(), int(number[1])).name == name else None

@@ -1,13 +1,13 @@
-"""What a run leaves on disk: one directory of files that are whole after every step.
+"""The directory of one run. Its files are complete after every step.
 
     config.yaml        the resolved config
     metrics.jsonl      one line per policy step
     evaluation.jsonl   one line per evaluation
-    trace.jsonl        one line per stage call (`step_metrics.Interval`)
-    events.out.*       the step metrics for TensorBoard, where `logging.tensorboard` is on
+    trace.jsonl        one line per call of a stage (`step_metrics.Interval`)
+    events.out.*       the step metrics for TensorBoard, if `logging.tensorboard` is on
     checkpoints/       step-000040 and so on, each a directory that `Ring.save` wrote (docs/checkpoints.md)
 
-NaN and infinity are no JSON: they are written as null and read back as NaN.
+JSON has no NaN and no infinity. Both are written as null, and null is read back as NaN.
 """
 
 from __future__ import annotations
@@ -30,9 +30,14 @@ if TYPE_CHECKING:
 
 
 class RunDirectory:
-    """Appends to the files of one run. `create` makes a new directory; the constructor goes on in an existing one."""
+    """Appends to the files of one run.
+
+    `create` makes a new directory. The constructor goes on in an existing one. All methods raise DiskError if the disk
+    refuses what they write.
+    """
 
     def __init__(self, path: Path, config: R2MConfig) -> None:
+        """path: an existing run directory. A half-written last line, which a killed run left, is removed."""
         self.path = path
         for name in ("metrics.jsonl", "evaluation.jsonl", "trace.jsonl"):
             cut_partial_line(path / name)
@@ -46,28 +51,32 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: R2MConfig) -> Self:
-        """Makes `<run.output_dir>/<run.name>-<UTC time>`, with a number appended if that is taken."""
+        """Makes the directory `<run.output_dir>/<run.name>-<UTC time>`. A number is appended if the name is taken."""
         return cls(new_directory(config.run.output_dir, config.run.name, config), config)
 
     def write_step(self, metrics: dict[str, float]) -> None:
-        """Appends one step's metrics; `metrics["step"]` is the step TensorBoard shows them at."""
+        """Appends the metrics of one policy step.
+
+        metrics: values by name. `metrics["step"]` is the step at which TensorBoard shows them.
+        """
         append_records(self.path / "metrics.jsonl", [metrics])
         if self._tensorboard is not None:
-            with disk_errors(self.path):  # what its own thread could not write is raised here too
+            with disk_errors(self.path):  # TensorBoard writes in a thread, whose errors are raised here too
                 for tag, value in metrics.items():
                     self._tensorboard.add_scalar(tag, value, global_step=int(metrics["step"]))
                 self._tensorboard.flush()
 
     def write_evaluations(self, evaluations: Sequence[dict[str, float]]) -> None:
-        """Takes all evaluations of this process so far and appends those that are new."""
+        """Appends the evaluations that are new. evaluations: all evaluations of this process so far."""
         append_records(self.path / "evaluation.jsonl", evaluations[self._num_evaluations :])
         self._num_evaluations = len(evaluations)
 
     def write_trace(self, intervals: Sequence[Interval]) -> None:
-        """Appends intervals, as `Controller.take_trace` hands them out."""
+        """Appends intervals. `Controller.take_trace` returns each interval once."""
         append_records(self.path / "trace.jsonl", map(asdict, intervals))
 
     def close(self) -> None:
+        """Closes TensorBoard's writer. The other files are closed after every write."""
         if self._tensorboard is not None:
             with disk_errors(self.path):
                 self._tensorboard.close()
@@ -76,18 +85,23 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What ended the run is the error to see: of a full disk, TensorBoard's writer tells once more as it is closed.
+        # The error that ended the run must be the one that is seen. After a full disk, TensorBoard's writer raises once
+        # more when it is closed.
         with contextlib.suppress(*() if kind is None else (DiskError,)):
             self.close()
 
 
 def new_directory(parent: str, name: str, config: ConfigTree) -> Path:
-    """`<parent>/<name>-<UTC time>` with the config in it, a number appended if that is taken."""
+    """Makes the directory `<parent>/<name>-<UTC time>` with config.yaml in it, and returns its path.
+
+    A number is appended if the name is taken. Raises DiskError.
+    """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     wanted = Path(parent) / f"{name}-{stamp}"
     for number in count(1):
         path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         try:
+            # Whoever takes the name first has it: a check beforehand would let two processes take the same one.
             with whole_directory(path) as new:
                 (new / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             return path

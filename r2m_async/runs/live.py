@@ -1,10 +1,10 @@
-"""The run as it goes, in the terminal: a live table, or one plain line per step where the output is no terminal.
+"""Shows a run in the terminal while it goes on: as a live table, or as plain lines if the output is no terminal.
 
     with LiveTable(config) as table, Ring.of(config, table.message) as ring:
         while not ring.finished:
             table.update(ring.step(), ring.controller.evaluations)
 
-Metrics that are missing are left blank.
+A metric that a step does not have is left blank.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.text import Text
 from r2m_async.config import R2MConfig
 
 NUM_ROWS = 12
+"""The number of steps that the table shows, the last ones."""
 COLUMNS = {
     "step": ("step", "{:.0f}"),
     "proxy": ("reward/mean", "{:.3f}"),
@@ -37,14 +38,16 @@ COLUMNS = {
     "policy": ("idle/policy_learner", "{:.0%}"),
     "head": ("idle/head_learner", "{:.0%}"),
 }
-"""Metric and format by heading."""
+"""For each heading, the metric in its column and how the metric is printed. The ages are in steps."""
 JUDGES = ("proxy", "frozen", "gold")
+"""Who scores the responses of an evaluation: the present head, the reward model as it came, the gold reward."""
 
 
 class LiveTable:
-    """Shows the last steps and the last evaluation."""
+    """Shows the last steps and the last evaluation of a run. Use it as a context manager."""
 
     def __init__(self, config: R2MConfig) -> None:
+        """config: of the run. Without `logging.live`, plain lines are printed in a terminal too."""
         self._config = config
         self._rows: list[Mapping[str, float]] = []
         self._evaluations: Sequence[Mapping[str, float]] = ()
@@ -62,15 +65,19 @@ class LiveTable:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._notice = ""
+            self._notice = ""  # the last frame stays on the screen, where nothing is under way any more
             self._live.stop()
 
     def update(self, metrics: Mapping[str, float], evaluations: Sequence[Mapping[str, float]]) -> None:
-        """A step's metrics (empty: no new step) and all evaluations so far."""
+        """Takes the metrics of a step and all evaluations so far, and shows what is new.
+
+        metrics: values by name, or empty if there is no new step.
+        """
         new, self._evaluations = evaluations[len(self._evaluations) :], list(evaluations)
         self._notice = ""
         if metrics:
-            self._rows = [*self._rows, metrics][-NUM_ROWS:]  # replaced: the terminal's thread may be reading it
+            # A new list: the thread that draws the table may be reading the old one.
+            self._rows = [*self._rows, metrics][-NUM_ROWS:]
         if self._live:
             self._live.refresh()
             return
@@ -80,12 +87,16 @@ class LiveTable:
             print(_evaluation_line(evaluation), flush=True)
 
     def message(self, text: str, done: int = 0, total: int = 0) -> None:
-        """What the run is busy with until the next step, such as building models; plain output says it once."""
+        """Says what the run is busy with until the next step, for example building models.
+
+        done, total: the parts of that work, shown as a bar. A total of 0 shows none. Plain output prints a text once.
+        """
         if not self._live and text != self._notice:
             print(text, flush=True)
         self._notice, self._done, self._total = text, done, total
 
     def render(self) -> RenderableType:
+        """Returns what the terminal shows now. A thread of rich calls this four times a second."""
         parts: list[RenderableType] = [self._header()]
         if self._notice:
             parts.append(_with_bar(self._notice, self._done, self._total) if self._total else Text(self._notice))
@@ -119,7 +130,7 @@ class LiveTable:
         return int(self._rows[-1].get("step", 0)) if self._rows else 0
 
     def _eta(self) -> str:
-        """From the mean duration of the steps shown."""
+        """Returns the time that the rest of the run will take, from the mean duration of the steps that are shown."""
         seconds = [row["time/step"] for row in self._rows if "time/step" in row]
         if not seconds:
             return "?"
@@ -147,6 +158,7 @@ def _cell(metrics: Mapping[str, float], key: str, form: str) -> str:
 
 
 def _clock(seconds: float) -> str:
+    """Returns a duration as hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

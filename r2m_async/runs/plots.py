@@ -1,9 +1,12 @@
-"""PNG plots from run directories.
+"""Draws the figures of a run, and of several runs compared, from the files in their run directories.
 
     plot_run(directory)                                      reward.png, ages.png, loss.png, stages.png
     compare_runs({"vanilla": [...], "R2M": [...]}, out)      several set-ups, each with its seeds, in one figure
 
-Every figure is made by a function of what was read from disk, so that a report or a notebook can draw its own.
+A function ending in `_figure` makes a figure from records that were read before, and writes nothing. A report or a
+notebook can use it.
+
+The proxy reward is the one that the policy is trained on. The gold reward is the true quality, where it is known.
 """
 
 from __future__ import annotations
@@ -25,14 +28,20 @@ from r2m_async.runs.records import Records, binned, column, mean_curve, read_met
 KL_LABEL = "KL from the reference (nats per response)"
 STEP_LABEL = "policy step"
 REWARDS = (("reward/mean", "proxy", "proxy reward"), ("reward/gold", "gold", "gold reward"))
-"""Step metric, evaluation metric, axis label."""
+"""For each row of panels: the metric of a step, the metric of an evaluation, and the label of the axis."""
 METHODS = ("generate", "embed", "proximal", "score", "train", "weights", "update", "judge")
-"""In the order in which a step passes through them."""
+"""The methods of the stages, in the order in which a step passes through them."""
 NUM_TRACED_STEPS = 4
+"""The number of steps that `stages.png` shows, the last ones."""
 
 
 def plot_run(directory: Path) -> list[Path]:
-    """Writes the run's PNGs into its directory; those with nothing to show are left out."""
+    """Draws the figures of a run into its directory, and returns their paths.
+
+    A figure with nothing to show is left out. directory: a run directory.
+
+    Raises DiskError, and DataError if a record cannot be read.
+    """
     config = R2MConfig.from_yaml(directory / "config.yaml")
     steps, evaluations = read_metrics(directory / "metrics.jsonl"), read_metrics(directory / "evaluation.jsonl")
     trace = read_records(directory / "trace.jsonl")
@@ -47,13 +56,21 @@ def plot_run(directory: Path) -> list[Path]:
 
 
 def compare_runs(directories: Mapping[str, Sequence[Path]], out: Path) -> Path:
-    """Writes `comparison_figure` of labelled runs; the runs of one label differ in their seed."""
+    """Draws `comparison_figure` of several runs into the file `out`, and returns its path.
+
+    directories: for each label the run directories, which differ in their seed. Raises DiskError, and DataError if a
+    record cannot be read.
+    """
     runs = {label: [read_metrics(path / "metrics.jsonl") for path in paths] for label, paths in directories.items()}
     return save(comparison_figure(runs), out)
 
 
 def reward_figure(steps: Records, evaluations: Records) -> Figure:
-    """Proxy above gold (where known), each against step and against KL; evaluations as points with standard errors."""
+    """Draws the rewards of a run: the proxy reward, and below it the gold reward if it is known.
+
+    steps, evaluations: records of metrics.jsonl and of evaluation.jsonl. Each reward is drawn against the step at the
+    left and against the KL at the right. Evaluations are points with their standard errors.
+    """
     rows = REWARDS if _has(steps, "reward/gold") or _has(evaluations, "gold") else REWARDS[:1]
     figure, axes = grid(len(rows), 2)
     step, kl = column(steps, "step"), column(steps, "kl/sequence")
@@ -77,7 +94,10 @@ def reward_figure(steps: Records, evaluations: Records) -> Figure:
 
 
 def ages_figure(steps: Records, config: R2MConfig) -> Figure:
-    """Policy and head ages against their bounds."""
+    """Draws how old the policy and the head were that each step used, and the bounds of both ages.
+
+    steps: records of metrics.jsonl. config: of the run, for the bounds. An age is in steps.
+    """
     figure, [[policy], [head]] = grid(2, 1)
     line(policy, steps, "age/policy_max", COLORS[0], label="oldest group")
     line(policy, steps, "age/policy_mean", COLORS[5], label="mean over groups")
@@ -98,8 +118,11 @@ def ages_figure(steps: Records, config: R2MConfig) -> Figure:
 
 
 def loss_figure(steps: Records) -> Figure:
-    """Policy loss, head loss (where a head learns), the critic's and what it explains (where there is one), and KL, one
-    above the other."""
+    """Draws the losses of a run and the KL to the reference, one above the other.
+
+    steps: records of metrics.jsonl. The head's loss is drawn if a head learns. The critic's loss and explained
+    variance are drawn if there is a critic.
+    """
     labels = {
         "policy/loss": "policy loss",
         "head/loss": "head loss",
@@ -117,9 +140,16 @@ def loss_figure(steps: Records) -> Figure:
 
 
 def stages_figure(trace: Records, num_steps: int = NUM_TRACED_STEPS) -> Figure:
-    """Who worked on which step when, over the last policy steps. A bar includes the wait for the stage's own queue."""
+    """Draws which stage worked on which step at what time, over the last `num_steps` policy steps.
+
+    trace: records of trace.jsonl, at least one of which is a `train`.
+
+    A bar begins when the stage was free to work on the call. A `weights` call that ran beside another call begins
+    when it was asked for.
+    """
     trained = sorted(interval["end"] for interval in trace if interval["method"] == "train")
     first = min(interval["start"] for interval in trace)
+    # The time shown ends with the last `train`, and begins with the end of the one before the first that is shown.
     start, end = (trained[-num_steps - 1] if len(trained) > num_steps else first), trained[-1]
     shown = [interval for interval in trace if interval["end"] > start and interval["start"] < end]
     rows = {row: place for place, row in enumerate(sorted({_row(interval) for interval in shown}))}
@@ -146,11 +176,15 @@ def stages_figure(trace: Records, num_steps: int = NUM_TRACED_STEPS) -> Figure:
 
 
 def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
-    """Proxy above gold, each against step and against KL: a thick line for the mean over seeds and, where there are no
-    more labels than colours, a thin one per seed.
+    """Draws the rewards of several set-ups in one figure.
 
-    The mean against step ends where the shortest run ends. Against KL, all steps of a label's seeds are pooled, cut
-    into bins of equally many steps and averaged: the reward at matched KL.
+    runs: for each label the records of metrics.jsonl, once for each seed.
+
+    The proxy reward is above, and the gold reward below if it is known.
+
+    A thick line is the mean over the seeds of a label. Each seed has a thin line too, unless there are more labels than
+    colours. Against the step (left), the mean ends where the shortest run ends. Against the KL (right), the steps of
+    all seeds are put into bins with equally many steps and averaged, which compares the rewards at the same KL.
     """
     everything = [record for seeds in runs.values() for seed in seeds for record in seed]
     rows = REWARDS if _has(everything, "reward/gold") else REWARDS[:1]
@@ -159,6 +193,7 @@ def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
         for (label, seeds), drawn in zip(runs.items(), line_cycle(len(runs)), strict=True):
             thin, thick = drawn | {"lw": 0.7, "alpha": 0.45}, drawn | {"lw": 2.2}
             curves = [(column(seed, "step"), samples_kl(seed), column(seed, key)) for seed in seeds]
+            # With more labels than colours, labels differ in their line style alone, which a thin line does not show.
             for step, kl, reward in curves if len(runs) <= len(COLORS) else ():
                 by_step.plot(step, reward, **thin)
                 by_kl.plot(*binned(kl, reward), **thin)
@@ -176,12 +211,17 @@ def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
 
 
 def _kl_of(versions: np.ndarray, step: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """The KL of policy versions: a step's record has that of the version it started from, so step v + 1 has v's."""
+    """Returns the KL to the reference of policy versions, interpolated between the steps that have one.
+
+    versions: [n], the versions. step, kl: [number of steps], from the records of the steps.
+    """
+    # Records count steps from 1. Step v + 1 starts from version v, so the KL in its record is that of version v.
     known = np.isfinite(kl)
     return np.interp(versions + 1, step[known], kl[known]) if known.any() else np.full_like(versions, np.nan)
 
 
 def _has(records: Records, key: str) -> bool:
+    """Returns whether any record has a finite value of the metric."""
     return bool(np.isfinite(column(records, key)).any())
 
 
@@ -189,7 +229,10 @@ def _has(records: Records, key: str) -> bool:
 
 
 def _row(interval: Mapping[str, Any]) -> tuple[int, tuple[int, ...], str]:
-    """Sorts by method, then by number; a rollout actor is one row whatever it does."""
+    """Returns the row of an interval, as a key by which rows are sorted: place of the method, numbers, name.
+
+    A rollout actor has one row for all that it does. Every other stage has one row for each of its methods.
+    """
     stage, method = interval["stage"], interval["method"]
     if stage.startswith("rollout"):
         method, name = METHODS[0], stage
@@ -200,11 +243,12 @@ def _row(interval: Mapping[str, Any]) -> tuple[int, tuple[int, ...], str]:
 
 
 def _by_step(interval: Mapping[str, Any]) -> bool:
+    """Returns whether the work of an interval belongs to one policy step."""
     return interval["method"] != "load_weights" and interval["step"] >= 0
 
 
 def _other(interval: Mapping[str, Any]) -> tuple[str, str]:
-    """Colour and name of what belongs to no step."""
+    """Returns the colour and the name of an interval whose work belongs to no step."""
     return ("black", "load weights") if interval["method"] == "load_weights" else ("#c8c8c8", "evaluation")
 
 

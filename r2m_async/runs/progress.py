@@ -1,4 +1,4 @@
-"""A training that is no ring, in the terminal: a progress bar, or a plain line now and then where there is no terminal."""
+"""Shows the training of reward models in the terminal: as progress bars, or as plain lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 NUM_PLAIN_LINES = 10
+"""The number of lines that plain output prints for each model."""
 
 
 class TrainingProgress:
-    """One bar per model."""
+    """Shows one progress bar for each model that is trained. Use it as a context manager."""
 
     def __init__(self, live: bool) -> None:
+        """live: False prints plain lines, in a terminal too."""
         console = Console(file=sys.stdout)
         self._progress = Progress(console=console) if live and console.is_terminal else None
         self._tasks: dict[int, TaskID] = {}
@@ -30,13 +32,19 @@ class TrainingProgress:
             self._progress.stop()
 
     def message(self, text: str) -> None:
+        """Prints one line, above the bars if there are any."""
         if self._progress:
             self._progress.console.print(text, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
     def update(self, seed: int, metrics: Mapping[str, float], num_steps: int) -> None:
-        """A step of the model with this seed, of `num_steps`."""
+        """Shows that a model has taken a step.
+
+        seed: the model's seed, by which its bar is found.
+        metrics: the metrics of the step, with `step` counted from 1.
+        num_steps: the steps that the model will take in all.
+        """
         step = int(metrics["step"])
         text = f"seed {seed}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}"
         if "held_out/accuracy" in metrics:
@@ -45,5 +53,6 @@ class TrainingProgress:
             if seed not in self._tasks:
                 self._tasks[seed] = self._progress.add_task(text, total=num_steps)
             self._progress.update(self._tasks[seed], completed=step, description=text)
+        # A line whenever a tenth of the steps is done.
         elif step * NUM_PLAIN_LINES // num_steps > (step - 1) * NUM_PLAIN_LINES // num_steps:
             print(f"step {step}/{num_steps}  {text}", flush=True)

@@ -1,4 +1,7 @@
-"""Records on disk, a JSON object a line, and the columns of numbers in them."""
+"""Writes and reads records, one JSON object per line, and takes columns of numbers from them.
+
+JSON has no NaN and no infinity. Both are written as null, and null is read back as NaN.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,20 @@ from r2m_async.whole import append, disk_errors
 
 
 def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Raises DiskError, and has then appended none."""
+    """Appends records to a file, which is made if it is not there. Raises DiskError, and has then appended none."""
     append(path, jsonl(records))
 
 
 def jsonl(records: Iterable[dict[str, Any]]) -> str:
+    """Returns records as text, one JSON object per line."""
     return "".join(json.dumps(finite_or_null(record), allow_nan=False) + "\n" for record in records)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, a partial last line left out. Raises `DataError` for any other bad line."""
+    """Returns the records of a JSONL file. A last line without a line end is left out if it is not JSON.
+
+    Raises DataError, which names the line, for any other line that is not a JSON object.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     records = []
     for number, line in enumerate(lines, 1):
@@ -33,26 +40,29 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             if not line.endswith("\n"):
-                break
+                break  # the run is writing this line, or was killed while it did
             raise DataError(f"{path}:{number}: is not JSON ({error.msg}): remove the line") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{number}: holds {line.strip()[:60]!r}, not an object of metrics: remove the line")
         records.append({key: math.nan if value is None else value for key, value in record.items()})
     return records
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl or evaluation.jsonl, by rising step.
+    """Returns the records of metrics.jsonl or evaluation.jsonl, in the order of their steps. Each step occurs once.
 
-    A resumed run repeats the steps after its checkpoint: the repetition replaces them and all that followed them.
+    A resumed run repeats the steps after its checkpoint. Their new records replace the old ones and all that followed.
     """
     metrics: list[dict[str, Any]] = []
     for record in read_records(path):
         while metrics and metrics[-1]["step"] >= record["step"]:
-            metrics.pop()
+            metrics.pop()  # of the run before it was resumed
         metrics.append(record)
     return metrics
 
 
 def finite_or_null(value: Any) -> Any:
+    """Returns a value with None in place of every NaN and infinity, in mappings and lists inside it too."""
     if isinstance(value, Mapping):
         return {key: finite_or_null(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -61,39 +71,54 @@ def finite_or_null(value: Any) -> Any:
 
 
 def cut_partial_line(path: Path) -> None:
-    """What a killed run left half written would spoil the next line. Makes the file if it is not there."""
+    """Removes a last line that has no line end. Makes the file if it is not there. Raises DiskError.
+
+    A killed run leaves such a line, and the next record would be appended to it.
+    """
     with disk_errors(path):
         path.touch()
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 Records = Sequence[Mapping[str, Any]]
+"""Records of one file, as `read_records` returns them."""
 
 
 NUM_KL_BINS = 12
+"""The number of bins in a curve of reward against KL."""
 
 
 def column(records: Records, key: str) -> np.ndarray:
-    """One metric of all records, NaN where a record lacks it."""
+    """Returns one metric of all records, as an array [number of records]. It is NaN where a record lacks the metric."""
     return np.array([record.get(key, np.nan) for record in records], dtype=float)
 
 
 def samples_kl(records: Records) -> np.ndarray:
-    """KL to the reference of the policies that sampled each step, to which its rewards belong.
+    """Returns, for each step, the KL to the reference of the policies that sampled its responses.
 
-    Of runs from before `kl/behaviour` was written it is pi_old's, the same where both staleness bounds are 0.
+    The result is an array [number of records], in nats per response. The rewards of a step belong to this KL, and not
+    to that of the policy which the step trains.
+
+    Old runs have no `kl/behaviour`. For them it is the KL of pi_old, which is the same if both staleness bounds are 0.
     """
     return np.array([record.get("kl/behaviour", record.get("kl/sequence", np.nan)) for record in records], dtype=float)
 
 
 def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of (x, y) curves at each x that all of them have; NaN where one of them is."""
+    """Returns the x values that all curves have, and the mean of the curves at each of them.
+
+    curves: (x, y) arrays of one length each, x rising and without repetitions. The mean is NaN where one curve is.
+    """
     shared = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves)))
     return np.array(shared), np.mean([y[np.isin(x, shared)] for x, y in curves], axis=0)
 
 
 def binned(x: np.ndarray, y: np.ndarray, num_bins: int = NUM_KL_BINS) -> tuple[np.ndarray, np.ndarray]:
-    """Means of x and of y over bins of equally many points by rising x; points with a NaN are left out."""
+    """Averages the points of a scattered curve. Returns the mean x and the mean y of each bin, in the order of x.
+
+    x, y: arrays of one length. Points with NaN or infinity are left out.
+    num_bins: bins hold equally many points, up to one. There are fewer bins if there are fewer points.
+    """
     known = np.isfinite(x) & np.isfinite(y)
     order = np.argsort(x[known], kind="stable")
     bins = np.array_split(order, min(num_bins, max(1, len(order))))

@@ -1,7 +1,8 @@
-"""What the config of a resumed run may say otherwise than that of the run that saved the checkpoint.
+"""Says which keys of the config a resumed run may change.
 
-Whatever decides which prompts there are, what is sampled, how it is rewarded and what is learnt from it stays: a key is
-refused unless it stands here. docs/checkpoints.md says why each may change.
+A key must not change if it decides which prompts there are, what is sampled, how responses are rewarded, or what is
+learnt from them. So every key must stay as it was, except those in the lists below. docs/checkpoints.md says why each
+of them may change.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ MAY_CHANGE = (
     "checkpoint.*",
     "logging.*",
 )
-"""Keys of the config; `*` stands for all of a section's. Some decide besides what may not change: `_facts` has that too."""
+"""The keys that a resumed run may change. `*` stands for all keys of a section.
+
+Some of them also decide something that must not change. `_facts` adds that as a fact of its own, which is compared.
+"""
 
 
 REWARD_MODEL_MAY_CHANGE = (
@@ -75,17 +79,26 @@ REWARD_MODEL_MAY_CHANGE = (
     "checkpoint.*",
     "logging.*",
 )
-"""Of `r2m reward-model resume`. The pairs themselves are compared, and so where they come from is not."""
+"""The keys that `r2m reward-model resume` lets change. `data.*` may, because the pairs themselves are compared."""
 
 
 def check_resumable(directory: Path, saved: R2MConfig, config: R2MConfig) -> None:
-    """Raises ConfigError naming the key and both values, also where DeepSpeed cannot share out anew what was saved."""
+    """Checks that a run with `config` may go on from a checkpoint of a run with the config `saved`.
+
+    directory: the checkpoint, for messages.
+
+    Raises ConfigError if a key was changed that must stay, or if DeepSpeed cannot spread the saved state over the new
+    ranks. The message names the key and both values.
+    """
     refuse_changes(directory, dict(_facts(saved)), dict(_facts(config)), MAY_CHANGE)
     _check_sharing(directory, saved, config)
 
 
 def refuse_changes(directory: Path, was: dict[str, Any], now: dict[str, Any], may_change: Sequence[str]) -> None:
-    """Compares what two configs say by key. Raises ConfigError."""
+    """Raises ConfigError, which names the key and both values, for a changed key that may not change.
+
+    directory: the checkpoint, for the message. was, now: values by `section.key`. may_change: patterns of keys.
+    """
     for key in dict.fromkeys((*was, *now)):
         if was.get(key) != now.get(key) and not any(fnmatchcase(key, pattern) for pattern in may_change):
             raise ConfigError(
@@ -94,16 +107,21 @@ def refuse_changes(directory: Path, was: dict[str, Any], now: dict[str, Any], ma
 
 
 def keys_of(config: ConfigTree) -> dict[str, Any]:
-    """Values by `section.key`."""
+    """Returns the values of a config by `section.key`."""
     return {f"{section}.{key}": value for section, fields in config.to_dict().items() for key, value in fields.items()}
 
 
 def _facts(config: R2MConfig) -> Iterator[tuple[str, Any]]:
-    """Every key and its value, and what keys that may change decide about others."""
+    """Yields what is compared, as (name, value): every key, with the following three exceptions.
+
+    Each of `rollouts.engine_options` is compared by itself. For `head.omega_horizon` it is the horizon that results.
+    And keys that may change decide how many prompts are held back from training, so that number is compared too.
+    """
     for key, value in keys_of(config).items():
-        if key == "rollouts.engine_options":  # some of which are about memory alone
+        if key == "rollouts.engine_options":  # some of them concern memory alone, and may change
             yield from ((f"{key}.{option}", value[option]) for option in value)
         elif key == "head.omega_horizon":
+            # Without a value it follows run.num_steps, which may change. The horizon that results may not.
             yield key, config.omega_horizon if config.reads_feedback else None
         else:
             yield key, value
@@ -114,6 +132,7 @@ def _facts(config: R2MConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _check_sharing(directory: Path, saved: R2MConfig, config: R2MConfig) -> None:
+    """Raises ConfigError if DeepSpeed cannot load the saved optimizer state under the new `learner` keys."""
     was, now = saved.learner.zero_stage, config.learner.zero_stage
     if was != now and {was, now} != {1, 2}:
         raise ConfigError(

@@ -250,7 +250,7 @@ def test_a_head_that_dies_ends_the_watch_with_a_message_long_before_ray_ends_the
 def test_what_a_stage_prints_is_seen_under_its_name_unless_told_otherwise(seen):
     told = script("""
         async def speak():
-            await worker.work("speaks")
+            await stages.WorkerStage(worker).work("speaks")
         asyncio.run(speak())
         if not SEEN:
             time.sleep(3)  # Ray's monitor reads the files in which processes print
@@ -291,7 +291,9 @@ def test_something_else_that_listens_at_ray_address_is_given_up_in_time():
         listener.listen()
         address = "{}:{}".format(*listener.getsockname())
         text = script("").replace(
-            "processes = ", "from r2m_async import ray_connection; ray_connection.START_TIMEOUT = 3.0\nprocesses = ", 1
+            "processes = ",
+            "from r2m_async.launch import ray_connection; ray_connection.START_TIMEOUT = 3.0\nprocesses = ",
+            1,
         )
         began = time.monotonic()
         driver = subprocess.run(

@@ -137,11 +137,11 @@ def test_bounded_lag_overlaps_stages_survives_a_kill_and_never_exceeds_its_bound
     assert ledger.admitted == ledger.trained == 24, "a killed actor's groups are generated again"
     assert max(policy for policy, _ in ages) <= 2 and max(head for _, head in ages) <= 1
     assert max(policy for policy, _ in ages) >= 1, "nothing was generated ahead"
-    generating = [interval for interval in trace if interval.method.name == "generate"]
-    training = [interval for interval in trace if interval.method.name == "train"]
+    generating = [interval for interval in trace if interval.method == "generate"]
+    training = [interval for interval in trace if interval.method == "train"]
     overlaps = [g for g in generating for t in training if g.start < t.end and t.start < g.end]
     assert any(g.step > t.step for g in generating for t in training if g.start < t.end and t.start < g.end), overlaps
-    copying = {interval.step: interval for interval in trace if interval.method.name == "weights"}
+    copying = {interval.step: interval for interval in trace if interval.method == "weights"}
     assert copying.keys() == set(range(13))
     assert all(copying[t.step].end <= t.start for t in training), "a version is whole before the next step changes it"
 

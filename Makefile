@@ -9,12 +9,12 @@ export RAY_AUTH_MODE ?= disabled
 # Two tests at a time, on two cores; the 25 slowest at the end.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --durations 25 --timeout 900
 
-.PHONY: train test test-fast test-all test-kernels lint
+.PHONY: train test test-fast test-all test-kernels check
 
 train: $(VENV)/.ready
 	$(BIN)/r2m train configs/quickstart.yaml
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready check
 	$(PYTEST) -m "not cross"
 
 test-fast: $(VENV)/.ready
@@ -31,8 +31,11 @@ test-kernels: $(VENV)/.ready
 	  ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads $(PYTEST); \
 	done; done
 
-lint: $(VENV)/.ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+# Style, format and types. Seconds, but for the first time.
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # torch comes first, at its pinned version, so that no other package draws another build of it. vLLM draws torchvision
 # and its kin, which exist for no CPU build of torch: vLLM works without them, and not with the wrong ones.

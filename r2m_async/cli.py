@@ -48,19 +48,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: it failed. 2: a user's mistake. 128 + n: signal n asked it to leave. All but 0 say why in one message.
     """
     sys.path.append(os.getcwd())  # where `module:attr` names of the user's own are looked for, after all else
-    parsed = _parser().parse_args(arguments)
+    parsed = _parsed(arguments)
     try:
         with interruptible():
-            return parsed.command(parsed)
+            return int(parsed.command(parsed))
     except (ConfigError, DataError) as error:
-        return _tell(error, 2, error)
+        return _tell(error, 2, error, parsed)
     except (StageLost, StalledRun, StepFailed, WeightMismatch, CodecError, DiskError) as error:
-        return _tell(f"the run ended: {error}", 1, error)
+        return _tell(f"the run ended: {error}", 1, error, parsed)
     except Interrupted as error:
-        return _tell(error, error.status, error)
+        return _tell(error, error.status, error, parsed)
 
 
-def _tell(what: object, status: int, error: BaseException) -> int:
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere: argparse itself takes none behind an option."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    late = [one for one in rest if hasattr(parsed, "overrides") and "=" in one and not one.startswith("-")]
+    if len(late) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(one for one in rest if one not in late)}")
+    if late:
+        parsed.overrides = [*parsed.overrides, *late]
+    return parsed
+
+
+def _tell(what: object, status: int, error: BaseException, parsed: argparse.Namespace) -> int:
+    if getattr(parsed, "traceback", False):
+        traceback.print_exception(error)
     print("\n".join([f"r2m: {what}", *getattr(error, "__notes__", ())]), file=sys.stderr)
     return status
 
@@ -89,8 +103,17 @@ def _directory(value: str) -> Path:
     return path
 
 
+class _Parser(argparse.ArgumentParser):
+    """Of every command: its parsers are of this class, too, and so all take `--traceback`."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        text = "show where an error arose, also where a message says all that a user needs"
+        self.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=text)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="r2m", description="RLHF with a reward model that keeps learning.")
+    parser = _Parser(prog="r2m", description="RLHF with a reward model that keeps learning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
@@ -100,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=lambda parsed: command(R2MConfig.from_yaml(parsed.config, parsed.overrides), parsed))
         return added
 
-    add("train", _train, "Run the ring: a live table, then metrics, plots and TensorBoard events in the run directory.")
+    text = "Run the ring: a live table, then metrics, plots and TensorBoard events in the run directory."
+    text_of_one = "all stages in this process, one call after the other, without Ray: for a debugger"
+    add("train", _train, text).add_argument("--in-process", action="store_true", help=text_of_one)
     plan = add("plan", _plan, "Predict throughput, idle shares and ages on a virtual clock, for given stage times.")
     plan.add_argument("--times", metavar="RUN", type=Path, help="a run directory whose measured stage times are taken")
     from r2m_async.ring.simulator import StageTimes
@@ -264,10 +289,10 @@ def _add_eval(commands: Any) -> None:
     rate.set_defaults(command=_win_rate)
 
 
-def _train(config: R2MConfig, _: argparse.Namespace) -> int:
+def _train(config: R2MConfig, parsed: argparse.Namespace) -> int:
     from r2m_async.launch.training import train
 
-    directory = train(config)
+    directory = train(config, in_process=parsed.in_process)
     print(f"run directory: {directory}")
     return 0
 

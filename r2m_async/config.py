@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     # time `Section.__call__` does that for all.
     P = ParamSpec("P")
 
-    def _changes(section: Callable[P, Section]) -> Callable[Concatenate[Any, P], R2MConfig]: ...
+    def _changes(section: Callable[P, Section]) -> Callable[Concatenate[Section, P], R2MConfig]: ...
 
     class _Run(RunSection):
         __call__ = _changes(RunSection)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, JsonValue, PrivateAttr, ValidationError, field_validator
 
@@ -56,7 +56,8 @@ class Section(BaseModel):
             raise ValueError(f"beyond the {LARGEST:g} that float32 can still compute with; use a smaller number")
         return value
 
-    def __call__(self, /, **changes: Any) -> Any:
+    def changed(self, changes: dict[str, Any]) -> Any:
+        """The config with some of this section's keys changed; what calling the section does."""
         if self._config is None:
             raise ConfigError(
                 f"{type(self).__name__}: this section belongs to no config, and calling a section changes a config; make "
@@ -65,6 +66,11 @@ class Section(BaseModel):
         tree = self._config.to_dict()
         tree[self._name].update(_as_lists(changes))
         return type(self._config).from_dict(tree)
+
+    if not TYPE_CHECKING:  # to a type checker each section's call has that section's keys: see `R2MConfig`
+
+        def __call__(self, /, **changes: Any) -> Any:
+            return self.changed(changes)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.model_dump() == other.model_dump()
@@ -159,7 +165,7 @@ def _explain(problem: Any, sections: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{key}: no such key{_nearest(location, sections)}"
     if not location:
-        return problem["msg"].removeprefix("Value error, ")
+        return str(problem["msg"]).removeprefix("Value error, ")
     why = problem["msg"].removeprefix("Value error, ")
     told = f"{key}: {why[0].lower()}{why[1:]}; got {cut_repr(problem['input'])}"
     if problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float)):

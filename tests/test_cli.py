@@ -362,3 +362,46 @@ def test_the_installed_command_says_its_mistake_on_stderr_without_a_traceback():
     bad = subprocess.run([r2m, "check", QUICKSTART, "run.num_step=3"], capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "r2m: run.num_step: no such key; did you mean run.num_steps?\n"
+
+
+@pytest.mark.models
+def test_a_run_in_one_process_starts_no_ray_and_takes_overrides_behind_its_flag(tiny_config, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(tiny_config.run(output_dir=str(tmp_path / "runs")).to_yaml())
+    command = [sys.executable, "-c", IN_PROCESS, "train", str(file), "--in-process", "run.num_steps=2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ray was not imported" in done.stdout
+    (run,) = (tmp_path / "runs").iterdir()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+IN_PROCESS = """
+import sys
+from r2m_async.cli import main
+
+status = main(sys.argv[1:])
+print("ray was", "imported" if "ray" in sys.modules else "not imported")
+sys.exit(status)
+"""
+
+
+def test_what_no_option_takes_is_still_refused(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["train", "config.yaml", "--in-processes", "run.num_steps=2"])
+    assert left.value.code == 2 and "unrecognized arguments: --in-processes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "run", "out", "run.num_steps=2"])
+    assert "unrecognized arguments: run.num_steps=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", [["--traceback", "check"], ["check", "--traceback"]])
+def test_where_an_error_arose_is_shown_if_asked_for(where, tmp_path, capsys):
+    place = where.index("check") + 1
+    path = str(tmp_path / "absent.yaml")
+    assert main([*where[:place], path, *where[place:]]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown and "read_yaml" in shown
+    assert shown.endswith("absent.yaml: cannot be read: No such file or directory\n")
+    assert main(["check", path]) == 2
+    assert capsys.readouterr().err == f"r2m: {path}: cannot be read: No such file or directory\n"

@@ -185,7 +185,7 @@ def _name(process: Any) -> str:
     import psutil
 
     with contextlib.suppress(psutil.Error):
-        return process.name()
+        return str(process.name())
     return ""
 
 

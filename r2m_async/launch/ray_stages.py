@@ -15,11 +15,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from r2m_async.child_process import NODE_ADDRESS
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
+from r2m_async.config_tree import Options
 from r2m_async.errors import ConfigError, DataError, DiskError, StageLost, StepFailed, WeightMismatch
 from r2m_async.launch.ray_connection import RayConnection
 from r2m_async.launch.workload import Workload
@@ -78,7 +79,7 @@ class RayProcesses:
         self.ray.close(lambda: [stage.kill() for stage in self._launched])
 
 
-def ray_bytes() -> dict[str, Callable]:
+def ray_bytes() -> dict[str, Callable[..., Any]]:
     """The `to_bytes` and `from_bytes` of stages in Ray processes."""
     import numpy as np
     import ray
@@ -130,10 +131,12 @@ def placed(config: R2MConfig, gpus: float, available: float) -> R2MConfig:
         )
     vllm = config.rollouts.engine == "vllm"
     if config.weights.transport == "auto":
-        direct = [name for name, there in possible.items() if there and vllm and config.scheduling.lag == "bounded"]
-        config = config.weights(transport=direct[0] if direct else "object_store")
+        transport: Literal["nccl", "ipc", "object_store"] = "object_store"
+        if vllm and config.scheduling.lag == "bounded":
+            transport = "nccl" if possible["nccl"] else "ipc" if possible["ipc"] else "object_store"
+        config = config.weights(transport=transport)
     if vllm and 0 < gpus < 1:
-        memory = {"gpu_memory_utilization": round(0.9 * gpus, 3)}
+        memory: Options = {"gpu_memory_utilization": round(0.9 * gpus, 3)}
         config = config.rollouts(engine_options=memory | config.rollouts.engine_options)
     return config
 
@@ -204,7 +207,7 @@ class RayStage:
         self._deadline = deadline
         groups = {"control": 1, "weights": 1, "generate": config.rollouts.concurrent_groups}
         remote = ray.remote(concurrency_groups=groups)(_Process)
-        self._new = lambda: remote.options(**options).remote(name, make, config, workload)
+        self._new: Callable[[], Any] = lambda: remote.options(**options).remote(name, make, config, workload)
         self._actor = self._new()
         self._started = False
 
@@ -268,7 +271,7 @@ class RayStage:
         from ray.exceptions import RayTaskError
 
         try:
-            return await self._actor.pid.remote()
+            return int(await self._actor.pid.remote())
         except RayTaskError as error:
             if isinstance(error.cause, _USERS):
                 raise error.cause from None
@@ -367,9 +370,9 @@ _LAST_WORDS = 10.0
 """Seconds that other ranks have, once one failed, to fail too: what made it fail may be the loss of one of them."""
 
 
-async def _ended(calls: list[asyncio.Task]) -> None:
+async def _ended(calls: list[asyncio.Task[Any]]) -> None:
     """Waits for all ranks' calls, or raises why not: the loss of a rank before what its death did to the others."""
-    pending, failures = set(calls), []
+    pending, failures = set(calls), list[BaseException]()
     while pending and not any(isinstance(failure, StageLost) for failure in failures):
         done, pending = await asyncio.wait(
             pending, timeout=_LAST_WORDS if failures else None, return_when=asyncio.FIRST_EXCEPTION

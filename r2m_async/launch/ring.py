@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
@@ -80,7 +80,7 @@ class Ring:
             return Controller(config, plan, stages, tickets.ticket, tickets.evaluation, first_step)
 
         async def start() -> None:
-            if saved:
+            if resume:
                 policy, head = (stages.from_bytes(saved[f"{name}_learner"]) for name in ("policy", "head"))
                 policies = {} if config.weights.direct else kept_versions(saved, "policy_weights_", stages)
                 heads = kept_versions(saved, "head_weights_", stages)
@@ -120,11 +120,11 @@ class Ring:
 
     def policy_weights(self) -> Weights:
         """The policy as the learner has it now, under the base model's names; adapters are merged."""
-        return self._fetched(self.controller.stages.policy.weights(True))
+        return cast(Weights, self._fetched(self.controller.stages.policy.weights(True)))
 
     def head_weights(self) -> Weights:
         """The head that scores: what it has learnt, averaged where `head.hold` is `average`."""
-        return self._fetched(self.controller.stages.head.state())["scoring"]
+        return cast(Weights, self._fetched(self.controller.stages.head.state())["scoring"])
 
     def learner_states(self) -> dict[str, Any]:
         """What a checkpoint would hold of each learner now, by `policy` and `head`; a DeepSpeed learner cannot give it."""

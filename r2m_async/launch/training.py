@@ -16,15 +16,18 @@ from r2m_async.runs.plots import plot_run
 from r2m_async.whole import remove_directory
 
 
-def train(config: R2MConfig) -> Path:
-    """Runs the ring to its end; returns the run directory. What was measured is written even if the run fails."""
+def train(config: R2MConfig, in_process: bool = False) -> Path:
+    """Runs the ring to its end; returns the run directory. What was measured is written even if the run fails.
+
+    in_process: all stages run in this process, one call after the other, so that a debugger reaches every one of them.
+    """
     with LiveTable(config) as live:
         workload = resolve(config, on_progress=live.message)
         for reason, count in workload.skipped.items():
             live.message(f"data: skipped {count} records: {reason}")
         with RunDirectory.create(config) as run:
             live.message(f"starting the ring; run directory {run.path}")
-            with _naming_what_is_left(run.path), Ring(config, workload) as ring:
+            with _naming_what_is_left(run.path), Ring(config, workload, in_process) as ring:
                 while not ring.finished:
                     metrics = ring.step()
                     run.write_step(metrics)

@@ -112,6 +112,7 @@ def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] 
     if reward_model == "from_scratch":
         from r2m_async.from_scratch.text_models import text_reward_model
 
+        assert config.data.preferences is not None  # a rule of the config
         reward_model = str(text_reward_model(config.data.preferences, **_records(config), on_progress=on_progress))
     return Models(
         policy=policy,
@@ -138,7 +139,7 @@ def hidden_size(key: str, name: str, fetch: bool = True) -> int | None:
     check_weight_files(key, name)
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=not fetch, trust_remote_code=False)
-        return config.get_text_config().hidden_size
+        return int(config.get_text_config().hidden_size)
     except (OSError, ValueError, AttributeError) as error:
         if isinstance(error, OSError) and not fetch and not Path(name).exists():
             return None
@@ -304,7 +305,7 @@ class TicketOffice:
         return self.ticket(Admission(group_id=group_id, due_step=step, attempt=0, policy_version=0))
 
 
-def _records(config: R2MConfig) -> dict[str, str]:
+def _records(config: R2MConfig) -> dict[str, Any]:
     data = config.data
     return {"on_bad_record": data.on_bad_record, "prompt_field": data.prompt_field, "split": data.split}
 
@@ -327,7 +328,7 @@ def _prompts(config: R2MConfig, tokenizer: object) -> tuple[tuple[Prompt, ...], 
                 f"to {longest} tokens"
             )
         return train, test, {}
-    options = {
+    options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "max_prompt_tokens": config.rollouts.max_prompt_tokens,
         **_records(config),

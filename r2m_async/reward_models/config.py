@@ -8,7 +8,8 @@ configuration in which the named keys are changed:
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Self
 
 from pydantic import Field, model_validator
 
@@ -167,22 +168,70 @@ class LoggingSection(Section):
     """Whether to show a progress bar. Without it, or where the output is no terminal, plain lines are printed."""
 
 
+if TYPE_CHECKING:  # as in `config.py`: calling a section takes its keys and returns the whole config
+    P = ParamSpec("P")
+
+    def _changes(section: Callable[P, Section]) -> Callable[Concatenate[Section, P], RewardModelConfig]: ...
+
+    class _Run(RunSection):
+        __call__ = _changes(RunSection)
+
+    class _Model(ModelSection):
+        __call__ = _changes(ModelSection)
+
+    class _Head(HeadSection):
+        __call__ = _changes(HeadSection)
+
+    class _Loss(LossSection):
+        __call__ = _changes(LossSection)
+
+    class _Ensemble(EnsembleSection):
+        __call__ = _changes(EnsembleSection)
+
+    class _Optimizer(OptimizerSection):
+        __call__ = _changes(OptimizerSection)
+
+    class _Data(DataSection):
+        __call__ = _changes(DataSection)
+
+    class _Evaluation(EvaluationSection):
+        __call__ = _changes(EvaluationSection)
+
+    class _Checkpoint(CheckpointSection):
+        __call__ = _changes(CheckpointSection)
+
+    class _Logging(LoggingSection):
+        __call__ = _changes(LoggingSection)
+
+else:
+    _Run = RunSection
+    _Model = ModelSection
+    _Head = HeadSection
+    _Loss = LossSection
+    _Ensemble = EnsembleSection
+    _Optimizer = OptimizerSection
+    _Data = DataSection
+    _Evaluation = EvaluationSection
+    _Checkpoint = CheckpointSection
+    _Logging = LoggingSection
+
+
 class RewardModelConfig(ConfigTree):
     """The whole configuration, with one field per section.
 
     Raises `ConfigError` for a key or value that is not valid, and for keys that contradict each other.
     """
 
-    run: RunSection = RunSection()
-    model: ModelSection = ModelSection()
-    head: HeadSection = HeadSection()
-    loss: LossSection = LossSection()
-    ensemble: EnsembleSection = EnsembleSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    data: DataSection = DataSection()
-    evaluation: EvaluationSection = EvaluationSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    logging: LoggingSection = LoggingSection()
+    run: _Run = _Run()
+    model: _Model = _Model()
+    head: _Head = _Head()
+    loss: _Loss = _Loss()
+    ensemble: _Ensemble = _Ensemble()
+    optimizer: _Optimizer = _Optimizer()
+    data: _Data = _Data()
+    evaluation: _Evaluation = _Evaluation()
+    checkpoint: _Checkpoint = _Checkpoint()
+    logging: _Logging = _Logging()
 
     @property
     def seeds(self) -> list[int]:

@@ -16,9 +16,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import StageLost, StalledRun, StepFailed
@@ -54,6 +54,10 @@ class _HeadWork:
     embeddings: list[Payload]
     refreshed: Payload
     rewards: Payload
+
+
+_Job: TypeAlias = tuple[int, Payload, Ticket | _Evaluation | None]
+"""What an actor is to do next: the policy version it needs, that version's weights, and what to generate with it."""
 
 
 class Controller:
@@ -247,17 +251,22 @@ class Controller:
         loaded: int | None = None
         running: set[asyncio.Task[Any]] = set()
         in_flight, at_once = self.config.rollouts.in_flight_updates, self.config.rollouts.concurrent_groups
+
+        def urgent() -> _Job | None:
+            return self._urgent(actor, loaded, bool(running))
+
+        def ended(task: asyncio.Task[None]) -> None:
+            running.discard(task)
+            self._waits.wake(actor.name)
+
         async with asyncio.TaskGroup() as jobs:
             while True:
-                await self._waits.aside(  # not in the line, where one that can take no ticket would bar the others' way
-                    lambda loaded=loaded: len(running) < at_once or self._urgent(actor, loaded, bool(running)),
-                    actor.name,
-                    "one of its groups to end",
+                # While it can take no ticket it stands aside: in the line it would bar the others' way.
+                await self._waits.aside(
+                    lambda: len(running) < at_once or urgent(), actor.name, "one of its groups to end"
                 )
                 version, weights, job = await self._waits.in_line(
-                    lambda loaded=loaded: self._urgent(actor, loaded, bool(running)) or self._ticket(actor),
-                    actor.name,
-                    "a ticket",
+                    lambda: urgent() or self._ticket(actor), actor.name, "a ticket"
                 )
                 alone = isinstance(job, _Evaluation) or (loaded != version and not in_flight)
                 if alone:
@@ -273,7 +282,7 @@ class Controller:
                 elif job is not None:
                     task = jobs.create_task(self._generate(actor, job))
                     running.add(task)
-                    task.add_done_callback(lambda done: (running.discard(done), self._waits.wake(actor.name)))
+                    task.add_done_callback(ended)
 
     async def _bring_back(self, actor: RolloutStage, error: StageLost) -> None:
         """Gives the actor's tickets back to the schedule and waits for its restart; a death on the way counts as one."""
@@ -293,9 +302,7 @@ class Controller:
             except StageLost as again:
                 error = again
 
-    def _urgent(
-        self, actor: RolloutStage, loaded: int | None, running: bool
-    ) -> tuple[int, Payload, _Evaluation | None] | None:
+    def _urgent(self, actor: RolloutStage, loaded: int | None, running: bool) -> _Job | None:
         """(policy version, its weights, what to evaluate if anything): what goes before a ticket, None if nothing does."""
         if self._evaluation_queue and actor is self.stages.rollouts[-1]:
             evaluation = self._evaluation_queue[0]
@@ -305,7 +312,7 @@ class Controller:
             return newest, self._policies[newest], None
         return None
 
-    def _ticket(self, actor: RolloutStage) -> tuple[int, Payload, Ticket] | None:
+    def _ticket(self, actor: RolloutStage) -> _Job | None:
         """(policy version, its weights, what to generate with it), None while there is no ticket, for any actor."""
         admission = self.schedule.admit(actor.name, self._newest_policy, self._now())
         if admission is None:
@@ -405,8 +412,8 @@ class Controller:
             await self._end()
         every = self.config.evaluation.every
         evaluated = self._evaluation_tickets and (self.finished or (every and (step + 1) % every == 0))
-        head = (self.schedule.head_version, self._heads[self.schedule.head_version]) if evaluated else None
-        self._publication = self._spawn(self._publish(step + 1, head))
+        judge = (self.schedule.head_version, self._heads[self.schedule.head_version]) if evaluated else None
+        self._publication = self._spawn(self._publish(step + 1, judge))
         if not self.config.publishes_beside_passes:
             await self._stalls_for_publication()
         self._waits.notify()
@@ -421,6 +428,7 @@ class Controller:
         for group_id in group_ids:
             del self._embedding[group_id]
         embeddings = await self._parts(group_ids, "embeddings")
+        feedback: Sequence[Payload | None] | Payload
         if not self.config.reads_feedback:
             feedback = [None] * len(group_ids)
         elif self.config.feedback.source == "learner":

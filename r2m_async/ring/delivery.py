@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import StageLost
@@ -88,7 +88,7 @@ class Delivery:
             raise StageLost(actor.name, f"the learner could not send {actor.name} its weights: {sent['failed']}")
         if isinstance(received, BaseException):
             raise received
-        return received
+        return cast(T, received)
 
 
 async def _already(value: T) -> T:

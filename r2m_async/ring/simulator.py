@@ -77,7 +77,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         return self._virtual_now
 
 
-class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+class _JumpingSelector(selectors.DefaultSelector):
     def __init__(self, loop: VirtualClockLoop) -> None:
         super().__init__()
         self._loop = loop
@@ -161,7 +161,7 @@ class SimulatedStage:
         if method == "generate":
             ticket = args[0]
             aborted = ticket.group_id in self._aborted
-            report = GroupReport(
+            group_report = GroupReport(
                 group_id=ticket.group_id,
                 attempt=ticket.attempt,
                 oldest_version=self._version,
@@ -169,7 +169,7 @@ class SimulatedStage:
                 num_tokens=1,
                 num_bytes=self._group_bytes,
             )
-            return report, ticket.group_id, None
+            return group_report, ticket.group_id, None
         step = args[0] if args and isinstance(args[0], int) else 0
         if method == "train":
             self._version = step + 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NewType, Protocol, TypeVar, cast
 
@@ -167,7 +167,7 @@ class AnnotatorStage(Stage):
 
     @method(1)
     def score(
-        self, step: int, head: Payload, embeddings: list[Payload], feedback: list[Payload | None] | Payload
+        self, step: int, head: Payload, embeddings: list[Payload], feedback: Sequence[Payload | None] | Payload
     ) -> Call[tuple[StepReport, Payload]]:
         """The rewards of a step's groups by one version of the head."""
 

@@ -82,7 +82,7 @@ class Waits:
         """`with` it, `who` waits for `what` until the block ends. Several waits may have the same names at once."""
         return _Named(self._waits, _Wait(who, what, asyncio.get_running_loop().time()))
 
-    async def until(self, condition: Callable[[], T], who: str, what: str) -> T:
+    async def until(self, condition: Callable[[], T | None], who: str, what: str) -> T:
         """The condition's first value that is not empty."""
         with self.named(who, what):
             while not (value := condition()):
@@ -94,15 +94,17 @@ class Waits:
         with self.named(who, what):
             await self._changed.wait()
 
-    async def in_line(self, condition: Callable[[], T], who: str, what: str) -> T:
+    async def in_line(self, condition: Callable[[], T | None], who: str, what: str) -> T:
         """`until` for one of many that wait for the same: is asked in turn, and at `notify_all` and `wake`."""
         return await self._asked_in(self._line, condition, who, what)
 
-    async def aside(self, condition: Callable[[], T], who: str, what: str) -> T:
+    async def aside(self, condition: Callable[[], T | None], who: str, what: str) -> T:
         """`until` for one of many that wait for what is theirs alone: is asked at `notify_all` and `wake`."""
         return await self._asked_in(self._aside, condition, who, what)
 
-    async def _asked_in(self, waiting: dict[str, asyncio.Event], condition: Callable[[], T], who: str, what: str) -> T:
+    async def _asked_in(
+        self, waiting: dict[str, asyncio.Event], condition: Callable[[], T | None], who: str, what: str
+    ) -> T:
         assert who not in self._line and who not in self._aside, f"{who} waits twice"
         with self.named(who, what):
             waiting[who] = event = asyncio.Event()

@@ -225,8 +225,8 @@ class R2MConfig(ConfigTree):
 
     @property
     def aggregation(self) -> str:
-        """objective.aggregation, or `sequence` with the sequence ratio (Eq. 2) and `token` otherwise."""
-        return self.objective.aggregation or ("sequence" if self.objective.ratio == "sequence" else "token")
+        """objective.aggregation, or `token` with the token ratio and `sequence` otherwise (Eq. 2; GSPO, Eq. 5)."""
+        return self.objective.aggregation or ("token" if self.objective.ratio == "token" else "sequence")
 
     @property
     def feedback_dtype(self) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from r2m_async.config_tree import LARGEST, Options, Section
 
@@ -153,7 +153,8 @@ class ObjectiveSection(Section):
     kl_stop: float | None = Field(None, gt=0)
     """The run ends after a step whose mean KL(policy || reference), in nats per response, exceeds this."""
     aggregation: Literal["sequence", "token"] | None = None
-    """None: `sequence` with the sequence ratio, `token` otherwise."""
+    """`token` gives every token the same weight, `sequence` every response. None: `token` with the token ratio, else
+    `sequence`, as Eq. 2 and GSPO have it."""
     epochs: int = Field(2, gt=0)
     num_minibatches: int = Field(1, gt=0)
     """Optimizer steps per epoch."""
@@ -237,6 +238,12 @@ class EvaluationSection(Section):
     gold: str | None = None
     """`module:attr`, f(prompt_text, response_text, finished) -> float: reported beside the proxy, never trained on. It must be
     finite; under `learner.on_nonfinite: skip` a step or evaluation with a NaN among its golds reports none."""
+
+    @field_validator("gold", mode="before")
+    @classmethod
+    def _moved(cls, value: Any) -> Any:
+        """A config of an earlier version names the function where it was then."""
+        return "r2m_async.from_scratch.language:gold_reward" if value == "r2m_async.language:gold_reward" else value
 
 
 class CheckpointSection(Section):

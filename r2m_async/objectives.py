@@ -235,8 +235,12 @@ def value_loss(
 
 
 def default_aggregation(ratio: str) -> str:
-    """The aggregation that belongs to a ratio: `sequence` for the ratio `sequence` (R2M Eq. 2), `token` otherwise."""
-    return "sequence" if ratio == "sequence" else "token"
+    """The aggregation that belongs to a ratio: `token` for the ratio `token`, else `sequence`.
+
+    A ratio per response weighs every response the same: R2M Eq. 2 (`sequence`) and GSPO (`sequence_mean`, arXiv 2507.18071,
+    Eq. 5) both average over responses.
+    """
+    return "token" if ratio == "token" else "sequence"
 
 
 def loss_denominator(mask: Tensor, aggregation: str) -> int:

@@ -1,11 +1,13 @@
 """The config tree: what it refuses and how it says so, how files and overrides become one, the numbers that follow."""
 
+import inspect
 import math
 from pathlib import Path
 
 import pytest
 import yaml
 
+from r2m_async import config_rules
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.launch.workload import check_queue, worst_group_bytes
@@ -407,3 +409,49 @@ def test_a_tuple_in_a_free_option_is_a_list_as_it_is_in_a_file():
     config = R2MConfig().advantage(options={"betas": (0.1, {"deep": (1, 2)})})
     assert config.advantage.options == {"betas": [0.1, {"deep": [1, 2]}]}
     assert R2MConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_config_of_an_earlier_version_names_the_gold_function_where_it_was():
+    old = R2MConfig(evaluation={"gold": "r2m_async.language:gold_reward"})
+    assert old == R2MConfig(evaluation={"gold": "r2m_async.from_scratch.language:gold_reward"})
+
+
+def test_a_section_of_no_config_says_so_when_it_is_called():
+    with pytest.raises(ConfigError, match="RunSection: this section belongs to no config"):
+        R2MConfig.model_fields["run"].annotation()(num_steps=3)
+
+
+def test_rules_are_broken_together_and_told_together(tmp_path):
+    lines = refusal(
+        learner={"warmup": 500, "num_ranks": 2}, rollouts={"group_size": 1, "tensor_parallel": 2}
+    ).splitlines()
+    assert {line.split(" is ")[0] for line in lines} == {
+        "learner.warmup",
+        "learner.num_ranks",
+        "rollouts.group_size",
+        "rollouts.tensor_parallel",
+    }
+
+
+def test_every_rule_of_the_module_is_asked():
+    rules = {
+        function
+        for name, function in vars(config_rules).items()
+        if inspect.isfunction(function) and function.__module__ == config_rules.__name__
+    }
+    assert set(config_rules.RULES) == rules - {config_rules.broken_rules, config_rules.changed, config_rules.held_out}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.lora.rank=8", ("model", "lora", "rank", 8)),
+        ("advantage.options.eps=1e-6", ("advantage", "options", "eps", 1e-6)),
+        ("rollouts.engine_options.a.b=[1]", ("rollouts", "engine_options", "a", {"b": [1]})),
+    ],
+)
+def test_an_override_reaches_keys_within_keys(tmp_path, override, value):
+    (tmp_path / "config.yaml").write_text("run: {num_steps: 3}\nmodel: {lora: }\nrollouts: {engine: vllm}\n")
+    config = R2MConfig.from_yaml(tmp_path / "config.yaml", [override]).to_dict()
+    section, key, inner, expected = value
+    assert config[section][key][inner] == expected

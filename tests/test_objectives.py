@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.objectives import (
     AGGREGATIONS,
@@ -384,3 +385,20 @@ def test_a_value_loss_over_no_token_is_zero():
     values = torch.ones(2, 3, requires_grad=True)
     fit = value_loss(values, torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
     assert fit.loss.item() == 0 and not torch.autograd.grad(fit.loss, values)[0].any()
+
+
+def test_gspo_averages_over_responses_unless_told_otherwise():
+    """Eq. 5 of arXiv 2507.18071, literally: a long response counts no more than a short one."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[True] * 2 + [False] * 6, [True] * 8])
+    old, new = -torch.rand(2, 8), -torch.rand(2, 8)
+    advantages = torch.tensor([1.0, -0.5])
+    lengths = mask.sum(1)
+    ratios = [math.exp((new - old)[row, : int(lengths[row])].sum() / lengths[row]) for row in range(2)]
+    terms = [
+        min(ratio * float(advantage), min(max(ratio, 0.8), 1.2) * float(advantage))
+        for ratio, advantage in zip(ratios, advantages, strict=True)
+    ]
+    loss = policy_loss(new, old, advantages, mask, ratio="sequence_mean").loss
+    assert loss.item() == pytest.approx(-sum(terms) / 2, rel=1e-5)
+    assert R2MConfig(objective={"ratio": "sequence_mean"}).aggregation == "sequence"

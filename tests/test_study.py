@@ -19,6 +19,7 @@ from scipy import stats
 
 from r2m_async import reference
 from r2m_async.cli import main
+from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.evaluation.plots import best_of_n_figure, plot_best_of_n
 from r2m_async.export import export
@@ -26,7 +27,7 @@ from r2m_async.runs.records import append_records, read_metrics
 from r2m_async.studies.cells import accuracies, area_to_kl, compare_cells, summary
 from r2m_async.studies.intervals import interval, seeds_row, seeds_table
 from r2m_async.studies.reward_models import summary as reward_summary
-from r2m_async.studies.study import read_study, run_study
+from r2m_async.studies.study import _is_there, read_study, run_study
 
 GRID = {
     "variant": {"vanilla": {"head.variant": "vanilla"}, "r2m": {"head.variant": "r2m", "head.lr": 2e-5}},
@@ -126,7 +127,9 @@ def test_a_study_runs_what_is_missing_and_its_runs_are_the_ones_of_their_configs
     export(out / "runs" / "r2m-seed5", tmp_path / "exported")
     assert (tmp_path / "exported" / "policy" / "config.json").exists()
 
-    with pytest.raises(ConfigError, match="vanilla-seed3 is a run of another config; remove it, or name another OUT"):
+    with pytest.raises(
+        ConfigError, match="vanilla-seed3 is a run of another config: run.num_steps was .* and is 3; remove it, or name"
+    ):
         run_study(study_file(grid=grid, set={"run.num_steps": 3}), out)
 
 
@@ -591,3 +594,16 @@ def test_best_of_n_is_drawn_with_the_band_that_is_asked_for(band):
         assert (drawn.min(), drawn.max()) == (low, high)
     many = best_of_n_figure({"kl": [0.0, 1.0], "models": {str(number): curves for number in range(7)}}, band=band)
     assert all(len(axes.lines) == 7 and not axes.collections for axes in many.axes)
+
+
+def test_a_run_is_known_by_the_values_of_its_config_and_not_by_its_text(tmp_path):
+    config = R2MConfig(run={"num_steps": 7})
+    written = config.to_dict()
+    del written["weights"], written["scheduling"]["overage"]  # as a version before these keys wrote it
+    (tmp_path / "config.yaml").write_text("# a comment\n" + yaml.safe_dump(written))
+    assert _is_there(tmp_path, config)
+    with pytest.raises(
+        ConfigError, match=r"another config: run.num_steps was 7 and is 8; head.lr was 1e-06 and is 0.1;"
+    ):
+        _is_there(tmp_path, config.run(num_steps=8).head(lr=0.1))
+    assert not _is_there(tmp_path / "absent", config)

@@ -38,6 +38,7 @@ from r2m_async.errors import ConfigError, DataError
 from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.preferences import load_preference_data
+from r2m_async.runs.resuming import keys_of
 from r2m_async.studies.cells import compare_cells
 from r2m_async.studies.jobs import WorkerProcesses, wait_for
 from r2m_async.studies.reward_models import compare_reward_models, is_measured, train_and_measure
@@ -343,8 +344,12 @@ def _is_there(directory: Path, config: ConfigTree) -> bool:
     written = directory / "config.yaml"
     if not written.is_file():  # nothing is there, or it was killed before its first file
         return False
-    if written.read_text(encoding="utf-8") != config.to_yaml():
-        raise ConfigError(f"{directory} is a run of another config; remove it, or name another OUT")
+    # Values are compared, not text: a key that a later version has added stands at its default in both.
+    old, new = keys_of(type(config).from_yaml(written)), keys_of(config)
+    if changed := [key for key in new if old.get(key) != new[key]]:
+        values = "; ".join(f"{key} was {old.get(key)!r} and is {new[key]!r}" for key in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(f"{directory} is a run of another config: {values}{more}; remove it, or name another OUT")
     return True
 
 

@@ -351,7 +351,7 @@ def _engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any])
     """
     rollouts, cpu = config.rollouts, config.run.device == "cpu" or not torch.cuda.is_available()
     num_tokens = rollouts.max_prompt_tokens + rollouts.max_new_tokens
-    ours = {
+    ours: dict[str, Any] = {
         "model": path,
         "dtype": config.model.dtype,
         "seed": config.run.seed % 2**31,

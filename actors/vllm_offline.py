@@ -39,7 +39,7 @@ class OfflineVLLM:
             leave_transformers_alone()
         self._llm = LLM(
             model=options.path,
-            dtype=options.dtype,  # type: ignore[arg-type]
+            dtype=options.dtype,
             generation_config="vllm",  # leaves the checkpoint's own sampling settings out
             max_model_len=options.context,
             max_num_seqs=num_sequences,

@@ -61,6 +61,9 @@ class Checked:
     An update's `digests` are the learner's, by parameter name. If an update has none at all, nothing is compared.
     """
 
+    model: Any
+    """The model that takes the weights. vLLM's engine, which this is mixed into, sets it."""
+
     def receive_weights(self, update_info: Any) -> None:
         """Receives the weights of one update and hands them to the model.
 

@@ -277,7 +277,8 @@ def _own_part(parameter: nn.Parameter) -> Tensor:
 
 def _chunks(parameters: list[Publication]) -> Iterator[list[Publication]]:
     """Splits parameters into runs of at most GATHERED_BYTES, in their order. A larger parameter is a run by itself."""
-    chunk, size = [], 0
+    chunk: list[Publication] = []
+    size = 0
     for one in parameters:
         num_bytes = sum(getattr(part, "ds_numel", part.numel()) * part.element_size() for part in one.parts)
         if chunk and size + num_bytes > GATHERED_BYTES:

@@ -75,7 +75,7 @@ class HeadLearner:
             metrics = {"head/skipped_updates": 1.0}
         elif self._config.trains_head and embeddings:
             # Empty feedback was dealt with above. So this is None: the head reads no states.
-            feedback = refreshed or [None] * len(embeddings)
+            feedback: Sequence[PolicyFeedback | None] = refreshed or [None] * len(embeddings)
             groups = [
                 HeadGroup(embeddings=one, feedback=states, annotated=rewards)
                 for one, states, rewards in zip(embeddings, feedback, annotated, strict=True)

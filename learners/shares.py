@@ -34,7 +34,8 @@ def shares(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
 
     Returns for each rank the indices of its items, ascending.
     """
-    loads, owned = [0] * num_ranks, [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    owned: list[list[int]] = [[] for _ in range(num_ranks)]
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         rank = loads.index(min(loads))
         loads[rank] += sizes[index]

@@ -139,7 +139,8 @@ _REGISTRY: dict[str, Estimator] = {}
 
 
 def _estimator(name: str, function: Any) -> Estimator:
-    return Estimator(name=name, function=function, **{flag: bool(getattr(function, flag, False)) for flag in FLAGS})
+    flags: dict[str, Any] = {flag: bool(getattr(function, flag, False)) for flag in FLAGS}
+    return Estimator(name=name, function=function, **flags)
 
 
 def _identity(function: Any) -> str:

@@ -175,7 +175,7 @@ class R2M(Algorithm):
         """
         return dict((self.ring.drain() or [{}])[-1])
 
-    def save_to_path(self, path: str | Path | None = None, *, use_msgpack: bool = False) -> str:  # type: ignore[override]
+    def save_to_path(self, path: str | Path | None = None, *, use_msgpack: bool = False) -> str:
         """Writes a checkpoint with RLlib's files and those of the ring, whole or not at all. Returns its directory.
 
         An old checkpoint at `path` is replaced in one step. Without `path` a new temporary directory is used.
@@ -205,7 +205,7 @@ class R2M(Algorithm):
         _check_whole(directory)
         if (directory / RING).is_dir():  # everything is checked before the running ring is stopped
             verified(directory / RING)
-            check_resumable(directory / RING, saved_config(directory / RING), self.config.r2m)
+            check_resumable(directory / RING, saved_config(directory / RING, R2MConfig), self.config.r2m)
         Checkpointable.restore_from_path(self, directory, **how)
         self._stop_ring()
         self._ring = Ring(self.config.r2m, self._workload, resume=directory / RING)

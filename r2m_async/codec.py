@@ -36,7 +36,7 @@ _PREFIX = struct.Struct("<4sIQ")
 _ALIGNMENT = 64
 _TUPLE, _TENSOR, _RECORD = 1, 2, 3
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
-_RECORDS = {name: record for name, record in vars(trajectories).items() if dataclasses.is_dataclass(record)}
+_RECORDS: dict[str, Any] = {name: one for name, one in vars(trajectories).items() if dataclasses.is_dataclass(one)}
 
 if sys.byteorder != "little":
     raise ImportError("r2m_async.codec writes tensors as they lie in memory and needs a little-endian machine")
@@ -54,7 +54,7 @@ def encode(obj: Any) -> memoryview:
 
     header, arrays, start, size = _layout(obj)
     buffer = np.empty(size, np.uint8)
-    view = memoryview(buffer)
+    view = buffer.data
     _PREFIX.pack_into(view, 0, _MAGIC, SCHEMA, len(header))
     view[_PREFIX.size : _PREFIX.size + len(header)] = header
     end = _PREFIX.size + len(header)
@@ -210,8 +210,8 @@ def _tensor(view: memoryview, start: int, dtype: str, shape: list[int], offset: 
     count = math.prod(shape)
     begin, num_bytes = start + offset, count * torch_dtype.itemsize
     if begin + num_bytes > len(view):
-        size = f"{dtype}{shape} of {num_bytes} bytes at {begin}"
-        raise CodecError(f"has a tensor {size} and ends at {len(view)}: cut off")
+        told = f"{dtype}{shape} of {num_bytes} bytes at {begin}"
+        raise CodecError(f"has a tensor {told} and ends at {len(view)}: cut off")
     if count == 0:
         return torch.empty(shape, dtype=torch_dtype)
     with warnings.catch_warnings():

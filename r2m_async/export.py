@@ -78,7 +78,7 @@ def export(source: Path, out: Path) -> Path:
             raise ConfigError(
                 f"{checkpoint}: its {name} has weights that are NaN or infinite; export another checkpoint"
             )
-    config = saved_config(checkpoint)
+    config = saved_config(checkpoint, R2MConfig)
     models, keys = find_models(config), _reward_keys(config)
     try:
         with whole_directory(out) as building:
@@ -143,8 +143,9 @@ class RewardScorer:
         self._policy_tokenizer = AutoTokenizer.from_pretrained(policy)
         self._reward_model = load_reward_model(str(reward), self._config)
         self._reward_tokenizer = AutoTokenizer.from_pretrained(reward)
-        sizes = [_hidden_size(model) if model else 0 for model in (self._reward_model, self._policy)]
-        head = build_head(scoring_head(self._reward_model), *sizes, self._config)
+        models = (self._reward_model, self._policy)
+        rm_hidden_size, policy_hidden_size = (_hidden_size(model) if model else 0 for model in models)
+        head = build_head(scoring_head(self._reward_model), rm_hidden_size, policy_hidden_size, self._config)
         weights = Weights(version=self._step, tensors=load_file(reward / "r2m_head.safetensors"))
         if initial_policy is None:
             load_weights(head, weights)

@@ -190,6 +190,7 @@ def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
                         refreshed += feedback_states(states, config)
                 policy_optimizer.step(config.learning_rate(step), step_place(step, groups))  # 12
                 if critic:  # not in Algorithm 1: PPO trains a critic beside the policy
+                    assert critic_optimizer is not None and values is not None and returns is not None
                     for rows in minibatch:
                         part = trajectories[rows]
                         now, width = response_values(critic, part, packed), response_mask(part).shape[1]

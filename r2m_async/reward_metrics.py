@@ -11,7 +11,7 @@ Shapes: B pairs, K responses to one prompt, N texts, L layers, D hidden size, P 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +72,7 @@ def pairwise_accuracy(chosen: ArrayLike, rejected: ArrayLike) -> float:
     return float(((np.sign(chosen_B - rejected_B) + 1) / 2).mean()) if chosen_B.size else float("nan")
 
 
-def ranking_accuracy(rewards: Sequence[ArrayLike], golds: Sequence[ArrayLike]) -> float:
+def ranking_accuracy(rewards: Iterable[ArrayLike], golds: Iterable[ArrayLike]) -> float:
     """The accuracy over all pairs of responses to the same prompt whose gold rewards differ.
 
     Args:
@@ -90,7 +90,7 @@ def ranking_accuracy(rewards: Sequence[ArrayLike], golds: Sequence[ArrayLike]) -
     return pairwise_accuracy(np.concatenate(chosen), np.concatenate(rejected)) if chosen else float("nan")
 
 
-def kendall_taus(rewards: Sequence[ArrayLike], golds: Sequence[ArrayLike]) -> Array:
+def kendall_taus(rewards: Iterable[ArrayLike], golds: Iterable[ArrayLike]) -> Array:
     """Kendall's tau-b between the rewards and the gold rewards of each prompt (BSR Sec. 3.1).
 
     Args:
@@ -192,7 +192,8 @@ def preference_similarities(states: ArrayLike, is_chosen: ArrayLike) -> tuple[Ar
     first, second = np.triu_indices(len(is_chosen_N), 1)
     same = is_chosen_N[first] == is_chosen_N[second]
     by_layer = [pair_similarities(states_ND) for states_ND in _floats(states)]
-    return tuple(np.array([values[which].mean() for values in by_layer]) for which in (same, ~same))
+    alike, unlike = (np.array([values[which].mean() for values in by_layer]) for which in (same, ~same))
+    return alike, unlike
 
 
 def state_drift(states: ArrayLike, later: ArrayLike) -> StateDrift:
@@ -245,6 +246,6 @@ def _same_shape(chosen: ArrayLike, rejected: ArrayLike) -> tuple[Array, Array]:
     return one, other
 
 
-def _of_prompts(rewards: Sequence[ArrayLike], golds: Sequence[ArrayLike]) -> list[tuple[Array, Array]]:
+def _of_prompts(rewards: Iterable[ArrayLike], golds: Iterable[ArrayLike]) -> list[tuple[Array, Array]]:
     """For each prompt its rewards and gold rewards, [K] each. Raises ValueError if the lengths differ."""
     return [_same_shape(*both) for both in zip(rewards, golds, strict=True)]

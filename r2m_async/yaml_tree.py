@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
         _PREFIX + kind: yaml.SafeLoader.yaml_constructors[_PREFIX + kind]
         for kind in ("null", "bool", "int", "float", "str", "seq", "map")
     } | {None: yaml.SafeLoader.yaml_constructors[None]}
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]  # a class attribute; PyYAML's stubs say the instance's
         first: [(tag, form) for tag, form in resolvers if tag != _PREFIX + "timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -59,11 +59,13 @@ class _Loader(yaml.SafeLoader):
         if self._depth > MAX_DEPTH:
             raise ConstructorError(None, None, f"is nested deeper than {MAX_DEPTH} levels", event.start_mark)
         node = super().compose_node(parent, index)
+        assert node is not None
         self._depth -= 1
         if node not in self._sizes:
             # An alias stands for a node whose size is known, unless that node is not finished: it contains the alias.
             if isinstance(event, yaml.AliasEvent):
-                raise ComposerError(None, None, f"alias *{event.anchor} stands within what it names", event.start_mark)
+                told = f"alias *{event.anchor} stands within what it names"
+                raise ComposerError(None, None, told, event.start_mark)  # type: ignore[arg-type]  # stubs lack C's Mark
             parts = [] if isinstance(node, yaml.ScalarNode) else node.value
             if isinstance(node, yaml.MappingNode):
                 parts = itertools.chain.from_iterable(parts)
@@ -72,7 +74,7 @@ class _Loader(yaml.SafeLoader):
             raise ConstructorError(None, None, f"holds more than {MAX_VALUES} values", event.start_mark)
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # a str or None, which the stubs call a dict
         """Builds a mapping and raises ConstructorError for a key that occurs twice.
 
         The check happens here, before merge keys (`<<`) add further keys: a mapping may override a key that it merges.

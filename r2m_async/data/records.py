@@ -222,7 +222,7 @@ def _rows(item: str, path: Path, split: str) -> Iterator[Mapping[str, Any]]:
     if not path.exists() and (path.suffix in (".jsonl", ".json", ".txt") or item.startswith(("/", ".", "~"))):
         raise DataError(f"data source {item!r}: no such file or directory; correct the path (now in {Path.cwd()})")
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
     except ImportError:
         raise DataError(
             f"data source {item!r}: not a file, and the package `datasets` that would look for a data set of that "

@@ -229,7 +229,7 @@ def _train_reward_model(
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=512,
-            num_labels=1,  # type: ignore[call-arg]
+            num_labels=1,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -318,7 +318,7 @@ def sample_policy(
         for start in range(0, len(prompt_texts), SAMPLING_PROMPTS):
             batch = prompt_texts[start : start + SAMPLING_PROMPTS]
             prompt_ids = torch.tensor(tokenizer(batch)["input_ids"])  # no padding: all prompts have the same length
-            output = policy.generate(  # type: ignore[misc]
+            output = policy.generate(
                 prompt_ids,
                 attention_mask=torch.ones_like(prompt_ids),
                 do_sample=True,

@@ -196,7 +196,8 @@ def proximal_pass(
     `feedback.dtype` per trajectory. All are on the CPU.
     """
     width = response_mask(trajectories).shape[1]
-    rows, kept = [], []
+    rows: list[Tensor] = []
+    kept: list[Tensor] = []
     packed = config.learner.packing
     for part in microbatches(trajectories, config.learner.tokens_per_microbatch, packed):
         logprobs_BT, states = logprobs_and_states(model, trajectories[part], config.rollouts.temperature, packed)

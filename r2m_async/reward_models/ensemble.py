@@ -33,9 +33,9 @@ class RewardEnsemble:
         run = Path(source)
         if (run / "config.yaml").is_file():
             self.config = RewardModelConfig.from_yaml(run / "config.yaml")
-            directories = [seed_directory(run, seed) / "model" for seed in self.config.seeds]
+            directories: list[str | Path] = [seed_directory(run, seed) / "model" for seed in self.config.seeds]
             for directory in directories:
-                if not directory.is_dir():
+                if not Path(directory).is_dir():
                     raise ConfigError(f"{directory}: is not there yet; finish with `r2m reward-model resume {run}`")
         else:
             self.config, directories = RewardModelConfig(), [source]

@@ -128,9 +128,11 @@ def given_pairs(source: str, config: RewardModelConfig, split: str | None = None
 
     Raises `DataError` as `load_preference_data` does.
     """
-    read = {"preferences": source, "split": split or config.data.split, "eval": None, "eval_split": None}
     # `bt` reads no margins, so pairs without scores can be measured, too.
-    data = load_preference_data(config.loss(preference="bt").data(**read, held_out=0.0, label_noise=0.0))
+    by_bt, split = config.loss(preference="bt"), split or config.data.split
+    data = load_preference_data(
+        by_bt.data(preferences=source, split=split, eval=None, eval_split=None, held_out=0.0, label_noise=0.0)
+    )
     return data.held_out if source in EMBEDDED else data.training
 
 

@@ -186,10 +186,10 @@ class RewardTrainer:
                 # Copied into the parameter itself, since the optimizer holds this very object.
                 parameter.copy_(file.get_tensor(f"parameter/{name}"))
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in names]
-                saved = {key: file.get_tensor(f"{key}/{name}") for key in keys}
+                state = {key: file.get_tensor(f"{key}/{name}") for key in keys}
                 # AdamW keeps `step` on the CPU, and the moments beside their parameter.
-                moments = {key: value.to(parameter.device) for key, value in saved.items() if key != "step"}
-                self._optimizer.state[parameter] = {"step": saved["step"], **moments} if saved else {}
+                moments = {key: value.to(parameter.device) for key, value in state.items() if key != "step"}
+                self._optimizer.state[parameter] = {"step": state["step"], **moments} if state else {}
         self.steps_done = int(record["step"])
 
     def _tokenized(self, pairs: Sequence[Any]) -> list[TokenizedPair]:
@@ -276,7 +276,9 @@ class RewardTrainer:
         """
         references = torch.zeros(2, len(self.pairs))
         for part in self._microbatches(range(len(self.pairs)))[rank() :: num_ranks()]:
-            references[:, part] = self._forward(part, with_logprobs=True)[1].cpu()
+            _, logprobs = self._forward(part, with_logprobs=True)
+            assert logprobs is not None
+            references[:, part] = logprobs.cpu()
         # Each rank fills its own columns and leaves 0 in the others, so the sum is the whole.
         return summed(references)
 

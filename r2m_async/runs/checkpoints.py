@@ -130,7 +130,7 @@ def read_checkpoint(directory: str | Path, config: R2MConfig) -> dict[str, bytes
     for name, part in parts.items():
         # Only to see that it can be decoded, before anything is started. Decoding makes no copy of the tensors.
         decoded(directory / name, part)
-    check_resumable(directory, saved_config(directory), config)
+    check_resumable(directory, saved_config(directory, R2MConfig), config)
     return {name.removesuffix(".msgpack"): part for name, part in parts.items()}
 
 
@@ -162,7 +162,7 @@ def kept_versions(saved: Mapping[str, bytes], prefix: str, stages: Stages) -> di
     return {int(name.removeprefix(prefix)): stages.from_bytes(saved[name]) for name in names}
 
 
-def saved_config(directory: Path, kind: type[C] = R2MConfig) -> C:
+def saved_config(directory: Path, kind: type[C]) -> C:
     """Returns the config of the run that saved a checkpoint. Verify the checkpoint first.
 
     kind: the class of the config. Raises ConfigError if this version of r2m-async does not know the config.

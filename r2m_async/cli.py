@@ -341,14 +341,9 @@ def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
 
 def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     """Models that are not on this machine are named, not downloaded: the rest is checked without them."""
-    from r2m_async.advantages import check_options, get_advantage
-    from r2m_async.launch.workload import check_engine, check_estimator, check_functions, check_queue, worst_group_bytes
+    from r2m_async.launch.workload import check_code, check_queue, worst_group_bytes
 
-    estimator = get_advantage(config.advantage.name)
-    check_options(estimator, config.advantage.options)
-    check_estimator(estimator, config)
-    check_functions(config)
-    check_engine(config)
+    estimator = check_code(config)
     responses = config.rollouts.prompts_per_step * config.rollouts.group_size
     print(config.to_yaml(), end="")
     print(f"# step: {responses} responses, {config.objective.epochs * config.objective.num_minibatches} policy updates")

@@ -65,11 +65,7 @@ def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | No
     """
     from transformers import AutoTokenizer
 
-    estimator = get_advantage(config.advantage.name)
-    check_options(estimator, config.advantage.options)
-    check_estimator(estimator, config)
-    check_functions(config)
-    check_engine(config)
+    estimator = check_code(config)
     models = find_models(config, on_progress)
     reference = config.model.reference or models.policy
     _hidden_size("model.reference", reference)
@@ -90,6 +86,19 @@ def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | No
         skipped=skipped,
         estimator=estimator,
     )
+
+
+def check_code(config: R2MConfig) -> Estimator:
+    """Finds the estimator, the functions and the engine that a config names, and holds them against it; the estimator.
+
+    `r2m check` and `r2m train` both begin with it. Raises ConfigError for what is missing or contradicts the config.
+    """
+    estimator = get_advantage(config.advantage.name)
+    check_options(estimator, config.advantage.options)
+    check_estimator(estimator, config)
+    check_functions(config)
+    check_engine(config)
+    return estimator
 
 
 def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] | None = None) -> Models:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,14 @@ class R2M(Algorithm):
     def get_checkpointable_components(self) -> list[tuple[str, Any]]:
         """No components: RLlib would look for an EnvRunnerGroup and a LearnerGroup."""
         return []
+
+    def get_weights(self, policies: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        """The learners' present weights, tensors by name, under `policy` and `head`; starts the ring if need be.
+
+        policies: `policy`, `head` or both (the default). Raises KeyError for another name.
+        """
+        weights = {"policy": self.ring.policy_weights, "head": self.ring.head_weights}
+        return {name: weights[name]().tensors for name in policies or weights}
 
     def get_ctor_args_and_kwargs(self) -> tuple[tuple, dict[str, Any]]:
         """The arguments with which `from_checkpoint` builds the algorithm again."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ray import cloudpickle, tune
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
@@ -77,7 +78,11 @@ def test_a_run_trains_reports_saves_and_goes_on_from_its_checkpoint_bit_for_bit(
     try:
         assert isinstance(algo, Algorithm)
         results = [algo.train(), algo.train()]
+        weights = algo.get_weights()
         checkpoint = algo.save_to_path(tmp_path / "after-2")
+        saved = decode(Path(checkpoint, "ring", "policy_learner.msgpack").read_bytes())["weights"].tensors
+        assert weights["policy"].keys() == saved.keys() and algo.get_weights(["head"]).keys() == {"head"}
+        assert all(torch.equal(weights["policy"][name], tensor) for name, tensor in saved.items())
         results += [algo.train(), algo.train()]
         with pytest.raises(RuntimeError, match="ended at step 4"):
             algo.train()

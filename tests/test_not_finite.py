@@ -8,8 +8,8 @@ import re
 
 import pytest
 import torch
+from groups import groups_of
 from safetensors.torch import load_file, save_file
-from test_packing import groups_of
 from transformers import AutoTokenizer
 
 from actors.reward_annotator import RewardAnnotator

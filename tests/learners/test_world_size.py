@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rings import SHARDED
 from test_deepspeed_learner import (
     OUTER_STAGES,
-    SHARDED,
     Outcome,
     Ranks,
     assert_close,

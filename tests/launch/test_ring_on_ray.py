@@ -5,53 +5,13 @@ import os
 import signal
 
 import pytest
-import torch
+from rings import assert_same_bits, record_groups
 
 from r2m_async import reference
 from r2m_async.errors import StageLost
 from r2m_async.launch.ring import Ring
 
 pytestmark = [pytest.mark.ring, pytest.mark.usefixtures("ray_session")]
-
-
-def weights_of(ring):
-    """(policy, head) weights as they are now."""
-
-    return ring.policy_weights(), ring.learner_states()["head"]["weights"]
-
-
-def record_groups(ring):
-    """Listens to the learner's batches and the annotator's rewards, decoded, by step."""
-    from r2m_async.codec import decode
-
-    stages, seen = ring.controller.stages, {"tokens": {}, "rewards": {}}
-    proximal, score = stages.policy.carrier.call, stages.annotators[0].carrier.call
-
-    async def listen_policy(method, *args):
-        if method.name == "proximal":
-            groups = [decode(await stages.to_bytes(payload)) for payload in args[1]]
-            seen["tokens"][args[0]] = [t.token_ids.tolist() for group in groups for t in group.trajectories]
-        return await proximal(method, *args)
-
-    async def listen_annotator(method, *args):
-        result = await score(method, *args)
-        if method.name == "score":
-            rewards = decode(await stages.to_bytes(result[1]))
-            seen["rewards"][args[0]] = [reward for group in rewards for reward in group.rewards.tolist()]
-        return result
-
-    stages.policy.carrier.call, stages.annotators[0].carrier.call = listen_policy, listen_annotator
-    return seen
-
-
-def assert_same_bits(ring, expected, seen=None):
-    policy, head = weights_of(ring)
-    for ours, theirs in ((policy, expected.policy), (head, expected.head)):
-        for name, tensor in theirs.tensors.items():
-            assert torch.equal(ours.tensors[name], tensor), name
-    if seen is not None:
-        assert list(seen["tokens"].values()) == expected.tokens
-        assert list(seen["rewards"].values()) == expected.rewards
 
 
 def kill_one_rollout_actor(ring):

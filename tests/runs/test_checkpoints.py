@@ -28,7 +28,7 @@ from r2m_async.runs.checkpoints import (
 )
 from r2m_async.runs.resuming import MAY_CHANGE, check_resumable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

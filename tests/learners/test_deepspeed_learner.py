@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from rings import SHARDED
 
 from learners import deepspeed_backend
 from learners.critic import Critic
@@ -30,8 +31,6 @@ STAGES = [0, 1, 2, 3]
 OUTER_STAGES = [0, *(pytest.param(stage, marks=pytest.mark.cross) for stage in (1, 2)), 3]
 """For what makes no difference between stages 1 and 2 and the two beside them, which `make test` has everywhere."""
 PROMPT_LEN = 5
-SHARDED = {"stage3_param_persistence_threshold": 0}
-"""Else stage 3 leaves parameters as small as a test's whole on every rank."""
 NUM_STEPS = 10
 
 

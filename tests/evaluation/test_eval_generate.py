@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED_DATA, WORDS, save_tiny_model
+from tiny import SHARED_DATA, WORDS, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from r2m_async.cli import main

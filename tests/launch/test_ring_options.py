@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_packing import SIZES, groups_of, learned
+from groups import SIZES, groups_of, learned
 from transformers import AutoTokenizer
 
 from actors.reward_annotator import RewardAnnotator

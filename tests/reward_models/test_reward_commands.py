@@ -18,7 +18,7 @@ from r2m_async.models.reward import load_classifier
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.runs.records import read_metrics
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "reward_model").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "reward_model").glob("*.yaml"))
 
 
 def records_of(path):

@@ -9,7 +9,7 @@ import types
 import psutil
 import pytest
 import torch
-from conftest import WORDS, save_tiny_model
+from tiny import WORDS, save_tiny_model
 
 from learners.weight_sender import WeightSender
 from r2m_async.codec import decode, encode

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_packing import groups_of
+from groups import groups_of
 
 from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend

@@ -5,12 +5,11 @@ In one process with the torch backend against the reference, and as they are shi
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, save_tiny_model
-from test_deepspeed_learner import SHARDED
+from rings import CONFIGS, SHARDED, reduced
+from tiny import WORDS, save_tiny_model
 
 from r2m_async import reference
 from r2m_async.config import R2MConfig
@@ -18,7 +17,6 @@ from r2m_async.launch.ring import Ring
 
 pytestmark = pytest.mark.models
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PRESETS = {  # (policy, reward model): the architectures of the paper's models
     "dialogue_qwen2.5_3b": ("qwen2", "llama"),
     "dialogue_llama3_8b": ("llama", "llama"),
@@ -38,14 +36,6 @@ def turns_file(tmp_path_factory) -> str:
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     return str(path)
-
-
-def reduced(path: Path, policy: str, reward_model: str, prompts: str, num_steps: int) -> R2MConfig:
-    """The file's config with other models, other data and fewer, shorter responses; all else is the file's."""
-    config = R2MConfig.from_yaml(path)
-    config = config.run(num_steps=num_steps, device="cpu").model(policy=policy).reward(model=reward_model)
-    config = config.data(prompts=prompts).evaluation(every=None, gold=None).head(width=min(config.head.width, 16))
-    return config.rollouts(prompts_per_step=2, num_actors=1, max_prompt_tokens=8, max_new_tokens=6)
 
 
 def without_engines(config: R2MConfig) -> R2MConfig:

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_DATA
+from tiny import SHARED_DATA
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from r2m_async.cli import main

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import WORDS, save_tiny_model
-from test_packing import groups_of, trajectories, trajectory
-from test_presets import CONFIGS, reduced
+from groups import groups_of, trajectories, trajectory
+from rings import CONFIGS, reduced
+from tiny import WORDS, save_tiny_model
 
 from learners.critic import Critic
 from learners.policy_learner import PolicyLearner

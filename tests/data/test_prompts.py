@@ -13,7 +13,7 @@ from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.trajectories import Prompt
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
 TEMPLATE = (
     "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -26,7 +26,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, left_of, save_tiny_model, word_of
+from processes import left_of, word_of
+from tiny import WORDS, save_tiny_model
 
 import actors.state_slab
 from actors.state_slab import UNWRITTEN, SlabShape, StateSlab, create_slab_file
@@ -38,7 +39,7 @@ from r2m_async.models.policy import group_feedback, token_logprobs
 from r2m_async.models.weights import named_weights
 from r2m_async.trajectories import Prompt, Ticket
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 64
 """Two heads of 32, the least that vLLM's attention on a CPU has."""
 BLOCK = 32

@@ -16,7 +16,7 @@ from r2m_async.runs.records import read_metrics
 
 pytestmark = pytest.mark.models
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import left_of, word_of
+from processes import left_of, word_of
 
 from r2m_async.studies.jobs import WorkerProcesses, failures, wait_for
 

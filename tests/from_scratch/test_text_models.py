@@ -12,7 +12,7 @@ from r2m_async.from_scratch.cache import cached_directory
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.from_scratch.text_models import TextPolicySettings, TextRewardSettings, text_policy, text_reward_model
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
 ANIMALS = ("fox", "owl", "hen", "cat", "dog", "rat", "bee", "ant")
 SMALL_POLICY = TextPolicySettings(vocabulary=320, width=32, layers=1, steps=150, batch_size=4, lr=1e-2)
 SMALL_REWARD = TextRewardSettings(

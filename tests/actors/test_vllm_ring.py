@@ -16,8 +16,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import WORDS, left_of, save_tiny_model, word_of
-from test_ring_on_ray import assert_same_bits, record_groups
+from processes import left_of, word_of
+from rings import assert_same_bits, record_groups
+from tiny import WORDS, save_tiny_model
 
 from r2m_async import reference
 from r2m_async.config import R2MConfig
@@ -25,7 +26,7 @@ from r2m_async.errors import ConfigError, StageLost, WeightMismatch
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import resolve
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart_vllm.yaml"
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart_vllm.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import left_of, word_of
+from processes import left_of, word_of
 from scipy import stats
 
 from r2m_async import reference
@@ -62,7 +62,7 @@ def test_a_study_is_every_choice_of_labels_with_every_seed(study_file):
 
 
 def test_the_studies_that_ship_can_be_read():
-    files = sorted((Path(__file__).resolve().parents[1] / "configs" / "studies").glob("*.yaml"))
+    files = sorted((Path(__file__).resolve().parents[2] / "configs" / "studies").glob("*.yaml"))
     assert files and all(any(read_study(path, Path())[1:]) for path in files)
 
 

@@ -15,11 +15,10 @@ import sys
 from collections import Counter
 
 import pytest
-
-pytest.register_assert_rewrite("groups", "processes", "rings", "tiny")  # before the imports below
-
 from forked_workers import forked_workers
 from tiny import WORDS, save_tiny_model
+
+pytest.register_assert_rewrite("groups", "processes", "rings")  # helpers with assertions, which test files import
 
 PERTURBED = Path(__file__).parent / "perturbed"
 

@@ -51,7 +51,16 @@ from r2m_async.models.policy_objective import (
 from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
 from r2m_async.models.weights import MasterWeights, named_weights
 from r2m_async.objectives import value_loss
-from r2m_async.trajectories import HeadGroup, PolicyFeedback, ScoredGroup, Weights
+from r2m_async.trajectories import (
+    GroupRewards,
+    HeadGroup,
+    PolicyFeedback,
+    RewardEmbeddings,
+    ScoredGroup,
+    Trajectory,
+    TrajectoryGroup,
+    Weights,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,151 +92,210 @@ def train(config: R2MConfig, workload: Workload | None = None, engine: Any = Non
     if config.model.lora:
         raise ConfigError("model.lora is set: Algorithm 1 trains the policy's weights; leave it out")
     with one_thread():
-        return _train(config, workload or resolve(config), engine)
+        algorithm = _Algorithm1(config, workload or resolve(config), engine)
+        for step in range(config.run.num_steps):  # 1
+            algorithm.step(step)
+        return algorithm.result()
 
 
-def _train(config: R2MConfig, workload: Workload, engine: Any) -> ReferenceRun:
-    """The body of `train`. `policies[v]` and `heads[v]` are version v: the models after v steps."""
-    policy = load_policy(workload.policy, config)
-    reference = load_policy(workload.reference, config)
-    reward_model = load_reward_model(workload.reward_model, config)
-    head = build_head(scoring_head(reward_model), workload.reward_hidden_size, workload.policy_hidden_size, config).to(
-        policy.device
-    )
-    policy_tokenizer = AutoTokenizer.from_pretrained(workload.policy)
-    reward_tokenizer = AutoTokenizer.from_pretrained(workload.reward_model)
-    tickets, estimator = TicketOffice(config, workload), workload.estimator
-    policy_optimizer = _Optimizer(policy, config)
-    critic = load_critic(workload.critic, config) if workload.critic else None
-    critic_optimizer = _Optimizer(critic, config) if critic else None
-    head_optimizer = torch.optim.AdamW(head.parameters(), lr=config.head.lr, weight_decay=0.0)
-    rollouts, objective, scheduling = config.rollouts, config.objective, config.scheduling
-    packed = config.learner.packing
-    held = HeldHead(head, config)
-    held.start()
-    policies, heads = [copy.deepcopy(policy)], [copy.deepcopy(head)]
-    all_tokens, all_rewards = [], []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What sampling and scoring found out for one step, for the learners."""
 
-    for step in range(config.run.num_steps):  # 1
-        sampler = policies[max(0, step - scheduling.max_policy_age)]  # 3
-        scorer = heads[max(0, step - scheduling.max_head_age)]
-        version = max(0, step - scheduling.max_policy_age)
-        first = step * rollouts.prompts_per_step
-        due = [tickets.group(group_id, step) for group_id in range(first, first + rollouts.prompts_per_step)]
-        feedback: list[PolicyFeedback | None] = [None] * len(due)
-        if engine is None:
-            # One group at a time, as in an exact ring: the number of groups in a batch changes the rounding.
-            groups = [  # 2, 5
-                sample_groups(
-                    sampler,
-                    policy_tokenizer,
-                    [ticket],
-                    num_responses=rollouts.group_size,
-                    temperature=rollouts.temperature,
-                    max_new_tokens=rollouts.max_new_tokens,
-                    greedy_twin=estimator.needs_greedy,
-                    version=version,
-                )[0]
-                for ticket in due
-            ]
-            if config.wants_rollout_states:  # 6
-                feedback = [group_feedback(sampler, group, config, version) for group in groups]
-        else:
-            engine.load(named_weights(sampler, version, probe=config.probes_weights))
-            sampled = [engine.generate(ticket) for ticket in due]
-            groups, feedback = [group for group, _ in sampled], [states for _, states in sampled]
+    number: int
+    groups: list[TrajectoryGroup]
+    trajectories: list[Trajectory]
+    """Those of all groups, in their order."""
+    old: Tensor
+    """[B, T] log-probabilities under pi_old, the policy at the start of the step."""
+    embeddings: list[RewardEmbeddings]
+    rewards: list[GroupRewards]
+
+    @property
+    def scored(self) -> list[ScoredGroup]:
+        return [ScoredGroup(group=g, rewards=r) for g, r in zip(self.groups, self.rewards, strict=True)]
+
+    @property
+    def place(self) -> str:
+        return step_place(self.number, self.groups)
+
+
+class _Algorithm1:
+    """The state of a run. `policies[v]` and `heads[v]` are version v: the models after v steps."""
+
+    def __init__(self, config: R2MConfig, workload: Workload, engine: Any) -> None:
+        self._config, self._engine, self._estimator = config, engine, workload.estimator
+        self._policy = load_policy(workload.policy, config)
+        self._reference = load_policy(workload.reference, config)
+        self._reward_model = load_reward_model(workload.reward_model, config)
+        self._head = build_head(
+            scoring_head(self._reward_model), workload.reward_hidden_size, workload.policy_hidden_size, config
+        ).to(self._policy.device)
+        self._policy_tokenizer = AutoTokenizer.from_pretrained(workload.policy)
+        self._reward_tokenizer = AutoTokenizer.from_pretrained(workload.reward_model)
+        self._tickets = TicketOffice(config, workload)
+        self._policy_optimizer = _Optimizer(self._policy, config)
+        self._critic = load_critic(workload.critic, config) if workload.critic else None
+        self._critic_optimizer = _Optimizer(self._critic, config) if self._critic else None
+        self._head_optimizer = torch.optim.AdamW(self._head.parameters(), lr=config.head.lr, weight_decay=0.0)
+        self._held = HeldHead(self._head, config)
+        self._held.start()
+        self._policies, self._heads = [copy.deepcopy(self._policy)], [copy.deepcopy(self._head)]
+        self._tokens: list[list[list[int]]] = []
+        self._rewards: list[list[float]] = []
+
+    def step(self, number: int) -> None:
+        """One pass through the loop of Algorithm 1."""
+        groups, feedback = self._sample(number)
+        step = self._score(number, groups, feedback)
+        refreshed = self._improve_policy(step)
+        if self._config.trains_head and refreshed is not None:
+            self._improve_head(step, refreshed)
+        self._policies.append(copy.deepcopy(self._policy))
+        self._heads.append(copy.deepcopy(self._held.scoring))
+        self._tokens.append([trajectory.token_ids.tolist() for trajectory in step.trajectories])
+        self._rewards.append([reward for one in step.rewards for reward in one.rewards.tolist()])
+
+    def result(self) -> ReferenceRun:
+        """The weights as they are now, and all tokens and rewards."""
+        version, critic = len(self._rewards), self._critic
+        return ReferenceRun(
+            policy=named_weights(self._policy, version),
+            head=named_weights(self._held.scoring, version),
+            critic=named_weights(critic, version) if critic else None,
+            tokens=self._tokens,
+            rewards=self._rewards,
+        )
+
+    def _sample(self, number: int) -> tuple[list[TrajectoryGroup], list[PolicyFeedback | None]]:
+        """Lines 2 to 6: the groups that are due, and the hidden states of the policy that sampled them."""
+        config, rollouts = self._config, self._config.rollouts
+        version = max(0, number - config.scheduling.max_policy_age)  # 3
+        sampler = self._policies[version]
+        first = number * rollouts.prompts_per_step
+        due = [self._tickets.group(group_id, number) for group_id in range(first, first + rollouts.prompts_per_step)]
+        if self._engine is not None:
+            self._engine.load(named_weights(sampler, version, probe=config.probes_weights))
+            sampled = [self._engine.generate(ticket) for ticket in due]
+            return [group for group, _ in sampled], [states for _, states in sampled]
+        # One group at a time, as in an exact ring: the number of groups in a batch changes the rounding.
+        groups = [  # 2, 5
+            sample_groups(
+                sampler,
+                self._policy_tokenizer,
+                [ticket],
+                num_responses=rollouts.group_size,
+                temperature=rollouts.temperature,
+                max_new_tokens=rollouts.max_new_tokens,
+                greedy_twin=self._estimator.needs_greedy,
+                version=version,
+            )[0]
+            for ticket in due
+        ]
+        if not config.wants_rollout_states:
+            return groups, [None] * len(due)
+        return groups, [group_feedback(sampler, group, config, version) for group in groups]  # 6
+
+    def _score(self, number: int, groups: list[TrajectoryGroup], feedback: list[PolicyFeedback | None]) -> _Step:
+        """Line 8: the rewards, by the head of this step. pi_old is the present policy; the sampler may be older."""
+        config, size = self._config, self._config.rollouts.group_size
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-        # pi_old is the present policy. The sampler may be older, with a staleness bound above 0.
-        old, states = proximal_pass(policy, trajectories, config)
+        old, states = proximal_pass(self._policy, trajectories, config)
         if config.reads_feedback and config.feedback.source == "learner":
-            size = rollouts.group_size
             feedback = [
-                proximal_feedback(policy, group, states[index * size : (index + 1) * size], config, step)
+                proximal_feedback(self._policy, group, states[index * size : (index + 1) * size], config, number)
                 for index, group in enumerate(groups)
             ]
-
-        embeddings = [embed_group(reward_model, reward_tokenizer, group, config) for group in groups]
-        rewards = [  # 8
-            score_group(scorer, embedding, one, step, max(0, step - scheduling.max_head_age), config)
+        embeddings = [embed_group(self._reward_model, self._reward_tokenizer, group, config) for group in groups]
+        version = max(0, number - config.scheduling.max_head_age)
+        rewards = [
+            score_group(self._heads[version], embedding, one, number, version, config)
             for embedding, one in zip(embeddings, feedback, strict=True)
         ]
-        scored = [ScoredGroup(group=g, rewards=r) for g, r in zip(groups, rewards, strict=True)]
-        mask, behaviour = response_mask(trajectories), behaviour_logprobs(trajectories)
-        ref = token_logprobs(reference, trajectories, config)
-        values = proximal_values(critic, trajectories, config) if critic else None
-        left_out = False
+        return _Step(
+            number=number, groups=groups, trajectories=trajectories, old=old, embeddings=embeddings, rewards=rewards
+        )
+
+    def _improve_policy(self, step: _Step) -> list[Tensor] | None:
+        """Lines 9 to 13: the policy's updates. Returns the refreshed states, or None for a step that is left out."""
+        config, objective, packed = self._config, self._config.objective, self._config.learner.packing
+        trajectories, scored = step.trajectories, step.scored
+        ref = token_logprobs(self._reference, trajectories, config)
+        values = proximal_values(self._critic, trajectories, config) if self._critic else None
         try:
-            advantages, returns = step_advantages(estimator, scored, old, ref, config, values)  # 9
+            advantages, returns = step_advantages(self._estimator, scored, step.old, ref, config, values)  # 9
         except NonFiniteStep:
             if config.learner.on_nonfinite == "stop":
                 raise
             # The step trains nothing, but it still counts as a version of policy and head.
-            left_out = True
-
+            return None
+        mask, behaviour = response_mask(trajectories), behaviour_logprobs(trajectories)
         refreshed: list[Tensor] = []
-        for epoch in range(0 if left_out else objective.epochs):  # 11
+        for epoch in range(objective.epochs):  # 11
             for start, stop in minibatch_bounds(scored, objective.num_minibatches):
                 denominator, responses = denominators(mask[start:stop], config)
                 parts = microbatches(trajectories[start:stop], config.learner.tokens_per_microbatch, packed)
                 minibatch = [slice(start + part.start, start + part.stop) for part in parts]
                 for rows in minibatch:
-                    logprobs, states = logprobs_and_states(policy, trajectories[rows], rollouts.temperature, packed)
+                    logprobs, states = logprobs_and_states(
+                        self._policy, trajectories[rows], config.rollouts.temperature, packed
+                    )
                     loss, _, _ = microbatch_loss(
                         logprobs,
                         behaviour[rows],
-                        old[rows],
+                        step.old[rows],
                         ref[rows],
                         advantages[rows],
                         response_mask(trajectories[rows]),
                         denominator,
                         responses,
-                        estimator,
+                        self._estimator,
                         config,
                     )
                     loss.backward()
                     # The states of the last epoch's forward passes are the refreshed feedback.
                     if epoch == objective.epochs - 1:  # 13
                         refreshed += feedback_states(states, config)
-                policy_optimizer.step(config.learning_rate(step), step_place(step, groups))  # 12
-                if critic:  # not in Algorithm 1: PPO trains a critic beside the policy
-                    assert critic_optimizer is not None and values is not None and returns is not None
-                    for rows in minibatch:
-                        part = trajectories[rows]
-                        now, width = response_values(critic, part, packed), response_mask(part).shape[1]
-                        before, target = values[rows, :width], returns[rows, :width]
-                        num_tokens = int(mask[start:stop].sum())
-                        value_loss(
-                            now, before, target, response_mask(part), clip=config.critic.clip, denominator=num_tokens
-                        ).loss.backward()
-                    critic_optimizer.step(config.learning_rate(step, config.critic.lr), step_place(step, groups))
+                self._policy_optimizer.step(config.learning_rate(step.number), step.place)  # 12
+                if self._critic:
+                    assert values is not None and returns is not None
+                    self._improve_critic(step, minibatch, values, returns, int(mask[start:stop].sum()))
+        return refreshed
 
-        if config.trains_head and not left_out:
-            head_groups = []
-            for index, embedding in enumerate(embeddings):
-                own = tuple(refreshed[index * rollouts.group_size : (index + 1) * rollouts.group_size])
-                states_now = PolicyFeedback(
-                    group_id=embedding.group_id, hidden_states=own, greedy=None, policy_version=step
-                )
-                group = HeadGroup(  # 16
-                    embeddings=embedding,
-                    feedback=states_now if config.reads_feedback else None,
-                    annotated=rewards[index],
-                )
-                head_groups.append(group)
-            improve_head(head, head_optimizer, held, head_groups, step, config)  # 17-20
+    def _improve_critic(
+        self, step: _Step, minibatch: list[slice], values: Tensor, returns: Tensor, num_tokens: int
+    ) -> None:
+        """Not in Algorithm 1: PPO trains a critic beside the policy, on the same minibatch."""
+        config = self._config
+        assert self._critic_optimizer is not None
+        for rows in minibatch:
+            part = step.trajectories[rows]
+            now = response_values(self._critic, part, config.learner.packing)
+            width = response_mask(part).shape[1]
+            before, target = values[rows, :width], returns[rows, :width]
+            value_loss(
+                now, before, target, response_mask(part), clip=config.critic.clip, denominator=num_tokens
+            ).loss.backward()
+        self._critic_optimizer.step(config.learning_rate(step.number, config.critic.lr), step.place)
 
-        policies.append(copy.deepcopy(policy))
-        heads.append(copy.deepcopy(held.scoring))
-        all_tokens.append([trajectory.token_ids.tolist() for trajectory in trajectories])
-        all_rewards.append([reward for one in rewards for reward in one.rewards.tolist()])
-
-    return ReferenceRun(
-        policy=named_weights(policy, config.run.num_steps),
-        head=named_weights(held.scoring, config.run.num_steps),
-        critic=named_weights(critic, config.run.num_steps) if critic else None,
-        tokens=all_tokens,
-        rewards=all_rewards,
-    )
+    def _improve_head(self, step: _Step, refreshed: list[Tensor]) -> None:
+        """Lines 16 to 20: the head's update on the refreshed states."""
+        config, size = self._config, self._config.rollouts.group_size
+        head_groups = []
+        for index, embedding in enumerate(step.embeddings):
+            states_now = PolicyFeedback(
+                group_id=embedding.group_id,
+                hidden_states=tuple(refreshed[index * size : (index + 1) * size]),
+                greedy=None,
+                policy_version=step.number,
+            )
+            group = HeadGroup(  # 16
+                embeddings=embedding,
+                feedback=states_now if config.reads_feedback else None,
+                annotated=step.rewards[index],
+            )
+            head_groups.append(group)
+        improve_head(self._head, self._head_optimizer, self._held, head_groups, step.number, config)  # 17-20
 
 
 class _Optimizer:

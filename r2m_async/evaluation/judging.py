@@ -154,7 +154,7 @@ def judge(
     ours = read_outputs(outputs, prompts)
     if not ours.texts:
         raise DataError(f"{outputs}: no answer; give another file")
-    scorer = _Scorer(judge, max_tokens)
+    scorer = _Judge(judge, max_tokens)
     rewards = scorer.rewards(ours.texts)
     results: dict[str, Any] = {
         "judge": judge,
@@ -195,7 +195,7 @@ def judge(
     return results, records, compared
 
 
-class _Scorer:
+class _Judge:
     """The judge: a reward model, or a function of the user's own."""
 
     def __init__(self, judge: str, max_tokens: int | None) -> None:

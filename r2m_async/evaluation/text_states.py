@@ -19,6 +19,7 @@ from torch import Tensor
 
 from r2m_async import reward_metrics
 from r2m_async.data.records import Content
+from r2m_async.models.batches import by_length, right_padded
 from r2m_async.reward_models.preferences import ScoredPair
 
 NUM_COMPARED = 100
@@ -59,11 +60,8 @@ def state_batches(base_model: Any, sequences: Sequence[Sequence[int]], padding: 
     padding: the token id that fills up shorter texts.
     """
     device = base_model.device
-    for indices in _batches([len(ids) for ids in sequences]):
-        rows = [torch.tensor(sequences[index]) for index in indices]
-        ids_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(device)
-        lengths_B1 = torch.tensor([[len(row)] for row in rows], device=device)
-        mask_BS = torch.arange(ids_BS.shape[1], device=device) < lengths_B1
+    for indices in by_length([len(ids) for ids in sequences], TOKENS_PER_PASS):
+        ids_BS, mask_BS = right_padded([sequences[index] for index in indices], padding, device)
         output = base_model(input_ids=ids_BS, attention_mask=mask_BS.long(), use_cache=False, output_hidden_states=True)
         yield StateBatch(indices=indices, ids=ids_BS, mask=mask_BS, by_layer=output.hidden_states)
 
@@ -132,18 +130,3 @@ def similarity_rows(comparison: dict[str, Any]) -> list[list[Any]]:
     """Rows of a table: layer, similarity of the same preference, similarity of opposite preference."""
     both = zip(comparison["same"], comparison["cross"], strict=True)
     return [[layer, f"{same:.4f}", f"{cross:.4f}"] for layer, (same, cross) in enumerate(both)]
-
-
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of texts in batches of similar length, each of TOKENS_PER_PASS tokens at most, padding included.
-
-    A text that is longer by itself gets a batch of its own.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # Lengths rise, so the whole batch is padded to this text's length.
-        if batches and lengths[index] * (len(batches[-1]) + 1) <= TOKENS_PER_PASS:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches

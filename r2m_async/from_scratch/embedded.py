@@ -36,6 +36,7 @@ from r2m_async.from_scratch import language, pretraining
 from r2m_async.from_scratch.cache import cached_directory, made_by
 from r2m_async.from_scratch.language import gold_reward, prompts, sample_response
 from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
+from r2m_async.models import batches
 from r2m_async.models.loading import one_thread
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -138,7 +139,7 @@ def embedded_models(*, settings: EmbeddedSettings | None = None, on_progress: On
     they are made by, gives new models.
     """
     settings = settings or EmbeddedSettings()
-    code = made_by(language.__file__, pretraining.__file__, reward_text.__file__, __file__)
+    code = made_by(language.__file__, pretraining.__file__, batches.__file__, reward_text.__file__, __file__)
     key = [*code, json.dumps(asdict(settings))]
     directory = cached_directory("embedded", key, lambda path: _build(path, settings, on_progress or _silent))
     return EmbeddedModels(

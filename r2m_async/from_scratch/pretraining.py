@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from r2m_async.models.batches import right_padded
+
 Pair = tuple[list[int], list[int]]
 """The token ids of the chosen and of the rejected text, each with its prompt."""
 
@@ -63,7 +65,7 @@ def train_language_model(
     device = _device(model)
 
     def loss_of(batch: list[int]) -> Tensor:
-        ids, mask = _right_padded([sequences[i] for i in batch], padding=0, device=device)
+        ids, mask = right_padded([sequences[i] for i in batch], 0, device)
         prompt_len = torch.tensor([[prompt_lens[i]] for i in batch], device=device)
         position = torch.arange(ids.shape[1], device=device)
         labels = ids.masked_fill(~mask | (position < prompt_len), IGNORED_LABEL)[:, 1:]
@@ -174,7 +176,7 @@ def _rewards(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Tensor:
     padding = model.config.get_text_config().pad_token_id
     if padding is None:
         raise ValueError("the reward model's config has no pad_token_id: set it, it marks where a text ends")
-    ids, mask = _right_padded(sequences, padding=padding, device=_device(model))
+    ids, mask = right_padded(sequences, padding, _device(model))
     return model(input_ids=ids, attention_mask=mask.long()).logits.squeeze(-1)
 
 
@@ -255,14 +257,6 @@ def _batches(num: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     while True:
         rng.shuffle(order)
         yield from (order[start : start + batch_size] for start in range(0, num, batch_size))
-
-
-def _right_padded(sequences: Sequence[list[int]], *, padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the token ids [B, S] int64, padded on the right, and a mask [B, S] that is True on real tokens."""
-    length = max(map(len, sequences))
-    ids = torch.tensor([[*ids, *[padding] * (length - len(ids))] for ids in sequences], device=device)
-    lengths = torch.tensor([[len(ids)] for ids in sequences], device=device)
-    return ids, torch.arange(length, device=device) < lengths
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.from_scratch import pretraining
 from r2m_async.from_scratch.cache import cached_directory, made_by
 from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
+from r2m_async.models import batches
 from r2m_async.models.loading import one_thread
 
 OnStage = Callable[[str, int, int], None]
@@ -322,7 +323,9 @@ def _save(directory: Path, model: Any, tokenizer: PreTrainedTokenizerFast, measu
 def _key(data: Any, skipped: dict[str, int], settings: TextPolicySettings | TextRewardSettings) -> list[str]:
     """Returns the key of a cached model: the code that makes it, the data, and the settings."""
     # The number of skipped records belongs to the key, because `measurements.json` states it.
-    code = made_by(pretraining.__file__, prompts.__file__, records.__file__, reward_text.__file__, __file__)
+    code = made_by(
+        pretraining.__file__, batches.__file__, prompts.__file__, records.__file__, reward_text.__file__, __file__
+    )
     return [*code, json.dumps([data, skipped, asdict(settings)])]
 
 

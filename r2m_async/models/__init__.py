@@ -3,6 +3,7 @@
 loading.py           loads a model: checks, device, threads, activation checkpointing
 weight_files.py      checks the weight files of a model before they are loaded
 weights.py           copies parameters, fingerprints them for the way to an engine, and keeps float32 masters
+batches.py           forms batches of texts: which go together, and how they are padded
 policy.py            computes log-probabilities and hidden states of given trajectories
 policy_objective.py  computes the advantages of a step and the policy loss (Eq. 2) of one microbatch
 generation.py        samples groups of responses with transformers

@@ -29,6 +29,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.finite import check_embeddings, check_weights, response_name, stop_or_log
+from r2m_async.models.batches import right_padded
 from r2m_async.models.loading import settled
 from r2m_async.models.weight_files import SECOND_LAYER, check_weight_files
 from r2m_async.plugins import FLOAT32_MAX, called_for_number, named_function
@@ -198,16 +199,11 @@ def embed_group(model: PreTrainedModel, tokenizer: Any, group: TrajectoryGroup, 
     both = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
     prompt = group.ticket.prompt
     rows = [
-        torch.tensor(
-            reward_input_ids(tokenizer, prompt.content, t.text, t.finish_reason == "stop", config.reward.max_tokens)
-        )
+        reward_input_ids(tokenizer, prompt.content, t.text, t.finish_reason == "stop", config.reward.max_tokens)
         for t in both
     ]
-    pad_token_id = model.config.get_text_config().pad_token_id
-    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id or 0)
-    lengths = torch.tensor([len(row) for row in rows])
-    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-    rte = reward_token_embeddings(model, input_ids.to(model.device), attention_mask.to(model.device)).float().cpu()
+    input_ids, mask = right_padded(rows, model.config.get_text_config().pad_token_id or 0, model.device)
+    rte = reward_token_embeddings(model, input_ids, mask.long()).float().cpu()
     num = len(group.trajectories)
     place = group.ticket.place
     bonus = torch.tensor(

@@ -17,6 +17,7 @@ from typing import Any
 from r2m_async.data.prompts import policy_reads
 from r2m_async.data.records import PROMPT_FIELD, Content, Record, Source, load_records
 from r2m_async.data.reward_text import reward_input_ids
+from r2m_async.models.batches import by_length
 from r2m_async.reward_models.config import RewardModelConfig
 
 
@@ -180,15 +181,7 @@ def microbatches(pairs: Sequence[TokenizedPair], indices: Sequence[int], max_tok
 
     Returns the parts. Each is a list of indices, and each index is in one part.
     """
-    parts: list[list[int]] = []
-    for index in sorted(indices, key=lambda index: pairs[index].length):
-        # Pairs come by rising length: both texts of every pair in the part are padded to the length of this one.
-        tokens = 2 * pairs[index].length * (len(parts[-1]) + 1 if parts else 1)
-        if parts and tokens <= max_tokens:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
-    return parts
+    return by_length([2 * pair.length for pair in pairs], max_tokens, indices)
 
 
 def _tokenized_text(tokenizer: Any, prompt: Content, response: str, finished: bool, max_tokens: int) -> TokenizedText:

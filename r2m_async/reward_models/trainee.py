@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.finite import check_weights
 from r2m_async.models.adapters import add_adapters, publications
+from r2m_async.models.batches import right_padded
 from r2m_async.models.loading import settled
 from r2m_async.models.reward import save_classifier, scored_positions, two_layer_head
 from r2m_async.models.weight_files import check_weight_files
@@ -92,15 +93,12 @@ class RewardTrainee(nn.Module):
 
     def _read(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the backbone. Returns token ids [N, S], lengths [N, 1], and the last hidden states [N, S, D]."""
-        rows = [torch.tensor(text.token_ids) for text in texts]
         padding = self.classifier.config.get_text_config().pad_token_id
-        ids_NS = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(self.device)
-        lengths_N1 = torch.tensor([[len(row)] for row in rows], device=self.device)
-        place_S = torch.arange(ids_NS.shape[1], device=self.device)
+        ids_NS, mask_NS = right_padded([text.token_ids for text in texts], padding, self.device)
         states_NSD = self.classifier.base_model(
-            input_ids=ids_NS, attention_mask=(place_S < lengths_N1).long(), use_cache=False
+            input_ids=ids_NS, attention_mask=mask_NS.long(), use_cache=False
         ).last_hidden_state
-        return ids_NS, lengths_N1, states_NSD
+        return ids_NS, mask_NS.sum(1, keepdim=True), states_NSD
 
     def _scored(self, ids_NS: Tensor, states_NSD: Tensor) -> tuple[Tensor, Tensor]:
         """Rewards [N], and the hidden states [N, D] at the token that the head reads."""

@@ -19,7 +19,7 @@ from r2m_async.trajectories import GroupReport
 MAX_INTERVALS = 100_000
 """The most intervals that a trace holds. If nobody takes the trace, the oldest are dropped.
 
-So many take about 15 MB. They are some twenty steps of the largest preset.
+A full trace takes about 15 MB, and holds some twenty steps of the largest preset.
 """
 
 

@@ -459,6 +459,7 @@ class RayGang:
         try:
             await _ended(calls)
         finally:
+            # After an error nobody waits for the other ranks any more.
             for call in calls:
                 call.cancel()
         (report, *payloads), *others = (call.result() for call in calls)

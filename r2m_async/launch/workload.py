@@ -243,6 +243,7 @@ def check_critic(critic: str, policy: str, tokenizer: Any) -> None:
         raise ConfigError(f"critic.model: {critic!r} has no tokenizer that can be loaded. {reason}") from None
     token_of = {number: token for token, number in own.items()}
     size, needed = (AutoConfig.from_pretrained(one).get_text_config().vocab_size for one in (critic, policy))
+    # An embedding may be padded beyond the tokens of the tokenizer. The critic need not have the padding.
     needed = min(needed, len(tokenizer))
     if size < needed or any(token_of.get(number, token) != token for token, number in tokenizer.get_vocab().items()):
         raise ConfigError(

@@ -113,6 +113,7 @@ class Waits:
             condition: is asked at once, and again after every `notify`. Its first true value ends the wait.
         """
         with self.named(who, what):
+            # Nothing else runs between the question and the wait, so no change can be missed.
             while not (value := condition()):
                 await self._changed.wait()
             return value
@@ -175,6 +176,7 @@ class Waits:
         quiet, ended = 0, self._num_ended
         while quiet < _SLICES:
             await asyncio.sleep(seconds / _SLICES)
+            # A quiet ring is no error while `who` does not wait for it, for example while the driver is between steps.
             waits = any(wait.who == who for wait in self._waits)
             quiet = quiet + 1 if waits and ended == self._num_ended else 0
             ended = self._num_ended

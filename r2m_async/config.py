@@ -1,13 +1,16 @@
-"""The configuration: one typed, frozen tree (YAML sections = fields of `R2MConfig` = fluent methods of it).
+"""The configuration of a run: one typed, frozen tree of sections.
 
     config = R2MConfig.from_yaml("configs/quickstart.yaml").rollouts(num_actors=8).scheduling(max_policy_age=2)
 
-Every fluent method returns a new config and leaves the old one as it was. Times are in seconds, sizes in bytes.
-An unknown key is refused with the nearest valid one; a value that breaks a rule with both numbers.
+A section of the YAML file is a field of `R2MConfig`, for example `config.rollouts`. Calling the field changes keys of
+the section: the call returns a new config and leaves the old one as it was. Times are in seconds, and sizes in bytes.
 
-    config_sections.py  every key with its default and its meaning
-    config_tree.py      what a tree of sections can do: YAML, overrides, errors
-    config_rules.py     what must hold between keys
+An unknown key is refused, and the message names the nearest valid key. A value that breaks a rule is refused, and the
+message names the values and the rule.
+
+    config_sections.py  every key, with its default and its meaning
+    config_tree.py      what a tree of sections can do: YAML, overrides, error messages
+    config_rules.py     the rules that must hold between keys
 """
 
 from __future__ import annotations
@@ -78,8 +81,8 @@ from r2m_async.config_tree import ConfigTree as ConfigTree
 from r2m_async.config_tree import Section as Section
 
 if TYPE_CHECKING:
-    # What a section is to a type checker and an editor: calling it takes its own keys and returns the whole config. At run
-    # time `Section.__call__` does that for all.
+    # Type checkers and editors see these classes. Calling one takes the keys of its own section, with their types, and
+    # returns the whole config. At run time the sections themselves are used, and `Section.__call__` does that.
     P = ParamSpec("P")
 
     def _changes(section: Callable[P, Section]) -> Callable[Concatenate[Section, P], R2MConfig]: ...
@@ -156,10 +159,13 @@ else:
 
 
 class R2MConfig(ConfigTree):
-    """The whole tree. Build it with `from_yaml`, `from_dict` or keyword sections; change it with its sections.
+    """The config of a run. Make it with `from_yaml` or `from_dict`, or with sections as keyword arguments.
 
-    `config.rollouts` is a section: its keys are attributes, and calling it returns a new config with some of them changed.
-    Raises `ConfigError` naming the key, the value, the rule it breaks and what would be valid.
+    Each field is a section, for example `config.rollouts`. The keys of a section are its attributes. Calling a section
+    returns a new config, in which some of its keys are changed.
+
+    Making a config raises ConfigError for whatever is wrong. The message names the key, the value, the rule that it
+    breaks, and what would be valid.
     """
 
     run: _Run = _Run()
@@ -181,61 +187,81 @@ class R2MConfig(ConfigTree):
     logging: _Logging = _Logging()
 
     def build_algo(self, **how: Any) -> Any:
-        """The RLlib algorithm that runs this config; its ring starts with its first step. `callbacks` are RLlib's."""
-        from r2m_async import R2M  # through the package's door: a config knows no algorithm
+        """Returns the RLlib algorithm (`R2M`) that runs this config. Its ring starts with the first step.
+
+        Args:
+            how: further arguments of `R2M`, for example RLlib's `callbacks`.
+
+        Raises ConfigError or DataError if the run cannot start.
+        """
+        # Imported here and from the package, because a config must not depend on the algorithm, nor load Ray.
+        from r2m_async import R2M
 
         return R2M(config=self, **how)
 
     @property
     def omega_horizon(self) -> int:
-        """T of Eq. 4 = head.omega_horizon, or run.num_steps."""
+        """T of Eq. 4: `head.omega_horizon` if it is set, else `run.num_steps`."""
         return self.head.omega_horizon or self.run.num_steps
 
     @property
     def reads_feedback(self) -> bool:
-        """Whether the variant's head looks at policy states at all."""
+        """Whether the head of this variant needs the policy's hidden states (the feedback)."""
         return self.head.variant not in ("vanilla", "iterative_head")
 
     @property
     def wants_rollout_states(self) -> bool:
-        """Whether groups come with the sampling policy's states."""
+        """Whether rollout actors must return the hidden states of the policy that sampled a group."""
         return self.reads_feedback and self.feedback.source == "rollout"
 
     @property
     def trains_head(self) -> bool:
+        """Whether the head of this variant is trained."""
         return self.head.trains
 
     @property
     def asynchronous(self) -> bool:
-        """Whether stages run ahead of each other freely: a staleness bound above 0, and not `lag: exact`."""
+        """Whether stages may run ahead of each other freely: a bound on an age is above 0, and `lag` is `bounded`."""
         scheduling = self.scheduling
         return scheduling.lag == "bounded" and max(scheduling.max_policy_age, scheduling.max_head_age) > 0
 
     @property
     def probes_weights(self) -> bool:
+        """Whether engines must show that they have the learner's weights (`weights.probe`). Only vllm engines do."""
         return self.weights.probe and self.rollouts.engine == "vllm"
 
     @property
     def publishes_beside_passes(self) -> bool:
-        """Whether a version can be copied out of the learner while it computes the next step's proximal pass.
+        """Whether a version can be copied out of the learner while it runs the proximal pass of the next step.
 
-        Stage 3 gathers it with the collectives that passes use too, and pi_ref's pass switches LoRA's adapters off.
+        Two things prevent it. In ZeRO stage 3 the copy needs the same collectives as the pass. And with LoRA the pass
+        switches the adapters off for a while, to compute the reference policy.
         """
         return self.learner.zero_stage < 3 and self.model.lora is None
 
     @property
     def aggregation(self) -> str:
-        """objective.aggregation, or `token` with the token ratio and `sequence` otherwise (Eq. 2; GSPO, Eq. 5)."""
+        """The aggregation of the policy's loss.
+
+        It is `objective.aggregation` if that is set. Otherwise it is `token` for the ratio `token`, and `sequence` for the
+        ratios of whole responses (Eq. 2; GSPO, Eq. 5).
+        """
         return self.objective.aggregation or ("token" if self.objective.ratio == "token" else "sequence")
 
     @property
     def feedback_dtype(self) -> str:
+        """The number format in which the policy's hidden states are sent and kept."""
         return self.model.dtype if self.feedback.dtype == "model" else self.feedback.dtype
 
     def learning_rate(self, step: int, highest: float | None = None) -> float:
-        """Of a policy step: rises over learner.warmup steps, then follows learner.schedule down to 0 at run.num_steps.
+        """Returns the learning rate of a policy step.
 
-        `highest` is learner.lr unless given.
+        It rises linearly over the first `learner.warmup` steps, up to `highest`. Then it follows `learner.schedule`:
+        `constant` stays there, and `linear` and `cosine` fall towards 0 at `run.num_steps`.
+
+        Args:
+            step: the policy step, from 0.
+            highest: the highest learning rate. None is `learner.lr`.
         """
         learner, lr = self.learner, self.learner.lr if highest is None else highest
         if step < learner.warmup:
@@ -246,7 +272,7 @@ class R2MConfig(ConfigTree):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        """All rules at once: whoever has three keys wrong is told of three."""
+        """Checks all rules between keys. All messages come at once, so the user can correct everything at once."""
         if broken := broken_rules(self):
             raise ValueError("\n".join(broken))
         return self

@@ -1,8 +1,11 @@
-"""What must hold between keys of a config: one rule, one function.
+"""The rules that must hold between keys of a config. Each rule is a function.
 
-A rule's arguments are sections of the config, by their names. It returns None where it holds, else a message with both
-keys, both values, the reason and a remedy. `broken_rules` asks them all, so that a user reads of all mistakes at once.
-Rules that need a model, a data set or an advantage estimator are `launch.workload`'s: they take time to look up.
+The arguments of a rule are sections of the config, and have the names of the sections. A rule returns None if it holds.
+Otherwise it returns a message with both keys, both values, the reason and a remedy. `broken_rules` asks all rules, so
+the user learns of all mistakes at once.
+
+Rules about models, data sets and advantage estimators are not here but in `launch.workload`, because these must first
+be looked up.
 """
 
 from __future__ import annotations
@@ -27,16 +30,17 @@ from r2m_async.config_sections import (
 from r2m_async.config_tree import Section
 
 Rule = Callable[..., str | None]
+"""A function that takes sections and returns None, or a message if the rule is broken."""
 
 
 def broken_rules(config: Any) -> list[str]:
-    """The messages of all rules that a config (an `R2MConfig`) breaks."""
+    """Returns the messages of all rules that a config breaks. `config` is an `R2MConfig`."""
     found = (rule(*(getattr(config, name) for name in inspect.signature(rule).parameters)) for rule in RULES)
     return [message for message in found if message]
 
 
 def changed(section: Section, *keys: str) -> list[str]:
-    """Those of the keys that are not at their defaults."""
+    """Returns those of the named keys of a section whose values are not the defaults."""
     defaults = type(section).model_fields
     return [key for key in keys if getattr(section, key) != defaults[key].get_default(call_default_factory=True)]
 
@@ -45,6 +49,7 @@ def changed(section: Section, *keys: str) -> list[str]:
 
 
 def exact_lag_cuts_nothing_off(scheduling: SchedulingSection) -> str | None:
+    """Under `lag: exact` no group may be cut off as late, because that depends on the time."""
     if scheduling.lag != "exact" or scheduling.overage == "wait":
         return None
     return (
@@ -54,6 +59,7 @@ def exact_lag_cuts_nothing_off(scheduling: SchedulingSection) -> str | None:
 
 
 def exact_lag_takes_one_group_at_a_time(rollouts: RolloutsSection, scheduling: SchedulingSection) -> str | None:
+    """Under `lag: exact` an actor generates one group at a time, with one version. A batch would round differently."""
     if scheduling.lag == "exact":
         for key in changed(rollouts, "concurrent_groups", "in_flight_updates"):
             return (
@@ -64,6 +70,7 @@ def exact_lag_takes_one_group_at_a_time(rollouts: RolloutsSection, scheduling: S
 
 
 def exact_lag_needs_one_rank(learner: LearnerSection, scheduling: SchedulingSection) -> str | None:
+    """Under `lag: exact` the learner is one process, because sums over ranks are rounded in another way."""
     if learner.backend != "deepspeed" or scheduling.lag != "exact":
         return None
     return (
@@ -76,6 +83,7 @@ def exact_lag_needs_one_rank(learner: LearnerSection, scheduling: SchedulingSect
 
 
 def options_of_vllm_need_vllm(rollouts: RolloutsSection) -> str | None:
+    """Keys that only a vllm engine reads need `engine: vllm`."""
     if rollouts.engine != "vllm":
         for key in changed(rollouts, "tensor_parallel", "in_flight_updates", "engine_options"):
             return (
@@ -86,6 +94,7 @@ def options_of_vllm_need_vllm(rollouts: RolloutsSection) -> str | None:
 
 
 def direct_transports_need_an_engine_that_receives(weights: WeightsSection, rollouts: RolloutsSection) -> str | None:
+    """If the learner sends weights itself, the engine must be able to receive them. Only a vllm engine is."""
     if not weights.direct or rollouts.engine == "vllm":
         return None
     return (
@@ -95,6 +104,7 @@ def direct_transports_need_an_engine_that_receives(weights: WeightsSection, roll
 
 
 def direct_transports_keep_no_old_versions(weights: WeightsSection, scheduling: SchedulingSection) -> str | None:
+    """Under `lag: exact` old versions are loaded, and a learner that sends weights itself keeps only the newest."""
     if not weights.direct or scheduling.lag == "bounded":
         return None
     return (
@@ -104,6 +114,7 @@ def direct_transports_keep_no_old_versions(weights: WeightsSection, scheduling: 
 
 
 def a_stale_cache_needs_updates_in_flight(rollouts: RolloutsSection) -> str | None:
+    """Without in-flight updates, every request ends before new weights come, so no cache can become stale."""
     if not rollouts.keep_stale_cache or rollouts.in_flight_updates:
         return None
     return (
@@ -116,6 +127,7 @@ def a_stale_cache_needs_updates_in_flight(rollouts: RolloutsSection) -> str | No
 
 
 def adapters_are_their_own_reference(model: ModelSection) -> str | None:
+    """With adapters, the reference policy is the policy without them. No other can be named."""
     if not model.lora or model.reference is None:
         return None
     return (
@@ -125,6 +137,7 @@ def adapters_are_their_own_reference(model: ModelSection) -> str | None:
 
 
 def options_of_deepspeed_need_deepspeed(learner: LearnerSection) -> str | None:
+    """Keys that only DeepSpeed reads need `backend: deepspeed`."""
     if learner.backend != "deepspeed":
         for key in changed(learner, "num_ranks", "zero_stage", "zero_options", "offload"):
             return (
@@ -135,6 +148,7 @@ def options_of_deepspeed_need_deepspeed(learner: LearnerSection) -> str | None:
 
 
 def bfloat16_needs_a_zero_stage(learner: LearnerSection, model: ModelSection) -> str | None:
+    """In bfloat16 with stage 0, DeepSpeed would take an optimizer step of its own when it starts."""
     if learner.backend != "deepspeed" or learner.zero_stage > 0 or model.dtype != "bfloat16":
         return None
     return (
@@ -144,6 +158,7 @@ def bfloat16_needs_a_zero_stage(learner: LearnerSection, model: ModelSection) ->
 
 
 def zero_options_leave_out_what_has_a_key(learner: LearnerSection) -> str | None:
+    """`zero_options` must not set what has a key of its own in the config, where it is checked."""
     for key, own in (("stage", "zero_stage"), ("offload_optimizer", "offload"), ("offload_param", "offload")):
         if learner.backend == "deepspeed" and key in learner.zero_options:
             return (
@@ -154,6 +169,7 @@ def zero_options_leave_out_what_has_a_key(learner: LearnerSection) -> str | None
 
 
 def offload_needs_its_zero_stage(learner: LearnerSection) -> str | None:
+    """Only what the ranks share out can be offloaded: the optimizer's state from stage 1 on, the weights in stage 3."""
     needed = {"none": 0, "optimizer": 1, "params": 3}[learner.offload]
     if learner.backend != "deepspeed" or learner.zero_stage >= needed:
         return None
@@ -164,6 +180,7 @@ def offload_needs_its_zero_stage(learner: LearnerSection) -> str | None:
 
 
 def offload_needs_a_gpu(learner: LearnerSection, run: RunSection) -> str | None:
+    """Offloading moves data from the GPU to the memory of the CPU, so it needs a GPU."""
     if learner.backend != "deepspeed" or learner.offload == "none" or run.device != "cpu":
         return None
     return (
@@ -173,6 +190,7 @@ def offload_needs_a_gpu(learner: LearnerSection, run: RunSection) -> str | None:
 
 
 def a_minibatch_has_a_group(objective: ObjectiveSection, rollouts: RolloutsSection) -> str | None:
+    """A minibatch is made of whole groups, so there are at most as many minibatches as groups."""
     if objective.num_minibatches <= rollouts.prompts_per_step:
         return None
     return (
@@ -182,6 +200,7 @@ def a_minibatch_has_a_group(objective: ObjectiveSection, rollouts: RolloutsSecti
 
 
 def the_learning_rate_is_reached(learner: LearnerSection, run: RunSection) -> str | None:
+    """The warmup must end before the run does."""
     if learner.warmup < run.num_steps:
         return None
     return (
@@ -194,6 +213,7 @@ def the_learning_rate_is_reached(learner: LearnerSection, run: RunSection) -> st
 
 
 def a_head_learns_from_pairs(rollouts: RolloutsSection, head: HeadSection) -> str | None:
+    """A head that is trained compares responses of one group, so a group needs at least two."""
     if rollouts.group_size > 1 or not head.trains:
         return None
     return (
@@ -203,6 +223,7 @@ def a_head_learns_from_pairs(rollouts: RolloutsSection, head: HeadSection) -> st
 
 
 def a_head_that_does_not_move_needs_no_hold(head: HeadSection) -> str | None:
+    """Keys about the training of the head need a variant whose head is trained."""
     if not head.trains:
         for key in changed(head, "hold", "pair_source"):
             return (
@@ -213,6 +234,7 @@ def a_head_that_does_not_move_needs_no_hold(head: HeadSection) -> str | None:
 
 
 def options_of_a_hold_need_that_hold(head: HeadSection) -> str | None:
+    """`hold_weight` and `hold_decay` need the `hold` that reads them."""
     for key, of in (("hold_weight", ("divergence", "bsr")), ("hold_decay", ("average",))):
         if changed(head, key) and head.hold not in of:
             return (
@@ -226,7 +248,14 @@ def options_of_a_hold_need_that_hold(head: HeadSection) -> str | None:
 
 
 def held_out(data: Any, key: str) -> str | None:
-    """Of `data.eval`, what `data.key` trains on; or a split that is named without it. `key`: prompts or preferences."""
+    """Checks that held-out data is not trained on. The configs of runs and of reward models share this rule.
+
+    Args:
+        data: the section `data`.
+        key: the name of the key of `data` that names the training data, `prompts` or `preferences`.
+
+    Returns a message if `data.eval` is the same data, or if `data.eval_split` is set without `data.eval`; else None.
+    """
     if data.eval is None and data.eval_split is not None:
         return (
             f"data.eval_split is {data.eval_split!r} and data.eval is None: it is a split of data.eval; name the data set "
@@ -244,16 +273,19 @@ def held_out(data: Any, key: str) -> str | None:
 
 
 def evaluation_prompts_are_held_out(data: DataSection) -> str | None:
+    """The prompts of evaluations must not be those that are trained on."""
     return held_out(data, "prompts")
 
 
 def a_reward_model_from_scratch_needs_pairs(reward: RewardSection, data: DataSection) -> str | None:
+    """`reward.model: from_scratch` is trained on preference pairs, so there must be some."""
     if reward.model != "from_scratch" or data.preferences is not None:
         return None
     return "reward.model is 'from_scratch' and data.preferences is not set: name a JSONL of pairs"
 
 
 def a_policy_from_scratch_needs_texts(model: ModelSection, data: DataSection) -> str | None:
+    """`model.policy: from_scratch` is trained on the texts of a source, and the embedded language has no source."""
     if model.policy != "from_scratch" or data.prompts != "embedded":
         return None
     return "model.policy is 'from_scratch' and data.prompts is 'embedded': use model.policy 'embedded'"
@@ -282,3 +314,4 @@ RULES: tuple[Rule, ...] = (
     a_reward_model_from_scratch_needs_pairs,
     a_policy_from_scratch_needs_texts,
 )
+"""All rules, in the order in which their messages are shown."""

@@ -1,4 +1,7 @@
-"""The sections of `R2MConfig`: every key with its default, its limits and what it means."""
+"""The sections of `R2MConfig`. Every key has its default, its limits, and a docstring that says what it means.
+
+The equations that are named are those of the paper, R2M (arXiv 2601.22664).
+"""
 
 from __future__ import annotations
 
@@ -10,234 +13,358 @@ from r2m_async.config_tree import LARGEST, Options, Section
 
 
 class RunSection(Section):
+    """What a run is called, how long it is, where it is written, and what it runs on."""
+
     name: str = "r2m"
+    """The run directory is called `<name>-<UTC time of its start>`."""
     seed: int = Field(0, ge=0)
+    """Seed of everything random in training: the order of the prompts, the sampled responses, new weights of the head
+    and of adapters. Evaluations sample with seeds of their own."""
     num_steps: int = Field(100, gt=0)
+    """Number of policy steps in the run. `objective.kl_stop` may end it earlier."""
     output_dir: str = "runs"
+    """The directory in which the run directory is made."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """The device on which the models compute. `auto` is a GPU if there is one, else the CPU. The head learner is always
+    on the CPU."""
 
 
 class LoRA(BaseModel):
+    """The adapters of `model.lora`: two small trained matrices beside each adapted weight matrix (LoRA)."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     rank: int = Field(16, gt=0)
+    """Inner dimension of an adapter's two matrices."""
     alpha: float = Field(32.0, gt=0, le=LARGEST)
-    """The adapters' product is scaled by alpha / rank."""
+    """The product of an adapter's two matrices is multiplied by alpha / rank."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Names of modules that get one, or all linear layers but the language-model head."""
+    """Names of the modules that get an adapter. `all-linear` is all linear layers but the language-model head."""
 
 
 class ModelSection(Section):
+    """The policy, which is trained, and the reference policy, from which the KL is measured."""
+
     policy: str = "embedded"
-    """HF name or directory; `embedded` (the synthetic language) and `from_scratch` (small, built from the data) are built here."""
+    """Hugging Face name or directory of a causal language model, which the policy starts from. `embedded` is a small
+    model of the embedded language, the synthetic language that comes with this package. `from_scratch` is a small model
+    that is trained on the texts of `data.prompts` and `data.preferences` before the run."""
     reference: str | None = None
-    """HF name or directory of pi_ref; None is the policy as it started."""
+    """Hugging Face name or directory of the reference policy pi_ref. None is the policy as it starts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights of policy, reference and critic. In bfloat16 the optimizer keeps float32 copies of
+    the trained weights."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """Name of the attention implementation in transformers that policy, reference and critic use. A vllm engine uses
+    its own."""
     lora: LoRA | None = None
-    """Train adapters (`{rank: 16, alpha: 32}`) instead of the weights; pi_ref is the policy without them."""
+    """If set, for example to `{rank: 16, alpha: 32}`, adapters (LoRA) are trained instead of the weights themselves.
+    The reference policy is then the policy without its adapters. None trains all weights."""
 
 
 class RewardSection(Section):
+    """The reward model, and what is added to its reward or subtracted from it."""
+
     model: str = "embedded"
-    """HF name or directory of a sequence classifier with one label; `embedded` or `from_scratch` as in `model.policy`."""
+    """Hugging Face name or directory of a sequence classifier with one label. `embedded` is a small reward model of the
+    embedded language. `from_scratch` is a small reward model that is trained on `data.preferences` before the run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the frozen backbone's weights. The head computes in float32."""
     replicas: int = Field(1, gt=0)
-    """Copies of the frozen backbone; the head scores in one place."""
+    """Number of processes that hold the frozen backbone and embed responses. The head scores in one of them."""
     max_tokens: int = Field(4096, gt=1)
-    """Longer texts lose the beginning of their prompt."""
+    """The most tokens that the reward model reads, prompt and response together. A longer text loses its beginning."""
     functions: tuple[str, ...] = ()
-    """Verifiable rewards `module:attr`, f(prompt_text, response_text) -> float, added to the model's reward. Each must return
-    one number for every response, finite in float32; what a function raises ends the run."""
+    """Reward functions of the user, each as `module:attr`. f(prompt_text, response_text) returns a number, which is
+    added to the model's reward. It must be finite in float32. If a function raises an error, the run ends."""
     clip: float | None = Field(None, gt=0)
-    """Clips the model's reward to [-clip, clip]."""
+    """The model's reward is clipped to [-clip, clip] before anything is added to it. None: no clip."""
     length_penalty: float = Field(0.0, ge=0)
-    """Subtracted per response token."""
+    """What is subtracted from the reward for each response token, in units of reward. 0: no penalty."""
     missing_eos_penalty: float = Field(0.0, ge=0)
-    """Subtracted from a response that did not end by itself."""
+    """What is subtracted from the reward of a response that the policy did not end itself, in units of reward. 0: no
+    penalty."""
 
 
 class HeadSection(Section):
+    """The reward head, which turns the reward model's embedding of a response into a reward, and how it is trained."""
+
     variant: Literal["r2m", "vanilla", "r2m_no_train", "r2m_noise", "iterative_head"] = "r2m"
-    """method.md section 7; `r2m_no_bt` and `r2m_no_gre` are r2m with alpha 1 and 0."""
+    """What the head reads, and whether it is trained. `r2m` reads the policy's hidden states (the feedback) and is
+    trained. `r2m_no_train` is R2M w/o Train: it reads them and is not trained. `r2m_noise` reads noise in their place
+    and is trained. `iterative_head` is Iterative RM_Head: the reward model's own scoring head, which is trained without
+    feedback. `vanilla` is the reward model as it came. The paper's R2M w/o BT and w/o GRE are `r2m` with `alpha` 1
+    and 0."""
     width: int = Field(2048, gt=0)
+    """Width d of the head's cross-attention (Eq. 3)."""
     omega_floor: float = Field(0.6, ge=0.0, le=1.0)
-    """Omega of Eq. 4."""
+    """Omega of Eq. 4: the smallest weight of the reward token embedding beside the feedback. With 1 the feedback has no
+    weight."""
     omega_horizon: int | None = Field(None, gt=0)
-    """T of Eq. 4; None is run.num_steps."""
+    """T of Eq. 4: the step at which the weight of the reward token embedding would reach 0 if there were no floor. None
+    is `run.num_steps`."""
     alpha: float = Field(0.3, ge=0.0, le=1.0)
-    """Weight of the group reward entropy in Eq. 7."""
+    """alpha of Eq. 7: the weight of the group reward entropy. The Bradley-Terry term has the weight 1 - alpha."""
     pair_source: Literal["refreshed", "annotated", "frozen"] = "refreshed"
-    """Which rewards choose winner and loser of Eq. 5: the head's on refreshed states, the annotation's, or phi(RTE)'s."""
+    """The rewards that choose the best and the worst response of a group for Eq. 5. `refreshed`: the head's rewards on
+    the refreshed hidden states, which are those of the step's last epoch. `annotated`: the head's rewards when the
+    responses were scored. `frozen`: the rewards of the reward model as it came, phi(RTE)."""
     hold: Literal["none", "divergence", "bsr", "agreement", "average"] = "none"
-    """Beyond the paper: what keeps the head near the reward model it began as (docs/holding_the_head.md)."""
+    """What keeps the head near the reward model as it came. It is not in the paper; docs/holding_the_head.md compares
+    the values. `none`: nothing. `divergence`: a penalty for preferences within a group that differ from those of the
+    frozen reward model. `bsr`: a penalty on the square of the step's mean reward. `agreement`: a group trains the head
+    only if the frozen reward model ranks its pair in the same way. `average`: a moving average of the trained weights
+    scores."""
     hold_weight: float = Field(1.0, gt=0)
-    """Of the penalty that `divergence` and `bsr` add to Eq. 7."""
+    """Weight of the penalty that `hold: divergence` and `hold: bsr` add to Eq. 7."""
     hold_decay: float = Field(0.9, gt=0, lt=1)
-    """Of `average`."""
+    """Decay of the moving average of `hold: average`, per update. Near 1 the head that scores changes slowly."""
     lr: float = Field(1e-6, gt=0)
+    """Learning rate of the head. It stays the same for the whole run."""
 
     @property
     def trains(self) -> bool:
-        """Whether the variant's head moves at all."""
+        """Whether the head of this variant is trained."""
         return self.variant not in ("vanilla", "r2m_no_train")
 
 
 class FeedbackSection(Section):
+    """The policy's hidden states that the head reads (the feedback)."""
+
     source: Literal["rollout", "learner"] = "rollout"
-    """Whose states score: the sampling policy's (the paper) or the proximal pass's."""
+    """Whose hidden states the head reads when it scores. `rollout`: those of the policy that sampled the response, as
+    in the paper. `learner`: those of the learner's policy at the start of the step."""
     dtype: Literal["model", "float32", "bfloat16"] = "model"
-    """In which states travel; `model` is the policy's dtype."""
+    """Number format in which the hidden states are sent and kept. `model` is that of `model.dtype`."""
 
 
 class RolloutsSection(Section):
+    """The rollout actors, which sample the responses."""
+
     engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates the responses. `transformers` is slow and simple. `vllm` batches requests continuously."""
     num_actors: int = Field(1, gt=0)
+    """Number of rollout actors. Each has an engine of its own."""
     concurrent_groups: int = Field(1, gt=0)
-    """Groups that one actor generates at once, with vllm or in a ring of one process (`r2m study`); more than 1 batches
-    them, and rounding then depends on the batch."""
+    """Number of groups that one actor generates at once. More than 1 needs `engine: vllm`, or a run in one process (as
+    in `r2m study`). Rounding then depends on which groups run together."""
     tensor_parallel: int = Field(1, gt=0)
-    """GPUs of one vllm engine."""
+    """Number of GPUs that one vllm engine spreads its model over."""
     in_flight_updates: bool = False
-    """New weights reach a vllm engine while its requests wait, rather than after they have ended."""
+    """If true, new weights are loaded into a vllm engine while its requests wait, and the requests then go on with
+    them. If false, an actor finishes its groups first."""
     keep_stale_cache: bool = False
-    """With in-flight updates: go on with keys and values of the old weights instead of computing them again."""
+    """If true, requests go on after an in-flight update with the keys and values that the old weights computed. If
+    false, they compute them again."""
     engine_options: Options = Field(default_factory=dict)
-    """Further arguments of vLLM's `EngineArgs`, e.g. gpu_memory_utilization."""
+    """Further arguments of vLLM's `EngineArgs`, for example gpu_memory_utilization."""
     prompts_per_step: int = Field(8, gt=0)
-    """B: groups that one policy step trains."""
+    """B: the number of prompts, and so of groups, that one policy step trains."""
     group_size: int = Field(8, gt=0)
-    """K: responses per prompt."""
+    """K: the number of responses to each prompt, which form a group."""
     temperature: float = Field(1.0, gt=0)
+    """Sampling temperature. It divides the logits, in training as in sampling."""
     max_prompt_tokens: int = Field(512, gt=0)
+    """The most tokens of a prompt. A longer prompt is a bad record (`data.on_bad_record`)."""
     max_new_tokens: int = Field(512, gt=0)
+    """The most tokens of a response. A longer response is cut there."""
     max_restarts: int = Field(3, ge=0)
-    """Deaths in a row, without a finished group between, after which a rollout actor ends the run."""
+    """How many times in a row a rollout actor may die, without finishing a group in between. One death more ends the
+    run. 0: the first death ends the run."""
     hang_after: float = Field(1200.0, gt=0)
-    """Seconds for one group after which its engine counts as hung and is started anew."""
+    """Seconds that an actor may take for one group, or for any other call. Then its process counts as hung and is
+    replaced."""
 
 
 class SchedulingSection(Section):
+    """How far the stages may run ahead of each other, and how long they wait."""
+
     max_policy_age: int = Field(0, ge=0)
-    """A group's due step minus the oldest policy version in it, at most."""
+    """The largest policy age, in steps: the step that trains a group, minus the oldest policy version that sampled it.
+    0 samples every group with the newest version."""
     max_head_age: int = Field(0, ge=0)
-    """A step minus the head version that scores it, at most."""
+    """The largest head age, in steps: a step, minus the head version that scores it. 0 scores every step with the
+    newest version."""
     lag: Literal["bounded", "exact"] = "bounded"
-    """`exact`: every age is the largest allowed, so that an asynchronous run is reproducible bit for bit."""
+    """`bounded`: ages may be anything up to their bounds. `exact`: every age is exactly its bound (in the first steps,
+    version 0 is used), so that even an asynchronous run can be reproduced bit for bit."""
     overage: Literal["wait", "mask", "drop"] = "wait"
-    """What happens to late groups: waited for, cut to their finished responses, or voided."""
+    """What happens to late groups. `wait`: the step waits for them. `mask`: they are cut to their finished responses.
+    `drop`: they are given up."""
     overage_after: float = Field(60.0, gt=0)
-    """Seconds after the rest of its step is ready that make a group late."""
+    """Seconds after which a group counts as late. They begin with the last arrival of its step, the end of the step
+    before, or its own start, whichever comes last."""
     stall_after: float = Field(1800.0, gt=0)
-    """Seconds without any stage finishing anything after which the run stops and says who waits for what."""
+    """Seconds in which no stage finishes anything, after which the run ends with a list of who waits for what. The
+    start of the run must take no longer, either."""
 
 
 class QueueSection(Section):
+    """The replay queue, which keeps groups until both learners have used them."""
+
     max_bytes: int = Field(2 * 1024**3, gt=0)
+    """The most bytes that all groups together may take in the queue. It must hold the groups of at least one step at
+    their largest."""
 
 
 class AdvantageSection(Section):
+    """The advantage estimator, which turns the rewards of a step into advantages."""
+
     name: str = "rloo"
-    """rloo, grpo, remax, reinforce_pp, reinforce_pp_baseline, gae, a registered name, or `module:attr`."""
+    """rloo, grpo, remax, reinforce_pp, reinforce_pp_baseline, gae, the name of a registered estimator, or a user's own
+    as `module:attr`."""
     options: Options = Field(default_factory=dict)
+    """Keyword arguments of the estimator."""
 
 
 class ObjectiveSection(Section):
+    """The policy's loss, and how often it is minimised on the data of a step."""
+
     ratio: Literal["sequence", "token", "sequence_mean"] = "sequence"
+    """What has one importance ratio. `sequence`: a whole response, with the product of its tokens' ratios (Eq. 2).
+    `token`: each token. `sequence_mean`: a whole response, with the geometric mean of its tokens' ratios."""
     clip_low: float = Field(0.2, gt=0, lt=1)
+    """The ratio is clipped from below, at 1 - clip_low."""
     clip_high: float = Field(0.2, gt=0)
+    """The ratio is clipped from above, at 1 + clip_high."""
     off_policy: Literal["none", "full", "clamp", "mask"] = "clamp"
+    """What corrects for responses that an older policy sampled. `none`: nothing; the ratio is to the policy that
+    sampled. Otherwise the ratio is to the policy at the start of the step, and a weight w multiplies the loss. w is the
+    probability under that policy, divided by the probability under the policy that sampled. `full`: w as it is.
+    `clamp`: w, but at most `off_policy_cap`. `mask`: what has a w outside [1 / cap, cap] is left out."""
     off_policy_cap: float = Field(2.0, gt=1)
+    """The cap of `off_policy: clamp` and `mask`."""
     kl_coef: float = Field(0.05, ge=0)
-    """beta of Eq. 2."""
+    """beta of Eq. 2: the weight of the KL to the reference policy. 0: no KL term."""
     kl_stop: float | None = Field(None, gt=0)
-    """The run ends after a step whose mean KL(policy || reference), in nats per response, exceeds this."""
+    """The run ends after a step in which the KL to the reference policy is larger than this. It is the mean over
+    responses, in nats, of the policy at the start of the step. None: no such end."""
     aggregation: Literal["sequence", "token"] | None = None
-    """`token` gives every token the same weight, `sequence` every response. None: `token` with the token ratio, else
-    `sequence`, as Eq. 2 and GSPO have it."""
+    """What has the same weight in the loss: every response (`sequence`) or every token (`token`). None is `token` under
+    `ratio: token`, and `sequence` otherwise, as Eq. 2 and GSPO have it."""
     epochs: int = Field(2, gt=0)
+    """Number of passes over the responses of a step."""
     num_minibatches: int = Field(1, gt=0)
-    """Optimizer steps per epoch."""
+    """Number of optimizer steps in each epoch. A minibatch is made of whole groups."""
 
 
 class CriticSection(Section):
-    """Of an advantage estimator that needs values (`gae`); other estimators train no critic."""
+    """The critic, for advantage estimators that need values (`gae`). With other estimators there is no critic."""
 
     model: str | None = None
-    """HF name or directory with the policy's tokenizer; a head of one label is kept. None: model.policy with a head of zeros."""
+    """Hugging Face name or directory of the model that the critic starts from. It must read the policy's tokens. A
+    sequence classifier with one label keeps its head. None is the model of `model.policy`, with a head of zeros."""
     lr: float = Field(1e-5, ge=0)
-    """At its highest; schedule, warmup, weight_decay, max_grad_norm and all else that trains are `learner`'s."""
+    """The critic's highest learning rate. Schedule, warmup, weight decay, gradient clip and all else are those of the
+    section `learner`."""
     clip: float | None = Field(0.2, gt=0)
-    """How far a value may be pushed from what it was at the start of the step, in units of reward; None: as far as it goes."""
+    """How far a value may be pushed from its value at the start of the step, in units of reward. None: no limit."""
 
 
 class LearnerSection(Section):
+    """How the policy is trained: the backend, the optimizer (AdamW) and the memory."""
+
     backend: Literal["torch", "deepspeed"] = "torch"
-    """`torch`: one process, the same bits in every run. `deepspeed`: ZeRO over ranks."""
+    """`torch` is one process, which computes the same bits in every run. `deepspeed` spreads the work over several
+    processes with ZeRO."""
     num_ranks: int = Field(1, gt=0)
-    """Processes, each with a GPU of its own where there are any, that share a step's groups (deepspeed)."""
+    """For deepspeed: number of processes that share the groups of a step. If there are GPUs, each has its own."""
     zero_stage: int = Field(0, ge=0, le=3)
-    """What the ranks share out: nothing, the optimizer's state (1), gradients too (2), weights too (3) (deepspeed)."""
+    """For deepspeed: what the ranks divide among themselves. 0: nothing. 1: the optimizer's state. 2: gradients, too.
+    3: weights, too."""
     zero_options: Options = Field(default_factory=dict)
-    """Further keys of DeepSpeed's `zero_optimization`, e.g. overlap_comm or stage3_param_persistence_threshold."""
+    """For deepspeed: further keys of its `zero_optimization`, for example overlap_comm or
+    stage3_param_persistence_threshold."""
     offload: Literal["none", "optimizer", "params"] = "none"
-    """What lies in the CPU's memory instead of the GPU's: the optimizer's state and step, or the weights too (deepspeed)."""
+    """For deepspeed: what lies in the memory of the CPU instead of the GPU. `optimizer`: the optimizer's state, and its
+    step runs there. `params`: the weights, too."""
     activation_checkpointing: bool = False
-    """Layers are computed again in the backward pass instead of kept: less memory, about a third more time, same bits."""
+    """If true, layers are computed again in the backward pass instead of being kept. This takes less memory and about a
+    third more time. The results are the same bits."""
     lr: float = Field(1e-6, ge=0)
+    """The policy's highest learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warmup. `linear` and `cosine` fall to 0 at `run.num_steps`."""
     warmup: int = Field(0, ge=0)
-    """Policy steps over which the learning rate rises."""
+    """Number of policy steps over which the learning rate rises linearly. 0: it starts at its highest."""
     weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of AdamW. 0: none."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """A gradient with a larger norm is scaled down to this norm."""
     tokens_per_microbatch: int = Field(8192, gt=0)
-    """Tokens per forward pass, padding included; one trajectory always fits."""
+    """The most tokens in one forward pass, padding included. A trajectory (a prompt with its response) that is longer
+    gets a pass of its own."""
     packing: bool = False
-    """A pass is one row of whole trajectories without padding, each attending to itself alone. For `flash_attention_2`: other
-    attention computes the whole row's square and masks it, which costs more than padding unless lengths differ widely."""
+    """If true, a forward pass is one row of trajectories without padding, each of which attends only to itself. It is
+    meant for `model.attention: flash_attention_2`. Other attention computes all pairs of tokens in the row and masks
+    most of them, which costs more than padding unless lengths differ widely."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Where a reward, an advantage, a gradient or the head's update is NaN or infinite: end the run with what made it so, or
-    leave the weights and go on. A step with such a reward or advantage is left out whole, for the head too."""
+    """What happens if a reward, an advantage, a gradient or the head's update is NaN or infinite. `stop`: the run ends,
+    and the message names what made the number. `skip`: that update is left out. A step with such a reward or advantage
+    is left out whole, for the head, too."""
 
 
 class WeightsSection(Section):
+    """How new versions of the policy get into the engines of the rollout actors."""
+
     transport: Literal["auto", "object_store", "gloo", "nccl", "ipc"] = "auto"
-    """How a version reaches a vllm engine: `object_store` (Ray's, then shared memory) or sent by the learner itself, by `gloo`
-    or `nccl`, or as `ipc` handles within one GPU. `auto`: nccl where learner and engines have GPUs of their own, ipc where
-    they share one, else object_store."""
+    """How a version gets from the learner to a vllm engine. `object_store`: through Ray's object store and shared
+    memory. `gloo`, `nccl`: the learner broadcasts it. `ipc`: the engine reads it from the learner's memory on the same
+    GPU. `auto` is nccl if learner and engines have GPUs of their own, ipc if all of them share one GPU, and otherwise
+    object_store. It is also object_store for other engines and under `scheduling.lag: exact`."""
     probe: bool = True
-    """After every update a vllm engine must show that it has the learner's weights and computes the same with them."""
+    """If true, a vllm engine must show after every update that it has the learner's weights, and that it computes the
+    same log-probabilities with them."""
     timeout: float = Field(300.0, gt=0)
-    """Seconds for each part of an update, after which the engine counts as dead."""
+    """Seconds that each part of an update may take. Then the engine counts as dead and is replaced."""
 
     @property
     def direct(self) -> bool:
-        """Whether the learner itself sends."""
+        """Whether the learner itself sends the weights to the engines, by `gloo`, `nccl` or `ipc`."""
         return self.transport in ("gloo", "nccl", "ipc")
 
 
 class DataSection(Section):
+    """The prompts, and the preference pairs for a reward model that is made from scratch.
+
+    A source is a JSONL file, several files with commas between them, a directory with a data set, or the name of a
+    data set at Hugging Face.
+    """
+
     prompts: str = "embedded"
-    """JSONL file(s, comma-separated) or HF dataset; `embedded` is the synthetic language."""
+    """Source of the prompts. `embedded` stands for prompts of the embedded language, the synthetic language that comes
+    with this package."""
     preferences: str | None = None
-    """JSONL of {prompt, chosen, rejected}, read by `reward.model: from_scratch`."""
+    """Source of preference pairs, records with the fields prompt, chosen and rejected. `reward.model: from_scratch` is
+    trained on them, and `model.policy: from_scratch` learns from their texts, too. None: no pairs."""
     eval: str | None = None
-    """Held-out prompts, as `prompts`; None holds `evaluation.num_prompts` of the prompts back."""
+    """Source of the held-out prompts for evaluations. None holds back the last `evaluation.num_prompts` of `prompts`.
+    With `prompts: embedded` it is not used: that language has held-out prompts of its own."""
     on_bad_record: Literal["error", "skip"] = "error"
+    """What happens to a record that cannot be used. `error`: the run does not start, and the message names file and
+    line. `skip`: the record is left out and counted."""
     prompt_field: str = "prompt"
+    """Name of the field of a record that holds the prompt. A prompt is a text, or a list of turns with role and
+    content."""
     split: str = "train"
-    """Of HF datasets."""
+    """The split of a Hugging Face data set that is read. JSONL files have none."""
     eval_split: str | None = None
-    """Of `eval`; None: `split`."""
+    """The split that is read of `eval`. None is that of `split`."""
 
 
 class EvaluationSection(Section):
+    """Evaluations on held-out prompts. They run beside training and train nothing."""
+
     every: int | None = Field(None, gt=0)
-    """Steps between evaluations, besides one before the first and one after the last; None: no evaluation."""
+    """Number of policy steps between two evaluations. There is also one before the first step and one after the last.
+    None: there are no evaluations at all."""
     num_prompts: int = Field(16, gt=0)
+    """Number of held-out prompts. Each evaluation generates one group for each of them."""
     gold: str | None = None
-    """`module:attr`, f(prompt_text, response_text, finished) -> float: reported beside the proxy, never trained on. It must be
-    finite; under `learner.on_nonfinite: skip` a step or evaluation with a NaN among its golds reports none."""
+    """The gold reward function of the user, as `module:attr`. f(prompt_text, response_text, finished) returns a number.
+    It is reported for steps and evaluations, and nothing is trained on it. It must be finite. Under
+    `learner.on_nonfinite: skip` it may be NaN, and a step or evaluation with such a number reports no gold reward.
+    None: no gold reward."""
 
     @field_validator("gold", mode="before")
     @classmethod
@@ -247,17 +374,23 @@ class EvaluationSection(Section):
 
 
 class CheckpointSection(Section):
+    """Which checkpoints a run writes and keeps."""
+
     every: int | None = Field(None, gt=0)
-    """Steps between checkpoints into the run directory; None: none on the way."""
+    """Number of policy steps between two checkpoints in the run directory. None: none before the end."""
     at_end: bool = True
-    """A checkpoint after the last step, for `r2m export`."""
+    """If true, a checkpoint is written after the last step. `r2m export` needs one."""
     keep: int = Field(2, gt=0)
-    """The newest that stay; older ones are deleted."""
+    """Number of checkpoints that are kept, the newest ones. Older ones are deleted."""
 
 
 class LoggingSection(Section):
+    """What a run shows and records while it goes on."""
+
     tensorboard: bool = True
+    """If true, the metrics are also written for TensorBoard, into the run directory."""
     live: bool = True
-    """A live table in the terminal (plain lines where the output is not one)."""
+    """If true, a table in the terminal shows the last steps. Without a terminal, plain lines are printed instead."""
     actors: bool = True
-    """What the stages' processes print, a user's own functions among them, is shown with the name of the process."""
+    """If true, what the processes of the stages print is shown, with the name of the stage. The user's own functions
+    print there, too."""

@@ -1,4 +1,8 @@
-"""What every config is: a frozen tree of sections, read from YAML, changed by calling a section, refused with reasons."""
+"""What all configs have in common: a config is a frozen tree of sections.
+
+It is read from YAML, and changed by calling a section, which returns a new config. Whatever is wrong in it is refused
+with the reason.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,17 @@ from r2m_async.yaml_tree import check_plain, cut_repr, parse_yaml, read_yaml, wr
 
 
 def _keys_below(tree: dict[str, Any], above: list[str], path: str | Path) -> dict[str, Any]:
-    """The mapping at `above`, made where there is none yet: `model.lora.rank=8` needs no `model.lora` before."""
+    """Returns the mapping of keys at a place in a tree. It is made if there is none.
+
+    So an override such as `model.lora.rank=8` works without a `model.lora` in the file.
+
+    Args:
+        tree: the tree of a config. It is changed in place.
+        above: the names of the keys that lead to the mapping, from the top.
+        path: the file of the config, for messages.
+
+    Raises ConfigError if there is a value in the place that is no mapping.
+    """
     for place, key in enumerate(above, 1):
         if tree.get(key) is None:
             tree[key] = {}
@@ -27,37 +41,53 @@ def _keys_below(tree: dict[str, Any], above: list[str], path: str | Path) -> dic
 
 
 def _as_lists(value: Any) -> Any:
-    """YAML and JSON have no tuples; Python's users do."""
+    """A copy of a value in which all tuples are lists. YAML and JSON have no tuples, but Python's users pass some."""
     if isinstance(value, dict):
         return {key: _as_lists(item) for key, item in value.items()}
     return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 Options = dict[str, JsonValue]
-"""Keys that another library defines, or a user's estimator."""
+"""The type of a key that holds further keys, which are not ours: another library defines them, or a user's code."""
 
 LARGEST = 1e37
-"""Of the tree's numbers. They meet float32 tensors, which end at 3.4e38, and AdamW's first step takes ten times its rate."""
+"""The largest absolute value of a number in a config.
+
+Numbers are used with float32 tensors, whose largest is 3.4e38. There is room for AdamW, whose first step multiplies the
+learning rate by ten.
+"""
 
 
 class Section(BaseModel):
-    """One section of a config. Calling it returns a new config with the named keys changed."""
+    """One section of a config. Calling it returns a new config, in which the named keys are changed.
+
+    For example, `config.rollouts(num_actors=8)` is a config with eight rollout actors.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
     _config: Any = PrivateAttr(None)
+    """The config to which this section belongs. None while it belongs to none."""
     _name: str = PrivateAttr("")
+    """The name of this section in that config."""
 
     @field_validator("*")
     @classmethod
     def _in_float32(cls, value: Any) -> Any:
+        """Refuses a number that is too large to compute with. pydantic calls this for every key."""
         if isinstance(value, float) and abs(value) > LARGEST:
             raise ValueError(f"beyond the {LARGEST:g} that float32 can still compute with; use a smaller number")
         return value
 
     def changed(self, changes: dict[str, Any]) -> Any:
-        """The config with some of this section's keys changed; what calling the section does."""
+        """Returns a new config with some keys of this section changed. Calling the section does the same.
+
+        Args:
+            changes: the new values by key.
+
+        Raises ConfigError for an unknown key, for a value that is not allowed, and if the section belongs to no config.
+        """
         if self._config is None:
             raise ConfigError(
                 f"{type(self).__name__}: this section belongs to no config, and calling a section changes a config; make "
@@ -67,24 +97,30 @@ class Section(BaseModel):
         tree[self._name].update(_as_lists(changes))
         return type(self._config).from_dict(tree)
 
-    if not TYPE_CHECKING:  # to a type checker each section's call has that section's keys: see `R2MConfig`
+    # A type checker must not see this: config.py tells it of a call that takes the keys of each section alone.
+    if not TYPE_CHECKING:
 
         def __call__(self, /, **changes: Any) -> Any:
+            """Returns a new config with some keys of this section changed (`changed`)."""
             return self.changed(changes)
 
     def __eq__(self, other: object) -> bool:
+        """Whether two sections have the same keys and values. They may belong to different configs."""
+        # pydantic would also compare the configs that they belong to, which hold these sections again.
         return type(self) is type(other) and self.model_dump() == other.model_dump()
 
 
 class ConfigTree(BaseModel):
-    """A whole config: its fields are sections.
+    """A whole config. Its fields are sections.
 
-    Raises `ConfigError` naming the key, the value, the rule it breaks and what would be valid.
+    Construction raises ConfigError for whatever is wrong. The message names the key, the value, the rule that it
+    breaks, and what would be valid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     def __init__(self, /, **sections: Any) -> None:
+        """Makes a config of sections. A section may be given as an object or as a dict, and is optional."""
         try:
             check_plain(sections)
             super().__init__(**sections)
@@ -96,18 +132,32 @@ class ConfigTree(BaseModel):
             raise ConfigError(str(error)) from None
 
     def model_post_init(self, _: Any) -> None:
+        """Tells every section to which config it belongs. pydantic calls this at the end of construction."""
+        # Copies, because a section may be a default, which all configs share, or belong to another config already.
         for name in type(self).model_fields:
             section = getattr(self, name).model_copy()
             section._config, section._name = self, name
+            # Past pydantic, which refuses changes of a frozen object.
             self.__dict__[name] = section
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Self:
+        """Makes a config of a dict with sections, each a dict with keys. Raises ConfigError for whatever is wrong."""
         return cls(**{str(key): section for key, section in tree.items()})
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Self:
-        """Reads a file, and under it the files its `base` key names; `overrides` are `section.key=value` strings."""
+        """Reads a config from a YAML file.
+
+        If the file has the key `base`, it names another config file, relative to this one. That file is read first, and
+        the keys of this file replace its keys.
+
+        Args:
+            path: the file.
+            overrides: strings of the form section.key=value, which replace keys of the file. A value is read as YAML.
+
+        Raises ConfigError for whatever is wrong, with the file or the override in the message.
+        """
         tree = _read_yaml(Path(path))
         for override in overrides:
             key, equals, value = override.partition("=")
@@ -125,13 +175,21 @@ class ConfigTree(BaseModel):
             raise ConfigError("\n".join(told)) from None
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the whole config as a dict of plain values, defaults included. `from_dict` reads it back."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
+        """Returns the whole config as YAML text, defaults included. `from_yaml` reads it back from a file."""
         return write_yaml(self.to_dict())
 
 
 def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Reads a file and its base files, and returns the merged tree. Raises ConfigError if a file cannot be used.
+
+    Args:
+        path: the file.
+        above: the files whose base this file is, directly or through others.
+    """
     tree = read_yaml(path)
     if path.resolve() in above:
         raise ConfigError(f"{path}: its base files name each other in a circle")
@@ -152,10 +210,16 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _explain(problem: Any, sections: dict[str, Any]) -> str:
-    """One line of what is wrong, from pydantic's record of it."""
+    """Says in one line what is wrong.
+
+    Args:
+        problem: pydantic's record of one error.
+        sections: the fields of the config, by the name of the section.
+    """
     location = [str(part) for part in problem["loc"]]
+    # Inside a JSON value, pydantic's path names the type of each value beside its key. Only the keys are shown.
     if len(location) > 3 and sections[location[0]].annotation.model_fields[location[1]].annotation == Options:
-        location[3:] = location[4::2]  # pydantic names each value's type before its key
+        location[3:] = location[4::2]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden" and location[-1] in ("top_p", "top_k", "min_p"):
         return (
@@ -174,8 +238,15 @@ def _explain(problem: Any, sections: dict[str, Any]) -> str:
 
 
 def _nearest(location: list[str], sections: dict[str, Any]) -> str:
+    """The end of a message about an unknown key: the same key in another section, a similar one, or all valid keys.
+
+    Args:
+        location: the names that lead to the unknown key, and its own name at the end.
+        sections: the fields of the config, by the name of the section.
+    """
     owner = sections
-    for key in location[:-1]:  # model.lora is a section within one
+    # `model.lora` is a section inside a section.
+    for key in location[:-1]:
         owner = _fields_of(owner[key].annotation)
     elsewhere = [
         f"{name}.{location[-1]}" for name, field in sections.items() if location[-1] in field.annotation.model_fields
@@ -189,6 +260,6 @@ def _nearest(location: list[str], sections: dict[str, Any]) -> str:
 
 
 def _fields_of(annotation: Any) -> dict[str, Any]:
-    """The fields of a section, or of one that may be None."""
+    """The fields of a section, given the type of the key that holds it. The type may also allow None."""
     found = next(part for part in (annotation, *get_args(annotation)) if hasattr(part, "model_fields"))
     return cast(dict[str, Any], found.model_fields)

@@ -1,10 +1,10 @@
-"""A ring with its real stages: what it needs is found, its processes are started, watched and ended.
+"""This folder makes a ring with its real stages: it finds what a run needs, and starts, watches and ends its processes.
 
-workload.py        a config resolved: models, prompts, tickets, the schedule's plan
-makers.py          how each stage is made; alone knows actors and learners
-ring.py            `Ring`: one run, step by step, saved and restored
-training.py        `r2m train`: a ring into a run directory
-ray_stages.py      stages in Ray processes
-ray_connection.py  Ray itself: started or joined, watched, left in time
-loop_thread.py     the event loop that a ring runs on
+workload.py        resolves a config: finds models and prompts, and makes tickets and the schedule's plan
+makers.py          makes each stage; no other file here imports actors and learners
+ring.py            holds `Ring`, one run that is taken step by step, saved and restored
+training.py        does what `r2m train` does: runs a ring to its end, into a run directory
+ray_stages.py      runs stages in Ray processes
+ray_connection.py  starts or joins Ray, watches it, and ends it in time
+loop_thread.py     runs the event loop of a ring in a thread
 """

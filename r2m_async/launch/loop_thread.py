@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, and the caller's side of it, which notices when that thread stands still."""
+"""Runs an event loop in a thread of its own. Whoever waits for it notices when that thread stands still."""
 
 from __future__ import annotations
 
@@ -16,21 +16,32 @@ from r2m_async.errors import StalledRun
 T = TypeVar("T")
 
 _STOP_TIMEOUT = 5.0
+"""Seconds that the thread has to end."""
 _POLLS = 40
-"""How often the caller looks, within its patience, whether the loop still turns; every second where that is more often."""
+"""How often `run` looks, within its `patience`, whether the loop still turns. It looks at least once a second."""
 
 
 class LoopThread:
+    """An event loop that runs in a thread of its own."""
+
     def __init__(self, name: str) -> None:
+        """Starts the thread. `name` is the name of the thread."""
         self._loop = asyncio.new_event_loop()
+        # A daemon: a thread that stands still must not keep Python from ending.
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, T], patience: float) -> T:
-        """What the coroutine returns or raises. The calling thread waits, and takes signals.
+        """Runs a coroutine on the loop, and returns or raises what it does.
 
-        Raises StalledRun, with what the thread is at, if the loop does not turn for `patience` seconds: some call blocks
-        it, and no deadline inside of it can go off.
+        The calling thread waits meanwhile, and can take signals.
+
+        Args:
+            coroutine: the coroutine. It is cancelled if the caller is interrupted.
+            patience: how many seconds the loop may stand still.
+
+        Raises StalledRun, with the stack of the thread, if the loop stands still for longer. Then some call blocks the
+        thread, and no deadline on the loop can end it.
         """
         future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         interval = min(1.0, patience / _POLLS)
@@ -42,23 +53,26 @@ class LoopThread:
                     turned, quiet = threading.Event(), 0
                     self._loop.call_soon_threadsafe(turned.set)
                 else:
-                    quiet += 1  # polls, not seconds: none pass while this process itself is stopped
+                    # Looks are counted, and not seconds: while this process itself is stopped, no look passes.
+                    quiet += 1
                 if quiet * interval > patience:
                     raise StalledRun(f"the controller's thread has stood still for {patience:g} s:\n{self._stack()}")
             return future.result()
         except BaseException:
+            # Without this, the coroutine would go on although nobody waits for it, for example after Ctrl-C.
             future.cancel()
             raise
 
     def stop(self) -> None:
-        """Ends the loop; a thread that stands still is left behind."""
+        """Ends the loop and its thread. A thread that does not end within 5 seconds is left behind."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_TIMEOUT)
         if not self._thread.is_alive():
             self._loop.close()
 
     def _stack(self) -> str:
+        """The last six calls in the stack of the thread, as text. It is empty if the thread went on meanwhile."""
         frame = sys._current_frames().get(self._thread.ident or 0)
-        with contextlib.suppress(ValueError):  # it has gone on meanwhile
+        with contextlib.suppress(ValueError):
             return "".join(traceback.format_stack(frame)[-6:]).rstrip()
         return ""

@@ -1,4 +1,8 @@
-"""How the stages of a ring are made, in processes of their own under Ray or in this one. Alone knows actors and learners."""
+"""Makes the stages of a ring, either in Ray processes or in this process.
+
+No other file of `r2m_async` makes stages. Engines, backends and models are imported inside the functions, so that each
+process loads only what its own stage needs.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,11 @@ from r2m_async.launch.workload import Workload
 from r2m_async.ring.stages import Carrier, LocalBatches, LocalCarrier, Stages, local_bytes
 
 Launch: TypeAlias = Callable[[str, Make], Carrier]
-"""Starts a stage, by its name and how it is made."""
+"""Starts a stage. It takes the name of the stage and the function that makes it, and returns the stage's carrier."""
 
 
 def _stages(config: R2MConfig, launch: Launch, others: dict[str, Callable[..., Any]]) -> Stages:
-    """`others`: what else `Stages` has."""
+    """Starts all stages of a ring with `launch`. `others` are the fields of `Stages` that are no stages."""
     rollouts, replicas = range(config.rollouts.num_actors), range(config.reward.replicas)
     return Stages.carried_by(
         rollouts=tuple(launch(f"rollout-{index}", _rollout_actor) for index in rollouts),
@@ -40,10 +44,12 @@ def _stages(config: R2MConfig, launch: Launch, others: dict[str, Callable[..., A
 
 
 def _replay_queue(config: R2MConfig, workload: Workload) -> ReplayQueue:
+    """Makes the replay queue."""
     return ReplayQueue()
 
 
 def _rollout_actor(config: R2MConfig, workload: Workload) -> RolloutActor:
+    """Makes a rollout actor with the engine that `rollouts.engine` names."""
     import torch
     from transformers import AutoTokenizer
 
@@ -62,6 +68,7 @@ def _rollout_actor(config: R2MConfig, workload: Workload) -> RolloutActor:
 
 
 def _reward_annotator(config: R2MConfig, workload: Workload) -> RewardAnnotator:
+    """Makes a reward annotator with the frozen reward model and a new head."""
     from transformers import AutoTokenizer
 
     from r2m_async.models.heads import build_head
@@ -73,10 +80,12 @@ def _reward_annotator(config: R2MConfig, workload: Workload) -> RewardAnnotator:
 
 
 def _policy_learner(config: R2MConfig, workload: Workload) -> PolicyLearner:
+    """Makes a policy learner on the torch backend, with a critic if the advantage estimator needs one."""
     from r2m_async.models.critic import load_critic
     from r2m_async.models.loading import load_policy
 
     model = load_policy(workload.policy, config)
+    # With adapters, the reference is the policy with its adapters switched off.
     reference = None if config.model.lora else load_policy(workload.reference, config)
     critic = (
         Critic(TorchBackend(load_critic(workload.critic, config), None, config), config) if workload.critic else None
@@ -85,9 +94,16 @@ def _policy_learner(config: R2MConfig, workload: Workload) -> PolicyLearner:
 
 
 def _policy_rank(rank: int, host: str, port: int) -> Make:
-    """Of a policy learner on DeepSpeed whose ranks meet at a store at host and port."""
+    """Returns the function that makes one rank of a policy learner on DeepSpeed.
+
+    Args:
+        rank: the number of the rank, from 0.
+        host: the machine with the TCP store at which the ranks meet.
+        port: the port of that store.
+    """
 
     def make(config: R2MConfig, workload: Workload) -> PolicyLearner:
+        """Makes the rank. It waits for the other ranks."""
         from learners.deepspeed_backend import DeepSpeedBackend, join_ranks
         from r2m_async.models.critic import load_critic
         from r2m_async.models.loading import load_policy
@@ -103,20 +119,26 @@ def _policy_rank(rank: int, host: str, port: int) -> Make:
 
 
 def _head_learner(config: R2MConfig, workload: Workload) -> HeadLearner:
+    """Makes the head learner. Its head has no meaningful weights before `start` or `restore` brings them."""
     from r2m_async.models.heads import build_head
     from r2m_async.models.reward import classifier_skeleton, scoring_head
 
-    phi = scoring_head(classifier_skeleton(workload.reward_model)).to_empty(
-        device="cpu"
-    )  # its weights come with `start`
+    phi = scoring_head(classifier_skeleton(workload.reward_model)).to_empty(device="cpu")
     head = build_head(phi, workload.reward_hidden_size, workload.policy_hidden_size, config)
-    return HeadLearner(head, config)  # on the CPU: one small update per step, and no GPU memory beside a learner's
+    # It stays on the CPU: it makes one small update per step, and must take no GPU memory from other stages.
+    return HeadLearner(head, config)
 
 
 def stages_in_process(config: R2MConfig, workload: Workload) -> Stages:
-    """All stages in this process, one call after the other."""
+    """Makes all stages in this process, where one call runs after the other.
+
+    Args:
+        config: the config of the run.
+        workload: the resolved workload of the config.
+    """
 
     def launch(name: str, make: Make) -> Carrier:
+        # One group at a time is never batched, because the size of a batch changes how numbers are rounded.
         batches = make is _rollout_actor and config.rollouts.concurrent_groups > 1
         return (LocalBatches if batches else LocalCarrier)(name, make(config, workload))
 
@@ -124,7 +146,14 @@ def stages_in_process(config: R2MConfig, workload: Workload) -> Stages:
 
 
 def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
-    """Each stage in a Ray process of its own, a DeepSpeed learner in one for each rank."""
+    """Starts every stage in a Ray process of its own. A policy learner on DeepSpeed gets one process for each rank.
+
+    It does not wait until the processes are ready.
+
+    Args:
+        processes: starts the processes. Its config and its shares of GPUs are used.
+        workload: the resolved workload of the config.
+    """
     config, gpus = processes.config, processes.gpus
 
     def launch(name: str, make: Make) -> Carrier:
@@ -140,7 +169,10 @@ def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
 
 
 def check_packages() -> None:
-    """`actors` and `learners` are generic names: raises ConfigError naming an intruder of the same name."""
+    """Checks that `actors` and `learners` are the packages of this project, and not others of the same generic names.
+
+    Raises ConfigError, which names the wrong package.
+    """
     home = Path(r2m_async.__file__).parents[1]
     for package in (actors, learners):
         found = Path(package.__file__ or "").parent

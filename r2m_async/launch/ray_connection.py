@@ -1,6 +1,6 @@
-"""Ray itself, as a run needs it: started or joined in time, watched while the run goes on, ended in time.
+"""Starts or joins Ray, watches it while a run goes on, and ends it in time.
 
-Ray's own calls wait for ever, or for minutes, where a cluster does not answer. Here each has a deadline.
+If a cluster does not answer, Ray's own calls wait for minutes or for ever. Here each of them has a deadline.
 """
 
 from __future__ import annotations
@@ -23,26 +23,36 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StageLost
 
 START_TIMEOUT = 180.0
-"""Seconds in which Ray must be there, started here or joined."""
+"""Seconds in which Ray must be started or joined."""
 CLOSE_TIMEOUT = 5.0
-"""Seconds for stages to be killed, and again for Ray to end, before its processes are killed."""
+"""Seconds that each part of `close` may take: the stages, then Ray, then Ray again after its processes were killed."""
 ANSWER_TIMEOUT = 5.0
 """Seconds in which the head of a cluster must accept a connection."""
 WATCH_EVERY = 5.0
+"""Seconds between two looks at the head of the cluster."""
 OWN_GRACE, JOINED_GRACE = 15.0, 40.0
-"""Seconds that the head of a cluster may not answer: a joined one may be restarted. Ray ends the driver after 60."""
+"""Seconds for which the head of a cluster may be silent: one that was started here, and one that was joined.
+
+A joined head may be restarted by its owner, so it gets longer. Ray itself ends the driver after 60 seconds.
+"""
 
 abandoned = threading.Event()
-"""Set if Ray did not end. Python's own end would then wait for it: leave by `os._exit`."""
+"""It is set if Ray did not end. At its own end Python would wait for Ray, so the process must leave by `os._exit`."""
 
 
 class RayConnection:
-    """Ray is started, or the cluster of RAY_ADDRESS joined, unless this process has done so before.
-
-    Raises ConfigError if nobody answers at RAY_ADDRESS, StageLost if Ray does not start.
-    """
+    """The connection of this process to Ray. `watch` notices if Ray is gone, and `close` ends what was begun here."""
 
     def __init__(self, config: R2MConfig) -> None:
+        """Joins the cluster at RAY_ADDRESS, or starts Ray if there is no address.
+
+        If this process has connected to Ray before, that connection is used, and `close` leaves it open.
+
+        Args:
+            config: the config of the run. `logging.actors` decides whether what the stages print is shown.
+
+        Raises ConfigError if nobody answers at RAY_ADDRESS, and StageLost if Ray does not start in time.
+        """
         import ray
 
         self._started_here = not ray.is_initialized()
@@ -52,12 +62,14 @@ class RayConnection:
         if self._started_here:
             _check_address(os.environ.get("RAY_ADDRESS", ""))
             os.environ.setdefault("OMP_NUM_THREADS", "1")
-        # One thread starts Ray, stays, and ends it: the kernel kills Ray's processes when the thread that started them
-        # ends. Where a call of Ray hangs, the main thread is free to say so and to take signals.
+        # One thread starts Ray, stays alive, and ends Ray. It must stay, because the kernel kills Ray's processes when
+        # the thread that started them ends. And it is not the main thread, which must be free to take signals and to
+        # report a call of Ray that hangs. It is a daemon, so that such a call cannot keep Python from ending.
         threading.Thread(target=self._live, args=(there, config.logging.actors), name="ray", daemon=True).start()
         try:
             self._head, self.num_gpus = there.result(START_TIMEOUT)
         except NotInTime:
+            # Nothing of a Ray that is half started may stay behind. Its thread may hang for ever and is given up.
             if self._started_here:
                 self._closing.set()
                 kill_processes()
@@ -66,10 +78,17 @@ class RayConnection:
         self._processes = _ray_processes() if self._started_here else []
         self._owns_head = any("gcs_server" in _name(process) for process in self._processes)
         if self._started_here and threading.current_thread() is threading.main_thread():
-            # Ray's C++ side takes SIGTERM for itself: a stack, and an abort three seconds later. Python's goes back.
+            # Ray's C++ code has put its own handler for SIGTERM in place: it prints a stack, and aborts three seconds
+            # later. This puts Python's handler back.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
     def _live(self, there: Future[tuple[str, float]], log_to_driver: bool) -> None:
+        """Starts Ray, waits until it is to be closed, and ends it. This runs in a thread of its own.
+
+        Args:
+            there: gets the address of the cluster's head and the number of its GPUs, or StageLost.
+            log_to_driver: whether Ray shows what its processes print.
+        """
         import ray
 
         try:
@@ -77,7 +96,8 @@ class RayConnection:
                 ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=log_to_driver)
             head = ray.get_runtime_context().gcs_address
             there.set_result((head, ray.cluster_resources().get("GPU", 0.0)))
-        except Exception as error:  # of many classes, plain Exception among them
+        # Ray raises errors of many classes here, plain Exception among them.
+        except Exception as error:
             lost = StageLost(None, f"Ray did not start: {error}\n{_remedy()}")
             lost.__cause__ = error
             there.set_exception(lost)
@@ -88,11 +108,16 @@ class RayConnection:
             self._ended.set_result(None)
 
     async def watch(self) -> None:
-        """Raises StageLost once the head of the cluster is gone: without it Ray ends the whole driver after a minute."""
+        """Watches the head of the cluster, and raises StageLost when it is gone. Otherwise it never ends.
+
+        Ray itself would end the whole driver process about a minute after the head is gone.
+
+        Over Ray Client it returns at once, because the head's address may not be reachable from here.
+        """
         from ray.util.client import ray as client
 
         if client.is_connected():
-            return  # the head's address is then one of the cluster's own network
+            return
         host, _, port = self._head.rpartition(":")
         loop, gone_since = asyncio.get_running_loop(), None
         while True:
@@ -102,25 +127,38 @@ class RayConnection:
                     _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
                 writer.close()
                 gone_since = None
-            except OSError as error:  # TimeoutError is one
+            # TimeoutError is an OSError, too.
+            except OSError as error:
                 gone_since = loop.time() if gone_since is None else gone_since
                 grace = OWN_GRACE if self._owns_head else JOINED_GRACE
+                # A refused connection means that the process has ended. Nobody restarts a head that was started here.
                 if self._owns_head and isinstance(error, ConnectionRefusedError):
-                    grace = 0.0  # its process has ended, and nobody starts another
+                    grace = 0.0
                 if loop.time() - gone_since >= grace:
                     reason = str(error) or f"no answer in {ANSWER_TIMEOUT:g} s"
                     raise StageLost(None, f"the head of the Ray cluster at {self._head} is gone: {reason}") from None
 
     def close(self, end_stages: Callable[[], Any]) -> None:
-        """Ends the stages, and Ray if it was started here: politely, and after `CLOSE_TIMEOUT` by killing its processes."""
+        """Ends the stages, and also the connection if it was made here. Returns in time, whatever hangs.
+
+        If Ray itself was started here, it ends with the connection. Whatever is left of it after `CLOSE_TIMEOUT`
+        seconds is killed. If even that does not end the thread of the connection, `abandoned` is set.
+
+        Args:
+            end_stages: kills the processes of all stages by calls of Ray.
+        """
+        # Both lists are needed. The stages were not there at the start. And a process whose parent has died since then
+        # is no longer found among our children.
         processes = [*self._processes, *(_ray_processes() if self._started_here else [])]
         stages: Future[None] = Future()
 
         def end() -> None:
-            with contextlib.suppress(Exception):  # Ray may be half gone: what is left is killed below
+            # Ray may be half gone, and then anything may fail here. What is left is killed below.
+            with contextlib.suppress(Exception):
                 end_stages()
             stages.set_result(None)
 
+        # In a daemon thread, because a call of Ray may hang.
         threading.Thread(target=end, name="ray-end-stages", daemon=True).start()
         with contextlib.suppress(NotInTime):
             stages.result(CLOSE_TIMEOUT)
@@ -129,7 +167,7 @@ class RayConnection:
         self._closing.set()
         with contextlib.suppress(NotInTime):
             self._ended.result(CLOSE_TIMEOUT)
-        _kill(processes)  # those that are there still
+        _kill(processes)
         try:
             self._ended.result(CLOSE_TIMEOUT)
         except NotInTime:
@@ -137,6 +175,7 @@ class RayConnection:
 
 
 def _abandon() -> None:
+    """Gives Ray up: sets `abandoned`, and takes back what Ray would do at Python's end, which may hang as well."""
     import ray
 
     atexit.unregister(ray.shutdown)
@@ -144,7 +183,7 @@ def _abandon() -> None:
 
 
 def _check_address(address: str) -> None:
-    """Raises ConfigError if nobody answers at a RAY_ADDRESS of the form host:port, for which Ray would wait on and on."""
+    """Raises ConfigError if RAY_ADDRESS has the form host:port and nobody answers there. Ray would wait very long."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return
@@ -158,6 +197,7 @@ def _check_address(address: str) -> None:
 
 
 def _remedy() -> str:
+    """The advice that ends the message about a Ray that did not start."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
         return f"RAY_ADDRESS is {address!r}; is that cluster up? Unset RAY_ADDRESS for a Ray of this run's own"
@@ -167,21 +207,22 @@ def _remedy() -> str:
 
 
 def kill_processes() -> None:
-    """Ends Ray, if this process started one, without a word to it."""
+    """Kills all processes of the Ray that this process started, if it started one, without asking Ray first."""
     if "ray" in sys.modules:
         _kill(_ray_processes())
 
 
 def _kill(processes: list[Any]) -> None:
+    """Kills those processes that are still there."""
     import psutil
 
     for process in processes:
-        with contextlib.suppress(psutil.Error):  # it is gone already, as it should be
+        with contextlib.suppress(psutil.Error):
             process.kill()
 
 
 def _name(process: Any) -> str:
-    """Empty for one that has ended since it was listed, as Ray's short-lived helpers do."""
+    """The name of a process. It is empty if the process has ended since it was listed, as short-lived helpers do."""
     import psutil
 
     with contextlib.suppress(psutil.Error):
@@ -190,7 +231,7 @@ def _name(process: Any) -> str:
 
 
 def _ray_processes() -> list[Any]:
-    """Those that Ray started for this process, the stages' among them."""
+    """The processes that Ray has started for this process, as psutil's objects. The stages' are among them."""
     import psutil
     import ray
 

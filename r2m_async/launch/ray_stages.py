@@ -1,7 +1,8 @@
-"""Stages in Ray processes: GPUs for each, calls and payloads across, deaths and restarts.
+"""Runs stages in Ray processes: shares out the GPUs, brings calls and payloads across, and handles deaths and restarts.
 
-A stage in a Ray process is called through `_Process.call`: arguments and results cross as `codec` buffers, payloads as
-object references that the driver owns, so they survive the process that made them.
+Every process of a stage is a Ray actor of the class `_Process`. Arguments and results of a call are sent as buffers of
+`codec`. A payload stays in Ray's object store, and the controller gets a reference to it. The driver owns this
+reference, so the payload outlives the process that made it.
 """
 
 from __future__ import annotations
@@ -27,23 +28,30 @@ from r2m_async.launch.workload import Workload
 from r2m_async.ring.stages import Method
 
 RESTART_TIMEOUT = 300.0
-"""Seconds in which a new process must be there for a dead rollout actor."""
+"""Seconds in which the new process of a lost rollout actor must be ready."""
 KILL_TIMEOUT = 10.0
-"""Seconds for Ray to take note that a process is to be killed."""
+"""Seconds that Ray has to accept the order to kill a process."""
 
 
 Make: TypeAlias = Callable[[R2MConfig, Workload], Any]
+"""A function that makes a stage. It is called in the process in which the stage is to run."""
 MakeRank: TypeAlias = Callable[[int, str, int], Make]
-"""Of a rank, and of the host and port of the store at which the ranks meet."""
+"""Returns the `Make` of one rank. It takes the rank, and the host and port of the store at which the ranks meet."""
 
 
 class RayProcesses:
-    """The stages' processes, and Ray itself if it was started here.
+    """The processes of all stages of a ring, and the connection to Ray.
 
-    `gpus` is the share of each stage that has one (`gpu_share`); `config` has what depends on it (`placed`).
+    `gpus` is the number of GPUs of each process that computes with a model, which may be a part of one (`gpu_share`).
+    `config` is the config of the run with the keys that depend on this number filled in (`placed`).
     """
 
     def __init__(self, config: R2MConfig) -> None:
+        """Starts or joins Ray. It starts no stages yet.
+
+        Raises ConfigError if the config does not fit the GPUs of the cluster or if nobody answers at RAY_ADDRESS, and
+        StageLost if Ray does not start.
+        """
         self._launched: list[RayStage | RayGang] = []
         self.ray = RayConnection(config)
         try:
@@ -61,26 +69,42 @@ class RayProcesses:
         num_gpus: float,
         deadline: float | None = None,
     ) -> RayStage:
-        """A stage in a process of its own; `deadline` as of `RayStage`."""
+        """Starts a stage in a process of its own, and does not wait for it.
+
+        Args:
+            name: the name of the stage.
+            make: makes the stage in its process.
+            workload: what `make` gets besides the config.
+            num_gpus: the number of GPUs of the process, which may be a part of one.
+            deadline: the most seconds that a call may take (`RayStage`). None: no limit.
+        """
+        # Ray must not restart a process by itself: the controller counts deaths, and gives a new process its weights.
         options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0}
         stage = RayStage(name, make, self.config, workload, deadline, options)
         self._launched.append(stage)
         return stage
 
     def gang(self, name: str, make_rank: MakeRank, workload: Workload, num_gpus: float) -> RayGang:
-        """A stage of `learner.num_ranks` processes, each with so many GPUs."""
+        """Starts a stage that consists of `learner.num_ranks` processes, and does not wait for it.
+
+        Args:
+            name: the name of the stage. The processes are called NAME-0, NAME-1, and so on.
+            make_rank: returns the function that makes one rank.
+            workload: what that function gets besides the config.
+            num_gpus: the number of GPUs of each process.
+        """
         options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0}
         gang = RayGang(name, make_rank, self.config, workload, options)
         self._launched.append(gang)
         return gang
 
     def close(self) -> None:
-        """Ends the processes, and Ray if it was started here. Returns in time, whatever hangs."""
+        """Ends all processes, and the connection to Ray if it was made here. Returns in time, whatever hangs."""
         self.ray.close(lambda: [stage.kill() for stage in self._launched])
 
 
 def ray_bytes() -> dict[str, Callable[..., Any]]:
-    """The `to_bytes` and `from_bytes` of stages in Ray processes."""
+    """Returns the `to_bytes` and `from_bytes` of stages in Ray processes, where a payload is an object reference."""
     import numpy as np
     import ray
 
@@ -91,7 +115,14 @@ def ray_bytes() -> dict[str, Callable[..., Any]]:
 
 
 def gpu_share(config: R2MConfig, available: float) -> float:
-    """GPUs of each annotator and each rank of the policy learner and of a rollout actor: one, or equal parts of what there is.
+    """Returns how many GPUs each process gets that computes with a model. It is 1, a part of 1, or 0 without GPUs.
+
+    These processes are the reward annotators, the ranks of the policy learner, and the ranks of the rollout actors. If
+    there are too few GPUs to give one to each, they all get equal parts.
+
+    Args:
+        config: the config of the run.
+        available: the number of GPUs in the cluster.
 
     Raises ConfigError if a stage of several ranks would get parts of GPUs.
     """
@@ -110,13 +141,23 @@ def gpu_share(config: R2MConfig, available: float) -> float:
                 f"{key} is {num_ranks}, which needs whole GPUs: {users} for the run, and the cluster has {available:g}; "
                 f"lower rollouts.num_actors or {key.partition('.')[2]}"
             )
-    return int(100 / math.ceil(users / available)) / 100  # so that the parts fill whole GPUs
+    # As many processes share each GPU as must share the fullest one. Rounded down to hundredths, because parts that add
+    # up to more than a GPU could not be placed.
+    return int(100 / math.ceil(users / available)) / 100
 
 
 def placed(config: R2MConfig, gpus: float, available: float) -> R2MConfig:
-    """The config with what depends on each stage's share of the cluster's GPUs: `weights.transport: auto`, vLLM's memory.
+    """Returns the config with the keys filled in that depend on the GPUs of each process.
 
-    Raises ConfigError for a transport that these GPUs do not have, and if what lies in the CPU's memory already were to move there.
+    `weights.transport: auto` becomes the transport that is used. If processes share GPUs, vLLM gets a limit on its
+    share of GPU memory, unless `rollouts.engine_options` has one.
+
+    Args:
+        config: the config of the run.
+        gpus: the result of `gpu_share`.
+        available: the number of GPUs in the cluster.
+
+    Raises ConfigError if these GPUs do not allow the transport, and for `learner.offload` without a GPU.
     """
     shares_one = 0 < gpus < 1 and available == 1
     possible = {"nccl": gpus >= 1, "ipc": shares_one}
@@ -136,60 +177,75 @@ def placed(config: R2MConfig, gpus: float, available: float) -> R2MConfig:
             transport = "nccl" if possible["nccl"] else "ipc" if possible["ipc"] else "object_store"
         config = config.weights(transport=transport)
     if vllm and 0 < gpus < 1:
+        # Without this, vLLM would take most of the GPU for itself.
         memory: Options = {"gpu_memory_utilization": round(0.9 * gpus, 3)}
         config = config.rollouts(engine_options=memory | config.rollouts.engine_options)
     return config
 
 
 _USERS = (ConfigError, DataError, StepFailed, DiskError)
-"""Errors whose message says all: they reach the user as they were raised in a stage's process."""
+"""Errors whose message tells the user all there is to know. They are raised in the driver as the stage raised them."""
 
 
 class _Process:
-    """A stage inside its Ray actor."""
+    """A stage inside its own process. Ray makes an actor of this class."""
 
     def __init__(self, name: str, make: Make, config: R2MConfig, workload: Workload) -> None:
+        """Makes the stage. `name` is the name of the stage. An error of the user is kept, and raised by `pid`."""
         import ray
         import torch
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # of loading: a ring's processes would draw all of theirs over each other
+        # The processes of a ring would draw their progress bars of loading over each other.
+        logging.disable_progress_bar()
         self._name = name
+        # Without GPUs all processes share the cores. And with one thread, sums are always rounded in the same way.
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
         os.environ[NODE_ADDRESS] = ray.util.get_node_ip_address()
         self._mistake: Exception | None = None
         try:
             self._stage = make(config, workload)
-        except _USERS as error:  # told when asked: one that is raised here is Ray's to report, with a traceback
+        except _USERS as error:
+            # Ray would wrap an error that is raised here in an error of its own, with a long traceback.
             self._mistake = error
             return
         self._opaque = getattr(self._stage, "opaque", False)
 
     def __repr__(self) -> str:
-        """What Ray puts before the lines that the process prints."""
+        """The name of the stage. Ray puts it before the lines that the process prints."""
         return self._name
 
     def pid(self) -> int:
-        """Raises what a user must mend before the stage can be made."""
+        """Returns the number of the process. Raises the user's error because of which the stage could not be made."""
         if self._mistake:
             raise self._mistake
         return os.getpid()
 
     def call(self, method: str, packed: bytes, *payloads: Any) -> Any:
-        """`packed` are the arguments with places where payloads go; returns (report, *payloads) as buffers."""
+        """Calls a method of the stage.
+
+        Args:
+            method: the name of the method.
+            packed: the arguments, encoded, with a mark at each place where a payload belongs (`_emptied`).
+            payloads: the payloads, encoded. Ray has fetched them from its object store.
+
+        Returns the report and the payloads, each encoded. It returns the report alone if there are no payloads.
+        """
         import numpy as np
 
+        # The replay queue only stores payloads, so it gets and returns the buffers themselves.
         items = payloads if self._opaque else [decode(payload) for payload in payloads]
         report, *results = getattr(self._stage, method)(*_filled(decode(packed), items))
         if not self._opaque:
+            # Ray stores an array outside of its pickle, and whoever gets it reads it without a copy.
             results = [np.frombuffer(encode(result), np.uint8) for result in results]
         report = bytes(encode(report))
         return (report, *results) if results else report
 
 
 class RayStage:
-    """The controller's side of a `_Process`."""
+    """Carries a stage that runs in one Ray process. It is the controller's side of a `_Process`."""
 
     def __init__(
         self,
@@ -200,11 +256,22 @@ class RayStage:
         deadline: float | None,
         options: dict[str, Any],
     ) -> None:
-        """`deadline`: seconds for a call, after which the process counts as hung, is killed and lost."""
+        """Starts the process, and does not wait for it.
+
+        Args:
+            name: the name of the stage.
+            make: makes the stage in the process.
+            config: the config of the run, as `placed` returned it.
+            workload: what `make` gets besides the config.
+            deadline: the most seconds that a call may take. A process that takes longer counts as hung: it is killed,
+                and the stage is lost. None: no limit.
+            options: Ray's options for the process.
+        """
         import ray
 
         self.name = name
         self._deadline = deadline
+        # Each group has threads of its own. So a call of one group need not wait for a call of another.
         groups = {"control": 1, "weights": 1, "generate": config.rollouts.concurrent_groups}
         remote = ray.remote(concurrency_groups=groups)(_Process)
         self._new: Callable[[], Any] = lambda: remote.options(**options).remote(name, make, config, workload)
@@ -212,6 +279,13 @@ class RayStage:
         self._started = False
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
+        """Calls a method of the stage in its process, and returns (report, *payloads). Payloads are references.
+
+        Raises what the stage raised if its message says all (`_USERS`), and WeightMismatch with the name of the stage.
+        Raises StageLost if the process died, if it took longer than the deadline, if it lost a process of its own, or
+        if a payload was lost with the process that held it. Any other error of the stage is raised as Ray's
+        RayTaskError.
+        """
         from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 
         payloads: list[Any] = []
@@ -219,9 +293,12 @@ class RayStage:
         options: dict[str, Any] = {"num_returns": 1 + method.num_payloads}
         if method.beside:
             options["concurrency_group"] = method.beside
+        # The actor of this moment: a restart may put another in its place while this call waits. And a timeout that
+        # never expires: the question below is asked also if the call fails before its own timeout begins.
         within, actor = asyncio.timeout(None), self._actor
         try:
-            if not self._started:  # the deadline is for calls, not for starting
+            # The deadline is for calls. To load a model may take longer.
+            if not self._started:
                 await self.pid()
                 self._started = True
             references = actor.call.options(**options).remote(method.name, packed, *payloads)
@@ -230,16 +307,19 @@ class RayStage:
                 return decode(await report), *results
         except (ActorDiedError, ActorUnavailableError) as error:
             raise StageLost(self.name, f"{self.name} was lost during {method.name}: {error}") from error
-        except RayTaskError as error:  # before TimeoutError: what a stage raised may be one of both classes
+        # This comes before TimeoutError: Ray derives its error from the stage's own, so it may be of both classes.
+        except RayTaskError as error:
             if isinstance(error.cause, _USERS):
                 raise error.cause from None
             if isinstance(error.cause, WeightMismatch):
                 raise WeightMismatch(f"{self.name}: {error.cause}") from None
-            if isinstance(error.cause, StageLost):  # a process of its own, which it cannot do without
+            # The stage has lost a process of its own, such as vLLM's engine. It is of no use without it.
+            if isinstance(error.cause, StageLost):
                 await self._end(actor)
                 raise StageLost(self.name, f"{self.name}: {error.cause}") from None
             raise
         except TimeoutError:
+            # Only the end of our own deadline means that the process hangs.
             if not within.expired():
                 raise
             await self._end(actor)
@@ -252,9 +332,14 @@ class RayStage:
             ) from error
 
     async def restart(self) -> None:
-        """A new process in the place of the lost one. Raises StageLost if that dies too, or takes too long."""
+        """Starts a new process in the place of the lost one, and waits until it is ready.
+
+        Raises StageLost if the new process dies, or is not ready within `RESTART_TIMEOUT` seconds. Raises the user's
+        error because of which the stage cannot be made.
+        """
         from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+        # The old process may still live, for example if only a payload was lost. It would keep its GPU.
         await self._end(self._actor)
         self._actor, self._started = self._new(), False
         try:
@@ -267,7 +352,10 @@ class RayStage:
             raise StageLost(self.name, f"{self.name} did not come back: {error}") from error
 
     async def pid(self) -> int:
-        """Of the process that runs the stage now. Raises what a user must mend before the stage can be made."""
+        """Returns the number of the process that runs the stage now. It waits until the process has made the stage.
+
+        Raises the user's error because of which the stage could not be made.
+        """
         from ray.exceptions import RayTaskError
 
         try:
@@ -278,12 +366,13 @@ class RayStage:
             raise
 
     async def pids(self) -> list[int]:
+        """Returns the number of the process that runs the stage now, in a list."""
         return [await self.pid()]
 
     async def _end(self, actor: Any) -> None:
-        """Kills a process: that one, and none that has taken its place meanwhile. It is given up in any case.
+        """Kills the process of an actor, and waits at most `KILL_TIMEOUT` seconds for Ray to accept that.
 
-        In a daemon thread, because a call that hangs in Ray must keep neither the loop nor Python's end waiting.
+        The actor is given as an argument, so that this cannot hit a new process that has taken its place meanwhile.
         """
         ended: Future[None] = Future()
 
@@ -293,15 +382,19 @@ class RayStage:
             finally:
                 ended.set_result(None)
 
+        # The call of Ray may hang. In a daemon thread it keeps neither the event loop nor the end of Python waiting.
         threading.Thread(target=end, name=f"{self.name}-end", daemon=True).start()
+        # Shielded, because the timeout would otherwise cancel the future, and the thread could not set its result then.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(ended)), KILL_TIMEOUT)
 
     def kill(self) -> None:
+        """Kills the process that runs the stage now. This is a call of Ray and may hang."""
         _kill(self._actor)
 
 
 def _kill(actor: Any) -> None:
+    """Orders Ray to kill the process of an actor."""
     import ray
 
     ray.kill(actor)
@@ -309,16 +402,19 @@ def _kill(actor: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Shares:
-    """One payload in parts, as the ranks of a gang made it (`Method.shares`)."""
+    """One payload in parts, one from each rank of a gang (`Method.shares`)."""
 
     references: tuple[Any, ...]
+    """References to the parts, in the order of ranks."""
 
 
 class RayGang:
-    """The controller's side of a policy learner of several ranks: one stage, of a process for each.
+    """Carries a policy learner of several ranks. To the controller the ranks are one stage.
 
-    Every call goes to all ranks with the same arguments, because each meets the others in it; what rank 0 returns is
-    the stage's answer. One lost rank is a lost stage: the others cannot go on, nor begin anew in the same process.
+    A call goes to all ranks with the same arguments, because they meet inside it to exchange data. What rank 0 returns
+    is the answer of the stage. Some methods go to rank 0 alone (`Method.ranks`).
+
+    If one rank is lost, the whole stage is lost. The other ranks cannot go on without it.
     """
 
     def __init__(
@@ -329,11 +425,22 @@ class RayGang:
         workload: Workload,
         options: dict[str, Any],
     ) -> None:
+        """Starts one process for each of `learner.num_ranks` ranks, and does not wait for them.
+
+        Args:
+            name: the name of the stage. The processes are called NAME-0, NAME-1, and so on.
+            make_rank: returns the function that makes one rank.
+            config: the config of the run, as `placed` returned it.
+            workload: what that function gets besides the config.
+            options: Ray's options for each process.
+        """
         import ray
         import torch
 
         self.name = name
-        self._rank_0_is_whole = config.learner.zero_stage < 3  # it has whole weights
+        # In ZeRO stage 3 every rank holds only a part of each weight. Below that, every rank holds whole weights.
+        self._rank_0_is_whole = config.learner.zero_stage < 3
+        # The driver holds the store at which the ranks meet. It does not wait for them here.
         host = ray.util.get_node_ip_address()
         self._store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.ranks = tuple(
@@ -342,12 +449,17 @@ class RayGang:
         )
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
+        """Calls a method of the ranks that it goes to, and returns (report, *payloads) of rank 0.
+
+        A payload of which each rank has a part becomes a `_Shares`. Raises what a rank raises, as `RayStage.call` does.
+        """
         if method.ranks == "first" or (method.ranks == "whole" and self._rank_0_is_whole):
             return await self.ranks[0].call(method, *args)
         calls = [asyncio.create_task(rank.call(method, *args)) for rank in self.ranks]
         try:
             await _ended(calls)
         finally:
+            # After an error nobody waits for the other ranks any more.
             for call in calls:
                 call.cancel()
         (report, *payloads), *others = (call.result() for call in calls)
@@ -356,22 +468,31 @@ class RayGang:
         return report, *payloads
 
     async def restart(self) -> None:
+        """Raises StageLost: a policy learner that is lost cannot be restarted."""
         raise StageLost(self.name, f"{self.name} will not come back: its ranks are not started again one by one")
 
     async def pids(self) -> list[int]:
+        """Returns the numbers of the processes, in the order of ranks."""
         return [await rank.pid() for rank in self.ranks]
 
     def kill(self) -> None:
+        """Kills the processes of all ranks. This is a call of Ray and may hang."""
         for rank in self.ranks:
             rank.kill()
 
 
 _LAST_WORDS = 10.0
-"""Seconds that other ranks have, once one failed, to fail too: what made it fail may be the loss of one of them."""
+"""Seconds that the other ranks have to fail, too, after one has failed.
+
+The error of the first may only be a consequence of the loss of another, and Ray may report that loss later.
+"""
 
 
 async def _ended(calls: list[asyncio.Task[Any]]) -> None:
-    """Waits for all ranks' calls, or raises why not: the loss of a rank before what its death did to the others."""
+    """Waits until the calls of all ranks have ended. Raises an error if one of them failed.
+
+    If several failed, the loss of a rank is raised rather than what this loss did to the other ranks.
+    """
     pending, failures = set(calls), list[BaseException]()
     while pending and not any(isinstance(failure, StageLost) for failure in failures):
         done, pending = await asyncio.wait(
@@ -385,10 +506,17 @@ async def _ended(calls: list[asyncio.Task[Any]]) -> None:
 
 
 _PLACE = "payload of this call"
+"""The key of a mark that stands in the arguments of a call where a payload belongs.
+
+The mark is a dict with this key alone. Its value is an index into the payloads, or a list of indices for a `_Shares`.
+"""
 
 
 def _emptied(value: Any, payloads: list[Any]) -> Any:
-    """The value with every object reference in it moved to `payloads`, a place left where it was."""
+    """Copies arguments, with a mark in the place of each object reference. The references are appended to `payloads`.
+
+    Ray fetches an object only if its reference is an argument by itself, and not inside a list or a buffer.
+    """
     import ray
 
     if isinstance(value, ray.ObjectRef):
@@ -405,6 +533,7 @@ def _emptied(value: Any, payloads: list[Any]) -> Any:
 
 
 def _filled(value: Any, payloads: Any) -> Any:
+    """Copies arguments that `_emptied` returned, with the payloads in the place of the marks."""
     if isinstance(value, dict) and value.keys() == {_PLACE}:
         place = value[_PLACE]
         return _merged([payloads[one] for one in place]) if isinstance(place, list) else payloads[place]
@@ -416,6 +545,6 @@ def _filled(value: Any, payloads: Any) -> Any:
 
 
 def _merged(parts: list[tuple[Any, ...] | None]) -> tuple[Any, ...] | None:
-    """What the ranks returned of one payload, in the order of groups."""
+    """Puts the parts of a payload that the ranks returned together, in the order of groups. None if no rank has any."""
     there = [part for part in parts if part is not None]
     return tuple(sorted(itertools.chain(*there), key=lambda one: one.group_id)) if there else None

@@ -1,4 +1,4 @@
-"""A running ring: its stages are made, its controller runs on a loop of its own, and it is ended in time."""
+"""Holds `Ring`, a running ring: it makes the stages, runs the controller on a loop of its own, and ends all in time."""
 
 from __future__ import annotations
 
@@ -25,14 +25,28 @@ T = TypeVar("T")
 
 
 class Ring:
-    """A running ring: `step` until `finished`, `save` between steps, `stop` at the end. Also a context manager."""
+    """A running ring. Call `step` until `finished`, and `stop` at the end. Between steps, `save` writes checkpoints.
+
+    It is also a context manager, which calls `stop`. Its methods are called from one thread. They wait, and may raise:
+
+    - StalledRun if nothing moves for `scheduling.stall_after` seconds,
+    - StageLost if a stage is lost that cannot be replaced,
+    - whatever else a stage raises.
+    """
 
     def __init__(
         self, config: R2MConfig, workload: Workload, in_process: bool = False, resume: str | Path | None = None
     ):
-        """Starts the stages. `resume` is a directory that `save` wrote; the run goes on at its step.
+        """Starts the stages and the controller, and waits until the ring can take a step.
 
-        Raises ConfigError for a checkpoint that is not whole, and for keys that may not change (docs/checkpoints.md).
+        Args:
+            config: the config of the run.
+            workload: the resolved workload of this config (`workload.resolve`).
+            in_process: True runs all stages in this process, one call after the other. False runs them on Ray.
+            resume: a directory that `save` wrote. The run goes on at the step of that checkpoint.
+
+        Raises ConfigError for a checkpoint that is not whole, for a key that a resumed run may not change
+        (docs/checkpoints.md), and for a config that cannot run on Ray or in one process.
         """
         check_packages()
         self.config = config
@@ -40,6 +54,7 @@ class Ring:
         self._loop_thread = LoopThread("r2m-controller")
         self._stopped = False
         self._close: Callable[[], None] = lambda: None
+        # If the start fails, the processes that were started already must end, too.
         try:
             self._start(in_process, None if resume is None else whole_at(resume))
         except BaseException:
@@ -48,12 +63,22 @@ class Ring:
 
     @classmethod
     def of(cls, config: R2MConfig, on_progress: Callable[[str, int, int], None] | None = None, **how: Any) -> Ring:
-        """Resolves the config's workload and starts its ring."""
+        """Resolves the workload of a config, and starts a ring with it.
+
+        Args:
+            config: the config of the run.
+            on_progress: is told of work that takes a while, as in `workload.resolve`.
+            how: the further arguments of `Ring`, `in_process` and `resume`.
+
+        Raises ConfigError or DataError, as `workload.resolve` and `Ring` do.
+        """
         return cls(config, resolve(config, on_progress), **how)
 
     def _start(self, in_process: bool, resume: Path | None) -> None:
+        """Does what the constructor does, once there is a loop to run on."""
         config, plan = self.config, plan_of(self.config, self.workload)
-        saved = read_checkpoint(resume, self.config) if resume else {}  # refused before any process starts
+        # A bad checkpoint must be refused before any process is started.
+        saved = read_checkpoint(resume, self.config) if resume else {}
         if in_process:
             if config.weights.direct:
                 raise ConfigError(
@@ -70,24 +95,28 @@ class Ring:
             )
         else:
             processes = RayProcesses(config)
+            # At once, so that `stop` ends Ray even if one of the next lines raises.
             self._close = processes.close
             stages = stages_on_ray(processes, self.workload.without_prompts())
             config = processes.config
         first_step = decode(saved["step"]) if saved else 0
         tickets = TicketOffice(self.config, self.workload)
 
+        # A coroutine, because a controller must be made on the loop whose clock it reads.
         async def controller() -> Controller:
             return Controller(config, plan, stages, tickets.ticket, tickets.evaluation, first_step)
 
         async def start() -> None:
             if resume:
                 policy, head = (stages.from_bytes(saved[f"{name}_learner"]) for name in ("policy", "head"))
+                # With a direct transport the learner keeps the versions itself. It publishes its present one anew.
                 policies = {} if config.weights.direct else kept_versions(saved, "policy_weights_", stages)
                 heads = kept_versions(saved, "head_weights_", stages)
                 await self.controller.start(policies, heads, (policy, str(resume.absolute()), head))
             else:
                 await self.controller.start()
 
+        # Before the loops run, no watchdog looks. So the start has a deadline of its own.
         async def start_in_time() -> None:
             within = asyncio.timeout(config.scheduling.stall_after)
             try:
@@ -107,32 +136,42 @@ class Ring:
 
     @property
     def finished(self) -> bool:
+        """Whether the policy has taken its last step."""
         return self.controller.finished
 
     def step(self) -> dict[str, float]:
-        """One policy step; its metrics. Raises what the first failing loop raised."""
+        """Waits for the next policy step, and returns its metrics by name.
+
+        Raises the error of the first loop that failed, and RuntimeError if the run has ended.
+        """
         return self._run(self.controller.step())
 
     def drain(self) -> list[dict[str, float]]:
-        """Waits for head updates and evaluations under way; returns all evaluations so far."""
+        """Waits for head updates and evaluations that are under way. Returns the metrics of all evaluations so far."""
         self._run(self.controller.drain())
         return self.controller.evaluations
 
     def policy_weights(self) -> Weights:
-        """The policy as the learner has it now, under the base model's names; adapters are merged."""
+        """Returns the weights of the policy as the learner has it now.
+
+        They have the base model's names. Adapters are merged into them.
+        """
         return cast(Weights, self._fetched(self.controller.stages.policy.weights(True)))
 
     def head_weights(self) -> Weights:
-        """The head that scores: what it has learnt, averaged where `head.hold` is `average`."""
+        """Returns the weights of the head that scores. Under `head.hold: average` these are the averaged weights."""
         return cast(Weights, self._fetched(self.controller.stages.head.state())["scoring"])
 
     def learner_states(self) -> dict[str, Any]:
-        """What a checkpoint would hold of each learner now, by `policy` and `head`; a DeepSpeed learner cannot give it."""
+        """Returns what a checkpoint would hold of the learners now, under the keys `policy` and `head`.
+
+        It does not work with `learner.backend: deepspeed`, whose state is written into files.
+        """
         stages = self.controller.stages
         return {"policy": self._fetched(stages.policy.state()), "head": self._fetched(stages.head.state())}
 
     def process_ids(self) -> dict[str, list[int]]:
-        """The numbers of each stage's processes, by the stage's name: for a debugger or a profiler."""
+        """Returns the process numbers of each stage by the stage's name, for a debugger or a profiler."""
         stages = self.controller.stages
 
         async def pids() -> dict[str, list[int]]:
@@ -142,14 +181,19 @@ class Ring:
         return self._run(pids())
 
     def _fetched(self, call: Call[Any]) -> Any:
+        """Makes a call of a stage, and returns its payload as an object of this process."""
         return decode(self._run(self.controller.fetched(call)))
 
     def save(self, directory: str | Path) -> None:
-        """Writes a checkpoint, whole or not at all; an old one there stays until the new one takes its place at once.
+        """Waits for what is under way, and writes a checkpoint. It is written whole or not at all.
 
-        Raises DiskError.
+        An old checkpoint in the same place stays until the new one replaces it in one step.
 
-        A learner on DeepSpeed writes there from every rank: beyond one machine the directory must be shared.
+        Args:
+            directory: the directory to make or to replace. With `learner.backend: deepspeed` every rank writes into it,
+                so all machines of the run must share it.
+
+        Raises DiskError if the disk refuses to write.
         """
         with whole_directory(directory, replace=True) as building:
             parts = self._run(self.controller.checkpoint(str(building)))
@@ -157,13 +201,15 @@ class Ring:
             write_parts(building, parts, self.config)
 
     def stop(self) -> None:
-        """Ends the ring and its processes, in time whatever hangs; a second call does nothing."""
+        """Ends the ring and its processes. It returns in time, whatever hangs. A second call does nothing."""
         if self._stopped:
             return
         self._stopped = True
         try:
+            # There is no controller yet if the start failed early.
             if hasattr(self, "controller"):
-                with contextlib.suppress(StalledRun):  # told already, or of no more interest
+                # That the thread stands still was reported before, or matters no more. The processes must end anyway.
+                with contextlib.suppress(StalledRun):
                     self._loop_thread.run(self.controller.stop(), 2 * STOP_TIMEOUT)
                 del self.controller
         finally:
@@ -177,4 +223,5 @@ class Ring:
         self.stop()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the controller's loop, and returns or raises what it does."""
         return self._loop_thread.run(coroutine, self.config.scheduling.stall_after)

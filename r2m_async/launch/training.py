@@ -1,4 +1,4 @@
-"""One training run from config to run directory: what `r2m train` does."""
+"""Does one training run, from a config to a run directory. This is what `r2m train` does."""
 
 from __future__ import annotations
 
@@ -17,9 +17,18 @@ from r2m_async.whole import remove_directory
 
 
 def train(config: R2MConfig, in_process: bool = False) -> Path:
-    """Runs the ring to its end; returns the run directory. What was measured is written even if the run fails.
+    """Runs a ring to its end, and returns the run directory.
 
-    in_process: all stages run in this process, one call after the other, so that a debugger reaches every one of them.
+    What was measured is written after every step, so it is there even if the run fails. Checkpoints are kept as the
+    section `checkpoint` of the config says.
+
+    Args:
+        config: the config of the run.
+        in_process: True runs all stages in this process, one call after the other, so that a debugger reaches all of
+            them. False runs them on Ray.
+
+    Raises ConfigError or DataError if the run cannot start, DiskError if the disk refuses to write, and otherwise what
+    `Ring` raises. To an error of the running ring it adds a note about what can be used afterwards.
     """
     with LiveTable(config) as live:
         workload = resolve(config, on_progress=live.message)
@@ -36,23 +45,29 @@ def train(config: R2MConfig, in_process: bool = False) -> Path:
                     live.update(metrics, ring.controller.evaluations)
                     if not ring.finished:
                         keep_checkpoint(ring, run.path)
+                # The last checkpoint comes after everything else is written, because it may fill the disk.
                 run.write_evaluations(ring.drain())
                 run.write_trace(ring.controller.take_trace())
                 live.update({}, ring.controller.evaluations)
-                keep_checkpoint(ring, run.path)  # last, for it may fill the disk: by now all else is written
+                keep_checkpoint(ring, run.path)
     plot_run(run.path)
     return run.path
 
 
 @contextlib.contextmanager
 def _naming_what_is_left(run: Path) -> Iterator[None]:
-    """Adds to whatever ends a run early where its measurements are, and what it can go on from."""
+    """Adds a note to an error in the block: where the measurements are, and from which checkpoint the run can go on.
+
+    Args:
+        run: the run directory.
+    """
     try:
         yield
     except BaseException as error:
         error.add_note(f"What was measured is in {run}.")
         saved = []
-        with contextlib.suppress(OSError):  # a disk that fails must not hide what failed
+        # If the disk fails here, too, that must not hide the error of the run.
+        with contextlib.suppress(OSError):
             saved = checkpoints(run)
         error.add_note(
             f"The last whole checkpoint is {saved[-1]}." if saved else "No checkpoint was saved (checkpoint.every)."
@@ -61,7 +76,17 @@ def _naming_what_is_left(run: Path) -> Iterator[None]:
 
 
 def keep_checkpoint(ring: Ring, run: Path) -> None:
-    """Every `checkpoint.every` steps, and at the end under `checkpoint.at_end`; the newest `checkpoint.keep` stay."""
+    """Saves a checkpoint if one is due after the present step, and deletes old ones.
+
+    One is due every `checkpoint.every` steps, and at the end of the run under `checkpoint.at_end`. The newest
+    `checkpoint.keep` checkpoints stay.
+
+    Args:
+        ring: the running ring.
+        run: the run directory.
+
+    Raises DiskError if the disk refuses to write or to delete.
+    """
     checkpoint, step = ring.config.checkpoint, ring.controller.schedule.policy_version
     regular = checkpoint.every is not None and step % checkpoint.every == 0
     if not (regular or (checkpoint.at_end and ring.finished)):

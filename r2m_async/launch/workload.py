@@ -1,6 +1,7 @@
-"""What a config asks to be trained: models, tokenizers and prompts, found or built, and the numbers that follow.
+"""Resolves a config: finds or builds its models, reads its prompts, and makes the tickets and the schedule's plan.
 
-`resolve` runs once, in the driver; what it returns is plain data that every process can load its own part from.
+`resolve` runs once, in the driver. It returns plain data, which names the models and does not hold them. So every
+process can load just what its own stage needs.
 """
 
 from __future__ import annotations
@@ -24,44 +25,60 @@ from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket
 
 BUILT_HERE = ("embedded", "from_scratch")
-"""Values of `model.policy` and `reward.model` that name no model but one that `resolve` makes."""
+"""Values of `model.policy` and `reward.model` for which `resolve` builds a model. All others name existing models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Where the models lie, what they are asked, and how large their states are."""
+    """What a run needs besides its config: models, prompts and the advantage estimator."""
 
     policy: str
+    """Hugging Face name or directory of the policy."""
     reference: str
+    """Hugging Face name or directory of the reference policy pi_ref."""
     reward_model: str
+    """Hugging Face name or directory of the reward model."""
     critic: str | None
-    """What the critic starts from; None where the estimator needs no values."""
+    """Hugging Face name or directory of the model from which the critic starts. None if there is no critic."""
     policy_hidden_size: int
+    """The number of values in one hidden state of the policy."""
     reward_hidden_size: int
+    """The number of values in one hidden state of the reward model."""
     prompts: tuple[Prompt, ...]
+    """The prompts that are trained on."""
     eval_prompts: tuple[Prompt, ...]
+    """The held-out prompts of the evaluation. Empty if there is no evaluation."""
     skipped: dict[str, int]
-    """Records left out under `data.on_bad_record: skip`, by reason."""
+    """For each reason, the number of records that were left out under `data.on_bad_record: skip`."""
     estimator: Estimator
-    """Travels with the rest, so that one registered in the user's own script is known in every process."""
+    """The advantage estimator itself, and not its name.
+
+    So an estimator that the user's own script has registered is known in every process.
+    """
 
     def without_prompts(self) -> Workload:
-        """What a stage needs to know."""
+        """Returns the part that the stages need. They get their prompts with the tickets."""
         return replace(self, prompts=(), eval_prompts=())
 
 
 class Models(NamedTuple):
+    """The policy and the reward model of a run. The fields are those of `Workload` with the same names."""
+
     policy: str
-    """HF name or directory, as all models."""
     reward_model: str
     policy_hidden_size: int
     reward_hidden_size: int
 
 
 def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | None = None) -> Workload:
-    """Builds what is built here, reads the data, checks what can only be checked now.
+    """Finds or builds the models of a config, reads its prompts, and checks what the config alone cannot tell.
 
-    Raises ConfigError or DataError. `on_progress(what, done, total)` is told of builds that take a while.
+    Args:
+        config: the config of the run.
+        on_progress: is called with (what, done, total) while models are built, which may take minutes.
+
+    Raises ConfigError if a key asks for something that does not exist or does not fit, and DataError for data that
+    cannot be used.
     """
     from transformers import AutoTokenizer
 
@@ -102,7 +119,14 @@ def check_code(config: R2MConfig) -> Estimator:
 
 
 def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] | None = None) -> Models:
-    """Where the models lie, those that are built here built or found in the cache. Raises ConfigError or DataError."""
+    """Finds the policy and the reward model of a config. Models that must be built are built, or taken from the cache.
+
+    Args:
+        config: the config of the run.
+        on_progress: as in `resolve`.
+
+    Raises ConfigError if a model cannot be loaded, and DataError if the data for building one cannot be used.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -121,7 +145,8 @@ def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] 
     if reward_model == "from_scratch":
         from r2m_async.from_scratch.text_models import text_reward_model
 
-        assert config.data.preferences is not None  # a rule of the config
+        # A rule of the config refuses it without preferences.
+        assert config.data.preferences is not None
         reward_model = str(text_reward_model(config.data.preferences, **_records(config), on_progress=on_progress))
     return Models(
         policy=policy,
@@ -132,22 +157,30 @@ def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] 
 
 
 def _hidden_size(key: str, name: str) -> int:
+    """Does what `hidden_size` does for a model that may be downloaded."""
     size = hidden_size(key, name)
     assert size is not None
     return size
 
 
 def hidden_size(key: str, name: str, fetch: bool = True) -> int | None:
-    """Numbers in a state of the model's language part; other parts, such as one that sees, have sizes of their own.
+    """Returns the number of values in one hidden state of a language model. Its weights are not loaded.
 
-    `key` is the config's key that names the model. None, with `fetch` False, for a model that is not on this machine.
-    Raises ConfigError for one that cannot be loaded, also for a damaged weight file: a process would die of it later.
+    Args:
+        key: the key of the config that names the model, for messages.
+        name: Hugging Face name or directory of the model.
+        fetch: whether a model that is not on this machine may be looked up at Hugging Face. If not, the result for such
+            a model is None.
+
+    Raises ConfigError if the model cannot be loaded, or if one of its weight files is damaged.
     """
     from transformers import AutoConfig
 
+    # A damaged file is found here. Later, a stage's process would die of it.
     check_weight_files(key, name)
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=not fetch, trust_remote_code=False)
+        # Of the part that reads text: a model that also sees images has another size for these.
         return int(config.get_text_config().hidden_size)
     except (OSError, ValueError, AttributeError) as error:
         if isinstance(error, OSError) and not fetch and not Path(name).exists():
@@ -157,7 +190,12 @@ def hidden_size(key: str, name: str, fetch: bool = True) -> int | None:
 
 
 def check_estimator(estimator: Estimator, config: R2MConfig) -> None:
-    """Raises ConfigError for a config that contradicts what an estimator says of itself, a user's own as ours."""
+    """Checks a config against what its advantage estimator says about itself (the flags of `Estimator`).
+
+    A user's own estimator is checked in the same way as a built-in one.
+
+    Raises ConfigError if the config contradicts a flag.
+    """
     name = f"advantage.name is {estimator.name!r}"
     if estimator.per_token and config.objective.ratio != "token":
         raise ConfigError(
@@ -189,10 +227,17 @@ def check_estimator(estimator: Estimator, config: R2MConfig) -> None:
 
 
 def check_critic(critic: str, policy: str, tokenizer: Any) -> None:
-    """Raises ConfigError if the model cannot be loaded, or taken, or reads other tokens than the policy, whose tokenizer
-    this is.
+    """Checks that a model can be the critic of a policy.
 
-    Tokenizers may differ in tokens that one of them lacks, as those of a family's sizes and versions do.
+    Their tokenizers must agree on the tokens that both have. One may have tokens that the other lacks, as models of one
+    family do. But the critic must have an embedding for every token of the policy's tokenizer.
+
+    Args:
+        critic: Hugging Face name or directory of the critic's model.
+        policy: Hugging Face name or directory of the policy.
+        tokenizer: the tokenizer of the policy.
+
+    Raises ConfigError if the model cannot be loaded, if its head has two layers, or if it reads other tokens.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -207,6 +252,7 @@ def check_critic(critic: str, policy: str, tokenizer: Any) -> None:
         raise ConfigError(f"critic.model: {critic!r} has no tokenizer that can be loaded. {reason}") from None
     token_of = {number: token for token, number in own.items()}
     size, needed = (AutoConfig.from_pretrained(one).get_text_config().vocab_size for one in (critic, policy))
+    # An embedding may be padded beyond the tokens of the tokenizer. The critic need not have the padding.
     needed = min(needed, len(tokenizer))
     if size < needed or any(token_of.get(number, token) != token for token, number in tokenizer.get_vocab().items()):
         raise ConfigError(
@@ -216,7 +262,7 @@ def check_critic(critic: str, policy: str, tokenizer: Any) -> None:
 
 
 def check_engine(config: R2MConfig) -> None:
-    """Raises ConfigError if the rollout engine or the learner's backend is not installed."""
+    """Raises ConfigError if the package of the rollout engine or of the learner's backend is not installed."""
     if config.learner.backend == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             "learner.backend is 'deepspeed' and DeepSpeed is not installed: pip install 'r2m-async[deepspeed]', or use "
@@ -230,7 +276,7 @@ def check_engine(config: R2MConfig) -> None:
 
 
 def check_functions(config: R2MConfig) -> None:
-    """Raises ConfigError for a function of the user's that cannot be found."""
+    """Raises ConfigError if a function that `reward.functions` or `evaluation.gold` names cannot be found."""
     for name in config.reward.functions:
         named_function(name, "reward.functions")
     if config.evaluation.gold:
@@ -238,11 +284,25 @@ def check_functions(config: R2MConfig) -> None:
 
 
 def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_size: int, greedy_twin: bool) -> int:
-    """The worst case of one group in the queue: K responses (and twin) at full length.
+    """Returns the most bytes that one group can take in the queue: all responses have full length.
 
-    = (K + twin) (16 S + 256 T + 2 F (S - 1) D_p + 4 D_m + 1024) + 512 P + 4096, with S = P + T tokens (ids, log-probs,
-    versions), F the bytes of a feedback number (0 without feedback; twice: as sampled and refreshed), 256 bytes
-    a token for text, 4096 for names and headers.
+    It is (K + twin) (16 S + 256 T + 2 F (S - 1) D_p + 4 D_m + 1024) + 512 P + 4096, where
+
+    - K is the number of responses, and twin is 1 with a greedy twin and else 0,
+    - P, T and S = P + T are the most tokens of a prompt, of a response, and of both,
+    - F is the bytes of one number of the policy's hidden states, or 0 if the head reads none. They count twice, because
+      the ring holds the states as sampled and later as refreshed,
+    - D_p and D_m are the hidden sizes of the policy and of the reward model.
+
+    A token takes 16 bytes for its id, its log-probability and its version. A response also takes 256 bytes per token
+    for its text, and 4 D_m bytes for its reward token embedding. The prompt takes 512 bytes per token. The constants
+    are for names and headers.
+
+    Args:
+        config: the config of the run.
+        policy_hidden_size: D_p.
+        reward_hidden_size: D_m.
+        greedy_twin: whether every group has a greedy twin.
     """
     prompt, new = config.rollouts.max_prompt_tokens, config.rollouts.max_new_tokens
     width = {"float32": 4, "bfloat16": 2}[config.feedback_dtype] if config.reads_feedback else 0
@@ -252,7 +312,12 @@ def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_
 
 
 def check_queue(config: R2MConfig, group_bytes: int) -> None:
-    """Raises `ConfigError` if one whole step does not fit into the queue, which could then wait for ever."""
+    """Raises ConfigError if the groups of one step do not fit into the queue. The step could then never begin.
+
+    Args:
+        config: the config of the run.
+        group_bytes: the most bytes of one group, from `worst_group_bytes`.
+    """
     step = group_bytes * config.rollouts.prompts_per_step
     if config.queue.max_bytes < step:
         raise ConfigError(
@@ -263,7 +328,7 @@ def check_queue(config: R2MConfig, group_bytes: int) -> None:
 
 
 def plan_of(config: R2MConfig, workload: Workload) -> Plan:
-    """The schedule's part of the config. Raises ConfigError if the queue does not hold one step."""
+    """Returns the settings of the schedule for a config. Raises ConfigError if the queue does not hold one step."""
     group_bytes = worst_group_bytes(
         config, workload.policy_hidden_size, workload.reward_hidden_size, workload.estimator.needs_greedy
     )
@@ -284,11 +349,17 @@ def plan_of(config: R2MConfig, workload: Workload) -> Plan:
 
 
 class TicketOffice:
-    """Prompt and seed of every group: functions of (config, seed, group) alone."""
+    """Makes the tickets of a run.
+
+    The prompt and the seed of a group depend on the config, the run's seed and the number of the group alone. So a
+    group that is generated a second time, or in a resumed run, gets the same ticket but for the attempt.
+    """
 
     def __init__(self, config: R2MConfig, workload: Workload) -> None:
+        """Makes the tickets of the evaluation. `workload` is the resolved workload of the config, with its prompts."""
         self._seed = config.run.seed
         self._stream = PromptStream(workload.prompts, config.run.seed)
+        # These seeds do not depend on `run.seed`: all runs are evaluated with the same random numbers.
         self.evaluation: tuple[Ticket, ...] = tuple(
             Ticket(
                 group_id=-1 - index,
@@ -299,8 +370,10 @@ class TicketOffice:
             )
             for index, prompt in enumerate(workload.eval_prompts)
         )
+        """The tickets of the held-out prompts. Their groups are numbered -1, -2, and so on."""
 
     def ticket(self, admission: Admission) -> Ticket:
+        """Returns the ticket for an admission."""
         return Ticket(
             group_id=admission.group_id,
             due_step=admission.due_step,
@@ -310,17 +383,31 @@ class TicketOffice:
         )
 
     def group(self, group_id: int, step: int) -> Ticket:
-        """The ticket of a group outside any schedule."""
+        """Returns the ticket of the first attempt at a group, for a run without a schedule.
+
+        Args:
+            group_id: the number of the group.
+            step: the policy step that trains it.
+        """
         return self.ticket(Admission(group_id=group_id, due_step=step, attempt=0, policy_version=0))
 
 
 def _records(config: R2MConfig) -> dict[str, Any]:
+    """The keyword arguments of the functions that read records, as the section `data` gives them."""
     data = config.data
     return {"on_bad_record": data.on_bad_record, "prompt_field": data.prompt_field, "split": data.split}
 
 
 def _prompts(config: R2MConfig, tokenizer: object) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], dict[str, int]]:
-    """(training prompts, held-out prompts, records skipped by reason)."""
+    """Reads the prompts of a config.
+
+    Args:
+        config: the config of the run.
+        tokenizer: the tokenizer of the policy.
+
+    Returns (prompts to train on, held-out prompts, number of records left out by reason). Raises ConfigError if there
+    are too few prompts or too long ones, and DataError if a source or a record cannot be used.
+    """
     data, evaluation = config.data, config.evaluation
     held = evaluation.num_prompts if evaluation.every else 0
     if data.prompts == "embedded":
@@ -351,6 +438,7 @@ def _prompts(config: R2MConfig, tokenizer: object) -> tuple[tuple[Prompt, ...], 
                 f"evaluation.num_prompts is {held} and data.eval has {len(others.prompts)} usable prompts: lower it"
             )
         return loaded.prompts, others.prompts, dict(skipped + Counter(others.skipped))
+    # Without a source of their own, the last prompts are held out.
     if held >= len(loaded.prompts):
         raise ConfigError(
             f"evaluation.num_prompts is {held} and data.prompts has {len(loaded.prompts)} usable prompts: nothing would "
@@ -361,5 +449,6 @@ def _prompts(config: R2MConfig, tokenizer: object) -> tuple[tuple[Prompt, ...], 
 
 
 def _language_prompt(text: str, tokenizer: object) -> Prompt:
+    """A prompt of the embedded language."""
     ids = tuple(tokenizer(text)["input_ids"])  # type: ignore[operator]
     return Prompt(prompt_id=f"embedded:{text}", content=text, text=text, token_ids=ids)

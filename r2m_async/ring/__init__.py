@@ -1,10 +1,10 @@
-"""The schedule at work: loops that call stages, on whatever carries them, without torch and without Ray.
+"""This folder holds the loops of a run, which call the stages as the schedule decides; it knows neither torch nor Ray.
 
 controller.py    the loops of a run
-stages.py        what a stage is to the controller: its methods and their types; stages in this process
-calls.py         a call of a stage, as a wait with a name and an interval of the trace
-delivery.py      how weights come into engines
-waiting.py       who waits for what, whom a change wakes, and the clock that ends a run in which nothing moves
-step_metrics.py  the metrics and the trace of a step
-simulator.py     the controller over stages that only take time, on a clock that costs none
+stages.py        declares the methods of every stage as the controller sees them, and runs stages in this process
+calls.py         makes the calls of stages, gives each wait a name, and records each call in the trace
+delivery.py      brings versions of the policy into the engines of rollout actors
+waiting.py       keeps account of who waits for what, wakes those who wait, and notices when nothing moves any more
+step_metrics.py  computes the metrics of a step, and keeps the trace of calls
+simulator.py     runs the controller on a virtual clock, over stages that only take time
 """

@@ -1,4 +1,4 @@
-"""Calls of stages as the controller makes them: each is a wait with a name, and most are an interval of the trace."""
+"""Makes the calls of stages. Every call is a wait with a name, and most calls are recorded in the trace."""
 
 from __future__ import annotations
 
@@ -13,18 +13,34 @@ R = TypeVar("R")
 
 
 class Calls:
-    """Makes calls. Their answers are what the stage's method is declared to return; what it raises passes through."""
+    """Makes the calls of stages for the controller.
+
+    A call returns what the stage's method is declared to return. What it raises passes through unchanged.
+    """
 
     def __init__(self, waits: Waits, metrics: StepMetrics) -> None:
+        """Notes every call in `waits` while it lasts, and every traced call in `metrics` when it has ended."""
         self._waits, self._metrics = waits, metrics
 
     async def ask(self, call: Call[R], about: str = "") -> R:
-        """`about` names the group or engine that the call is for, in the list of who waits for what."""
+        """Makes a call and returns its answer.
+
+        Args:
+            call: the call, not yet begun.
+            about: what the call is for, such as `group 12` or an engine's name, for the list of waits.
+        """
         what = f"its end{about and ': '}{about}"
         return await self._waits.work(call, f"{call.stage} {call.method.name}", what)
 
     async def traced(self, call: Call[R], *, step: int, about: str = "", beside: bool = False) -> R:
-        """`ask`, and an interval of the trace; `beside` as in `StepMetrics.worked`."""
+        """Makes a call as `ask` does, and records it in the trace, also if it fails.
+
+        Args:
+            call: the call, not yet begun.
+            step: the policy step or the policy version that the call is for, or -1 for an evaluation.
+            about: what the call is for, in the list of waits. Without it the step is named.
+            beside: True if the stage may do other work at the same time (`StepMetrics.worked`).
+        """
         loop = asyncio.get_running_loop()
         asked = loop.time()
         try:

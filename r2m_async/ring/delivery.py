@@ -1,10 +1,14 @@
-"""Weights into engines: by their tensors, or over a channel between the learner and each engine.
+"""Brings versions of the policy into the engines of rollout actors.
+
+Under `weights.transport: object_store` a payload holds the tensors themselves. All other transports are direct: the
+policy learner sends the tensors to each engine over a channel.
 
     learner  open_channel ------> join            engine     once for each process of an engine
              connect      <-----> (both meet)
              send         ------> load_weights               for each version
 
-Where either side misses the other, the engine is lost and not the learner: the run goes on with a new engine.
+If one side waits for the other in vain, the engine counts as lost, and not the learner. So the run can go on with a new
+engine.
 """
 
 from __future__ import annotations
@@ -25,15 +29,27 @@ T = TypeVar("T")
 
 
 class Delivery:
-    """Gives rollout actors versions of the policy, as `weights.transport` says."""
+    """Gives versions of the policy to rollout actors, by the transport that `weights.transport` names."""
 
     def __init__(self, config: R2MConfig, stages: Stages, waits: Waits, calls: Calls) -> None:
+        """Begins without channels.
+
+        Args:
+            config: the config of the run.
+            stages: the stages of the ring.
+            waits: the waits of the controller's event loop.
+            calls: makes the calls of stages.
+        """
         self._config, self._stages = config, stages
         self._waits, self._calls = waits, calls
         self._sending = asyncio.Lock()
+        """Whoever holds this lock has the learner's sending side to itself."""
 
     async def connect(self, actor: RolloutStage) -> None:
-        """Opens a channel from the learner to the actor's new process, where the learner sends weights itself."""
+        """Opens a channel from the policy learner to the new process of an actor.
+
+        It does nothing if the transport is not direct. Raises StageLost, naming the actor, if the two do not meet.
+        """
         if not self._config.weights.direct:
             return
         index, policy = self._stages.rollouts.index(actor), self._stages.policy
@@ -43,33 +59,49 @@ class Delivery:
             await self._meet(actor, joining, self._calls.ask(policy.connect(index), about=actor.name))
 
     async def load(self, actor: RolloutStage, version: int, weights: Payload) -> StepReport:
-        """Gives the actor a version. Raises StageLost naming the actor if it missed the learner."""
+        """Loads a version of the policy into the engine of an actor.
+
+        Args:
+            actor: the rollout actor. `connect` must have been called for its present process.
+            version: the number of the version.
+            weights: the payload that the policy learner published for this version.
+
+        Returns the report of the actor. Raises StageLost, naming the actor, if the transfer fails.
+        """
         index, policy = self._stages.rollouts.index(actor), self._stages.policy
         if not self._config.weights.direct:
             return await self._calls.traced(actor.load_weights(weights, {}), step=version)
         async with self._exchange(actor):
             sent: dict[str, Any] = {}
-            if self._config.weights.transport == "ipc":  # handles to fetch by: the engine needs them before it loads
+            if self._config.weights.transport == "ipc":
+                # `send` returns handles of GPU memory. The engine cannot begin to load before it has them.
                 sent = await self._calls.ask(policy.send(index, version), about=actor.name)
                 sending: Awaitable[dict[str, Any]] = _already(sent)
-            else:  # the engine receives while the learner sends
+            else:
+                # A broadcast needs both sides at once: the engine receives while the learner sends.
                 sending = self._calls.ask(policy.send(index, version), about=actor.name)
             loading = self._calls.traced(actor.load_weights(weights, sent), step=version)
             return await self._meet(actor, loading, sending)
 
     @contextlib.asynccontextmanager
     async def _exchange(self, actor: RolloutStage) -> AsyncIterator[None]:
-        """One at a time, because the learner serves one at a time: no engine's deadline runs while it serves another.
+        """Lets one actor at a time exchange something with the learner, and limits how long that may take.
 
-        Raises StageLost naming the actor if the learner's end gets stuck, which NCCL's may.
+        The learner serves one engine at a time. Without this queue, the deadline of one engine would run while the
+        learner serves another.
+
+        Raises StageLost, naming the actor, if the exchange takes longer than 3 x `weights.timeout` seconds.
         """
         await self._waits.work(self._sending.acquire(), actor.name, "the learner to send it weights")
         timeout = self._config.weights.timeout
         try:
             try:
+                # Both sides have deadlines of their own, `weights.timeout` for each part. This one is for NCCL, which
+                # has none: a broadcast whose other side is gone may hang for ever.
                 async with asyncio.timeout(3 * timeout) as within:
                     yield
             except TimeoutError:
+                # A TimeoutError of a stage is no end of this deadline.
                 if not within.expired():
                     raise
                 raise StageLost(
@@ -80,9 +112,19 @@ class Delivery:
             self._sending.release()
 
     async def _meet(self, actor: RolloutStage, receiving: Awaitable[T], sending: Awaitable[dict[str, Any]]) -> T:
-        """What the receiver returns. Raises StageLost naming the actor if either side missed the other."""
+        """Waits for both sides of an exchange.
+
+        Args:
+            actor: the rollout actor that receives.
+            receiving: the actor's side.
+            sending: the learner's side. Its answer has the key `failed` if it could not send.
+
+        Returns the answer of the receiving side. Raises what either side raised, and StageLost, naming the actor, if
+        the learner could not send.
+        """
         received, sent = await asyncio.gather(receiving, sending, return_exceptions=True)
-        if isinstance(sent, BaseException):  # first: what the receiver met is then what this did to it
+        # The learner's error comes first: if both sides failed, the actor's error is only a consequence.
+        if isinstance(sent, BaseException):
             raise sent
         if "failed" in sent:
             raise StageLost(actor.name, f"the learner could not send {actor.name} its weights: {sent['failed']}")
@@ -92,4 +134,5 @@ class Delivery:
 
 
 async def _already(value: T) -> T:
+    """An awaitable of a value that is there already."""
     return value

@@ -1,8 +1,8 @@
-"""The ring on a virtual clock: the real controller and schedule over stages that only take time.
+"""Runs the ring on a virtual clock: the real controller and schedule, over stages that only let time pass.
 
     prediction = simulate(config, StageTimes(generate=2.0, train=3.0))
 
-An hour of a cluster takes seconds, and a ring that would wait for ever raises at once.
+An hour on a cluster is simulated in seconds. A ring that would wait for ever raises StalledRun at once.
 """
 
 from __future__ import annotations
@@ -25,25 +25,35 @@ from r2m_async.trajectories import GroupReport, Prompt, StepReport, Ticket
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
-    """Mean seconds per call."""
+    """The mean time of a call, in seconds, for each method of a stage that takes time.
+
+    Construction raises ConfigError if a number is negative, NaN or infinite.
+    """
 
     generate: float = 1.0
-    """One group on one rollout actor."""
+    """Seconds in which one rollout actor generates one group."""
     load_weights: float = 0.0
-    """Publishing a version to one rollout actor."""
+    """Seconds in which one rollout actor loads a policy version."""
     embed: float = 0.0
-    """The backbone pass of one group."""
+    """Seconds in which the frozen reward model embeds one group."""
     proximal: float = 0.0
-    """pi_old's and the reference's log-probabilities of one step."""
+    """Seconds of the proximal pass of one step: the log-probabilities under pi_old and the reference policy."""
     score: float = 0.0
+    """Seconds in which the rewards of one step are computed from the embeddings."""
     train: float = 1.0
-    """All epochs of one step."""
+    """Seconds of all epochs of one step."""
     weights: float = 0.0
-    """Copying a version out of the policy learner, beside the next step's proximal pass where that is possible."""
+    """Seconds in which one version is copied out of the policy learner.
+
+    If possible, this happens while the proximal pass of the next step runs.
+    """
     update: float = 0.0
-    """One head update."""
+    """Seconds of one head update."""
     generate_spread: float = 0.0
-    """Standard deviation of the logarithm of `generate`: 0.5 is a moderate, 1 a heavy tail of long responses."""
+    """The standard deviation of the logarithm of the time of `generate`.
+
+    0 means that all groups take the same time. 0.5 stands for a moderate tail of long responses, and 1 for a heavy one.
+    """
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -54,47 +64,63 @@ class StageTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
+    """What `simulate` predicts of a run."""
+
     seconds_per_step: float
+    """Mean seconds from the end of one step to the end of the next."""
     bound_seconds_per_step: float
-    """No schedule can be faster: the busiest stage's work per step."""
+    """Seconds per step that no schedule can undercut: the work of the busiest stage (`physical_bound`)."""
     serial_seconds_per_step: float
-    """The same work with nothing overlapping but the rollout actors: the synchronous schedule."""
+    """Seconds per step of the synchronous schedule, where only rollout actors work at the same time (`serial_time`)."""
     idle: dict[str, float]
-    """Mean idle share by kind of stage, from the second half of the run."""
+    """For each kind of stage, the mean share of time in which it has no work, over the second half of the run."""
     policy_age_mean: float
+    """Mean policy age of the trained groups, in steps, over the second half of the run."""
     policy_age_max: float
+    """The largest policy age of the run, in steps."""
     head_age_max: float
+    """The largest head age of the run, in steps."""
 
 
 class VirtualClockLoop(asyncio.SelectorEventLoop):
-    """An event loop whose waits take no time: the clock jumps to whatever is due next."""
+    """An event loop whose waits take no real time: its clock jumps to the next time at which something is due."""
 
     def __init__(self) -> None:
+        """Begins at time 0."""
         self._virtual_now = 0.0
         super().__init__(_JumpingSelector(self))
 
     def time(self) -> float:
+        """Returns the virtual time in seconds. asyncio reads its clock by this method."""
         return self._virtual_now
 
 
 class _JumpingSelector(selectors.DefaultSelector):
+    """What the loop sleeps in. Instead of sleeping, it sets the clock forward."""
+
     def __init__(self, loop: VirtualClockLoop) -> None:
+        """Keeps the loop whose clock it sets."""
         super().__init__()
         self._loop = loop
 
     def select(self, timeout: float | None = None) -> list[Any]:
+        """Sets the clock forward by `timeout` seconds. Raises StalledRun if the loop would sleep for ever."""
+        # asyncio passes None if no timer is set and nothing can run.
         if timeout is None:
             raise StalledRun("every coroutine waits for another: nothing will ever happen")
-        if timeout > 0:  # by one representable step at least, or a tiny wait at a late hour would never end
+        if timeout > 0:
+            # By at least the next representable number. At a late hour a tiny timeout would be rounded away, and the
+            # clock would stand still for ever.
             now = self._loop._virtual_now
             self._loop._virtual_now = max(now + timeout, math.nextafter(now, math.inf))
         return super().select(0)
 
 
 class SimulatedStage:
-    """The carrier of a stage whose calls take `duration(method)`, one at a time, and hand out versions for payloads.
+    """A carrier that lets time pass instead of calling a stage. Its calls run one at a time, with two exceptions.
 
-    `crashes(method)` says whether the process dies at the end of a call.
+    `abort` and the publication of weights run beside other calls. In place of weights, the payload of a version is its
+    number.
     """
 
     def __init__(
@@ -104,6 +130,15 @@ class SimulatedStage:
         crashes: Callable[[str], bool] = lambda method: False,
         group_bytes: int = 0,
     ) -> None:
+        """Begins with version 0.
+
+        Args:
+            name: the name of the stage.
+            duration: returns for the name of a method the seconds that the next call of it takes. The name `restart`
+                stands for the time of a restart.
+            crashes: returns for the name of a method whether the process dies at the end of the next call of it.
+            group_bytes: the size in bytes that the stage reports for each group that it generates.
+        """
         self.name = name
         self._lock = asyncio.Lock()
         self._duration = duration
@@ -114,6 +149,10 @@ class SimulatedStage:
         self._abort_of: dict[int, asyncio.Event] = {}
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
+        """Lets the time of the call pass, and returns a result of the right form.
+
+        Raises StageLost if the process dies.
+        """
         if method.name == "abort":
             await asyncio.sleep(self._duration("abort"))
             if self._crashes("abort"):
@@ -122,7 +161,7 @@ class SimulatedStage:
             if generating := self._abort_of.get(args[0]):
                 generating.set()
             return (None,)
-        if method.beside == "weights":  # beside whatever else it does
+        if method.beside == "weights":
             await asyncio.sleep(self._duration(method.name))
             return self._result(method.name, args)
         async with self._lock:
@@ -136,7 +175,7 @@ class SimulatedStage:
             return self._result(method.name, args)
 
     async def _generate(self, group_id: int, seconds: float) -> None:
-        """Until it is done or aborted, or at once if that was asked before."""
+        """Returns after `seconds`, or as soon as the group is aborted. If it was aborted before, it returns at once."""
         if group_id in self._aborted:
             return
         self._abort_of[group_id] = asyncio.Event()
@@ -149,13 +188,17 @@ class SimulatedStage:
             del self._abort_of[group_id]
 
     async def restart(self) -> None:
+        """Lets the time of a restart pass."""
+        # No version: a restarted process must load weights before it generates.
         self._version = -1
         await asyncio.sleep(self._duration("restart"))
 
     async def pids(self) -> list[int]:
+        """Returns an empty list, because there is no process."""
         return []
 
     def _result(self, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a call returns: a report and payloads without content. An aborted group has no responses."""
         if method == "load_weights":
             self._version = args[0]
         if method == "generate":
@@ -188,9 +231,14 @@ class SimulatedStage:
 
 
 def simulate(config: R2MConfig, times: StageTimes, seed: int = 0) -> Prediction:
-    """Runs the config's schedule with the given stage times on a virtual clock.
+    """Simulates a whole run of a config on a virtual clock. Its evaluations are left out.
 
-    Raises StalledRun if the ring would stop moving, ConfigError for a queue that holds less than one step.
+    Args:
+        config: the config. Its queue never fills here (`plan_without_models`).
+        times: how long the calls of the stages take.
+        seed: the seed of the random times of `generate`, if these have a spread.
+
+    Returns speed, idle shares and ages. Raises StalledRun if the ring would stand still.
     """
     config = config.evaluation(every=None)
     plan = plan_without_models(config)
@@ -200,6 +248,7 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0) -> Prediction:
         mean = getattr(times, method, 0.0)
         spread = times.generate_spread
         if method == "generate" and spread:
+            # The first argument makes the mean of this distribution 1, whatever the spread.
             return mean * random_source.lognormvariate(-spread * spread / 2, spread)
         return mean
 
@@ -228,7 +277,15 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0) -> Prediction:
 
 
 def run_virtually(config: R2MConfig, plan: Plan, stages: Stages) -> tuple[list[dict[str, float]], Schedule]:
-    """A whole run's metrics by step, and its schedule, whose ledgers balance and which holds nothing any more."""
+    """Runs a whole run on a virtual clock.
+
+    Args:
+        config: the config of the run.
+        plan: the settings of the schedule.
+        stages: the stages, which must let time pass only by asyncio's timers.
+
+    Returns the metrics of each step, and the schedule as it is at the end. Raises what the controller raises.
+    """
 
     async def run() -> tuple[list[dict[str, float]], Schedule]:
         controller = Controller(config, plan, stages, simulated_ticket)
@@ -250,6 +307,7 @@ def run_virtually(config: R2MConfig, plan: Plan, stages: Stages) -> tuple[list[d
 
 
 def simulated_ticket(admission: Admission) -> Ticket:
+    """Returns a ticket for an admission, with the seed 0 and a prompt of one token."""
     prompt = Prompt(prompt_id="simulated", content="", text="", token_ids=(0,))
     return Ticket(
         group_id=admission.group_id, due_step=admission.due_step, seed=0, attempt=admission.attempt, prompt=prompt
@@ -257,7 +315,10 @@ def simulated_ticket(admission: Admission) -> Ticket:
 
 
 def plan_without_models(config: R2MConfig) -> Plan:
-    """The config's plan with a queue that never fills: sizes need the models, which a simulation does without."""
+    """Returns the settings of the schedule for a config, with a queue that never fills.
+
+    The size of a group follows from the hidden sizes of the models, and a simulation loads no models.
+    """
     return Plan(
         num_steps=config.run.num_steps,
         groups_per_step=config.rollouts.prompts_per_step,
@@ -272,10 +333,16 @@ def plan_without_models(config: R2MConfig) -> Plan:
 
 
 def physical_bound(config: R2MConfig, times: StageTimes) -> float:
-    """Seconds per step of the busiest stage: max(B generate / actors, B embed / replicas + score, proximal + train, update).
+    """The seconds per step that no schedule can undercut, because the busiest stage has so much work in each step.
 
-    Copying weights out counts to the learner's time where it cannot overlap; loading them is left out: how often an actor
-    does it is the schedule's doing.
+    With B groups per step, they are the largest of four numbers:
+
+    - B `generate` / rollout actors,
+    - B `embed` / replicas + `score`,
+    - `proximal` + `train`, and `weights` if the copy cannot overlap with the proximal pass,
+    - `update`.
+
+    The time of `load_weights` is left out, because the schedule decides how often an actor loads weights.
     """
     copying = 0.0 if config.publishes_beside_passes else times.weights
     groups = config.rollouts.prompts_per_step
@@ -288,7 +355,10 @@ def physical_bound(config: R2MConfig, times: StageTimes) -> float:
 
 
 def serial_time(config: R2MConfig, times: StageTimes) -> float:
-    """Seconds per step with one stage at work at a time: the sum of what `physical_bound` takes the largest of."""
+    """The seconds per step if only one kind of stage works at a time, as in a synchronous schedule.
+
+    They are the sum of all the work of a step. Rollout actors share the groups, and so do the replicas that embed.
+    """
     groups = config.rollouts.prompts_per_step
     rollouts = -(-groups // config.rollouts.num_actors) * times.generate + times.load_weights
     annotation = groups * times.embed / config.reward.replicas + times.score
@@ -296,7 +366,13 @@ def serial_time(config: R2MConfig, times: StageTimes) -> float:
 
 
 def times_of_run(intervals: list[dict[str, Any]]) -> StageTimes:
-    """Mean seconds per call in a run's trace, evaluations left out."""
+    """Returns the mean time of each method in the trace of a run. Calls of evaluations are left out.
+
+    Args:
+        intervals: the records of the run's trace.jsonl, which have the fields of `step_metrics.Interval`.
+
+    A method that the trace does not have keeps the default of `StageTimes`.
+    """
     known = {field.name for field in fields(StageTimes)}
     seconds: dict[str, list[float]] = {}
     for interval in intervals:
@@ -306,4 +382,5 @@ def times_of_run(intervals: list[dict[str, Any]]) -> StageTimes:
 
 
 def _mean(results: list[dict[str, float]], key: str) -> float:
+    """The mean of one metric over steps."""
     return sum(result[key] for result in results) / len(results)

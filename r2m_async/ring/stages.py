@@ -1,12 +1,14 @@
-"""What the controller sees of a stage: its methods, each with its types, and a restart.
+"""Declares the methods of every stage as the controller sees them, and runs stages in this process.
 
-A stage is a plain class in `actors/` or `learners/`. Its methods take and return the types of `trajectories`. Here each
-kind of stage is declared once more, as the controller sees it: a method returns a `Call`, and what one stage makes for
-another is a `Payload`, which the controller hands on without reading it, wherever it lies. A declaration also says what a
-remote call must know before it starts: how many payloads there will be, and what the method may run beside.
+A stage is a plain class in `actors/` or `learners/`. Its methods take and return the types of `trajectories`. Here
+each kind of stage is declared once more, as the controller sees it. In a declaration, a method returns a `Call`, and
+what one stage makes for another is a `Payload`. The controller passes a payload on without reading it, and need not
+know where it lies. A declaration also says what must be known before a remote call starts: how many payloads it will
+return, and what else the stage may do at the same time.
 
-A `Carrier` brings calls to the stage: into this process (`LocalCarrier`), over Ray (launch/ray_stages.py), or nowhere, on
-a clock that costs nothing (simulator.py). `tests/ring/test_stages.py` holds declarations and stages against each other.
+A `Carrier` brings the calls to the stage. `LocalCarrier` makes them in this process, and launch/ray_stages.py makes
+them over Ray. The carriers of simulator.py have no stage, and only let time pass on a virtual clock. The tests compare
+the declarations with the stages.
 """
 
 from __future__ import annotations
@@ -22,51 +24,70 @@ from r2m_async.codec import decode, encode
 from r2m_async.trajectories import GroupReport, StepReport, Ticket
 
 Payload = NewType("Payload", object)
-"""What a stage made for another stage: an object of this process, or a reference to one elsewhere."""
+"""What a stage made for another stage: an object of this process, or a reference to an object in another process."""
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 Beside = Literal["generate", "weights", "control"]
-"""A group of threads of a stage's process, in which a method runs beside the stage's other work."""
+"""The name of a group of threads in a stage's process. A method runs there while the stage does other work, too."""
 Ranks = Literal["all", "first", "whole"]
-"""Which ranks of a stage of several a call goes to: all, the first, or the first if it holds whole weights, else all."""
+"""The ranks that get a call, if a stage has several ranks.
+
+`all` is all ranks, and `first` is rank 0. `whole` is rank 0 if it holds whole weights, and otherwise all ranks.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What a carrier must know of a method before it calls it."""
+    """What a carrier must know of a stage's method before it calls it."""
 
     name: str
+    """The name of the method."""
     num_payloads: int
-    """How many payloads the method returns behind its report."""
+    """The number of payloads that the method returns after its report."""
     shares: tuple[int, ...]
-    """Of these payloads each rank returns a part: None, or a tuple of objects that have a `group_id`."""
+    """The indices of those payloads of which each rank returns only a part.
+
+    A part is None, or a tuple of objects that have a `group_id`.
+    """
     beside: Beside | None
-    """None: the stage does one thing at a time."""
+    """The group of threads in which the method runs. None: a group of one thread, where methods run one by one."""
     ranks: Ranks
+    """The ranks that get a call, if the stage has several."""
 
 
 class Carrier(Protocol):
-    """Brings calls to one stage, and brings back a stage that was lost."""
+    """Brings calls to one stage, and restarts a stage that was lost."""
 
     name: str
+    """The name of the stage, for example `rollout-0`."""
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
-        """`(report, *payloads)`. Raises StageLost if the process died, else what the method raised."""
+        """Calls a method of the stage, and returns (report, *payloads).
+
+        Raises StageLost if the process of the stage is lost, and otherwise what the method raised.
+        """
 
     async def restart(self) -> None:
-        """Returns once a lost stage is there again, with fresh state. Raises StageLost if it never will be."""
+        """Starts a lost stage anew, and returns once it is ready. The new stage knows nothing of the old one.
+
+        Raises StageLost if it cannot be started.
+        """
 
     async def pids(self) -> list[int]:
-        """The numbers of the processes that run the stage now, in the order of ranks."""
+        """Returns the numbers of the processes that run the stage now, in the order of its ranks."""
 
 
 class Call(Generic[R]):
-    """A call that begins when it is awaited. It yields the report alone, or `(report, *payloads)`."""
+    """A call of a stage's method. It begins when it is awaited.
+
+    Its result is the report alone if the method makes no payloads, and otherwise the tuple (report, *payloads).
+    """
 
     __slots__ = ("_args", "_carrier", "method")
 
     def __init__(self, carrier: Carrier, method: Method, args: tuple[Any, ...]) -> None:
+        """Keeps what the call needs. `args` are the arguments of the method."""
         self._carrier, self._args = carrier, args
         self.method = method
 
@@ -83,7 +104,11 @@ class Call(Generic[R]):
 def method(
     num_payloads: int = 0, *, shares: tuple[int, ...] = (), beside: Beside | None = None, ranks: Ranks = "all"
 ) -> Callable[[F], F]:
-    """Declares a method of a stage: its body is never run, a call of it is a `Call` of the stage's carrier."""
+    """Returns a decorator that declares a method of a stage.
+
+    The declared method has only a signature and a docstring, and its body never runs. Calling it returns a `Call`,
+    which the carrier of the stage makes. The arguments are the fields of `Method` with the same names.
+    """
 
     def declared(function: F) -> F:
         known = Method(function.__name__, num_payloads, shares, beside, ranks)
@@ -91,7 +116,8 @@ def method(
         def call(self: Stage, *args: Any) -> Call[Any]:
             return Call(self.carrier, known, args)
 
-        functools.update_wrapper(call, function)  # its name, its documentation, its signature
+        # So an editor shows the declared signature and docstring.
+        functools.update_wrapper(call, function)
         call.method = known  # type: ignore[attr-defined]
         return cast(F, call)
 
@@ -99,77 +125,99 @@ def method(
 
 
 class Stage:
-    """One stage as the controller sees it."""
+    """One stage as the controller sees it. Its subclasses declare the methods of each kind of stage."""
 
     def __init__(self, carrier: Carrier) -> None:
+        """Keeps the carrier, which brings calls to the stage."""
         self.carrier = carrier
 
     @property
     def name(self) -> str:
+        """The name of the stage, for example `rollout-0`."""
         return self.carrier.name
 
     async def restart(self) -> None:
-        """Returns once a lost stage is there again, with fresh state. Raises StageLost if it never will be."""
+        """Starts a lost stage anew, and returns once it is ready. Raises StageLost if it cannot be started."""
         await self.carrier.restart()
 
     @classmethod
     def methods(cls) -> dict[str, Method]:
-        """All methods that are declared, by name."""
+        """Returns the declared methods of this kind of stage, by name."""
         return {name: found.method for name in dir(cls) if (found := getattr(cls, name)) and hasattr(found, "method")}
 
 
 class RolloutStage(Stage):
-    """An engine that samples with one version of the policy (`actors.rollout_actor.RolloutActor`)."""
+    """A rollout actor, which samples responses with one policy version (`actors.rollout_actor.RolloutActor`)."""
 
     @method()
     def load_weights(self, weights: Payload, sent: dict[str, Any]) -> Call[StepReport]:
-        """Takes a version of the policy. `sent`: what the learner said of a transfer that it makes itself, else empty."""
+        """Loads a version of the policy.
+
+        Args:
+            weights: the version, as the policy learner's `weights` made it.
+            sent: what the policy learner's `send` returned under `weights.transport: ipc`. Otherwise it is empty.
+        """
 
     @method()
     def join(self, channel: dict[str, Any]) -> Call[None]:
-        """Meets the learner at a channel that it has opened."""
+        """Joins a channel over which the policy learner will send weights itself.
+
+        Args:
+            channel: what the policy learner's `open_channel` returned.
+        """
 
     @method(2, beside="generate")
     def generate(self, ticket: Ticket) -> Call[tuple[GroupReport, Payload, Payload]]:
-        """Samples a ticket's group. The payloads are the group and the states of the policy that sampled it."""
+        """Generates the group of a ticket.
+
+        The payloads are the group, and the hidden states of the policy that sampled it, or None if nobody reads them.
+        """
 
     @method(beside="control")
     def abort(self, group_id: int, attempt: int) -> Call[None]:
-        """Ends a group's unfinished responses where they are."""
+        """Ends the unfinished responses of an attempt at a group where they are."""
 
 
 class QueueStage(Stage):
-    """The payloads of all groups under way (`actors.replay_queue.ReplayQueue`)."""
+    """The replay queue, which keeps the payloads of all groups under way (`actors.replay_queue.ReplayQueue`)."""
 
     @method()
     def put(self, group_id: int, names: tuple[str, ...], *payloads: Payload) -> Call[int]:
-        """Adds named parts to a group."""
+        """Adds parts to a group: one payload for each name. Returns the number of parts in the whole queue."""
 
     @method(1)
     def get(self, group_id: int, name: str) -> Call[tuple[None, Payload]]:
-        """One part of a group."""
+        """Returns one part of a group. The part stays in the queue."""
 
     @method()
     def free(self, group_ids: tuple[int, ...]) -> Call[int]:
-        """Forgets groups."""
+        """Forgets all parts of some groups. Returns the number of parts that are left in the queue."""
 
 
 class AnnotatorStage(Stage):
-    """The frozen reward model and a head (`actors.reward_annotator.RewardAnnotator`)."""
+    """A reward annotator: the frozen reward model, and a head (`actors.reward_annotator.RewardAnnotator`)."""
 
     @method(1)
     def initial_head(self) -> Call[tuple[StepReport, Payload]]:
-        """The head as it is before any update."""
+        """Returns version 0 of the head, which is the head before any update."""
 
     @method(1)
     def embed(self, group: Payload) -> Call[tuple[StepReport, Payload]]:
-        """The backbone's pass over a group: its reward token embeddings."""
+        """Runs the frozen backbone on a group. The payload is the group's reward token embeddings."""
 
     @method(1)
     def score(
         self, step: int, head: Payload, embeddings: list[Payload], feedback: Sequence[Payload | None] | Payload
     ) -> Call[tuple[StepReport, Payload]]:
-        """The rewards of a step's groups by one version of the head."""
+        """Computes the rewards of all groups of a step with one version of the head.
+
+        Args:
+            step: the policy step.
+            head: the weights of the head version.
+            embeddings: the reward token embeddings of each group.
+            feedback: the policy's hidden states on each group: one payload (or None) for each group, or one payload for
+                all of them.
+        """
 
     @method()
     def judge(
@@ -180,83 +228,116 @@ class AnnotatorStage(Stage):
         embeddings: list[Payload],
         feedback: list[Payload],
     ) -> Call[StepReport]:
-        """The metrics of an evaluation's groups."""
+        """Judges the groups of an evaluation. Returns a report with the metrics.
+
+        Args:
+            step: the policy version that generated the groups.
+            head: the weights of the head version that scores them.
+            groups: the groups, one for each held-out prompt.
+            embeddings: the reward token embeddings of each group.
+            feedback: the policy's hidden states on each group.
+        """
 
 
 class PolicyStage(Stage):
-    """The learner of the policy (`learners.policy_learner.PolicyLearner`)."""
+    """The policy learner, which takes the policy steps (`learners.policy_learner.PolicyLearner`)."""
 
     @method(1, shares=(0,))
     def proximal(self, step: int, groups: list[Payload]) -> Call[tuple[StepReport, Payload]]:
-        """The pass with the policy as it is before the step; its states, where these are the feedback."""
+        """Runs the first pass of a step, with the policy as it is before the step.
+
+        The payload is the policy's hidden states on the groups under `feedback.source: learner`. Otherwise it is None.
+        """
 
     @method(1, shares=(0,))
     def train(self, step: int, rewards: Payload) -> Call[tuple[StepReport, Payload]]:
-        """The step; the payload is the feedback of the policy after it."""
+        """Makes all updates of a step, on the groups that `proximal` got.
+
+        The payload is the refreshed feedback: the policy's hidden states on these groups, from the last epoch.
+        """
 
     @method(1, beside="weights", ranks="whole")
     def weights(self, whole: bool = False) -> Call[tuple[StepReport, Payload]]:
-        """The present version. `whole`: with its tensors also where the learner sends those to engines itself."""
+        """Publishes the present version of the policy. The payload is its weights.
+
+        Args:
+            whole: True to get the tensors also if the learner sends them to the engines itself.
+        """
 
     @method(beside="control", ranks="first")
     def open_channel(self, engine: int) -> Call[dict[str, Any]]:
-        """Opens a channel to an engine; what the engine must know to join it."""
+        """Opens a channel to an engine, given by its number. Returns what the engine must know to join it."""
 
     @method(beside="control", ranks="first")
     def connect(self, engine: int) -> Call[dict[str, str]]:
-        """Meets the engine at its channel. `failed` in the answer says why it did not come to that."""
+        """Waits for an engine to join its channel. If it does not, the answer says why under `failed`."""
 
     @method(beside="control", ranks="first")
     def send(self, engine: int, version: int) -> Call[dict[str, Any]]:
-        """Sends a version over an engine's channel. `failed` in the answer says why it did not come to that."""
+        """Sends a version to an engine over its channel. If it cannot be sent, the answer says why under `failed`.
+
+        The answer is otherwise what the engine must know besides to load the version. It may be empty.
+        """
 
     @method(1)
     def state(self, directory: str | None = None) -> Call[tuple[StepReport, Payload]]:
-        """What `restore` goes on from; a learner of several ranks writes its part into `directory`."""
+        """Saves the learner. The payload is what `restore` needs.
+
+        Args:
+            directory: where a learner of several ranks writes its own files.
+        """
 
     @method()
     def restore(self, state: Payload, directory: str | None = None) -> Call[int]:
-        """Goes on from a checkpoint."""
+        """Goes on from what `state` returned and wrote into the directory. Returns the policy version."""
 
 
 class HeadStage(Stage):
-    """The learner of the head (`learners.head_learner.HeadLearner`)."""
+    """The head learner, which trains the reward head (`learners.head_learner.HeadLearner`)."""
 
     @method()
     def start(self, weights: Payload) -> Call[int]:
-        """Takes the head as it is before any update."""
+        """Takes version 0 of the head, which is the head before any update. Returns the version."""
 
     @method(1)
     def update(
         self, step: int, embeddings: list[Payload], refreshed: Payload, annotated: Payload
     ) -> Call[tuple[StepReport, Payload]]:
-        """One update on a step's groups; the payload is the new head."""
+        """Makes one update of the head on the groups of a step. The payload is the weights of the new version.
+
+        Args:
+            step: the policy step.
+            embeddings: the reward token embeddings of each group.
+            refreshed: the refreshed feedback, as the policy learner's `train` made it.
+            annotated: the rewards of the groups, as `score` made them.
+        """
 
     @method(1)
     def state(self) -> Call[tuple[StepReport, Payload]]:
-        """What `restore` goes on from."""
+        """Saves the learner. The payload is what `restore` needs."""
 
     @method()
     def restore(self, state: Payload) -> Call[int]:
-        """Goes on from a checkpoint."""
+        """Goes on from what `state` returned. Returns the head version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stages:
-    """The stages of one ring."""
+    """All stages of one ring, and what can be done with their payloads."""
 
     rollouts: tuple[RolloutStage, ...]
+    """The rollout actors. The last one also generates for evaluations."""
     queue: QueueStage
     annotators: tuple[AnnotatorStage, ...]
-    """Replicas of the frozen backbone; the first also scores."""
+    """Replicas of the frozen reward model. All of them embed, and the first one also scores."""
     policy: PolicyStage
     head: HeadStage
     to_bytes: Callable[[Payload], Awaitable[memoryview]]
-    """A buffer of a payload."""
+    """Returns the bytes of a payload, as `codec.encode` wrote them."""
     from_bytes: Callable[[Any], Payload]
-    """A payload of such a buffer."""
+    """Makes a payload of such bytes."""
     watch: Callable[[], Coroutine[Any, Any, None]] = lambda: asyncio.sleep(0)
-    """A loop that raises StageLost once what carries the stages' processes is gone."""
+    """A loop that raises StageLost if the cluster on which the stages run is gone. By default it ends at once."""
 
     @classmethod
     def carried_by(
@@ -269,7 +350,10 @@ class Stages:
         head: Carrier,
         **others: Any,
     ) -> Stages:
-        """`others`: what else there is of a ring, `to_bytes`, `from_bytes` and `watch`."""
+        """Makes the stages of a ring from the carrier of each.
+
+        `others` are the fields that are no stages: `to_bytes`, `from_bytes` and perhaps `watch`.
+        """
         return cls(
             rollouts=tuple(map(RolloutStage, rollouts)),
             queue=QueueStage(queue),
@@ -281,53 +365,64 @@ class Stages:
 
 
 TURNS_TO_ARRIVE = 3
-"""Turns of the event loop in which calls that one event set off have all been made."""
+"""The number of turns of the event loop within which all calls that one event causes have been made."""
 
 
 class LocalCarrier:
-    """A stage in this process: each call runs to its end before anything else happens."""
+    """Carries a stage in this process. While a call runs, nothing else happens in the ring."""
 
     def __init__(self, name: str, stage: Any) -> None:
+        """Keeps the stage, which is an object with the stage's methods."""
         self.name = name
         self._stage = stage
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
+        """Calls the method, and returns and raises what it does."""
+        # The call blocks the event loop. This lets other tasks run first, or a row of calls would never let them.
         await asyncio.sleep(0)
         return cast(tuple[Any, ...], getattr(self._stage, method.name)(*args))
 
     async def restart(self) -> None:
+        """Raises RuntimeError: a stage in this process cannot be lost."""
         raise RuntimeError(f"{self.name} runs in this process and cannot have died")
 
     async def pids(self) -> list[int]:
+        """Returns the number of this process."""
         return [os.getpid()]
 
 
 class LocalBatches(LocalCarrier):
-    """A rollout actor in this process, whose calls of `generate` that wait at the same time are one batch."""
+    """Carries a rollout actor in this process. Calls of `generate` that wait at the same time become one batch."""
 
     def __init__(self, name: str, stage: Any) -> None:
+        """Keeps the stage, which must have a `generate_batch`."""
         super().__init__(name, stage)
         self._waiting: list[tuple[Ticket, asyncio.Future[tuple[Any, ...]]]] = []
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
+        """Calls the method. A call of `generate` is collected into a batch first."""
         if method.name != "generate":
             return await super().call(method, *args)
         outcome: asyncio.Future[tuple[Any, ...]] = asyncio.get_running_loop().create_future()
         self._waiting.append((args[0], outcome))
+        # The first call of a batch runs the batch for all of them.
         if len(self._waiting) == 1:
             await self._generate()
         return await outcome
 
     async def _generate(self) -> None:
+        """Collects calls until no more come, and generates their groups as one batch."""
         known = 0
-        while known < len(self._waiting):  # until a turn of the loop brings no more
+        while known < len(self._waiting):
             known = len(self._waiting)
             for _ in range(TURNS_TO_ARRIVE):
                 await asyncio.sleep(0)
+        # A new list: calls that come from now on belong to the next batch.
         waiting, self._waiting = self._waiting, []
         try:
             results = self._stage.generate_batch([ticket for ticket, _ in waiting])
         except Exception as error:
+            # Every caller must get the error. A caller that got nothing would wait for ever.
             for _, outcome in waiting:
                 outcome.set_exception(error)
             return
@@ -336,7 +431,7 @@ class LocalBatches(LocalCarrier):
 
 
 def local_bytes() -> dict[str, Callable[..., Any]]:
-    """The `to_bytes` and `from_bytes` of stages in this process."""
+    """Returns the `to_bytes` and `from_bytes` of stages in this process, where a payload is the object itself."""
 
     async def to_bytes(payload: Payload) -> memoryview:
         return encode(payload)

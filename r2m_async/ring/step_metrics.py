@@ -1,6 +1,7 @@
-"""A step's metrics as the controller sees them: who was at work when, tokens, gold, ages and the ledger.
+"""Computes the metrics of a step from what the controller sees, and keeps the trace of all calls.
 
-What stages measure themselves (losses, rewards) passes through.
+The controller sees which stage was at work when, and it sees tokens, gold rewards, ages and ledgers. Stages measure
+losses and rewards themselves. These measurements are passed on as they are.
 """
 
 from __future__ import annotations
@@ -16,30 +17,53 @@ from r2m_async.schedule import Assembly, Schedule
 from r2m_async.trajectories import GroupReport
 
 MAX_INTERVALS = 100_000
-"""Of a trace that nobody takes, the newest are kept: about 15 MB, some twenty steps of the largest preset."""
+"""The most intervals that a trace holds. If nobody takes the trace, the oldest are dropped.
+
+A full trace takes about 15 MB, and holds some twenty steps of the largest preset.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A stage was at work; seconds since the run began."""
+    """One call of a stage, and when the stage was at work on it."""
 
     stage: str
+    """The name of the stage, for example `rollout-0`."""
     method: str
+    """The name of the method that was called."""
     step: int
+    """The policy step or the policy version that the call was for. It is -1 for a call of an evaluation."""
     start: float
+    """When the work began, in seconds since the controller was made."""
     end: float
+    """When the work ended, in seconds since the controller was made."""
 
 
 class StepMetrics:
-    """Is told of everything that happens in a ring; times are those of one clock."""
+    """Notes what happens in a ring, and computes the metrics of each step from it.
+
+    All times that its methods take are seconds on one clock.
+    """
 
     def __init__(self, stages: Stages, now: float) -> None:
+        """Begins with nothing noted.
+
+        Args:
+            stages: the stages of the ring.
+            now: the present time. Times in the trace and in the metrics count from here.
+        """
         self.trace: list[Interval] = []
-        """Since somebody took it, by putting an empty one in its place; at most `MAX_INTERVALS`."""
+        """At most `MAX_INTERVALS` calls, the one that ended first before the others.
+
+        Whoever takes the trace puts an empty list in its place.
+        """
         self.num_dropped = 0
-        """Intervals, the oldest of their time, that nobody took before there were too many."""
+        """How many intervals were dropped because nobody took the trace in time."""
         self.standing: dict[str, dict[str, float]] = {}
-        """By their source, metrics that stay until it is heard of again: a head update, a publication."""
+        """Metrics that are a part of every step until their source measures again.
+
+        They are kept by source: the last publication, the last head update, the last load of weights.
+        """
         self._kinds = {
             "rollouts": [stage.name for stage in stages.rollouts],
             "annotators": [stage.name for stage in stages.annotators],
@@ -54,14 +78,27 @@ class StepMetrics:
         self._began = self._reported = now
 
     def worked(self, stage: str, method: str, step: int, asked: float, end: float, beside: bool = False) -> None:
-        """A call has ended; `beside`: the stage may have been at other work, which is what it counts as busy with."""
+        """Notes that a call has ended.
+
+        Args:
+            stage: the name of the stage.
+            method: the name of the method.
+            step: the policy step or the policy version that the call was for, or -1 for an evaluation.
+            asked: when the call was made.
+            end: when it ended.
+            beside: True if the stage may have done other work at the same time. The call then does not count as time in
+                which the stage was busy.
+        """
         start = asked
-        if not beside:  # it does one thing at a time: before, the call stood in line
+        # Time in which calls overlap counts once. So this call begins where the call before it ended: perhaps it had to
+        # wait until then.
+        if not beside:
             start = max(asked, self._free_at[stage])
             self._free_at[stage] = end
             self._busy[stage] += end - start
         if len(self.trace) >= MAX_INTERVALS:
-            too_old = MAX_INTERVALS // 10  # in parts, because each time all others move up
+            # Many at once, because every deletion at the front moves the whole rest of the list.
+            too_old = MAX_INTERVALS // 10
             del self.trace[:too_old]
             self.num_dropped += too_old
         self.trace.append(
@@ -69,18 +106,24 @@ class StepMetrics:
         )
 
     def generated(self, num_tokens: int) -> None:
-        """Whether or not they are ever trained on."""
+        """Counts response tokens that were generated, whether or not they are ever trained."""
         self._tokens["generated"] += num_tokens
 
     def arrived(self, group_id: int, report: GroupReport) -> None:
+        """Keeps the report of a group that has arrived, for the metrics of its step."""
         self._reports[group_id] = report
 
     def annotated(self, group_id: int, gold: float) -> None:
-        """gold: NaN where the prompt has none."""
+        """Keeps the mean gold reward of a group that was embedded, for the metrics of its step.
+
+        Args:
+            group_id: the group.
+            gold: the reward. It is NaN if there is none, or if it is not finite.
+        """
         self._gold[group_id] = gold
 
     def forget(self, group_ids: Iterable[int]) -> None:
-        """These groups will be in no step."""
+        """Forgets groups that will be in no step."""
         for group_id in group_ids:
             self._reports.pop(group_id, None)
             self._gold.pop(group_id, None)
@@ -88,7 +131,17 @@ class StepMetrics:
     def of_step(
         self, assembly: Assembly, schedule: Schedule, measured: Mapping[str, float], now: float
     ) -> dict[str, float]:
-        """All metrics of the step that has just been trained; `measured` are the stages' own."""
+        """Returns the metrics of the step that was just trained, by name. It forgets the groups of the step.
+
+        Args:
+            assembly: the step.
+            schedule: the schedule, which has noted already that the step is trained.
+            measured: the metrics that the stages measured in this step.
+            now: the present time.
+
+        Metrics named `time/...` are in seconds, and those named `age/...` in steps. `idle/...` is the share of the time
+        since the last step in which the stages of a kind did not work.
+        """
         reports = [self._reports.pop(group_id) for group_id in assembly.group_ids]
         gold = [self._gold.pop(group_id) for group_id in assembly.group_ids]
         self._tokens["trained"] += int(measured.get("length/trained_tokens", 0))

@@ -75,6 +75,9 @@ class EngineWorker(PlatformWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Computes the forward pass of one step and copies its hidden states."""
+        # OpenMP counts threads by the thread that asks, torch for the process. Asking torch makes the two agree in this thread
+        # before the step begins: vLLM's attention refuses a step in which the number changes under way.
+        torch.get_num_threads()
         output = super().execute_model(scheduler_output)
         if self._slab is not None:
             self._follow(scheduler_output)

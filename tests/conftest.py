@@ -11,6 +11,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: workers wo
 
 import json
 import random
+import signal
 import sys
 from collections import Counter
 
@@ -32,7 +33,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """torch finds the kernels on the path when it is imported, here and in every process that a test starts."""
+    """Signals are as from a terminal; with --perturb-linear torch finds its kernels on the path, in every process."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # nohup and a shell's background have them ignored, by children too
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if config.getoption("--perturb-linear"):
         assert "torch" not in sys.modules, "a plugin imported torch before its kernels could be perturbed"
         sys.path.insert(0, str(PERTURBED))

@@ -20,7 +20,7 @@ def reduced(path: Path, policy: str, reward_model: str, prompts: str, num_steps:
 def weights_of(ring):
     """(policy, head) weights as they are now."""
 
-    return ring.policy_weights(), ring.learner_states()["head"]["weights"]
+    return ring.policy_weights(), ring.learner_state("head")["weights"]
 
 
 def record_groups(ring):

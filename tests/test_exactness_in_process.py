@@ -22,7 +22,7 @@ def run_in_process(config):
             ring.step()
         ring.drain()
         policy, head = ring.policy_weights(), ring.head_weights()
-        critic = ring.learner_states()["policy"].get("critic")
+        critic = ring.learner_state("policy").get("critic")
     return policy, head, critic and critic["weights"], rewards
 
 

@@ -16,7 +16,7 @@ COMMAND = """
     import ctypes, os, signal, sys, time
     from r2m_async import cli, interruption
 
-    signal.signal(signal.SIGHUP, signal.{hang_up})  # whatever the tests themselves were started with, as by nohup
+    signal.signal(signal.SIGHUP, signal.{hang_up})
 
     mutex, libc = bytes(64), ctypes.CDLL(None)
     libc.pthread_mutex_lock(mutex)

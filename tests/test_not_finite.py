@@ -58,7 +58,7 @@ def spoilt(path: str, out, value: float = NAN) -> str:
 
 
 def state_of(ring: Ring, stage: str) -> dict:
-    return ring.learner_states()[stage]
+    return ring.learner_state(stage)
 
 
 def same(ours: dict, theirs: dict) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
@@ -162,13 +162,9 @@ class Ring:
         """Returns the weights of the head that scores. Under `head.hold: average` these are the averaged weights."""
         return cast(Weights, self._fetched(self.controller.stages.head.state())["scoring"])
 
-    def learner_states(self) -> dict[str, Any]:
-        """Returns what a checkpoint would hold of the learners now, under the keys `policy` and `head`.
-
-        It does not work with `learner.backend: deepspeed`, whose state is written into files.
-        """
-        stages = self.controller.stages
-        return {"policy": self._fetched(stages.policy.state()), "head": self._fetched(stages.head.state())}
+    def learner_state(self, learner: Literal["policy", "head"]) -> dict[str, Any]:
+        """What a checkpoint would hold of a learner now. A policy learner on DeepSpeed can only write it (`save`)."""
+        return cast(dict[str, Any], self._fetched(getattr(self.controller.stages, learner).state()))
 
     def process_ids(self) -> dict[str, list[int]]:
         """Returns the process numbers of each stage by the stage's name, for a debugger or a profiler."""

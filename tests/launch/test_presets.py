@@ -67,7 +67,7 @@ def run_ring(config):
 
 
 def weights_of(ring):
-    return ring.policy_weights(), ring.learner_states()["head"]["weights"]
+    return ring.policy_weights(), ring.learner_state("head")["weights"]
 
 
 def moved(before, after) -> set[str]:

@@ -74,7 +74,7 @@ def run_ring(config: R2MConfig):
             steps.append(ring.step())
         evaluations = list(ring.drain())
         schedule, queue = ring.controller.schedule, ring.controller.stages.queue.carrier
-        policy, head = (state["weights"] for state in ring.learner_states().values())
+        policy, head = (ring.learner_state(name)["weights"] for name in ("policy", "head"))
         assert queue._stage.free(()) == (0,), "a group was left in the queue"
     return policy, head, steps, evaluations, schedule
 

@@ -227,7 +227,7 @@ def run_ring(config: R2MConfig, **how):
         while not ring.finished:
             steps.append(ring.step())
         ring.drain()
-        return steps, ring.learner_states()["policy"]
+        return steps, ring.learner_state("policy")
 
 
 def test_the_critic_moves_and_with_it_what_the_policy_learns(config):

@@ -40,7 +40,7 @@ class RewardAnnotator:
         Args:
             model: the frozen reward model, a sequence classifier with one label.
             tokenizer: the reward model's tokenizer.
-            head: a reward head of the run's variant (`heads.build_head`). `score` and `judge` overwrite its weights.
+            head: a reward head of the run's variant (`heads.build_head`). `score` and `evaluate` overwrite its weights.
             config: the run's config.
 
         Raises ConfigError if `evaluation.gold` names no function.
@@ -101,7 +101,7 @@ class RewardAnnotator:
         )
         return StepReport(version=head.version, metrics=_reward_metrics(rewards)), rewards
 
-    def judge(
+    def evaluate(
         self,
         step: int,
         head: Weights,

@@ -277,6 +277,16 @@ def evaluation_prompts_are_held_out(data: DataSection) -> str | None:
     return held_out(data, "prompts")
 
 
+def the_embedded_language_holds_out_its_own_prompts(data: DataSection) -> str | None:
+    """Refuses a source of held-out prompts that nothing would read."""
+    if data.prompts != "embedded" or data.eval is None:
+        return None
+    return (
+        f"data.eval is {data.eval!r} and data.prompts is 'embedded': that language holds back prompts of its own, and nothing "
+        f"would read the others; leave data.eval out, or name the prompts' source in data.prompts"
+    )
+
+
 def a_reward_model_from_scratch_needs_pairs(reward: RewardSection, data: DataSection) -> str | None:
     """`reward.model: from_scratch` is trained on preference pairs, so there must be some."""
     if reward.model != "from_scratch" or data.preferences is not None:
@@ -311,6 +321,7 @@ RULES: tuple[Rule, ...] = (
     a_head_that_does_not_move_needs_no_hold,
     options_of_a_hold_need_that_hold,
     evaluation_prompts_are_held_out,
+    the_embedded_language_holds_out_its_own_prompts,
     a_reward_model_from_scratch_needs_pairs,
     a_policy_from_scratch_needs_texts,
 )

@@ -531,8 +531,8 @@ class Controller:
         every = self.config.evaluation.every
         evaluated = self._evaluation_tickets and (self.finished or (every and (step + 1) % every == 0))
         # The evaluation takes the newest head version of this moment. The head's update on this step is still to come.
-        judge = (self.schedule.head_version, self._heads[self.schedule.head_version]) if evaluated else None
-        self._publication = self._spawn(self._publish(step + 1, judge))
+        evaluated_by = (self.schedule.head_version, self._heads[self.schedule.head_version]) if evaluated else None
+        self._publication = self._spawn(self._publish(step + 1, evaluated_by))
         if not self.config.publishes_beside_passes:
             await self._stalls_for_publication()
         self._waits.notify()
@@ -706,7 +706,9 @@ class Controller:
             results += [task.result() for task in tasks]
         groups, feedback, embeddings = (list(column) for column in zip(*results, strict=True))
         step = evaluation.policy_version
-        report = await self._calls.traced(annotator.judge(step, evaluation.head, groups, embeddings, feedback), step=-1)
+        report = await self._calls.traced(
+            annotator.evaluate(step, evaluation.head, groups, embeddings, feedback), step=-1
+        )
         ages = {"step": float(step), "head_version": float(evaluation.head_version)}
         self.evaluations.append(ages | report.metrics)
         # Only now does it leave the queue: if the actor is lost on the way, its next process does it again.

@@ -220,7 +220,7 @@ class AnnotatorStage(Stage):
         """
 
     @method()
-    def judge(
+    def evaluate(
         self,
         step: int,
         head: Payload,
@@ -398,6 +398,8 @@ class LocalBatches(LocalCarrier):
         """Keeps the stage, which must have a `generate_batch`."""
         super().__init__(name, stage)
         self._waiting: list[tuple[Ticket, asyncio.Future[tuple[Any, ...]]]] = []
+        self._batch: asyncio.Task[None] | None = None
+        """The batch that is collected or computed now. The event loop itself holds its tasks only weakly."""
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
         """Calls the method. A call of `generate` is collected into a batch first."""
@@ -405,9 +407,9 @@ class LocalBatches(LocalCarrier):
             return await super().call(method, *args)
         outcome: asyncio.Future[tuple[Any, ...]] = asyncio.get_running_loop().create_future()
         self._waiting.append((args[0], outcome))
-        # The first call of a batch runs the batch for all of them.
+        # The first call of a batch starts the batch for all of them, in a task: cancelled, it takes no other along.
         if len(self._waiting) == 1:
-            await self._generate()
+            self._batch = asyncio.create_task(self._generate())
         return await outcome
 
     async def _generate(self) -> None:
@@ -424,10 +426,12 @@ class LocalBatches(LocalCarrier):
         except Exception as error:
             # Every caller must get the error. A caller that got nothing would wait for ever.
             for _, outcome in waiting:
-                outcome.set_exception(error)
+                if not outcome.done():  # else its caller was cancelled meanwhile
+                    outcome.set_exception(error)
             return
         for (_, outcome), result in zip(waiting, results, strict=True):
-            outcome.set_result(result)
+            if not outcome.done():
+                outcome.set_result(result)
 
 
 def local_bytes() -> dict[str, Callable[..., Any]]:

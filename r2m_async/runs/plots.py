@@ -29,7 +29,7 @@ KL_LABEL = "KL from the reference (nats per response)"
 STEP_LABEL = "policy step"
 REWARDS = (("reward/mean", "proxy", "proxy reward"), ("reward/gold", "gold", "gold reward"))
 """For each row of panels: the metric of a step, the metric of an evaluation, and the label of the axis."""
-METHODS = ("generate", "embed", "proximal", "score", "train", "weights", "update", "judge")
+METHODS = ("generate", "embed", "proximal", "score", "train", "weights", "update", "evaluate")
 """The methods of the stages, in the order in which a step passes through them."""
 NUM_TRACED_STEPS = 4
 """The number of steps that `stages.png` shows, the last ones."""

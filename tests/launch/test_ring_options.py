@@ -273,7 +273,7 @@ def test_an_evaluation_judges_its_own_version_while_others_are_trained_beside_it
 
         async def listen(method, *args):
             nonlocal moved_on
-            if method.name == "judge":
+            if method.name == "evaluate":
                 step, head, groups, *_ = args
                 versions = {t.oldest_version for group in groups for t in group.trajectories}
                 judged.append(({float(step)}, {float(one) for one in versions}, float(head.version)))
@@ -352,7 +352,7 @@ def test_the_shares_of_pairs_ranked_as_gold_ranks_them_are_the_heads_and_the_fro
         for proxy, own in zip(proxies, frozen, strict=True)
     ]
     weights = Weights(version=3, tensors={"scoring_head.weight": torch.tensor([[1.0]])})
-    (report,) = annotator.judge(3, weights, [group, group], embeddings, [None, None])
+    (report,) = annotator.evaluate(3, weights, [group, group], embeddings, [None, None])
     told = report.metrics
     assert (told["proxy"], told["frozen"], told["gold"]) == (pytest.approx(2), 2, pytest.approx(1000.5 + 7 / 3))
     assert told["proxy_accuracy"] == pytest.approx(4 / 6)

@@ -16,6 +16,7 @@ from r2m_async.ring.stages import (
     AnnotatorStage,
     Call,
     HeadStage,
+    LocalBatches,
     LocalCarrier,
     PolicyStage,
     QueueStage,
@@ -101,3 +102,35 @@ def test_a_simulated_stage_answers_every_method_with_as_many_payloads():
             if name in ("state", "restore", "start", "open_channel", "connect", "send"):
                 continue  # a simulated run keeps nothing and has no channels
             assert len(asyncio.run(main(declared, name))) == 1 + method.num_payloads, name
+
+
+class Batches:
+    """A rollout actor that remembers which tickets it was given at once."""
+
+    def __init__(self):
+        self.batches = []
+
+    def generate_batch(self, tickets):
+        self.batches.append(tickets)
+        return [(ticket, None, None) for ticket in tickets]
+
+
+@pytest.mark.parametrize("cancelled", [0, 1, 2])
+def test_a_cancelled_call_takes_no_other_of_its_batch_along(cancelled):
+    """The first call once ran the batch for all: cancelled, it left them waiting, and every later one with them."""
+    stage = RolloutStage(LocalBatches("rollout-0", batches := Batches()))
+
+    async def main():
+        calls = [asyncio.ensure_future(ask(number)) for number in range(3)]
+        await asyncio.sleep(0)
+        calls[cancelled].cancel()
+        done = await asyncio.gather(*calls, return_exceptions=True)
+        return done, await ask(7)
+
+    async def ask(number):
+        return await stage.generate(number)
+
+    done, later = asyncio.run(asyncio.wait_for(main(), 10))
+    assert isinstance(done.pop(cancelled), asyncio.CancelledError)
+    assert [report for report, *_ in done] == [number for number in range(3) if number != cancelled]
+    assert later[0] == 7 and len(batches.batches) == 2

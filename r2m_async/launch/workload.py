@@ -21,6 +21,7 @@ from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.from_scratch import language
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.plugins import named_function
+from r2m_async.ring.simulator import plan_without_models
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket
 
@@ -333,15 +334,9 @@ def plan_of(config: R2MConfig, workload: Workload) -> Plan:
         config, workload.policy_hidden_size, workload.reward_hidden_size, workload.estimator.needs_greedy
     )
     check_queue(config, group_bytes)
-    scheduling, responses = config.scheduling, config.rollouts.group_size + workload.estimator.needs_greedy
-    return Plan(
-        num_steps=config.run.num_steps,
-        groups_per_step=config.rollouts.prompts_per_step,
-        max_policy_age=scheduling.max_policy_age,
-        max_head_age=scheduling.max_head_age,
-        lag=scheduling.lag,
-        overage=scheduling.overage,
-        overage_after=scheduling.overage_after,
+    responses = config.rollouts.group_size + workload.estimator.needs_greedy
+    return replace(
+        plan_without_models(config),
         max_bytes=config.queue.max_bytes,
         group_bytes=group_bytes,
         embedding_bytes=4 * workload.reward_hidden_size * responses,

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -400,16 +399,10 @@ def test_a_base_model_that_is_gone_damaged_or_another_is_refused_by_its_key(
 
 
 @pytest.fixture
-def in_process(monkeypatch) -> None:
-    monkeypatch.setattr(training, "Ring", partial(Ring, in_process=True))
-
-
-@pytest.fixture
 def run_config(tiny_config, tmp_path) -> R2MConfig:
     return tiny_config.run(output_dir=str(tmp_path / "runs")).logging(tensorboard=False, live=False)
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("changes", "steps", "num_saves"),
     [
@@ -427,19 +420,17 @@ def test_a_run_leaves_its_last_checkpoint_once_and_the_newest_before_it(
 ):
     saves, save = [], Ring.save
     monkeypatch.setattr(Ring, "save", lambda ring, directory: (saves.append(directory), save(ring, directory)))
-    run = training.train(run_config.checkpoint(**changes))
+    run = training.train(run_config.checkpoint(**changes), in_process=True)
     assert checkpoints(run) == [checkpoint_path(run, step) for step in steps]
     assert len(saves) == num_saves
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_run_that_kl_stop_ends_leaves_its_last_checkpoint(run_config):
-    run = training.train(run_config.run(num_steps=9).objective(kl_stop=1e-9))
+    run = training.train(run_config.run(num_steps=9).objective(kl_stop=1e-9), in_process=True)
     (checkpoint,) = checkpoints(run)
     assert checkpoint < checkpoint_path(run, 9)
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_checkpoint_that_was_being_written_when_the_run_died_is_not_taken(run_config, monkeypatch, tmp_path):
     encode, saved = launch.encode, []
 
@@ -451,14 +442,13 @@ def test_a_checkpoint_that_was_being_written_when_the_run_died_is_not_taken(run_
 
     monkeypatch.setattr(launch, "encode", killed)
     with pytest.raises(KeyboardInterrupt):
-        training.train(run_config.checkpoint(every=1))
+        training.train(run_config.checkpoint(every=1), in_process=True)
     (run,) = (tmp_path / "runs").iterdir()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000001"], "the partial one is removed"
     assert export(run, tmp_path / "out") == checkpoint_path(run, 1)
     assert RewardScorer(tmp_path / "out", "cpu").score(TEXT, RESPONSES).isfinite().all()
 
 
-@pytest.mark.usefixtures("in_process")
 def test_the_readmes_commands_and_python_take_a_run_with_you(run_config, monkeypatch, capsys, tmp_path):
     section = README.read_text(encoding="utf-8").partition("## Take the result with you")[2].partition("\n## ")[0]
     (command,) = re.findall(r"^    r2m (export) \S+ (\S+)", section, re.MULTILINE)
@@ -466,7 +456,7 @@ def test_the_readmes_commands_and_python_take_a_run_with_you(run_config, monkeyp
     monkeypatch.setattr(sys, "path", [*sys.path])  # to which `main` adds
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(run_config.to_yaml(), encoding="utf-8")
-    assert main(["train", "tiny.yaml"]) == 0
+    assert main(["train", "tiny.yaml", "--in-process"]) == 0
     run = capsys.readouterr().out.splitlines()[-1].removeprefix("run directory: ")
     assert main([command[0], run, command[1]]) == 0
     assert capsys.readouterr().out.splitlines() == [

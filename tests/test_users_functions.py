@@ -1,6 +1,5 @@
 """Functions of the user's that raise or return what is no number are told as theirs, whatever stage they run in."""
 
-import functools
 import math
 import re
 import sys
@@ -12,7 +11,6 @@ from r2m_async.advantages import register_advantage
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
 from r2m_async.evaluation.judging import judge
-from r2m_async.launch import training
 from r2m_async.launch.ring import Ring
 from r2m_async.plugins import as_number, called, called_for_number, named_function
 
@@ -254,8 +252,7 @@ def test_the_command_line_names_function_prompt_and_last_checkpoint(
     )
     config = tiny_config.run(output_dir=str(tmp_path / "runs")).checkpoint(every=1).logging(live=False)
     (tmp_path / "config.yaml").write_text(config.reward(functions=["mine:f"]).to_yaml())
-    monkeypatch.setattr(training, "Ring", functools.partial(Ring, in_process=True))
-    assert main(["train", str(tmp_path / "config.yaml")]) == 1
+    assert main(["train", str(tmp_path / "config.yaml"), "--in-process"]) == 1
     told, _, checkpoint = capsys.readouterr().err.splitlines()
     assert told.startswith("r2m: the run ended: step 2, group 4 (prompt 'prompts.jsonl:")
     assert f"response 2: reward.functions 'mine:f' {said} (" in told

@@ -1,7 +1,5 @@
 """A step that cannot be taken is named with its groups, and the checkpoint before it is whole."""
 
-import functools
-
 import pytest
 import torch
 
@@ -9,7 +7,6 @@ from learners import policy_learner
 from r2m_async import reference
 from r2m_async.cli import main
 from r2m_async.errors import LearnerOutOfMemory, NonFiniteStep
-from r2m_async.launch import training
 from r2m_async.launch.ring import Ring
 
 pytestmark = pytest.mark.models
@@ -94,8 +91,7 @@ def test_the_command_line_names_the_step_its_groups_and_the_last_checkpoint(tiny
         return too_large() if len(list((tmp_path / "runs").glob("*/checkpoints/step-*2"))) else real(*args)
 
     monkeypatch.setattr(policy_learner, "microbatch_loss", third)
-    monkeypatch.setattr(training, "Ring", functools.partial(Ring, in_process=True))
-    assert main(["train", str(tmp_path / "config.yaml")]) == 1
+    assert main(["train", str(tmp_path / "config.yaml"), "--in-process"]) == 1
     said = capsys.readouterr().err
     assert "r2m: the run ended: step 2 (groups [4, 5]): the policy learner is out of memory." in said
     (saved,) = (tmp_path / "runs").glob("*/checkpoints/step-*2")

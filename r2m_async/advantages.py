@@ -286,7 +286,7 @@ def _checked(
     if not result.is_floating_point():
         raise ConfigError(f"advantage {estimator.name} must return floating-point numbers{what}, got {result.dtype}")
     counted = mask if result.ndim == 3 else mask.any(-1)
-    bad = counted & ~result.isfinite()
+    bad = counted & ~result.float().isfinite()  # as the loss will read it: 1e39 is finite in float64 alone
     if bad.any():
         where = bad.nonzero()[0].tolist()
         raise AdvantageNotFinite(

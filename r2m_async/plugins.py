@@ -7,10 +7,13 @@ function. Its traceback begins in the user's code; it shows no frame of this lib
 import difflib
 import importlib
 import math
+import os
 import reprlib
+import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from r2m_async.errors import ConfigError, FunctionFailed
 
@@ -33,9 +36,9 @@ def named_function(name: str, key: str) -> Callable[..., Any]:
     module_name, _, attr = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # the user's module may raise anything while it is imported, SystemExit too
+        if _from_the_terminal(error):
+            raise
         what, frames = own_failure(error)
         if not frames and isinstance(
             error, ImportError | ValueError
@@ -60,14 +63,22 @@ def called(function: Callable[..., Any], arguments: tuple[Any, ...], key: str, n
         name: the function's name in the config.
         place: the step or response for which it is called, for error messages.
 
-    Raises FunctionFailed for whatever the function raises, even SystemExit. Only KeyboardInterrupt passes unchanged: it
-    comes from the terminal, not from the function.
+    Raises FunctionFailed for whatever the function raises, even SystemExit. Only a KeyboardInterrupt that comes from the
+    terminal passes unchanged.
+
+    A function may fork. Its child ends here, if the function itself does not end it: it must not go on as a second run.
     """
+    pid = os.getpid()
     try:
-        return function(*arguments)
-    except KeyboardInterrupt:
-        raise
+        result = function(*arguments)
+        if os.getpid() != pid:
+            raise SystemExit
+        return result
     except BaseException as error:
+        if os.getpid() != pid:
+            _end_child(error)
+        if _from_the_terminal(error):
+            raise
         what, frames = own_failure(error)
         raise FunctionFailed(f"{place}: {key} {name!r} raised {what}{frames}") from None
 
@@ -111,8 +122,37 @@ def as_number(value: Any) -> float | None:
     try:
         item = value.item() if hasattr(value, "item") else value  # `item` raises for an array of several numbers
         return None if isinstance(item, str | bytes | bytearray) else float(item)
-    except Exception:  # a value of the user's own class may raise anything here; then it is no number
+    except BaseException as error:  # a value of the user's own class may raise anything here; then it is no number
+        if _from_the_terminal(error):
+            raise
         return None
+
+
+_terminal = True
+
+
+def no_terminal() -> None:
+    """Says that this is a process of a stage, which no terminal interrupts. A KeyboardInterrupt is then the user's own."""
+    global _terminal
+    _terminal = False
+
+
+def _from_the_terminal(error: BaseException) -> bool:
+    """Whether somebody pressed Ctrl-C. Python raises that in the main thread, and in no other."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return isinstance(error, KeyboardInterrupt) and _terminal and in_main
+
+
+def _end_child(error: BaseException) -> NoReturn:
+    """Ends a forked process as Python would end a program, but without what its parent wants done at the end."""
+    status = 1
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        status = int(error.code or 0)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status & 0xFF)
 
 
 def shown(value: Any) -> str:

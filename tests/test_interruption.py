@@ -128,3 +128,25 @@ def test_a_training_run_leaves_with_the_status_names_what_is_left_and_leaves_no_
     assert told + f"{os.sep}checkpoints{os.sep}step-" in said
     _, alive = psutil.wait_procs(children, 30)
     assert not alive, "orphans"
+
+
+def test_a_loop_whose_thread_has_ended_is_told_at_once():
+    from r2m_async.errors import StalledRun
+    from r2m_async.launch.loop_thread import LoopThread
+
+    async def ends():
+        raise SystemExit("in a task")
+
+    loop = LoopThread("ends")
+    with pytest.raises(BaseException) as first:
+        loop.run(ends(), patience=600.0)
+    assert isinstance(first.value, SystemExit | StalledRun)
+    loop._thread.join(30)
+
+    async def later():
+        return 1
+
+    with pytest.raises(StalledRun, match=r"the controller's thread was ended by SystemExit\('in a task'"):
+        loop.run(later(), patience=600.0)
+    assert loop._stack() == "", "the stack of another thread is not its own"
+    loop.stop()

@@ -294,3 +294,80 @@ def test_over_ray_too_a_timeout_of_the_users_is_his_and_no_hanging_stage(tiny_co
     assert first == ("step 0 (groups [0, 1]): advantage.name 'takes_too_long' raised TimeoutError: the user's own")
     assert frames[-1] == "TimeoutError: the user's own" and not any("ray" in line for line in frames)
     assert math.isfinite(ring.config.scheduling.stall_after)
+
+
+# What only a terminal raises, and what only a program should do
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"reward": {"functions": ["mine:reward"]}}, r"reward\.functions 'mine:reward' raised KeyboardInterrupt"),
+        ({"advantage": {"name": "mine:advantage"}}, r"advantage\.name 'mine:advantage' raised KeyboardInterrupt"),
+        ({"evaluation": {"gold": "mine:gold"}}, r"evaluation\.gold 'mine:gold' raised KeyboardInterrupt"),
+    ],
+)
+def test_a_keyboard_interrupt_that_no_terminal_sent_is_the_functions_own(tiny_config, own_module, changes, told):
+    """It once ended the controller's thread, and the driver waited for that thread for half an hour."""
+    own_module(failure="KeyboardInterrupt()")
+    config = type(tiny_config).from_dict(
+        {name: {**section, **changes.get(name, {})} for name, section in tiny_config.to_dict().items()}
+    )
+    with Ring.of(config, in_process=True) as ring, pytest.raises(FunctionFailed, match=f"step 0.*{told}"):
+        ring.step()
+
+
+def test_in_the_main_thread_a_keyboard_interrupt_is_the_terminals():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        called(interrupted, (), "key", "name", "here")
+
+
+@pytest.mark.parametrize("error", ["SystemExit(3)", "KeyboardInterrupt()"])
+def test_a_value_that_ends_a_program_when_it_is_read_is_no_number(tiny_config, own_module, error):
+    own_module(
+        text=f"class Value:\n    def __float__(self):\n        raise {error}\n\ndef reward(prompt, response):\n    return Value()"
+    )
+    config = tiny_config.reward(functions=["mine:reward"])
+    with Ring.of(config, in_process=True) as ring, pytest.raises(FunctionFailed, match="which is no number"):
+        ring.step()
+
+
+FORKS = """
+import os, sys
+
+def end():
+    ENDS
+
+def reward(prompt, response):
+    pid = os.fork()
+    if pid == 0:
+        end()
+        return 0.0  # a child that forgot to leave
+    return float(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [("sys.exit(3)", 3.0), ("raise ValueError('in the child')", 1.0), ("pass", 0.0), ("os._exit(5)", 5.0)],
+)
+def test_a_child_that_a_function_forks_ends_with_the_function(tiny_config, own_module, ends, status):
+    """It once went on as a second ring, and the function waited for it."""
+    own_module(text=FORKS.replace("ENDS", ends))
+    config = tiny_config.reward(functions=["mine:reward"]).head(variant="vanilla").run(num_steps=1)
+    plain = tiny_config.head(variant="vanilla").run(num_steps=1)
+    with Ring.of(config, in_process=True) as ring, Ring.of(plain, in_process=True) as without:
+        assert ring.step()["reward/mean"] == pytest.approx(without.step()["reward/mean"] + status, abs=1e-5)
+
+
+def test_an_advantage_beyond_float32_is_named_with_its_response(tiny_config, own_module):
+    own_module(text="def est(inputs):\n    return inputs.rewards.double() * 0 + 1e39")
+    config = tiny_config.advantage(name="mine:est")
+    with (
+        Ring.of(config, in_process=True) as ring,
+        pytest.raises(NonFiniteStep, match=r"response 0: advantage mine:est"),
+    ):
+        ring.step()

@@ -235,7 +235,7 @@ def _rows(item: str, path: Path, split: str) -> Iterator[Mapping[str, Any]]:
             table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             table = datasets.load_dataset(str(path) if path.is_dir() else item, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
             f"data source {item!r}: neither a file nor a data set that can be read (split {split!r}, {reason}); "

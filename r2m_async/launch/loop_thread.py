@@ -28,8 +28,15 @@ class LoopThread:
         """Starts the thread. `name` is the name of the thread."""
         self._loop = asyncio.new_event_loop()
         # A daemon: a thread that stands still must not keep Python from ending.
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._turn, name=name, daemon=True)
+        self._ended_by: BaseException | None = None
         self._thread.start()
+
+    def _turn(self) -> None:
+        try:
+            self._loop.run_forever()
+        except BaseException as error:  # of a task, SystemExit and KeyboardInterrupt pass through the loop and end it
+            self._ended_by = error
 
     def run(self, coroutine: Coroutine[Any, Any, T], patience: float) -> T:
         """Runs a coroutine on the loop, and returns or raises what it does.
@@ -41,8 +48,11 @@ class LoopThread:
             patience: how many seconds the loop may stand still.
 
         Raises StalledRun, with the stack of the thread, if the loop stands still for longer. Then some call blocks the
-        thread, and no deadline on the loop can end it.
+        thread, and no deadline on the loop can end it. Raises StalledRun at once if the thread has ended.
         """
+        if not self._thread.is_alive():
+            coroutine.close()  # nobody will ever await it
+            raise self._ended()
         future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         interval = min(1.0, patience / _POLLS)
         turned, quiet = threading.Event(), 0
@@ -55,6 +65,8 @@ class LoopThread:
                 else:
                     # Looks are counted, and not seconds: while this process itself is stopped, no look passes.
                     quiet += 1
+                if not self._thread.is_alive():
+                    raise self._ended()
                 if quiet * interval > patience:
                     raise StalledRun(f"the controller's thread has stood still for {patience:g} s:\n{self._stack()}")
             return future.result()
@@ -70,9 +82,16 @@ class LoopThread:
         if not self._thread.is_alive():
             self._loop.close()
 
+    def _ended(self) -> StalledRun:
+        error = StalledRun(f"the controller's thread was ended by {self._ended_by!r}")
+        error.__cause__ = self._ended_by
+        return error
+
     def _stack(self) -> str:
         """The last six calls in the stack of the thread, as text. It is empty if the thread went on meanwhile."""
         frame = sys._current_frames().get(self._thread.ident or 0)
+        if frame is None:  # of no thread: `format_stack` would take the caller's
+            return ""
         with contextlib.suppress(ValueError):
             return "".join(traceback.format_stack(frame)[-6:]).rstrip()
         return ""

@@ -25,6 +25,7 @@ from r2m_async.config_tree import Options
 from r2m_async.errors import ConfigError, DataError, DiskError, StageLost, StepFailed, WeightMismatch
 from r2m_async.launch.ray_connection import RayConnection
 from r2m_async.launch.workload import Workload
+from r2m_async.plugins import no_terminal
 from r2m_async.ring.stages import Method
 
 RESTART_TIMEOUT = 300.0
@@ -198,6 +199,7 @@ class _Process:
 
         # The processes of a ring would draw their progress bars of loading over each other.
         logging.disable_progress_bar()
+        no_terminal()  # Ctrl-C reaches the driver, which ends this process
         self._name = name
         # Without GPUs all processes share the cores. And with one thread, sums are always rounded in the same way.
         if not torch.cuda.is_available():

@@ -34,9 +34,10 @@ def train(config: R2MConfig, in_process: bool = False) -> Path:
         workload = resolve(config, on_progress=live.message)
         for reason, count in workload.skipped.items():
             live.message(f"data: skipped {count} records: {reason}")
-        with RunDirectory.create(config) as run:
+        run = RunDirectory.create(config)
+        with _naming_what_is_left(run.path), run:
             live.message(f"starting the ring; run directory {run.path}")
-            with _naming_what_is_left(run.path), Ring(config, workload, in_process) as ring:
+            with Ring(config, workload, in_process) as ring:
                 while not ring.finished:
                     metrics = ring.step()
                     run.write_step(metrics)
@@ -50,7 +51,8 @@ def train(config: R2MConfig, in_process: bool = False) -> Path:
                 run.write_trace(ring.controller.take_trace())
                 live.update({}, ring.controller.evaluations)
                 keep_checkpoint(ring, run.path)
-    plot_run(run.path)
+    with _naming_what_is_left(run.path):
+        plot_run(run.path)
     return run.path
 
 

@@ -53,6 +53,10 @@ def settled(model: Any, device: str = "auto") -> Any:
     # Two copies of the same weights would then not compute the same bits.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"run.device is {device!r} and torch finds no CUDA device here: use 'auto' or 'cpu', or install torch for CUDA"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()

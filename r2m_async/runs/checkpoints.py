@@ -260,7 +260,7 @@ def _entries(directory: Path, manifest: bytes | None) -> dict[str, dict[str, Any
         if content["format"] == FORMAT and manifest == _manifest(content["files"]):
             return content["files"]
         number = content["format"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         number = FORMAT  # it says no format, so it is damaged and not of another version
     if number != FORMAT:
         raise _Damaged(f"{directory / MANIFEST}: has format {number!r}, and this version of r2m-async reads {FORMAT}")

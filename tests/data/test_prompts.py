@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from r2m_async.data.prompts import Preference, PromptStream, load_preferences, load_prompts
+from r2m_async.data.records import read_records
 from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.trajectories import Prompt
@@ -329,3 +330,11 @@ def test_the_shared_pairs_load_without_a_bad_record(pairs):
     loaded = load_preferences(pairs)
     assert len(loaded.pairs) == 959
     assert all(prompt[-1][0] == "user" for prompt, _, _ in loaded.pairs)
+
+
+def test_a_folder_of_empty_files_is_told_as_one(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").touch()
+    with pytest.raises(DataError, match="neither a file nor a data set that can be read"):
+        list(read_records(str(tmp_path / "folder")))

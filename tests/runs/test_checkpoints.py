@@ -375,3 +375,9 @@ def test_a_ring_resumed_from_any_of_its_checkpoints_ends_with_the_same_bits(run,
             ring.drain()
             ends.append(ring.policy_weights().tensors)
     assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
+
+
+def test_a_manifest_of_nothing_but_brackets_is_a_damaged_one(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="manifest.json: is damaged"):
+        verified(tmp_path)

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from r2m_async.config import R2MConfig
-from r2m_async.errors import DataError
+from r2m_async.errors import DataError, DiskError
 from r2m_async.ring.step_metrics import Interval
 from r2m_async.runs.directory import RunDirectory
 from r2m_async.runs.live import LiveTable
@@ -364,3 +364,21 @@ def test_a_terminal_gets_the_table_unless_logging_live_is_off(config, live, monk
     shown = received.decode()
     assert ("\x1b[" in shown) == live and ("elapsed" in shown) == live
     assert "1.750" in shown and "37%" in shown and "evaluation of policy 2" in shown
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("where", ["plot_run", "remove_directory"])
+def test_whatever_ends_a_run_after_its_ring_names_what_is_left(tiny_config, tmp_path, monkeypatch, where):
+    from r2m_async.launch import training
+
+    def fails(*_):
+        raise DiskError("the disk is full")
+
+    config = tiny_config.run(output_dir=str(tmp_path)).checkpoint(every=1, keep=1).logging(live=False)
+    monkeypatch.setattr(training, where, fails)
+    with pytest.raises(DiskError) as raised:
+        training.train(config, in_process=True)
+    (run,) = tmp_path.iterdir()
+    assert raised.value.__notes__[0] == f"What was measured is in {run}."
+    assert raised.value.__notes__[1].startswith(f"The last whole checkpoint is {run}/checkpoints/step-")
+    assert len(raised.value.__notes__) == 2

@@ -146,13 +146,18 @@ class Waits:
     ) -> T:
         """Waits in the line or aside, whichever `waiting` is."""
         assert who not in self._line and who not in self._aside, f"{who} waits twice"
+        if value := condition():  # most of the time, and then nothing need be written down
+            if waiting is self._line:
+                self.next_in_line()
+            return value
         with self.named(who, what):
             waiting[who] = event = asyncio.Event()
             try:
-                while not (value := condition()):
-                    event.clear()
+                while True:
                     await event.wait()
-                return value
+                    event.clear()
+                    if value := condition():
+                        return value
             finally:
                 # Whoever leaves may have used up a wake-up: it was served, or it was cancelled after it was woken. So
                 # the next in the line must ask. Else a ticket could lie there with nobody awake to take it.

@@ -68,9 +68,9 @@ class Delivery:
 
         Returns the report of the actor. Raises StageLost, naming the actor, if the transfer fails.
         """
-        index, policy = self._stages.rollouts.index(actor), self._stages.policy
         if not self._config.weights.direct:
             return await self._calls.traced(actor.load_weights(weights, {}), step=version)
+        index, policy = self._stages.rollouts.index(actor), self._stages.policy
         async with self._exchange(actor):
             sent: dict[str, Any] = {}
             if self._config.weights.transport == "ipc":

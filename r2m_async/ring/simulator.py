@@ -294,6 +294,7 @@ def run_virtually(config: R2MConfig, plan: Plan, stages: Stages) -> tuple[list[d
         try:
             while not controller.finished:
                 results.append(await controller.step())
+                controller.take_trace()  # as a run does, or it would only grow
             await controller.drain()
         finally:
             await controller.stop()

@@ -43,11 +43,13 @@ Command: TypeAlias = Callable[[R2MConfig, argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status.
+    """Runs one command and returns its exit status.
 
-    0: done. 1: it failed. 2: a user's mistake. 128 + n: signal n asked it to leave. All but 0 say why in one message.
+    The status is 0 if the command is done, 1 if it failed, and 2 for a mistake of the user's. It is 128 + n if signal n
+    asked the command to leave. With every status but 0, one message on standard error says why.
     """
-    sys.path.append(os.getcwd())  # where `module:attr` names of the user's own are looked for, after all else
+    # The user's own `module:attr` functions are looked for in the current folder, after everything that is installed.
+    sys.path.append(os.getcwd())
     parsed = _parsed(arguments)
     try:
         with interruptible():
@@ -61,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may stand anywhere: argparse itself takes none behind an option."""
+    """Parses the command line. Overrides (`section.key=value`) may stand anywhere.
+
+    argparse itself takes no positional argument behind an option, so what it leaves over is looked through here.
+    """
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     late = [one for one in rest if hasattr(parsed, "overrides") and "=" in one and not one.startswith("-")]
@@ -80,10 +85,14 @@ def _tell(what: object, status: int, error: BaseException, parsed: argparse.Name
 
 
 def entry() -> None:
-    """`main` as a process: leaves with its status, also where Ray's threads would keep Python from ending."""
+    """Runs `main` and ends the process with its status.
+
+    If Ray had to be given up, its threads would keep Python from ending. Then the process ends without waiting for them.
+    """
     try:
         status = main()
-    except Exception:  # an error that no message was written for
+    except Exception:
+        # No message was written for this error, so its whole traceback is shown.
         traceback.print_exc()
         status = 1
     connection = sys.modules.get("r2m_async.launch.ray_connection")
@@ -95,7 +104,10 @@ def entry() -> None:
 
 
 def _directory(value: str) -> Path:
-    """Of arguments: what is written when all has been computed had better be possible."""
+    """Converts an argument to the path of a folder. Raises ArgumentTypeError if a file is in the way.
+
+    Some commands compute for hours before they write. So this is checked before they begin.
+    """
     path = Path(value)
     there = next(one for one in (path, *path.absolute().parents) if one.exists())
     if not there.is_dir():
@@ -104,7 +116,7 @@ def _directory(value: str) -> Path:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Of every command: its parsers are of this class, too, and so all take `--traceback`."""
+    """A parser with the option `--traceback`. argparse makes the parsers of the commands of the same class."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
@@ -340,7 +352,10 @@ def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
 
 
 def _check(config: R2MConfig, _: argparse.Namespace) -> int:
-    """Models that are not on this machine are named, not downloaded: the rest is checked without them."""
+    """Checks a config and prints what it resolves to.
+
+    It downloads no model. A model that is not on this machine is named, and the rest is checked without it.
+    """
     from r2m_async.launch.workload import check_code, check_queue, worst_group_bytes
 
     estimator = check_code(config)
@@ -359,7 +374,10 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
 
 
 def _check_models(config: R2MConfig) -> tuple[dict[str, int], list[str]]:
-    """Hidden sizes of the models that are here, by key, and the keys of what could not be checked."""
+    """Checks the models that are on this machine.
+
+    Returns their hidden sizes by the key of the config, and the keys of the models that could not be checked.
+    """
     from transformers import AutoTokenizer
 
     from r2m_async.launch.workload import BUILT_HERE, check_critic, hidden_size

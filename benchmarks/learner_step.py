@@ -337,6 +337,8 @@ def measure(
         for step in steps:
             for name, value in step().items():
                 seconds[name] += [value] if index else []
+    if stages:
+        torch.distributed.destroy_process_group()  # gloo's threads, still running at the end, would abort the process
     return dict(seconds), memory
 
 

@@ -213,6 +213,7 @@ def two_steps(config):
 def rank_of_two(rank, rendezvous, config, out):
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     torch.save(two_steps(config), f"{out}-{rank}")
+    torch.distributed.destroy_process_group()  # gloo's threads, still running at the end, would abort the process
 
 
 def test_two_ranks_take_the_step_of_one_with_bsr_over_both_their_pairs(config, tmp_path):

@@ -1,0 +1,30 @@
+"""`r2m export`: write the models of a run as directories that transformers loads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from r2m_async.commands.arguments import directory
+
+
+def add_export(commands: Any) -> None:
+    """Adds the command."""
+    text = "Write a run's policy and reward model as directories that transformers loads."
+    export = commands.add_parser("export", help=text, description=text)
+    export.add_argument(
+        "source", metavar="RUN", type=Path, help="a run directory (its newest checkpoint) or a checkpoint"
+    )
+    export.add_argument("out", metavar="OUT", type=directory, help="the directory to write, new or empty")
+    export.set_defaults(command=_export)
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from r2m_async.export import export
+
+    checkpoint = export(parsed.source, parsed.out)
+    print(f"checkpoint    {checkpoint}")
+    print(f"policy        {parsed.out / 'policy'}")
+    print(f"reward model  {parsed.out / 'reward_model'}")
+    return 0

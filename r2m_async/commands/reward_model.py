@@ -1,0 +1,106 @@
+"""`r2m reward-model train | resume | eval`: train reward models offline, and evaluate them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from r2m_async.commands.arguments import check_split, directory
+
+
+def add_reward_model(commands: Any) -> None:
+    """Adds the command with its verbs."""
+    text = "Train reward models offline, on pairs of responses, and evaluate them."
+    verbs = commands.add_parser("reward-model", help=text, description=text).add_subparsers(
+        required=True, metavar="VERB"
+    )
+    text = "Train on {prompt, chosen, rejected}: a progress bar, then models, metrics and a plot in the run directory."
+    train = verbs.add_parser("train", help=text, description=text)
+    train.add_argument("config", metavar="CONFIG", help="a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="set over the file's keys")
+    train.set_defaults(command=_train_reward_model)
+    text = "Go on with a run that ended early: to the same bits, on the same machine."
+    resume = verbs.add_parser("resume", help=text, description=text)
+    resume.add_argument("run", metavar="RUN", type=Path, help="a run directory of `reward-model train`")
+    resume.set_defaults(command=_resume_reward_model)
+    text = "Measure a reward model: accuracy, Kendall's tau, RM-Bench, its states. A table, results.json and a plot."
+    evaluate = verbs.add_parser("eval", help=text, description=text)
+    evaluate.add_argument(
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="a run of `reward-model train`, a sequence classifier, an OUT of `export`, or `embedded`",
+    )
+    evaluate.add_argument(
+        "--out",
+        type=directory,
+        metavar="DIR",
+        help="where results go (default: RUN/evaluation, else evaluation/MODEL)",
+    )
+    evaluate.add_argument(
+        "--pairs", metavar="FILE", help="pairs in place of those that the run held out; `embedded`: held-out ones"
+    )
+    evaluate.add_argument("--split", metavar="NAME", help="of --pairs that are an HF data set (default: the run's)")
+    evaluate.add_argument(
+        "--initial-policy", metavar="NAME", help="that an export's run started from, where the export does not name it"
+    )
+    evaluate.add_argument(
+        "--rm-bench", type=Path, metavar="FILE", help="RM-Bench's files, commas between them, or JSONL"
+    )
+    evaluate.add_argument(
+        "--embedded",
+        action=argparse.BooleanOptionalAction,
+        help="the four splits of the embedded language (default: for a model of its preferences)",
+    )
+    evaluate.add_argument("--prompts", type=int, default=200, metavar="N", help="prompts per split (default 200)")
+    evaluate.add_argument("--max-tokens", type=int, metavar="N", help="longer texts lose the beginning of their prompt")
+    evaluate.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the splits and of all drawing (default 0)"
+    )
+    evaluate.set_defaults(command=_evaluate_reward_model)
+
+
+def _train_reward_model(parsed: argparse.Namespace) -> int:
+    from r2m_async.reward_models.config import RewardModelConfig
+
+    config = RewardModelConfig.from_yaml(parsed.config, parsed.overrides)
+    from r2m_async.reward_models.process_group import process_group
+    from r2m_async.reward_models.training import train
+
+    with process_group(config.run.device):
+        print(f"run directory: {train(config)}")
+    return 0
+
+
+def _resume_reward_model(parsed: argparse.Namespace) -> int:
+    from r2m_async.reward_models.config import RewardModelConfig
+
+    config = RewardModelConfig.from_yaml(parsed.run / "config.yaml")
+    from r2m_async.reward_models.process_group import process_group
+    from r2m_async.reward_models.training import resume
+
+    with process_group(config.run.device):
+        print(f"run directory: {resume(parsed.run)}")
+    return 0
+
+
+def _evaluate_reward_model(parsed: argparse.Namespace) -> int:
+    from r2m_async.evaluation.reward_models import EvaluationSources, evaluate, write_evaluation
+
+    check_split(parsed)
+    sources = EvaluationSources(
+        pairs=parsed.pairs,
+        split=parsed.split,
+        initial_policy=parsed.initial_policy,
+        rm_bench=parsed.rm_bench,
+        embedded=parsed.embedded,
+        num_prompts=parsed.prompts,
+        max_tokens=parsed.max_tokens,
+        seed=parsed.seed,
+    )
+    model = Path(parsed.model)
+    is_run = (model / "config.yaml").is_file()
+    out = parsed.out or (model / "evaluation" if is_run else Path("evaluation") / model.name)
+    print(write_evaluation(evaluate(parsed.model, sources), out), end="")
+    print(f"results: {out}")
+    return 0

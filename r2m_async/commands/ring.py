@@ -1,0 +1,130 @@
+"""`r2m train | plan | check`: run the ring of a config, predict its speed, or check the config."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from r2m_async.config import R2MConfig
+from r2m_async.errors import ConfigError
+from r2m_async.ring.simulator import StageTimes, simulate, times_of_run
+
+Command: TypeAlias = Callable[[R2MConfig, argparse.Namespace], int]
+
+
+def add_ring(commands: Any) -> None:
+    """Adds the three commands that read a config of the ring."""
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("config", metavar="CONFIG", help="a YAML file")
+        added.add_argument("overrides", nargs="*", metavar="section.key=value", help="set over the file's keys")
+        added.set_defaults(command=lambda parsed: command(R2MConfig.from_yaml(parsed.config, parsed.overrides), parsed))
+        return added
+
+    text = "Run the ring: a live table, then metrics, plots and TensorBoard events in the run directory."
+    text_of_one = "all stages in this process, one call after the other, without Ray: for a debugger"
+    add("train", _train, text).add_argument("--in-process", action="store_true", help=text_of_one)
+    plan = add("plan", _plan, "Predict throughput, idle shares and ages on a virtual clock, for given stage times.")
+    plan.add_argument("--times", metavar="RUN", type=Path, help="a run directory whose measured stage times are taken")
+    for field in dataclasses.fields(StageTimes):
+        flag = f"--{field.name.replace('_', '-')}"
+        unit = "log-std of generate" if field.name == "generate_spread" else "seconds per call"
+        plan.add_argument(flag, type=float, metavar="S", help=f"{unit} (default {field.default:g})")
+    add("check", _check, "Load a config, say what it resolves to and whether it can run, without a GPU.")
+
+
+def _train(config: R2MConfig, parsed: argparse.Namespace) -> int:
+    from r2m_async.launch.training import train
+
+    directory = train(config, in_process=parsed.in_process)
+    print(f"run directory: {directory}")
+    return 0
+
+
+def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
+    from r2m_async.runs.records import read_records
+
+    times = StageTimes()
+    if parsed.times:
+        try:
+            times = times_of_run(read_records(parsed.times / "trace.jsonl"))
+        except OSError as error:
+            raise ConfigError(f"--times {parsed.times}: has no readable trace.jsonl ({error.strerror})") from None
+    given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(StageTimes)}
+    times = dataclasses.replace(times, **{name: value for name, value in given.items() if value is not None})
+    prediction = simulate(config, times)
+    per_step = config.rollouts.prompts_per_step * config.rollouts.group_size
+    seconds, bound, serial = (
+        prediction.seconds_per_step,
+        prediction.bound_seconds_per_step,
+        prediction.serial_seconds_per_step,
+    )
+    print("stage times   " + "  ".join(f"{name} {value:.3g}" for name, value in dataclasses.asdict(times).items()))
+    print(f"step          {seconds:.3f} s   {per_step / max(seconds, 1e-9):.2f} responses/s")
+    print(f"bound         {bound:.3f} s   the busiest stage alone; reached to {bound / max(seconds, 1e-9):.0%}")
+    print(f"synchronous   {serial:.3f} s   one stage after the other: {serial / max(seconds, 1e-9):.2f} x the step")
+    print("idle shares   " + "  ".join(f"{name} {share:.0%}" for name, share in prediction.idle.items()))
+    print(
+        f"policy age    mean {prediction.policy_age_mean:.2f}  max {prediction.policy_age_max:g}  "
+        f"bound {config.scheduling.max_policy_age}"
+    )
+    print(f"head age      max {prediction.head_age_max:g}  bound {config.scheduling.max_head_age}")
+    return 0
+
+
+def _check(config: R2MConfig, _: argparse.Namespace) -> int:
+    """Checks a config and prints what it resolves to.
+
+    It downloads no model. A model that is not on this machine is named, and the rest is checked without it.
+    """
+    from r2m_async.launch.workload import check_code, check_queue, worst_group_bytes
+
+    estimator = check_code(config)
+    responses = config.rollouts.prompts_per_step * config.rollouts.group_size
+    print(config.to_yaml(), end="")
+    print(f"# step: {responses} responses, {config.objective.epochs * config.objective.num_minibatches} policy updates")
+    print(f"# policy age at most {config.scheduling.max_policy_age}, head age at most {config.scheduling.max_head_age}")
+    sizes, unchecked = _check_models(config)
+    if {"model.policy", "reward.model"} <= sizes.keys():
+        group_bytes = worst_group_bytes(config, sizes["model.policy"], sizes["reward.model"], estimator.needs_greedy)
+        check_queue(config, group_bytes)
+        steps = config.queue.max_bytes / (group_bytes * config.rollouts.prompts_per_step)
+        print(f"# queue: at most {group_bytes} bytes a group; max_bytes holds {steps:.1f} whole steps")
+    print(f"# ok, but for {' and '.join(unchecked)}, not checked" if unchecked else "# ok")
+    return 0
+
+
+def _check_models(config: R2MConfig) -> tuple[dict[str, int], list[str]]:
+    """Checks the models that are on this machine.
+
+    Returns their hidden sizes by the key of the config, and the keys of the models that could not be checked.
+    """
+    from transformers import AutoTokenizer
+
+    from r2m_async.launch.workload import BUILT_HERE, check_critic, hidden_size
+
+    policy, critic = config.model.policy, config.critic.model
+    sizes, unchecked = {}, []
+    for key, name in (("model.policy", policy), ("reward.model", config.reward.model), ("critic.model", critic)):
+        if name is None:
+            continue
+        if name in BUILT_HERE and key != "critic.model":
+            print(f"# {key}: {name} is built by `r2m train`")
+            continue
+        size = hidden_size(key, name, fetch=False)
+        if size is not None:
+            sizes[key] = size
+            continue
+        unchecked.append(key)
+        more = "" if key == "critic.model" else " and the bytes of its states"
+        print(f"# {key}: {name} is not on this machine: it{more} {'were' if more else 'was'} not checked")
+    if critic is not None and {"model.policy", "critic.model"} <= sizes.keys():
+        check_critic(critic, policy, AutoTokenizer.from_pretrained(policy))
+    elif "critic.model" in sizes:
+        unchecked.append("critic.model")
+        print(f"# critic.model: whether {critic} reads the tokens of model.policy was not checked")
+    return sizes, unchecked

@@ -10,8 +10,9 @@ hidden size of the reward model, P tokens of the probe. Tensors inside these typ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,12 @@ class Prompt:
     """The text that the policy reads, with its chat template applied where the prompt is a conversation."""
     token_ids: tuple[int, ...]
     """The same as tokens of the policy's tokenizer."""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Every further field of the data's record by name, e.g. `answer`: all but the field of the prompt.
+
+    A value is what JSON can hold (None, bool, int of 64 bits, float, str, list, dict) or bytes. Dates and times are text in
+    ISO 8601. It is empty for prompts that come from no record. Treat it as read-only: the groups of a prompt share it.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

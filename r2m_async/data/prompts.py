@@ -72,6 +72,9 @@ def load_prompts(
     split: the split of a data set. JSONL files have none.
     limit: stop after this many prompts. None takes all.
 
+    Every further field of a record goes into `Prompt.columns`. A record is bad if such a field cannot be sent to
+    another process.
+
     Raises DataError if the source cannot be read, if a record is bad under "error", or if no prompt is left.
     """
 
@@ -86,7 +89,13 @@ def load_prompts(
                 f"{len(token_ids)} tokens where rollouts.max_prompt_tokens allows {max_prompt_tokens}",
                 "raise that limit, shorten the prompt",
             )
-        return Prompt(prompt_id=record.name, content=content, text=text, token_ids=tuple(token_ids))
+        return Prompt(
+            prompt_id=record.name,
+            content=content,
+            text=text,
+            token_ids=tuple(token_ids),
+            columns=record.columns(without=prompt_field),
+        )
 
     prompts, skipped = load_records(source, split, parse, on_bad_record, limit)
     return LoadedPrompts(prompts=prompts, skipped=skipped)

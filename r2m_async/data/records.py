@@ -6,6 +6,7 @@ Face hub.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections import Counter
@@ -14,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from r2m_async.errors import ConfigError, DataError
+from r2m_async import codec
+from r2m_async.errors import CodecError, ConfigError, DataError
 
 Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Content: TypeAlias = str | tuple[tuple[str, str], ...]
@@ -129,6 +131,24 @@ class Record:
             raise self.refusal("wrong_type", key, value, why, "write the response alone, as text")
         return self._text(key, value)
 
+    def columns(self, *, without: str) -> dict[str, Any]:
+        """Returns every field but `without`, as `Prompt.columns` holds them.
+
+        Raises BadRecord for a value that cannot be sent to another process: an integer of more than 64 bits, half of a
+        surrogate pair, or an object that is not JSON's.
+        """
+        columns = {}
+        for key, value in self.fields().items():
+            if key == without:
+                continue
+            try:
+                columns[key] = _plain(value)
+                codec.encoded_size({key: columns[key]})
+            except CodecError as error:
+                why = f"no value of JSON with integers of up to 64 bits, so it cannot reach reward functions ({error})"
+                raise self.refusal("column", key, value, why, "write it as text, take the field out") from None
+        return columns
+
     def _text(self, key: str, value: str) -> str:
         """Returns `value` if it holds more than white space and is valid Unicode. Raises BadRecord if not."""
         if not value.strip():
@@ -242,6 +262,15 @@ def _rows(item: str, path: Path, split: str) -> Iterator[Mapping[str, Any]]:
             "correct the name or the split, or write the records to a JSONL file"
         ) from error
     yield from table
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value of a field with dates and times as text in ISO 8601. Data sets have such values, JSON has not."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _excerpt(value: Any) -> str:

@@ -1,3 +1,4 @@
+import datetime
 import json
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from r2m_async.codec import decode, encode
 from r2m_async.data.prompts import Preference, PromptStream, load_preferences, load_prompts
 from r2m_async.data.records import read_records
 from r2m_async.data.seeds import sampling_seed
@@ -119,7 +121,33 @@ def test_a_prompt_may_have_any_field_name(tmp_path):
     assert load(path, prompt_field="question").prompts[0].text == "why?"
 
 
+def test_a_prompt_carries_every_further_field_of_its_record_through_the_codec(tmp_path):
+    record = {"question": "2 + 2?", "answer": 4, "prompt": None, "tests": [{"in": [1.5], "ok": True}]}
+    (prompt,) = load(write(tmp_path / "a.jsonl", record), prompt_field="question").prompts
+    assert prompt.columns == {key: value for key, value in record.items() if key != "question"}
+    assert decode(bytes(encode(prompt))) == prompt and hash(prompt)
+
+
+def test_a_data_sets_dates_and_bytes_reach_the_columns_and_its_other_objects_do_not(tmp_path):
+    import datasets
+
+    when = datetime.datetime(2024, 5, 1, 12, 30)
+    rows = [{"prompt": "a", "when": when, "days": [when.date()], "raw": b"x"}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "good"))
+    (prompt,) = load(tmp_path / "good").prompts
+    assert prompt.columns == {"when": "2024-05-01T12:30:00", "days": ["2024-05-01"], "raw": b"x"}
+    datasets.Dataset.from_list([{"prompt": "a", "took": when - when}]).save_to_disk(str(tmp_path / "bad"))
+    with pytest.raises(DataError, match=r"row 0: took = .*reward functions \(cannot write a datetime.timedelta\)"):
+        load(tmp_path / "bad")
+
+
 BAD = [
+    (
+        {"prompt": "a", "id": 2**64},
+        "column",
+        "id = 18446744073709551616: no value of JSON with integers of up to 64 bits",
+    ),
+    (b'{"prompt": "a", "answer": ["\\ud83d"]}', "column", "answer = ['\\ud83d']: "),
     (b'{"prompt": "a"', "invalid_json", "line = '{\"prompt\": \"a\"': not JSON, Expecting ',' delimiter at column 15"),
     (b"[1]", "invalid_json", "line = '[1]': a JSON list, not an object"),
     (b'{"prompt": ' + b"1" * 5000 + b"}", "invalid_json", "not JSON, Exceeds the limit"),

@@ -16,9 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from r2m_async.config import R2MConfig
 from r2m_async.trajectories import PolicyFeedback, Trajectory, TrajectoryGroup
+
+LOGITS_AT_ONCE = 1 << 26
+"""The most logits, tokens times vocabulary, that a forward or backward pass holds at once: 256 MiB in float32."""
 
 
 def microbatches(trajectories: Sequence[Trajectory], max_tokens: int, packed: bool = False) -> list[slice]:
@@ -136,25 +140,90 @@ class PolicyForward(nn.Module):
         places_N: Tensor,
         targets_N: Tensor,
         temperature: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns (log-probabilities [N] float32, hidden states [R C, D]).
+        entropy: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns (log-probabilities [N] float32, hidden states [R C, D], entropies [N] float32 or None).
 
         The first four arguments are those of `PassInputs`.
 
         targets_N: [N] int64, the response tokens themselves. Token n is predicted at the flat position places_N[n].
         temperature: divides the logits before the softmax.
+        entropy: whether to compute the entropy, in nats, of the distribution that each response token is chosen from.
 
         The hidden states are those of the last layer, after the final norm.
         """
-        model = self.model
-        outputs = model.base_model(
+        outputs = self.model.base_model(
             input_ids=inputs_RC, attention_mask=attention_RC, position_ids=positions_RC, use_cache=False
         )
         states_XD = outputs.last_hidden_state.flatten(0, 1)
-        # Only positions that predict a response token: logits of the prompt and of padding would fill memory for
-        # nothing. In float32, because a log-probability rounded to bfloat16 is too coarse for the ratio of Eq. 2.
-        logits_NV = model.get_output_embeddings()(states_XD[places_N]).float() / temperature
-        return logits_NV.log_softmax(-1).gather(1, targets_N[:, None]).squeeze(1), states_XD
+        # Only positions that predict a response token: logits of the prompt and of padding would be for nothing.
+        states_ND = states_XD[places_N]
+        size = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
+        if len(states_ND) <= size:
+            logprobs_N, entropies_N = self._chosen(outputs, states_ND, targets_N, temperature, entropy)
+            return logprobs_N, states_XD, entropies_N
+        parts = []
+        for states, targets in zip(states_ND.split(size), targets_N.split(size), strict=True):
+            given = (outputs, states, targets, temperature, entropy)
+            # The backward pass computes the logits again, chunk by chunk, so that they are never all in memory.
+            parts.append(
+                checkpoint(self._chosen, *given, use_reentrant=False) if states.requires_grad else self._chosen(*given)
+            )
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.cat(logprobs), states_XD, torch.cat(entropies) if entropy else None
+
+    def _chosen(
+        self, outputs: Any, states_ND: Tensor, targets_N: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the log-probabilities [N] of the targets, and the entropies [N] if asked for, else None.
+
+        outputs: what the base model returned, for all that the model reads of it besides the states.
+        """
+        # In float32, because a log-probability rounded to bfloat16 is too coarse for the ratio of Eq. 2.
+        logits_NV = logits_of(self.model, states_ND, outputs).float() / temperature
+        logprobs_NV = logits_NV.log_softmax(-1)
+        entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1) if entropy else None
+        return logprobs_NV.gather(1, targets_N[:, None]).squeeze(1), entropies_N
+
+
+def logits_of(model: Any, states_ND: Tensor, outputs: Any) -> Tensor:
+    """Returns the logits [N, V] of hidden states of the last layer, as the model's own forward pass computes them.
+
+    model: a causal language model of transformers.
+    states_ND: [N, D], hidden states after the final norm.
+    outputs: what the model's base model returned in the pass that made the states.
+
+    Some models do more after the states than one linear layer: Gemma 2 caps its logits, Cohere and Granite scale them.
+    So the model's own code is run from the states on. For that its base model is replaced, for the time of the call, by
+    one that returns the states.
+    """
+    given = type(outputs)(**{**outputs, "last_hidden_state": states_ND[None]})
+    name = model.base_model_prefix
+    base_model = model._modules[name]
+    model._modules[name] = _Given(given)
+    try:
+        # The ids only say how long the text is. No layer reads them.
+        ids_1N = torch.zeros(1, len(states_ND), dtype=torch.int64, device=states_ND.device)
+        logits_NV: Tensor = model(input_ids=ids_1N, use_cache=False).logits[0]
+        return logits_NV
+    finally:
+        model._modules[name] = base_model
+
+
+class _Given(nn.Module):
+    """Stands for a base model whose outputs are known."""
+
+    def __init__(self, outputs: Any) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    @property
+    def decoder(self) -> _Given:
+        """Itself: OPT calls the decoder of its base model, and not the base model."""
+        return self
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self._outputs
 
 
 def logprobs_and_states(
@@ -170,12 +239,27 @@ def logprobs_and_states(
     trajectory, without gradient: the last layer's hidden states after the final norm. The last token is never an
     input, so it has no hidden state.
     """
+    logprobs_BT, states, _ = policy_pass(model, trajectories, temperature, packed)
+    return logprobs_BT, states
+
+
+def policy_pass(
+    model: Any, trajectories: Sequence[Trajectory], temperature: float, packed: bool = False, entropy: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """Returns what `logprobs_and_states` does, and with `entropy` the entropies [B, T] of the response tokens.
+
+    entropy: whether to compute the entropies. They are float32, in nats, with gradient, and 0 on padding. The entropy
+        at a token is that of the distribution, at `temperature`, from which the token was chosen.
+    """
     forward = model if isinstance(getattr(model, "module", None), PolicyForward) else PolicyForward(model)
     inputs = PassInputs.of(trajectories, packed)
     targets_N = torch.cat([trajectory.token_ids[trajectory.prompt_len :] for trajectory in trajectories])
-    picked_N, states_XD = forward(*inputs.on(model.device), targets_N.to(model.device), temperature)
+    chosen_N, states_XD, entropies_N = forward(
+        *inputs.on(model.device), targets_N.to(model.device), temperature, entropy
+    )
     states_XD = states_XD.detach()  # the reward head reads them and must not train the policy
-    return by_response(picked_N, trajectories), tuple(states_XD[row] for row in inputs.rows)
+    entropies_BT = None if entropies_N is None else by_response(entropies_N, trajectories)
+    return by_response(chosen_N, trajectories), tuple(states_XD[row] for row in inputs.rows), entropies_BT
 
 
 def by_response(values_N: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:

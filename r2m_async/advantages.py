@@ -1,9 +1,10 @@
 """Advantage estimators turn the rewards of a step into one advantage per response or per token.
 
 An advantage says how much better a response, or a token, is than expected. The policy loss is weighted by it.
-This file holds RLOO (R2M, arXiv 2601.22664, Eq. 1; arXiv 2402.14740), GRPO (arXiv 2402.03300), ReMax
-(arXiv 2310.10505), REINFORCE++ (arXiv 2501.03262) and GAE (arXiv 1506.02438), which PPO uses. It also holds the
-registry through which users add estimators; `docs/advantages.md` shows how.
+This file holds RLOO (R2M, arXiv 2601.22664, Eq. 1; arXiv 2402.14740), GRPO (arXiv 2402.03300), Dr. GRPO
+(arXiv 2503.20783), OPO (arXiv 2505.23585), ReMax (arXiv 2310.10505), REINFORCE++ (arXiv 2501.03262) and GAE
+(arXiv 1506.02438), which PPO uses. It also holds the registry through which users add estimators;
+`docs/advantages.md` shows how. `docs/algorithms.md` says what other libraries call each.
 
 Shapes: n groups, K responses in a group, T response positions (padded).
 """
@@ -37,6 +38,9 @@ class AdvantageNotFinite(ConfigError):
         self.place = place
         """Where the first such value is: [group, response], or [group, response, token] for a result per token."""
 
+
+WHITENINGS = ("none", "responses", "tokens")
+"""What `advantage.whiten` may be: the choices of `whitened`, and `none` for leaving the advantages as they are."""
 
 FLAGS = ("needs_greedy", "kl_in_reward", "needs_values", "per_token", "group_relative", "whole_batch")
 """What an estimator may say of itself: the fields of `Estimator` with these names say what each means."""
@@ -320,6 +324,61 @@ def rloo(inputs: AdvantageInputs) -> Tensor:
     return deviation * (inputs.rewards.shape[1] / (inputs.rewards.shape[1] - 1))
 
 
+@register_advantage("rloo_kl", kl_in_reward=True, group_relative=True)
+def rloo_kl(inputs: AdvantageInputs, *, beta: float = 0.05) -> Tensor:
+    """RLOO with the KL in the reward: `rloo` on reward - `beta` KL (arXiv 2402.14740; BSR's runs).
+
+    The KL of a response is the sum of log pi_old - log pi_ref over its tokens. So a response has one advantage, and all
+    of its KL counts in the baseline of the others.
+
+    Args:
+        beta: weight of the KL in the reward. With 0 the log-probabilities are not needed.
+
+    Returns [n, K]. Raises ConfigError for K = 1, and when `beta` is not 0 and log-probabilities are absent.
+    """
+    charged = inputs.rewards + _kl_charges(inputs, beta).sum(-1)
+    deviation = _deviation(charged, "rloo_kl")
+    return deviation * (charged.shape[1] / (charged.shape[1] - 1))
+
+
+@register_advantage("dr_grpo", group_relative=True)
+def dr_grpo(inputs: AdvantageInputs) -> Tensor:
+    """Dr. GRPO: reward - group mean, not divided by any spread (arXiv 2503.20783).
+
+    The paper's loss also divides by a constant instead of lengths: `objective.aggregation: sequence_sum_norm`.
+
+    Returns [n, K]. Raises ConfigError for K = 1.
+    """
+    return _deviation(inputs.rewards, "dr_grpo")
+
+
+@register_advantage("grpo_batch", group_relative=True, whole_batch=True)
+def grpo_batch(inputs: AdvantageInputs, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
+    """GRPO with the spread of the batch: (reward - group mean) / (std of all rewards + `eps`) (arXiv 2508.08221).
+
+    Args:
+        unbiased: divides the variance by n K - 1, and by n K when False.
+        eps: in units of reward. It only guards the division.
+
+    Returns [n, K]. Raises ConfigError for K = 1.
+    """
+    deviation = _deviation(inputs.rewards, "grpo_batch")
+    return deviation / (inputs.rewards.std(correction=int(unbiased)) + eps)
+
+
+@register_advantage("opo", group_relative=True)
+def opo(inputs: AdvantageInputs) -> Tensor:
+    """OPO: reward - mean reward of the group, in which a response weighs as much as it is long (arXiv 2505.23585).
+
+    The length of a response is its number of response tokens. A group without any token has the plain mean.
+
+    Returns [n, K]. Raises ConfigError for K = 1.
+    """
+    deviation = _deviation(inputs.rewards, "opo")  # from the plain mean, which the weighted mean of these then corrects
+    lengths = inputs.response_mask.sum(-1).to(deviation.dtype)
+    return deviation - (lengths * deviation).sum(1, keepdim=True) / lengths.sum(1, keepdim=True).clamp(min=1)
+
+
 @register_advantage("grpo", group_relative=True)
 def grpo(inputs: AdvantageInputs, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
     """GRPO: (reward - group mean) / (group std + `eps`) (arXiv 2402.03300).
@@ -416,6 +475,39 @@ def gae(
     return _normalised(raw, mask, eps), raw + values
 
 
+def whitened(advantages: Tensor, mask: Tensor, over: str) -> Tensor:
+    """Shifts the advantages of a batch to mean 0 and scales them to standard deviation 1.
+
+    Args:
+        advantages: [B], or [B, T] with `over` = `tokens`.
+        mask: [B, T] bool, True on response tokens.
+        over: `responses` counts every response that has tokens once, and divides by std + 1e-4, as TRL does.
+            `tokens` counts every response token, and divides by sqrt(variance + 1e-8), as verl does. Both take the
+            variance of a sample, which divides by one less than the count.
+
+    Returns a tensor of the same shape, with zeros where nothing is trained. Less than two counted values become 0.
+
+    Raises ConfigError for another `over`, and for advantages per token with `responses`.
+    """
+    if over not in WHITENINGS[1:]:
+        raise ConfigError(f"advantage.whiten = {over!r} is unknown; choose one of {', '.join(WHITENINGS)}")
+    per_token = advantages.shape == mask.shape
+    if per_token and over == "responses":
+        raise ConfigError(
+            "advantage.whiten is 'responses', and the estimator gave each token its advantage: use 'tokens'"
+        )
+    trained = mask if per_token else mask.any(1)
+    counted = advantages if per_token or over == "responses" else advantages[:, None].expand(mask.shape)
+    values = counted[trained if over == "responses" else mask]
+    if len(values) < 2:
+        return torch.zeros_like(advantages)
+    # As in `_deviation`: subtracting the first value makes equal values exactly 0.
+    first = values[0]
+    mean, variance = (values - first).mean(), (values - first).var()
+    spread = variance.sqrt() + 1e-4 if over == "responses" else (variance + 1e-8).sqrt()
+    return torch.where(trained, (advantages - first - mean) / spread, 0)
+
+
 def _deviation(rewards_nK: Tensor, name: str) -> Tensor:
     """[n, K] rewards minus the mean of their group. Raises ConfigError, naming the estimator, for K = 1."""
     if rewards_nK.shape[1] < 2:
@@ -440,18 +532,27 @@ def _token_rewards(inputs: AdvantageInputs, scores_nK: Tensor, beta: float) -> T
     Entries off the response tokens are 0. Raises ConfigError if `beta` is not 0 and log-probabilities are absent.
     """
     mask = inputs.response_mask
-    reward = torch.zeros(mask.shape, dtype=scores_nK.dtype, device=scores_nK.device)
-    if beta != 0:
-        if inputs.logprobs is None or inputs.ref_logprobs is None:
-            absent = "logprobs" if inputs.logprobs is None else "ref_logprobs"
-            raise ConfigError(
-                f"advantage.options.beta = {beta} puts a KL into the reward, but {absent} is None; "
-                f"give a reference or set beta to 0"
-            )
-        # `where`, and no product with the mask: masked entries may be NaN, and NaN times 0 is NaN.
-        reward = torch.where(mask, -beta * (inputs.logprobs - inputs.ref_logprobs), reward)
     tokens_left = mask.flip(-1).cumsum(-1).flip(-1)
-    return reward + torch.where(mask & (tokens_left == 1), scores_nK[..., None], 0)
+    return _kl_charges(inputs, beta) + torch.where(mask & (tokens_left == 1), scores_nK[..., None], 0)
+
+
+def _kl_charges(inputs: AdvantageInputs, beta: float) -> Tensor:
+    """[n, K, T] -`beta` (log pi_old - log pi_ref) on response tokens, and 0 elsewhere.
+
+    Raises ConfigError if `beta` is not 0 and log-probabilities are absent.
+    """
+    mask, rewards = inputs.response_mask, inputs.rewards
+    charges = torch.zeros(mask.shape, dtype=rewards.dtype, device=rewards.device)
+    if beta == 0:
+        return charges
+    if inputs.logprobs is None or inputs.ref_logprobs is None:
+        absent = "logprobs" if inputs.logprobs is None else "ref_logprobs"
+        raise ConfigError(
+            f"advantage.options.beta = {beta} puts a KL into the reward, but {absent} is None; "
+            f"give a reference or set beta to 0"
+        )
+    # `where`, and no product with the mask: masked entries may be NaN, and NaN times 0 is NaN.
+    return torch.where(mask, -beta * (inputs.logprobs - inputs.ref_logprobs), charges)
 
 
 def _normalised(values: Tensor, mask: Tensor, eps: float) -> Tensor:

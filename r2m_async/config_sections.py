@@ -211,10 +211,14 @@ class AdvantageSection(Section):
     """The advantage estimator, which turns the rewards of a step into advantages."""
 
     name: str = "rloo"
-    """rloo, grpo, remax, reinforce_pp, reinforce_pp_baseline, gae, the name of a registered estimator, or a user's own
-    as `module:attr`."""
+    """rloo, rloo_kl, grpo, grpo_batch, dr_grpo, opo, remax, reinforce_pp, reinforce_pp_baseline, gae, the name of a
+    registered estimator, or a user's own as `module:attr`. `docs/algorithms.md` says what each is."""
     options: Options = Field(default_factory=dict)
     """Keyword arguments of the estimator."""
+    whiten: Literal["none", "responses", "tokens"] = "none"
+    """What is whitened over the whole batch: shifted to mean 0 and divided by its standard deviation. `responses`: the
+    advantages of responses, each of which counts once. `tokens`: the advantages of tokens, so that a long response
+    counts more. `none`: the advantages stay as the estimator gives them."""
 
 
 class ObjectiveSection(Section):

@@ -111,6 +111,10 @@ def test_every_estimator_is_the_references_bit_for_bit(tiny_config, estimator, r
     assert_same_bits(tiny_config.advantage(name=estimator).objective(ratio=ratio, num_minibatches=2))
 
 
+def test_the_kl_in_rloos_reward_and_whitening_are_the_references_bit_for_bit(tiny_config):
+    assert_same_bits(tiny_config.advantage(name="rloo_kl", whiten="responses").objective(num_minibatches=2))
+
+
 def test_the_learners_feedback_costs_no_pass_but_its_twins(tiny_config, monkeypatch):
     """The proximal pass yields log-probabilities and states at once, within the token budget."""
     from learners import policy_learner

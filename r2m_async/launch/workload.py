@@ -203,6 +203,11 @@ def check_estimator(estimator: Estimator, config: R2MConfig) -> None:
             f"{name}, which gives every token its own advantage, and objective.ratio is {config.objective.ratio!r}, one "
             f"ratio per response: use objective.ratio 'token'"
         )
+    if estimator.per_token and config.advantage.whiten == "responses":
+        raise ConfigError(
+            f"advantage.whiten is 'responses' and {name}, which gives every token its own advantage: use advantage.whiten "
+            f"'tokens' or 'none'"
+        )
     if estimator.group_relative and config.rollouts.group_size < 2:
         raise ConfigError(
             f"{name}, which compares the responses of a group, and rollouts.group_size is {config.rollouts.group_size}: "

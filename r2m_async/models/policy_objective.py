@@ -20,6 +20,7 @@ from r2m_async.advantages import (
     AdvantageNotFinite,
     Estimator,
     advantages_and_returns,
+    whitened,
 )
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
@@ -147,8 +148,12 @@ def step_advantages(
         except ConfigError as error:
             raise FunctionFailed(f"{named}: {error}") from None
     assert estimates, "a step without groups has no advantages"
-    advantages, returns = zip(*estimates, strict=True)
-    return _in_order(order, advantages), _in_order(order, returns) if estimator.needs_values else None
+    parts, returns = zip(*estimates, strict=True)
+    advantages = _in_order(order, parts)
+    if config.advantage.whiten != "none":
+        # Over the whole step at once, so that groups which the schedule cut are whitened with the others.
+        advantages = whitened(advantages, mask_BT, config.advantage.whiten)
+    return advantages, _in_order(order, returns) if estimator.needs_values else None
 
 
 def _in_order(order: list[int], parts: Sequence[Tensor]) -> Tensor:

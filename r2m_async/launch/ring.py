@@ -15,8 +15,9 @@ from r2m_async.launch.loop_thread import LoopThread
 from r2m_async.launch.makers import check_packages, stages_in_process, stages_on_ray
 from r2m_async.launch.ray_stages import RayProcesses
 from r2m_async.launch.workload import TicketOffice, Workload, plan_of, resolve
-from r2m_async.ring.controller import STOP_TIMEOUT, Controller
+from r2m_async.ring.controller import Controller
 from r2m_async.ring.stages import Call
+from r2m_async.ring.tasks import STOP_TIMEOUT
 from r2m_async.runs.checkpoints import kept_versions, read_checkpoint, write_parts
 from r2m_async.trajectories import Weights
 from r2m_async.whole import whole_at, whole_directory

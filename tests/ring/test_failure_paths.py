@@ -8,9 +8,10 @@ import pytest
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StageLost, StalledRun
 from r2m_async.launch.loop_thread import LoopThread
-from r2m_async.ring.controller import STOP_TIMEOUT, Controller
+from r2m_async.ring.controller import Controller
 from r2m_async.ring.simulator import SimulatedStage, VirtualClockLoop, run_virtually, simulated_ticket
 from r2m_async.ring.stages import Stages, local_bytes
+from r2m_async.ring.tasks import STOP_TIMEOUT
 from r2m_async.schedule import Plan
 
 STALL_AFTER = 60.0

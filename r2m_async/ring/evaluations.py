@@ -1,0 +1,122 @@
+"""Evaluates versions of the policy during a run: how well it answers held-out prompts.
+
+The policy version that is evaluated is one that rollout actors can load. The last rollout actor generates its responses
+before it takes another ticket, and a reward annotator judges them with a head version of that time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from r2m_async.ring.stages import Payload, RolloutStage
+from r2m_async.ring.state import RingState
+from r2m_async.ring.tasks import together
+from r2m_async.trajectories import Ticket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """An evaluation that was asked for.
+
+    It keeps the weights of its two versions alive, also after the ring has dropped these versions.
+    """
+
+    policy_version: int
+    head_version: int
+    policy: Payload
+    """The weights of the policy version."""
+    head: Payload
+    """The weights of the head version."""
+
+
+class Evaluations:
+    """The evaluations of one run: those that were asked for, and the results of those that are done."""
+
+    def __init__(self, state: RingState, tickets: tuple[Ticket, ...]) -> None:
+        """Begins without evaluations.
+
+        Args:
+            state: the state of the ring.
+            tickets: the tickets of the held-out prompts. Without tickets there are no evaluations.
+        """
+        self.results: list[dict[str, float]] = []
+        """The metrics of each finished evaluation, in the order in which they finished."""
+        self._state, self._tickets = state, tickets
+        self._asked: deque[Evaluation] = deque()
+        """Evaluations that are not finished. The first of them may be under way."""
+
+    def due(self, version: int, last: bool) -> bool:
+        """Whether the policy version that a step has made is one to evaluate.
+
+        Args:
+            version: the number of the version, which is 1 after the first step.
+            last: whether it is the last version of the run.
+        """
+        every = self._state.config.evaluation.every
+        return last or (every is not None and version % every == 0)
+
+    def ask(self, policy_version: int, head_version: int, head: Payload) -> None:
+        """Asks for an evaluation of a published policy version, by a head version with the weights `head`.
+
+        It does nothing if there are no held-out prompts.
+        """
+        if not self._tickets:
+            return
+        self._asked.append(
+            Evaluation(
+                policy_version=policy_version,
+                head_version=head_version,
+                policy=self._state.versions.policies[policy_version],
+                head=head,
+            )
+        )
+        # `notify` wakes only the first actor in the line, and an evaluation is for the last actor.
+        self._state.waits.wake(self._state.stages.rollouts[-1].name)
+
+    @property
+    def all_finished(self) -> bool:
+        """Whether every evaluation that was asked for is in `results`."""
+        return not self._asked
+
+    def next_for(self, actor: RolloutStage) -> Evaluation | None:
+        """The evaluation that an actor must do next, or None if there is none for it."""
+        return self._asked[0] if self._asked and actor is self._state.stages.rollouts[-1] else None
+
+    def in_reach(self) -> bool:
+        """Whether the policy may take a step without losing a version that an evaluation still waits for.
+
+        A learner that sends weights to engines itself keeps only its newest versions. So it waits for an evaluation of
+        an older version.
+        """
+        if not (self._state.config.weights.direct and self._asked):
+            return True
+        age = self._state.schedule.policy_version - self._asked[0].policy_version
+        return age <= self._state.config.scheduling.max_policy_age
+
+    async def evaluate(self, actor: RolloutStage, evaluation: Evaluation) -> None:
+        """Generates and judges responses to all held-out prompts, and adds the metrics to `results`.
+
+        The actor must have loaded the policy version, and must not be generating anything else. It generates up to
+        `rollouts.concurrent_groups` prompts at once.
+        """
+        calls, annotator, results = self._state.calls, self._state.stages.annotators[0], []
+
+        async def result(ticket: Ticket) -> tuple[Payload, Payload, Payload]:
+            about = f"evaluation prompt {-1 - ticket.group_id}"
+            _, group, feedback = await calls.traced(actor.generate(ticket), step=-1, about=about)
+            return group, feedback, (await calls.traced(annotator.embed(group), step=-1, about=about))[1]
+
+        at_once = self._state.config.rollouts.concurrent_groups
+        for first in range(0, len(self._tickets), at_once):
+            async with together() as batch:
+                tasks = [batch.create_task(result(ticket)) for ticket in self._tickets[first : first + at_once]]
+            results += [task.result() for task in tasks]
+        groups, feedback, embeddings = (list(column) for column in zip(*results, strict=True))
+        step = evaluation.policy_version
+        report = await calls.traced(annotator.evaluate(step, evaluation.head, groups, embeddings, feedback), step=-1)
+        ages = {"step": float(step), "head_version": float(evaluation.head_version)}
+        self.results.append(ages | report.metrics)
+        # Only now does it leave the queue: if the actor is lost on the way, its next process does it again.
+        self._asked.popleft()
+        self._state.waits.notify()

@@ -1,0 +1,223 @@
+"""Keeps rollout actors busy: this is the way of a ticket to a group in the queue that is embedded.
+
+    ticket -> load its policy version -> generate -> queue -> embed
+
+An actor that dies is restarted. Its groups go back to the schedule, which issues them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from r2m_async.errors import StageLost
+from r2m_async.ring.delivery import Delivery
+from r2m_async.ring.evaluations import Evaluation, Evaluations
+from r2m_async.ring.stages import Payload, RolloutStage
+from r2m_async.ring.state import RingState, now
+from r2m_async.ring.tasks import errors_in, in_step
+from r2m_async.schedule import Admission
+from r2m_async.trajectories import Ticket
+
+_Job: TypeAlias = tuple[int, Payload, Ticket | Evaluation | None]
+"""The next job of a rollout actor: the policy version that it needs, the weights of that version, and what to generate.
+
+The third part is a ticket, an evaluation, or None if the actor should only load the weights.
+"""
+
+
+class Rollouts:
+    """The rollout actors of a ring, and what they are doing."""
+
+    def __init__(self, state: RingState, evaluations: Evaluations, make_ticket: Callable[[Admission], Ticket]) -> None:
+        """Begins with actors that have loaded no weights.
+
+        Args:
+            state: the state of the ring.
+            evaluations: what the last actor must generate between its groups.
+            make_ticket: turns an admission into a ticket, with the prompt and the seed of its group.
+        """
+        self._config, self._stages, self._schedule = state.config, state.stages, state.schedule
+        self._metrics, self._waits, self._calls = state.metrics, state.waits, state.calls
+        self._tasks, self._versions = state.tasks, state.versions
+        self._evaluations, self._make_ticket = evaluations, make_ticket
+        self._delivery = Delivery(state.config, state.stages, state.waits, state.calls)
+        self._embedding: dict[int, asyncio.Task[Any]] = {}
+        """For each group that has arrived, the task that embeds it, until the group's step has waited for it."""
+        self._deaths: Counter[str] = Counter()
+        """For each rollout actor, its deaths since it last finished a group."""
+
+    async def embedded(self, group_ids: tuple[int, ...]) -> None:
+        """Waits until groups that have arrived are embedded. It is called once for each group."""
+        await asyncio.gather(*(self._embedding[group_id] for group_id in group_ids))
+        for group_id in group_ids:
+            del self._embedding[group_id]
+
+    def forget(self, group_ids: tuple[int, ...]) -> None:
+        """Stops embedding groups that will be in no step.
+
+        A `put` that was sent to the queue already is not taken back.
+        """
+        for group_id in group_ids:
+            if embedding := self._embedding.pop(group_id, None):
+                embedding.cancel()
+
+    async def loop(self, actor: RolloutStage) -> None:
+        """Consumes admissions of groups, and policy weights. Waits for a ticket. It is unblocked by the training loop,
+        which makes new versions, and by whatever makes room in the queue. Produces groups in the queue. The loop of the
+        last actor also generates the groups of evaluations."""
+        while True:
+            causes: list[Exception] = []
+            try:
+                await self._serve(actor)
+            except ExceptionGroup as failed:
+                causes = errors_in(failed)
+            # A lost payload names no stage. It counts as a loss of this actor, whose groups are then generated again.
+            own = [error for error in causes if isinstance(error, StageLost) and error.stage in (actor.name, None)]
+            if others := [error for error in causes if error not in own]:
+                raise others[0]
+            await self._bring_back(actor, own[0])
+
+    async def _serve(self, actor: RolloutStage) -> None:
+        """Keeps an actor busy. It ends only by raising an ExceptionGroup: the actor is lost, or something failed.
+
+        All jobs of the actor have ended by then. Those that were still running were cancelled.
+        """
+        loaded: int | None = None
+        running: set[asyncio.Task[Any]] = set()
+        in_flight, at_once = self._config.rollouts.in_flight_updates, self._config.rollouts.concurrent_groups
+
+        def urgent() -> _Job | None:
+            return self._urgent(actor, loaded, bool(running))
+
+        def ended(task: asyncio.Task[None]) -> None:
+            running.discard(task)
+            self._waits.wake(actor.name)
+
+        async with asyncio.TaskGroup() as jobs:
+            while True:
+                # An actor that can take no ticket must not stand in the line. Only the first in the line is woken, so
+                # it would keep the others from their tickets.
+                await self._waits.aside(
+                    lambda: len(running) < at_once or urgent(), actor.name, "one of its groups to end"
+                )
+                # From here on the schedule counts the ticket as this actor's. If the actor is lost before it begins to
+                # generate, `_bring_back` returns the ticket with all others.
+                version, weights, job = await self._waits.in_line(
+                    lambda: urgent() or self._ticket(actor), actor.name, "a ticket"
+                )
+                # Without in-flight updates, a group must not change its version halfway. And an evaluation may need an
+                # older version, which must not get into any group.
+                alone = isinstance(job, Evaluation) or (loaded != version and not in_flight)
+                if alone:
+                    await self._waits.aside(lambda: not running, actor.name, "its groups to end")
+                if loaded != version:
+                    # The process is new, so it has no channel to the learner yet.
+                    if loaded is None:
+                        await self._delivery.connect(actor)
+                    report = await self._delivery.load(actor, version, weights)
+                    self._metrics.standing["weights"] = report.metrics
+                    loaded = version
+                if isinstance(job, Evaluation):
+                    await self._evaluations.evaluate(actor, job)
+                elif job is not None:
+                    task = jobs.create_task(self._generate(actor, job))
+                    running.add(task)
+                    task.add_done_callback(ended)
+
+    async def _bring_back(self, actor: RolloutStage, error: StageLost) -> None:
+        """Gives the tickets of a lost actor back to the schedule, and waits until the actor is restarted.
+
+        If the new process dies while it starts, that counts as one more death. Raises StageLost if the actor died more
+        than `rollouts.max_restarts` times in a row.
+        """
+        # `_serve` has ended all jobs of this actor, so no result of an old attempt can still arrive. The schedule
+        # relies on that: it would accept such a result until the group is issued again.
+        self._schedule.lost(actor.name, "actor_died" if error.stage else "payload_lost")
+        self._waits.notify()
+        while True:
+            self._deaths[actor.name] += 1
+            if self._deaths[actor.name] > self._config.rollouts.max_restarts:
+                raise StageLost(
+                    actor.name,
+                    f"{actor.name} died {self._deaths[actor.name]} times in a row; rollouts.max_restarts is "
+                    f"{self._config.rollouts.max_restarts}. Last: {error}",
+                ) from error
+            try:
+                await self._waits.work(actor.restart(), actor.name, "its restart")
+                return
+            except StageLost as again:
+                error = again
+
+    def _urgent(self, actor: RolloutStage, loaded: int | None, running: bool) -> _Job | None:
+        """The job that an actor must do before it takes a ticket, or None if there is none.
+
+        Args:
+            actor: the rollout actor.
+            loaded: the policy version that its engine has, or None if it has none yet.
+            running: whether it is generating groups.
+        """
+        if evaluation := self._evaluations.next_for(actor):
+            return evaluation.policy_version, evaluation.policy, evaluation
+        newest = self._versions.newest_policy
+        # Groups that are being generated go on with the new weights. An actor without groups need not hurry: its next
+        # ticket names the version to load.
+        if self._config.rollouts.in_flight_updates and running and loaded != newest:
+            return newest, self._versions.policies[newest], None
+        return None
+
+    def _ticket(self, actor: RolloutStage) -> _Job | None:
+        """The job of generating the next group that may be started, or None if none may be started at present.
+
+        The answer None would be the same for every other actor.
+        """
+        admission = self._schedule.admit(actor.name, self._versions.newest_policy, now())
+        if admission is None:
+            return None
+        # No group is late before all groups of its step have been admitted. This may have been the last of them, so the
+        # overage loop must look again.
+        if self._config.scheduling.overage != "wait":
+            self._waits.notify()
+        weights = self._versions.policies[admission.policy_version]
+        return admission.policy_version, weights, self._make_ticket(admission)
+
+    async def _generate(self, actor: RolloutStage, ticket: Ticket) -> None:
+        """Generates the group of a ticket, puts it into the queue, and begins to embed it."""
+        group_id, about = ticket.group_id, f"group {ticket.group_id}"
+        report, group, feedback = await self._calls.traced(actor.generate(ticket), step=ticket.due_step, about=about)
+        self._deaths[actor.name] = 0
+        self._metrics.generated(report.num_tokens)
+        # The group may have been given up while it was generated. Nobody would then free what is put into the queue.
+        if not self._schedule.expects(group_id, ticket.attempt):
+            return
+        # `put` comes before `arrived`: once the schedule knows of the group, the training loop may get its payloads.
+        async with in_step(ticket.due_step, (group_id,)):
+            await self._calls.ask(self._stages.queue.put(group_id, ("group", "feedback"), group, feedback), about=about)
+        # While `put` was under way, the group may have been given up, for example by the end of the run (`kl_stop`).
+        # Then `void` and `arrived` change nothing and return False.
+        if report.num_responses < min(2, self._config.rollouts.group_size):
+            self._schedule.void(group_id, "overage", ticket.attempt)
+        if not self._schedule.arrived(group_id, ticket.attempt, report.oldest_version, report.num_bytes, now()):
+            # If the schedule still holds the group, the queue has the payloads of another attempt, or will get them.
+            # They have the same names and must stay.
+            if not self._schedule.holds(group_id):
+                await self._calls.ask(self._stages.queue.free((group_id,)), about=about)
+        else:
+            # No `await` since `arrived`: as soon as another task runs, `_score` may look for the embedding task.
+            self._metrics.arrived(group_id, report)
+            self._embedding[group_id] = self._tasks.spawn(self._embed(ticket, group))
+        self._waits.notify()
+
+    async def _embed(self, ticket: Ticket, group: Payload) -> None:
+        """Computes the reward token embeddings of one group, and puts them into the queue.
+
+        This depends on no version of policy or head. So it begins as soon as the group has arrived.
+        """
+        annotator = self._stages.annotators[ticket.group_id % len(self._stages.annotators)]
+        step, about = ticket.due_step, f"group {ticket.group_id}"
+        async with in_step(step, (ticket.group_id,)):
+            report, embeddings = await self._calls.traced(annotator.embed(group), step=step, about=about)
+            self._metrics.annotated(ticket.group_id, report.metrics.get("gold", float("nan")))
+            await self._calls.ask(self._stages.queue.put(ticket.group_id, ("embeddings",), embeddings), about=about)

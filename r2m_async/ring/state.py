@@ -1,0 +1,53 @@
+"""What all loops of a ring share: its stages, its schedule, its clock, and the accounts of what is under way."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from r2m_async.config import R2MConfig
+from r2m_async.ring.calls import Calls
+from r2m_async.ring.stages import Stages
+from r2m_async.ring.step_metrics import StepMetrics
+from r2m_async.ring.tasks import Tasks
+from r2m_async.ring.versions import Versions
+from r2m_async.ring.waiting import Waits
+from r2m_async.schedule import Plan, Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingState:
+    """The state of one ring. Only its members change, and all of them on one event loop."""
+
+    config: R2MConfig
+    stages: Stages
+    schedule: Schedule
+    metrics: StepMetrics
+    waits: Waits
+    calls: Calls
+    tasks: Tasks
+    versions: Versions
+
+    @classmethod
+    def of(cls, config: R2MConfig, plan: Plan, stages: Stages, first_step: int) -> RingState:
+        """The state of a ring that has taken `first_step` steps, and in which nothing runs yet.
+
+        It must be made on the event loop of the ring.
+        """
+        schedule, waits = Schedule(plan, first_step), Waits()
+        metrics = StepMetrics(stages, now())
+        return cls(
+            config=config,
+            stages=stages,
+            schedule=schedule,
+            metrics=metrics,
+            waits=waits,
+            calls=Calls(waits, metrics),
+            tasks=Tasks(waits),
+            versions=Versions(schedule),
+        )
+
+
+def now() -> float:
+    """The time of the event loop's clock, in seconds."""
+    return asyncio.get_running_loop().time()

@@ -14,21 +14,21 @@ from r2m_async.interruption import Interrupted, interruptible
 
 COMMAND = """
     import ctypes, os, signal, sys, time
-    from r2m_async import cli, interruption
+    from r2m_async import R2MConfig, cli, interruption
 
     signal.signal(signal.SIGHUP, signal.{hang_up})
 
     mutex, libc = bytes(64), ctypes.CDLL(None)
     libc.pthread_mutex_lock(mutex)
 
-    def command(parsed):
+    def command(file, overrides):
         try:
             print("running", flush=True)  # from here on the signal may come, and the clean-up follows wherever it does
             {waits}
         finally:
             {cleans_up}
 
-    cli._check = lambda config, parsed: command(parsed)
+    R2MConfig.from_yaml = command  # what every command that has a config does first
     interruption.LEAVE_TIMEOUT = {patience}
     cli.entry()
 """

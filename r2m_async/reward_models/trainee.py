@@ -5,7 +5,7 @@ Shapes: N texts, S tokens (padded), D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class RewardTrainee(nn.Module):
             if self.lm_head is not None:
                 self.lm_head.requires_grad_(False)
         self.classifier.score.requires_grad_(True)
+        self._known_states: Mapping[tuple[int, ...], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -72,11 +73,11 @@ class RewardTrainee(nn.Module):
         Returns rewards [N], and log pi(response | prompt) [N] by the LM head or None. A log-probability is the sum over
         the tokens of the response.
         """
-        ids_NS, lengths_N1, states_NSD = self._read(texts)
-        rewards_N, _ = self._scored(ids_NS, states_NSD)
         if not with_logprobs:
-            return rewards_N, None
+            return self._scored(self._head_states(texts))[0], None
         assert self.lm_head is not None
+        ids_NS, lengths_N1, states_NSD = self._read(texts)
+        rewards_N, _ = self._scored(self._scored_states(ids_NS, states_NSD))
         # The state at one token predicts the next token: the last state predicts nothing, and nothing predicts the
         # first token.
         logits = self.lm_head(states_NSD[:, :-1]).float()
@@ -88,8 +89,21 @@ class RewardTrainee(nn.Module):
 
     def rewards_and_states(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
         """Rewards [N], float32, and the hidden states [N, D] from which the head computes them."""
+        return self._scored(self._head_states(texts))
+
+    def know_states(self, states: Mapping[tuple[int, ...], Tensor]) -> None:
+        """Gives the model the hidden states of all texts that it will score, and it runs its backbone no more.
+
+        states: the states [D] that the head reads, by the token ids of the text. The backbone must be frozen.
+        """
+        self._known_states = states
+
+    def _head_states(self, texts: Sequence[TokenizedText]) -> Tensor:
+        """The hidden states [N, D] that the head reads, known or computed."""
+        if self._known_states is not None:
+            return torch.stack([self._known_states[text.token_ids] for text in texts])
         ids_NS, _, states_NSD = self._read(texts)
-        return self._scored(ids_NS, states_NSD)
+        return self._scored_states(ids_NS, states_NSD)
 
     def _read(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the backbone. Returns token ids [N, S], lengths [N, 1], and the last hidden states [N, S, D]."""
@@ -100,10 +114,12 @@ class RewardTrainee(nn.Module):
         ).last_hidden_state
         return ids_NS, mask_NS.sum(1, keepdim=True), states_NSD
 
-    def _scored(self, ids_NS: Tensor, states_NSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Rewards [N], and the hidden states [N, D] at the token that the head reads."""
-        rows = torch.arange(len(ids_NS), device=self.device)
-        scored_ND = states_NSD[rows, scored_positions(self.classifier, ids_NS)]
+    def _scored_states(self, ids_NS: Tensor, states_NSD: Tensor) -> Tensor:
+        """The hidden states [N, D] at the token that the head reads."""
+        return states_NSD[torch.arange(len(ids_NS), device=self.device), scored_positions(self.classifier, ids_NS)]
+
+    def _scored(self, scored_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards [N], float32, and the hidden states [N, D] that they are computed from."""
         return self.classifier.score(scored_ND).squeeze(-1).float(), scored_ND
 
     @torch.no_grad()

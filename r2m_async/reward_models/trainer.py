@@ -17,6 +17,7 @@ from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.finite import all_finite, first_bad
 from r2m_async.from_scratch.cache import key_digest
 from r2m_async.reward_models.config import RewardModelConfig
+from r2m_async.reward_models.frozen_states import OnTexts, frozen_states
 from r2m_async.reward_models.preferences import (
     PreferenceData,
     TokenizedPair,
@@ -42,12 +43,15 @@ class RewardTrainer:
     results. The step is the same as that of a single process, except that sums are rounded in another order.
     """
 
-    def __init__(self, config: RewardModelConfig, data: PreferenceData, start: str) -> None:
-        """Loads the model and tokenizes the pairs.
+    def __init__(
+        self, config: RewardModelConfig, data: PreferenceData, start: str, on_texts: OnTexts | None = None
+    ) -> None:
+        """Loads the model and tokenizes the pairs. A frozen backbone reads all of them here, once.
 
         config: the configuration, with this model's own seed as run.seed.
         data: the pairs as text.
         start: Hugging Face name or directory of the model that training starts from.
+        on_texts: is called while a frozen backbone reads.
 
         Raises ConfigError as `RewardTrainee` does.
         """
@@ -55,6 +59,10 @@ class RewardTrainer:
         self.model = RewardTrainee(start, config)
         self.held_out = self._tokenized(data.held_out)
         self.pairs = self._tokenized(data.training)
+        if config.model.frozen:
+            texts = [text for pair in (*self.pairs, *self.held_out) for text in (pair.chosen, pair.rejected)]
+            limit = config.optimizer.tokens_per_microbatch
+            self.model.know_states(frozen_states(self.model, texts, limit, on_texts))
         num_sampled = min(NUM_SAMPLED, len(self.pairs))
         # Always the same pairs, so that evaluations of different steps can be compared.
         self._sample = random.Random(f"{config.run.seed}/sample").sample(self.pairs, num_sampled)

@@ -96,7 +96,7 @@ def _found(config: RewardModelConfig, progress: Any) -> tuple[str, PreferenceDat
 
 def _train_one(config: RewardModelConfig, data: PreferenceData, start: str, directory: Path, progress: Any) -> None:
     """Trains one model in its folder, from its newest checkpoint if it has one."""
-    trainer = RewardTrainer(config, data, start)
+    trainer = RewardTrainer(config, data, start, progress.texts)
     saved = checkpoints(directory)
     if saved:
         trainer.restore(saved[-1])

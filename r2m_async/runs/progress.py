@@ -21,6 +21,8 @@ class TrainingProgress:
         console = Console(file=sys.stdout)
         self._progress = Progress(console=console) if live and console.is_terminal else None
         self._tasks: dict[int, TaskID] = {}
+        self._reading: TaskID | None = None
+        self._tenths = 0
 
     def __enter__(self) -> Self:
         if self._progress:
@@ -37,6 +39,17 @@ class TrainingProgress:
             self._progress.console.print(text, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
+
+    def texts(self, done: int, total: int) -> None:
+        """Shows that a frozen backbone has read `done` of `total` texts. `done` rises up to `total`."""
+        text = "frozen backbone: texts read once"
+        if self._progress:
+            if self._reading is None:
+                self._reading = self._progress.add_task(text, total=total)
+            self._progress.update(self._reading, completed=done, total=total)
+        elif (tenths := done * NUM_PLAIN_LINES // total) > self._tenths or done == total:
+            print(f"{text}: {done}/{total}", flush=True)
+            self._tenths = tenths % NUM_PLAIN_LINES
 
     def update(self, seed: int, metrics: Mapping[str, float], num_steps: int) -> None:
         """Shows that a model has taken a step.

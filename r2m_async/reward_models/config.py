@@ -44,7 +44,8 @@ class ModelSection(Section):
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Name of the attention implementation in transformers that the model uses."""
     frozen: bool = False
-    """If true, the head alone is trained and the backbone stays as it is."""
+    """If true, the head alone is trained and the backbone stays as it is. Each text is then read once, and its hidden
+    state is kept in the cache for later runs."""
     lora: LoRA | None = None
     """If set, adapters (LoRA) and the head are trained, and the backbone's own weights stay as they are. The saved
     model has the adapters merged into its weights. None trains all weights."""

@@ -7,9 +7,11 @@ So any replica can serve any call, and a caller chooses the head version by pass
 
 from __future__ import annotations
 
+import asyncio
 import math
 import statistics
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from r2m_async.models.reward import embed_group
 from r2m_async.models.weights import load_weights, named_weights
 from r2m_async.plugins import called_for_number, named_function
 from r2m_async.reward_metrics import ranking_accuracy
+from r2m_async.rewards.calls import Values, start_calls
 from r2m_async.trajectories import (
     GroupRewards,
     PolicyFeedback,
@@ -50,6 +53,8 @@ class RewardAnnotator:
         self._head = head.to(model.device)
         self._initial = named_weights(head, 0)  # a copy: later calls overwrite the weights of this very module
         self._config = config
+        self._calls: dict[tuple[int, int], Future[Values]] = {}
+        """The calls of reward functions that `before_embed` has started, by group and attempt."""
         gold = config.evaluation.gold
         self._gold = named_function(gold, "evaluation.gold") if gold else None
 
@@ -60,16 +65,32 @@ class RewardAnnotator:
         """
         return StepReport(version=0, metrics={}), self._initial
 
+    async def before_embed(self, group: TrajectoryGroup) -> None:
+        """Calls the reward functions for a group that will be embedded, and waits until they have ended.
+
+        It is for a ring in one process, which goes on meanwhile. In a process of its own, `embed` waits in a thread.
+        """
+        if self._config.reward.functions:
+            calls = self._calls[group.ticket.group_id, group.ticket.attempt] = start_calls(group, self._config)
+            ended = asyncio.wrap_future(calls)
+            # `embed` raises what they raise. asyncio would complain that nobody has looked at it here.
+            ended.add_done_callback(lambda calls: calls.cancelled() or calls.exception())
+            await asyncio.wait([ended])
+
     def embed(self, group: TrajectoryGroup) -> tuple[StepReport, RewardEmbeddings]:
         """Computes the reward token embeddings (RTE) and the reward bonuses of a group.
 
         Returns a report and the embeddings. If `evaluation.gold` is set, the report has the group's mean gold reward
         under `gold`. The gold reward is only watched: nothing is trained on it.
 
-        Raises FunctionFailed if a reward function or the gold function fails. Raises NonFiniteStep if an embedding or a
-        reward is NaN or infinite, unless `learner.on_nonfinite` is `skip`.
+        Raises FunctionFailed if a reward function or the gold function fails, and RewardFailed if a reward function has
+        failed in every try. Raises NonFiniteStep if an embedding or a reward is NaN or infinite, unless
+        `learner.on_nonfinite` is `skip`.
         """
-        embeddings = embed_group(self._model, self._tokenizer, group, self._config)
+        calls = self._calls.pop((group.ticket.group_id, group.ticket.attempt), None)
+        # Without functions nothing is handed on, and with functions the calls may not have begun yet.
+        begun = (calls,) if calls else ()
+        embeddings = embed_group(self._model, self._tokenizer, group, self._config, *begun)
         gold = self._gold_rewards(group)
         metrics = {"gold": _mean(gold)} if gold else {}
         return StepReport(version=group.ticket.group_id, metrics=metrics), embeddings
@@ -99,7 +120,8 @@ class RewardAnnotator:
             score_group(self._head, one, states, step, head.version, self._config)
             for one, states in zip(embeddings, feedback, strict=True)
         )
-        return StepReport(version=head.version, metrics=_reward_metrics(rewards)), rewards
+        metrics = _reward_metrics(rewards) | _function_metrics(embeddings, self._config)
+        return StepReport(version=head.version, metrics=metrics), rewards
 
     def evaluate(
         self,
@@ -126,6 +148,7 @@ class RewardAnnotator:
         - `proxy_se`, `frozen_se`, `gold_se`: the standard errors over prompts. One prompt alone has 0.
         - `proxy_accuracy`, `frozen_accuracy`: of the pairs of responses to one prompt, the share that is ranked as
           gold ranks it. They are left out if gold ranks no pair or is not finite.
+        - `reward/<name>`: the mean of what each reward function returned.
         - `length`: the mean number of response tokens.
 
         A mean over a reward that is not finite is NaN. Raises FunctionFailed if the gold function fails.
@@ -154,6 +177,7 @@ class RewardAnnotator:
                 "frozen_accuracy": ranking_accuracy(frozen, gold),
             }
         metrics |= {f"frozen/{index}": _mean(of_prompt) for index, of_prompt in enumerate(frozen)}
+        metrics |= _function_metrics(embeddings, self._config)
         return (StepReport(version=head.version, metrics=metrics),)
 
     def _gold_rewards(self, group: TrajectoryGroup) -> list[float]:
@@ -193,3 +217,12 @@ def _reward_metrics(rewards: tuple[GroupRewards, ...]) -> dict[str, float]:
         "reward/model_mean": torch.cat([one.model_rewards for one in rewards]).mean().item(),
         "head/omega": rewards[0].omega,
     }
+
+
+def _function_metrics(embeddings: Sequence[RewardEmbeddings], config: R2MConfig) -> dict[str, float]:
+    """The mean of what each reward function returned for the responses, before its weight."""
+    returned = [one.functions for one in embeddings if one.functions is not None]
+    if not returned:
+        return {}
+    means = torch.cat(returned).double().mean(0).tolist()
+    return {f"reward/{name}": mean for name, mean in zip(config.reward.named_functions, means, strict=True)}

@@ -23,6 +23,9 @@ from pydantic import model_validator
 
 from r2m_async.config_rules import broken_rules
 from r2m_async.config_sections import (
+    REWARD_METRICS as REWARD_METRICS,
+)
+from r2m_async.config_sections import (
     AdvantageSection as AdvantageSection,
 )
 from r2m_async.config_sections import (
@@ -60,6 +63,9 @@ from r2m_async.config_sections import (
 )
 from r2m_async.config_sections import (
     QueueSection as QueueSection,
+)
+from r2m_async.config_sections import (
+    RewardFunction as RewardFunction,
 )
 from r2m_async.config_sections import (
     RewardSection as RewardSection,

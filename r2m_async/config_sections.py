@@ -5,9 +5,11 @@ The equations that are named are those of the paper, R2M (arXiv 2601.22664).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from r2m_async.config_tree import LARGEST, Options, Section
 
@@ -62,6 +64,30 @@ class ModelSection(Section):
     The reference policy is then the policy without its adapters. None trains all weights."""
 
 
+REWARD_METRICS = ("mean", "std", "nonfinite", "group_std", "model_mean", "gold")
+"""The metrics `reward/...` that are not those of a reward function."""
+
+
+class RewardFunction(BaseModel):
+    """One of `reward.functions`: a function that scores responses, and how it is called."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    function: str
+    """The function, as `module:attr`. docs/rewards.md says what it is called with, and lists the functions that come
+    with this package. It may be `async def`."""
+    weight: float = Field(1.0, ge=-LARGEST, le=LARGEST)
+    """What its result is multiplied by before it is added to the reward. 0 only watches it."""
+    timeout: float = Field(300.0, gt=0)
+    """Seconds that one call may take. A call that takes longer has failed."""
+    retries: int = Field(0, ge=0)
+    """How many more times a call that failed is tried, with growing pauses between the tries. 0: the first failure ends
+    the run. Otherwise, if the last try fails too, the group is given up: it is counted in the ledger under the reason
+    `reward.NAME`, and its step trains without it."""
+    options: Options = Field(default_factory=dict)
+    """Further keyword arguments of the function."""
+
+
 class RewardSection(Section):
     """The reward model, and what is added to its reward or subtracted from it."""
 
@@ -74,9 +100,17 @@ class RewardSection(Section):
     """Number of processes that hold the frozen backbone and embed responses. The head scores in one of them."""
     max_tokens: int = Field(4096, gt=1)
     """The most tokens that the reward model reads, prompt and response together. A longer text loses its beginning."""
-    functions: tuple[str, ...] = ()
-    """Reward functions of the user, each as `module:attr`. f(prompt_text, response_text) returns a number, which is
-    added to the model's reward. It must be finite in float32. If a function raises an error, the run ends."""
+    functions: Annotated[
+        Annotated[tuple[str, ...], Tag("<list>")] | Annotated[dict[str, RewardFunction], Tag("<mapping>")],
+        Discriminator(lambda value: "<mapping>" if isinstance(value, Mapping) else "<list>"),
+    ] = ()
+    """Functions that score responses: a list of `module:attr`, or a mapping of names to settings, for example `{answer:
+    {function: mine:answer, weight: 2.0}}`. Each returns a number, which must be finite in float32. The numbers are
+    multiplied by the weights and added to the model's reward. The mean of each is the metric `reward/NAME`. In a list
+    every weight is 1, and a name is the `attr`."""
+    max_voided: int = Field(16, ge=0)
+    """The most groups in a row that may be given up because a reward function failed (`retries`). One more ends the run
+    with the function's error."""
     clip: float | None = Field(None, gt=0)
     """The model's reward is clipped to [-clip, clip] before anything is added to it. None: no clip."""
     length_penalty: float = Field(0.0, ge=0)
@@ -84,6 +118,44 @@ class RewardSection(Section):
     missing_eos_penalty: float = Field(0.0, ge=0)
     """What is subtracted from the reward of a response that the policy did not end itself, in units of reward. 0: no
     penalty."""
+
+    @field_validator("functions")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """Refuses functions whose names would be no names of metrics of their own."""
+        for name in value if isinstance(value, dict) else ():
+            if not re.fullmatch(r"[\w.:-]+", name) or name in REWARD_METRICS:
+                raise ValueError(
+                    f"{name!r} cannot be the name of a reward: its metric would be reward/{name}. Use letters, digits and "
+                    f"_.:- and none of {', '.join(REWARD_METRICS)}"
+                )
+        for place, name in enumerate(value if isinstance(value, tuple) else ()):
+            if name in value[:place]:
+                raise ValueError(
+                    f"{name!r} stands twice; name it once, and give it a weight: {{NAME: {{function: {name}, weight: 2}}}}"
+                )
+        return value
+
+    @property
+    def named_functions(self) -> dict[str, RewardFunction]:
+        """The reward functions by name, in the order of the config.
+
+        In a list, the name of `module:attr` is `attr`. It is the whole of `module:attr` if another function or a metric
+        of this package has that name.
+        """
+        if isinstance(self.functions, dict):
+            return self.functions
+        attrs = [name.rpartition(":")[2] for name in self.functions]
+        taken = {attr for attr in attrs if attrs.count(attr) > 1} | set(REWARD_METRICS)
+        return {
+            name if attr in taken else attr: RewardFunction(function=name)
+            for name, attr in zip(self.functions, attrs, strict=True)
+        }
+
+    @property
+    def may_void(self) -> bool:
+        """Whether a group may be given up because a reward function failed."""
+        return any(one.retries for one in self.named_functions.values())
 
 
 class HeadSection(Section):

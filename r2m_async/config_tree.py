@@ -216,7 +216,8 @@ def _explain(problem: Any, sections: dict[str, Any]) -> str:
         problem: pydantic's record of one error.
         sections: the fields of the config, by the name of the section.
     """
-    location = [str(part) for part in problem["loc"]]
+    # A key of several types has parts such as `<mapping>` in its path, which name the type. Only the keys are shown.
+    location = [str(part) for part in problem["loc"] if not str(part).startswith("<")]
     # Inside a JSON value, pydantic's path names the type of each value beside its key. Only the keys are shown.
     if len(location) > 3 and sections[location[0]].annotation.model_fields[location[1]].annotation == Options:
         location[3:] = location[4::2]
@@ -247,7 +248,8 @@ def _nearest(location: list[str], sections: dict[str, Any]) -> str:
     owner = sections
     # `model.lora` is a section inside a section.
     for key in location[:-1]:
-        owner = _fields_of(owner[key].annotation)
+        if key in owner:  # else it is a name in a mapping, whose values all have the fields that were found
+            owner = _fields_of(owner[key].annotation)
     elsewhere = [
         f"{name}.{location[-1]}" for name, field in sections.items() if location[-1] in field.annotation.model_fields
     ]
@@ -260,6 +262,8 @@ def _nearest(location: list[str], sections: dict[str, Any]) -> str:
 
 
 def _fields_of(annotation: Any) -> dict[str, Any]:
-    """The fields of a section, given the type of the key that holds it. The type may also allow None."""
-    found = next(part for part in (annotation, *get_args(annotation)) if hasattr(part, "model_fields"))
-    return cast(dict[str, Any], found.model_fields)
+    """The fields of a section, given the type of the key that holds it. The type may also allow None, or a mapping."""
+    parts = [annotation]
+    while not hasattr(parts[0], "model_fields"):
+        parts = [*get_args(parts[0]), *parts[1:]]
+    return cast(dict[str, Any], parts[0].model_fields)

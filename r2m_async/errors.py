@@ -79,6 +79,21 @@ class FunctionFailed(StepFailed):
     """
 
 
+class RewardFailed(FunctionFailed):
+    """A reward function failed for a group in every try. The group is given up.
+
+    `reason` is what the group is counted under in the ledger.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Lets Ray send the error to another process, as in `StageLost`."""
+        return type(self), (self.reason, str(self))
+
+
 class LearnerOutOfMemory(StepFailed):
     """A forward or backward pass of the policy learner does not fit into its memory."""
 

@@ -33,7 +33,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.data.prompts import policy_reads, response_ids
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.finite import all_finite
-from r2m_async.launch.workload import Models, find_models
+from r2m_async.launch.workload import Models, check_columns, find_models
 from r2m_async.models.generation import checkpoint_generation_config
 from r2m_async.models.heads import build_head, score_group
 from r2m_async.models.loading import load_policy
@@ -159,7 +159,11 @@ class RewardScorer:
         return self._policy is not None
 
     def score(
-        self, prompt: str | Sequence[Mapping[str, str]], responses: Sequence[str], finished: bool = True
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        responses: Sequence[str],
+        finished: bool = True,
+        columns: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Scores n responses to one prompt in one batch. The run's clipping and bonuses are included.
 
@@ -168,20 +172,28 @@ class RewardScorer:
             responses: texts without special tokens. They are tokenised anew, so their tokens may differ from those that
                 a policy once sampled for the same text.
             finished: whether the responses ended by themselves, and not at a length limit.
+            columns: the columns of a data record that reward functions of the run ask for, for example `answer`.
 
-        Returns [n] float32. Raises ValueError if `responses` is a single text.
+        Returns [n] float32. Raises ValueError if `responses` is a single text, ConfigError if a reward function asks for
+        a column that is not given, and FunctionFailed if one fails.
         """
         if isinstance(responses, str):
             raise ValueError(f"responses is one text, {responses[:40]!r}: pass a list of texts")
         if not responses:
             return torch.empty(0)
-        group, config = self._group(prompt, responses, finished), self._config
+        columns = columns or {}
+        check_columns(self._config, [("`columns`", columns)])
+        group, config = self._group(prompt, responses, finished, columns), self._config
         feedback = group_feedback(self._policy, group, config, self._step) if self._policy else None
         embeddings = embed_group(self._reward_model, self._reward_tokenizer, group, config)
         return score_group(self._head, embeddings, feedback, self._omega_step, self._step, config).rewards
 
     def _group(
-        self, prompt: str | Sequence[Mapping[str, str]], responses: Sequence[str], finished: bool
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        responses: Sequence[str],
+        finished: bool,
+        columns: Mapping[str, Any],
     ) -> TrajectoryGroup:
         """The prompt and the responses as a group of trajectories, with zeros in place of log-probabilities."""
         content = prompt if isinstance(prompt, str) else tuple((turn["role"], turn["content"]) for turn in prompt)
@@ -198,7 +210,7 @@ class RewardScorer:
                 text=response,
             )
 
-        asked = Prompt(prompt_id="score", content=content, text=text, token_ids=tuple(prompt_ids))
+        asked = Prompt(prompt_id="score", content=content, text=text, token_ids=tuple(prompt_ids), columns=columns)
         ticket = Ticket(group_id=0, due_step=-1, seed=0, attempt=0, prompt=asked)
         return TrajectoryGroup(ticket=ticket, trajectories=tuple(map(trajectory, responses)), greedy=None)
 

@@ -76,7 +76,7 @@ def called(function: Callable[..., Any], arguments: tuple[Any, ...], key: str, n
         return result
     except BaseException as error:
         if os.getpid() != pid:
-            _end_child(error)
+            end_child(error)
         if _from_the_terminal(error):
             raise
         what, frames = own_failure(error)
@@ -100,7 +100,11 @@ def called_for_number(
     Raises FunctionFailed for whatever the function raises, for a result that is no number, and with `finite` for one
     that is not finite in float32.
     """
-    value = called(function, arguments, key, name, place)
+    return finite_number(called(function, arguments, key, name, place), key, name, place, finite)
+
+
+def finite_number(value: Any, key: str, name: str, place: str, finite: bool = True) -> float:
+    """Returns what a function of the user returned, as a float. `called_for_number` says what it raises."""
     number = as_number(value)
     if number is not None and abs(number) <= FLOAT32_MAX:
         return number
@@ -143,7 +147,7 @@ def _from_the_terminal(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) and _terminal and in_main
 
 
-def _end_child(error: BaseException) -> NoReturn:
+def end_child(error: BaseException) -> NoReturn:
     """Ends a forked process as Python would end a program, but without what its parent wants done at the end."""
     status = 1
     if isinstance(error, SystemExit) and not isinstance(error.code, str):

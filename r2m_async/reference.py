@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, NonFiniteStep
+from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep, RewardFailed
 from r2m_async.finite import all_finite
 from r2m_async.launch.workload import TicketOffice, Workload, resolve
 from r2m_async.models.critic import load_critic, proximal_values, response_values
@@ -143,12 +143,14 @@ class _Algorithm1:
         self._policies, self._heads = [copy.deepcopy(self._policy)], [copy.deepcopy(self._head)]
         self._tokens: list[list[list[int]]] = []
         self._rewards: list[list[float]] = []
+        self._voided_in_a_row = 0
 
     def step(self, number: int) -> None:
         """One pass through the loop of Algorithm 1."""
-        groups, feedback = self._sample(number)
-        step = self._score(number, groups, feedback)
-        refreshed = self._improve_policy(step)
+        groups, feedback, embeddings = self._embed(*self._sample(number))
+        step = self._score(number, groups, feedback, embeddings)
+        # A step all of whose groups were given up trains nothing, but it still counts as a version of policy and head.
+        refreshed = self._improve_policy(step) if groups else None
         if self._config.trains_head and refreshed is not None:
             self._improve_head(step, refreshed)
         self._policies.append(copy.deepcopy(self._policy))
@@ -196,17 +198,39 @@ class _Algorithm1:
             return groups, [None] * len(due)
         return groups, [group_feedback(sampler, group, config, version) for group in groups]  # 6
 
-    def _score(self, number: int, groups: list[TrajectoryGroup], feedback: list[PolicyFeedback | None]) -> _Step:
+    def _embed(
+        self, groups: list[TrajectoryGroup], feedback: list[PolicyFeedback | None]
+    ) -> tuple[list[TrajectoryGroup], list[PolicyFeedback | None], list[RewardEmbeddings]]:
+        """The groups with their embeddings, but for those that are given up because a reward function failed."""
+        kept: list[tuple[TrajectoryGroup, PolicyFeedback | None, RewardEmbeddings]] = []
+        for group, states in zip(groups, feedback, strict=True):
+            try:
+                embeddings = embed_group(self._reward_model, self._reward_tokenizer, group, self._config)
+            except RewardFailed as failed:
+                self._voided_in_a_row += 1
+                if self._voided_in_a_row > self._config.reward.max_voided:
+                    raise FunctionFailed(str(failed)) from None
+                continue
+            self._voided_in_a_row = 0
+            kept.append((group, states, embeddings))
+        return [one[0] for one in kept], [one[1] for one in kept], [one[2] for one in kept]
+
+    def _score(
+        self,
+        number: int,
+        groups: list[TrajectoryGroup],
+        feedback: list[PolicyFeedback | None],
+        embeddings: list[RewardEmbeddings],
+    ) -> _Step:
         """Line 8: the rewards, by the head of this step. pi_old is the present policy; the sampler may be older."""
         config, size = self._config, self._config.rollouts.group_size
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-        old, states = proximal_pass(self._policy, trajectories, config)
+        old, states = proximal_pass(self._policy, trajectories, config) if groups else (torch.empty(0, 0), [])
         if config.reads_feedback and config.feedback.source == "learner":
             feedback = [
                 proximal_feedback(self._policy, group, states[index * size : (index + 1) * size], config, number)
                 for index, group in enumerate(groups)
             ]
-        embeddings = [embed_group(self._reward_model, self._reward_tokenizer, group, config) for group in groups]
         version = max(0, number - config.scheduling.max_head_age)
         rewards = [
             score_group(self._heads[version], embedding, one, number, version, config)

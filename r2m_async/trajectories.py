@@ -172,6 +172,9 @@ class RewardEmbeddings:
     """The same for the greedy twin, a scalar tensor."""
     frozen_rewards: Tensor
     """[K] float32: phi(RTE), the rewards of the original reward model, without feedback."""
+    functions: Tensor | None = None
+    """[K, F] float32: what each of the F functions of `reward.functions` returned, before it is multiplied by its weight.
+    None without functions. `bonus` contains it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,15 +19,16 @@ HEAVY = ("torch", "ray", "transformers")
 WINGS = {
     "data": set(),
     "ring": set(),
-    "models": {"data"},
+    "models": {"data", "rewards"},
+    "rewards": set(),
     "runs": {"ring"},
     "from_scratch": {"data", "models"},
-    "launch": {"actors", "data", "from_scratch", "learners", "models", "ring", "runs"},
+    "launch": {"actors", "data", "from_scratch", "learners", "models", "rewards", "ring", "runs"},
     "reward_models": {"data", "from_scratch", "models", "runs"},
     "evaluation": {"actors", "data", "from_scratch", "models", "reward_models", "runs"},
     "studies": {"evaluation", "from_scratch", "launch", "models", "reward_models", "runs"},
     "commands": {"evaluation", "from_scratch", "launch", "models", "reward_models", "ring", "runs", "studies"},
-    "actors": {"models"},
+    "actors": {"models", "rewards"},
     "learners": {"models"},
 }
 """The wings that each wing may know."""

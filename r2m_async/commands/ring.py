@@ -81,7 +81,7 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
 
     It downloads no model. A model that is not on this machine is named, and the rest is checked without it.
     """
-    from r2m_async.launch.workload import check_code, check_queue, worst_group_bytes
+    from r2m_async.launch.workload import check_code, check_columns_here, check_queue, worst_group_bytes
 
     estimator = check_code(config)
     responses = config.rollouts.prompts_per_step * config.rollouts.group_size
@@ -89,6 +89,9 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     print(f"# step: {responses} responses, {config.objective.epochs * config.objective.num_minibatches} policy updates")
     print(f"# policy age at most {config.scheduling.max_policy_age}, head age at most {config.scheduling.max_head_age}")
     sizes, unchecked = _check_models(config)
+    for key in check_columns_here(config):
+        unchecked.append(f"the columns of {key}")
+        print(f"# {key} is not on this machine: whether it has the columns for reward.functions was not checked")
     if {"model.policy", "reward.model"} <= sizes.keys():
         group_bytes = worst_group_bytes(config, sizes["model.policy"], sizes["reward.model"], estimator.needs_greedy)
         check_queue(config, group_bytes)

@@ -228,6 +228,15 @@ def read_records(source: Source, split: str = "train") -> Iterator[Record]:
                 yield Record(place=f"{item} ({split}), row {number}", name=f"{item}:{number}", raw=row)
 
 
+def is_here(source: Source) -> bool:
+    """Whether all of a source is on this machine, or looks as if it should be: `read_records` then looks nowhere else."""
+    return all(Path(item).expanduser().exists() or _looks_like_a_path(item) for item in _items(source))
+
+
+def _looks_like_a_path(item: str) -> bool:
+    return Path(item).suffix in (".jsonl", ".json", ".txt") or item.startswith(("/", ".", "~"))
+
+
 def _items(source: Source) -> list[str]:
     """Returns the paths or names that a source consists of."""
     # An existing path comes first, because a comma may be part of a file's name.
@@ -239,7 +248,7 @@ def _items(source: Source) -> list[str]:
 def _rows(item: str, path: Path, split: str) -> Iterator[Mapping[str, Any]]:
     """Yields the rows of a data set: a directory, or a name of the Hugging Face hub. Raises DataError."""
     # What looks like a path and does not exist is a wrong path. Looked up on the hub, it would give a puzzling message.
-    if not path.exists() and (path.suffix in (".jsonl", ".json", ".txt") or item.startswith(("/", ".", "~"))):
+    if not path.exists() and _looks_like_a_path(item):
         raise DataError(f"data source {item!r}: no such file or directory; correct the path (now in {Path.cwd()})")
     try:
         import datasets

@@ -184,6 +184,22 @@ def placed(config: R2MConfig, gpus: float, available: float) -> R2MConfig:
     return config
 
 
+EMBEDS_AT_ONCE = 256
+"""The most groups for which one annotator waits at once for their reward functions."""
+
+
+def embeds_at_once(config: R2MConfig) -> int:
+    """The number of groups that one annotator embeds at once.
+
+    It is 1 without reward functions: the passes through the model go one by one. With functions it is as many groups as
+    may be under way, so that no group's functions keep another from the model.
+    """
+    if not config.reward.functions:
+        return 1
+    steps_under_way = config.scheduling.max_policy_age + 2
+    return min(EMBEDS_AT_ONCE, config.rollouts.prompts_per_step * steps_under_way)
+
+
 _USERS = (ConfigError, DataError, StepFailed, DiskError)
 """Errors whose message tells the user all there is to know. They are raised in the driver as the stage raised them."""
 
@@ -274,7 +290,12 @@ class RayStage:
         self.name = name
         self._deadline = deadline
         # Each group has threads of its own. So a call of one group need not wait for a call of another.
-        groups = {"control": 1, "weights": 1, "generate": config.rollouts.concurrent_groups}
+        groups = {
+            "control": 1,
+            "weights": 1,
+            "generate": config.rollouts.concurrent_groups,
+            "embed": embeds_at_once(config),
+        }
         remote = ray.remote(concurrency_groups=groups)(_Process)
         self._new: Callable[[], Any] = lambda: remote.options(**options).remote(name, make, config, workload)
         self._actor = self._new()

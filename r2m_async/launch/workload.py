@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 from r2m_async.advantages import Estimator, check_options, get_advantage
 from r2m_async.config import R2MConfig
 from r2m_async.data.prompts import PromptStream, load_prompts
+from r2m_async.data.records import Record, is_here, load_records
 from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.from_scratch import language
 from r2m_async.models.weight_files import check_weight_files
-from r2m_async.plugins import named_function
+from r2m_async.plugins import named_function, nearest
+from r2m_async.rewards.arguments import KNOWN
+from r2m_async.rewards.calls import functions_of
 from r2m_async.ring.simulator import plan_without_models
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket
@@ -95,6 +98,8 @@ def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | No
     if config.critic.model is not None:
         check_critic(config.critic.model, models.policy, tokenizer)
     prompts, held_out, skipped = _prompts(config, tokenizer)
+    if config.reward.functions:
+        check_columns(config, ((one.prompt_id, one.columns) for one in (*prompts, *held_out)))
     return Workload(
         **models._asdict(),
         reference=reference,
@@ -282,11 +287,71 @@ def check_engine(config: R2MConfig) -> None:
 
 
 def check_functions(config: R2MConfig) -> None:
-    """Raises ConfigError if a function that `reward.functions` or `evaluation.gold` names cannot be found."""
-    for name in config.reward.functions:
-        named_function(name, "reward.functions")
+    """Raises ConfigError if a function of `reward.functions` or `evaluation.gold` cannot be found or called.
+
+    What a reward function asks for of the data is checked by `check_columns`, once the data is read. The embedded
+    language has no columns, so with it everything is checked here.
+    """
+    functions_of(config)
+    if config.data.prompts == "embedded":
+        check_columns(config, [("the embedded language", ())])
     if config.evaluation.gold:
         named_function(config.evaluation.gold, "evaluation.gold")
+
+
+def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str]]]) -> None:
+    """Checks that the data has the columns that the reward functions ask for.
+
+    Args:
+        config: the config of the run.
+        records: for each record its name and the names of its columns.
+
+    Raises ConfigError, naming the record and the parameter, if a record lacks a column without which a function cannot
+    be called, or if some records have a column by which a function would be called in another way.
+    """
+    functions, first = functions_of(config), dict[str, tuple[str | None, str]]()
+    for record, columns in records:
+        for one in functions:
+            style, asks = one.signature.style(columns), f"{one.key} {one.setting.function!r}"
+            if style is None and (unknown := one.signature.unknown(columns)):
+                raise ConfigError(
+                    f"{asks} asks for {' and '.join(map(repr, unknown))}, and {record} has no such column"
+                    f"{nearest(unknown[0], [*KNOWN, *columns])}; a reward function is given {', '.join(KNOWN)}, the columns "
+                    f"of the record ({', '.join(columns) or 'none here'}) and its `options`; give the parameter a "
+                    f"default, or take the function out"
+                )
+            known, since = first.setdefault(one.name, (style, record))
+            if style != known:
+                raise ConfigError(
+                    f"{asks} would be called in two ways, because {since} and {record} have different columns: rename its "
+                    f"parameters, to `prompt` and `response` if they are these"
+                )
+
+
+def check_columns_here(config: R2MConfig) -> list[str]:
+    """Reads the records that are on this machine, and does what `check_columns` does. `r2m check` calls it.
+
+    `resolve` calls `check_columns` itself, with the prompts that it has read.
+
+    Returns the keys of the sources that are not on this machine, for which it was not done. Raises ConfigError as
+    `check_columns` does, and DataError for data that cannot be used.
+    """
+    data, elsewhere = config.data, []
+    if not config.reward.functions or data.prompts == "embedded":
+        return []
+    sources = {"data.prompts": (data.prompts, data.split), "data.eval": (data.eval, data.eval_split or data.split)}
+    for key, (source, split) in sources.items():
+        if source is None or (key == "data.eval" and not config.evaluation.every):
+            continue
+        if not is_here(source):
+            elsewhere.append(key)
+            continue
+
+        def columns(record: Record) -> tuple[str, Collection[str]]:
+            return record.name, record.columns(without=data.prompt_field)
+
+        check_columns(config, load_records(source, split, columns, data.on_bad_record)[0])
+    return elsewhere
 
 
 def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_size: int, greedy_twin: bool) -> int:

@@ -16,7 +16,9 @@ group.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,8 @@ from r2m_async.finite import check_embeddings, check_weights, response_name, sto
 from r2m_async.models.batches import right_padded
 from r2m_async.models.loading import settled
 from r2m_async.models.weight_files import SECOND_LAYER, check_weight_files
-from r2m_async.plugins import FLOAT32_MAX, called_for_number, named_function
+from r2m_async.plugins import FLOAT32_MAX
+from r2m_async.rewards.calls import Values, start_calls
 from r2m_async.trajectories import RewardEmbeddings, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -181,42 +184,57 @@ def load_reward_model(path: str, config: R2MConfig) -> PreTrainedModel:
     return settled(model, config.run.device).requires_grad_(False)
 
 
+_ONE_PASS = threading.Lock()
+"""Several threads embed groups if reward functions take their time. Their passes through the model go one by one."""
+
+
 @torch.no_grad()
-def embed_group(model: PreTrainedModel, tokenizer: Any, group: TrajectoryGroup, config: R2MConfig) -> RewardEmbeddings:
+def embed_group(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    group: TrajectoryGroup,
+    config: R2MConfig,
+    calls: Future[Values] | None = None,
+) -> RewardEmbeddings:
     """Returns the reward token embeddings, bonuses and frozen rewards of a group.
 
     A greedy twin, if the group has one, gets an embedding and a bonus too. It gets no frozen reward.
 
     tokenizer: the reward model's own tokenizer. The responses come to it as text.
+    calls: the calls of the reward functions for this group, which `start_calls` has started. None starts them here.
 
-    All responses go through the reward model as one batch, padded on the right. The tensors of the result are float32
-    on the CPU.
+    All responses go through the reward model as one batch, padded on the right. The reward functions are called
+    meanwhile. The tensors of the result are float32 on the CPU.
 
-    Raises FunctionFailed if a function of `reward.functions` raises or returns no number. Raises NonFiniteStep if an
-    embedding, a bonus or a reward is not finite. Both messages name the response. Under `learner.on_nonfinite: skip`
-    such numbers are logged and returned.
+    Raises FunctionFailed or RewardFailed if a function of `reward.functions` fails (`start_calls`). Raises
+    NonFiniteStep if an embedding, a bonus or a reward is not finite. Both messages name the response. Under
+    `learner.on_nonfinite: skip` such numbers are logged and returned.
     """
+    if calls is None and config.reward.functions:
+        calls = start_calls(group, config)
     both = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
     prompt = group.ticket.prompt
     rows = [
         reward_input_ids(tokenizer, prompt.content, t.text, t.finish_reason == "stop", config.reward.max_tokens)
         for t in both
     ]
-    input_ids, mask = right_padded(rows, model.config.get_text_config().pad_token_id or 0, model.device)
-    rte = reward_token_embeddings(model, input_ids, mask.long()).float().cpu()
     num = len(group.trajectories)
-    place = group.ticket.place
-    bonus = torch.tensor(
-        [
-            _bonus(prompt.text, trajectory, f"{place}, {response_name(index, num)}", config)
-            for index, trajectory in enumerate(both)
-        ]
-    )
-    twin = group.greedy is not None
     phi = scoring_head(model)
     # In float32, because the reward head has phi in float32: both then give the same reward for the same embedding.
     weights = {name: weight.float() for name, weight in phi.named_parameters()}
-    frozen = torch.func.functional_call(phi, weights, (rte[:num].to(model.device),)).squeeze(-1).cpu()
+    with _ONE_PASS:
+        input_ids, mask = right_padded(rows, model.config.get_text_config().pad_token_id or 0, model.device)
+        rte = reward_token_embeddings(model, input_ids, mask.long()).float().cpu()
+        frozen = torch.func.functional_call(phi, weights, (rte[:num].to(model.device),)).squeeze(-1).cpu()
+    values = calls.result() if calls else ((),) * len(both)
+    place = group.ticket.place
+    bonus = torch.tensor(
+        [
+            _bonus(own, trajectory, f"{place}, {response_name(index, num)}", config)
+            for index, (own, trajectory) in enumerate(zip(values, both, strict=True))
+        ]
+    )
+    twin = group.greedy is not None
     embeddings = RewardEmbeddings(
         group_id=group.ticket.group_id,
         rte=rte[:num].clone(),
@@ -224,31 +242,30 @@ def embed_group(model: PreTrainedModel, tokenizer: Any, group: TrajectoryGroup, 
         bonus=bonus[:num].clone(),
         greedy_bonus=bonus[num].clone() if twin else None,
         frozen_rewards=frozen,
+        functions=torch.tensor(values[:num]) if calls else None,
     )
     check_embeddings(embeddings, place, config)
     return embeddings
 
 
-def _bonus(prompt: str, trajectory: Trajectory, place: str, config: R2MConfig) -> float:
+def _bonus(values: tuple[float, ...], trajectory: Trajectory, place: str, config: R2MConfig) -> float:
     """Returns the bonus of one response: what the user's reward functions and the penalties add to the model's reward.
 
-    prompt: the prompt as the policy reads it. place: names the response in messages.
+    values: what the functions returned. place: names the response in messages.
 
-    Raises FunctionFailed if a function raises or returns no number, and NonFiniteStep if the bonus is not finite. Under
-    `learner.on_nonfinite: skip` such a bonus is logged and returned.
+    Raises NonFiniteStep if the bonus is not finite. Under `learner.on_nonfinite: skip` such a bonus is logged and
+    returned.
     """
-    reward, key, finite = config.reward, "reward.functions", config.learner.on_nonfinite == "stop"
-    verified = sum(
-        called_for_number(named_function(name, key), (prompt, trajectory.text), key, name, place, finite)
-        for name in reward.functions
-    )
+    reward, functions = config.reward, config.reward.named_functions.values()
+    verified = sum(one.weight * value for one, value in zip(functions, values, strict=True))
     length = reward.length_penalty * trajectory.num_response_tokens
     bonus = verified - length - reward.missing_eos_penalty * (trajectory.finish_reason != "stop")
     # Finite numbers may add up to one that float32 cannot hold. Written with `not`, so that NaN is caught as well.
     if not abs(bonus) <= FLOAT32_MAX:
         stop_or_log(
-            f"{place}: {', '.join((key, *map(repr, reward.functions)))}, reward.length_penalty {reward.length_penalty} and "
-            f"missing_eos_penalty {reward.missing_eos_penalty} add {bonus} together, which is not finite in float32",
+            f"{place}: {', '.join(('reward.functions', *(repr(one.function) for one in functions)))}, reward.length_penalty "
+            f"{reward.length_penalty} and missing_eos_penalty {reward.missing_eos_penalty} add {bonus} together, which is "
+            f"not finite in float32",
             config,
         )
     return bonus

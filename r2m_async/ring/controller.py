@@ -261,13 +261,20 @@ class Controller:
             learner = "policy learner"
             await self._waits.until(lambda: self._steps_wanted > 0, learner, "the driver to want a step")
             await self._waits.until(self._evaluations.in_reach, learner, "an evaluation that needs an old version")
-            assembly = await self._waits.until(self.schedule.assemble, learner, "its next step")
+            assembly = await self._waits.until(self._next_step, learner, "its next step")
             async with in_step(assembly.step, assembly.group_ids):
                 metrics = await self._train(assembly)
             self.schedule.audit()
             self._steps_wanted -= 1
             self._results.append(metrics)
             self._waits.notify()
+
+    def _next_step(self) -> Assembly | None:
+        """Leases the next step, or returns None if it cannot be trained yet.
+
+        It waits for groups that may still be given up. Once the step is assembled, none can be.
+        """
+        return self.schedule.assemble() if self._rollouts.settled(self.schedule.policy_version) else None
 
     async def _train(self, assembly: Assembly) -> dict[str, float]:
         """Trains one step, and returns its metrics by name."""

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from r2m_async.errors import StageLost
+from r2m_async.errors import FunctionFailed, RewardFailed, StageLost
 from r2m_async.ring.delivery import Delivery
 from r2m_async.ring.evaluations import Evaluation, Evaluations
 from r2m_async.ring.stages import Payload, RolloutStage
@@ -46,6 +46,8 @@ class Rollouts:
         self._delivery = Delivery(state.config, state.stages, state.waits, state.calls)
         self._embedding: dict[int, asyncio.Task[Any]] = {}
         """For each group that has arrived, the task that embeds it, until the group's step has waited for it."""
+        self._voided_in_a_row = 0
+        """The groups that were given up because a reward function failed, since the last that was embedded."""
         self._deaths: Counter[str] = Counter()
         """For each rollout actor, its deaths since it last finished a group."""
 
@@ -54,6 +56,13 @@ class Rollouts:
         await asyncio.gather(*(self._embedding[group_id] for group_id in group_ids))
         for group_id in group_ids:
             del self._embedding[group_id]
+
+    def settled(self, step: int) -> bool:
+        """Whether no group of a step that has arrived can still be given up because a reward function fails."""
+        due_step = self._schedule.plan.due_step
+        return not self._config.reward.may_void or all(
+            task.done() for group_id, task in self._embedding.items() if due_step(group_id) == step
+        )
 
     def forget(self, group_ids: tuple[int, ...]) -> None:
         """Stops embedding groups that will be in no step.
@@ -218,6 +227,31 @@ class Rollouts:
         annotator = self._stages.annotators[ticket.group_id % len(self._stages.annotators)]
         step, about = ticket.due_step, f"group {ticket.group_id}"
         async with in_step(step, (ticket.group_id,)):
-            report, embeddings = await self._calls.traced(annotator.embed(group), step=step, about=about)
+            try:
+                report, embeddings = await self._calls.traced(annotator.embed(group), step=step, about=about)
+            except RewardFailed as failed:
+                await self._give_up(ticket.group_id, failed)
+                return
+            self._voided_in_a_row = 0
             self._metrics.annotated(ticket.group_id, report.metrics.get("gold", float("nan")))
             await self._calls.ask(self._stages.queue.put(ticket.group_id, ("embeddings",), embeddings), about=about)
+        if self._config.reward.may_void:
+            self._waits.notify()  # the step may have waited for this group alone (`settled`)
+
+    async def _give_up(self, group_id: int, failed: RewardFailed) -> None:
+        """Gives up a group for which a reward function failed. Its step trains without it.
+
+        Raises FunctionFailed if more than `reward.max_voided` groups in a row were given up.
+        """
+        self._voided_in_a_row += 1
+        if self._voided_in_a_row > self._config.reward.max_voided:
+            raise FunctionFailed(
+                f"{failed}\n{self._voided_in_a_row} groups in a row were lost in this way, and reward.max_voided is "
+                f"{self._config.reward.max_voided}."
+            ) from None
+        await self._calls.ask(self._stages.queue.free((group_id,)), about=f"group {group_id}")
+        # Without any `await` from here on: the step may be assembled as soon as the group is voided.
+        self._schedule.void(group_id, failed.reason)
+        self._metrics.forget((group_id,))
+        self._embedding.pop(group_id, None)
+        self._waits.notify()

@@ -28,7 +28,7 @@ Payload = NewType("Payload", object)
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
-Beside = Literal["generate", "weights", "control"]
+Beside = Literal["generate", "embed", "weights", "control"]
 """The name of a group of threads in a stage's process. A method runs there while the stage does other work, too."""
 Ranks = Literal["all", "first", "whole"]
 """The ranks that get a call, if a stage has several ranks.
@@ -201,9 +201,13 @@ class AnnotatorStage(Stage):
     def initial_head(self) -> Call[tuple[StepReport, Payload]]:
         """Returns version 0 of the head, which is the head before any update."""
 
-    @method(1)
+    @method(1, beside="embed")
     def embed(self, group: Payload) -> Call[tuple[StepReport, Payload]]:
-        """Runs the frozen backbone on a group. The payload is the group's reward token embeddings."""
+        """Runs the frozen backbone on a group. The payload is the group's reward token embeddings.
+
+        Several groups may be embedded at once, because reward functions may take their time. Raises RewardFailed if the
+        group must be given up.
+        """
 
     @method(1)
     def score(
@@ -369,7 +373,11 @@ TURNS_TO_ARRIVE = 3
 
 
 class LocalCarrier:
-    """Carries a stage in this process. While a call runs, nothing else happens in the ring."""
+    """Carries a stage in this process. While a call runs, nothing else happens in the ring.
+
+    A stage may have an async method `before_NAME` of the arguments of its method NAME. It is awaited before the call,
+    for what takes its time elsewhere, and the ring goes on meanwhile.
+    """
 
     def __init__(self, name: str, stage: Any) -> None:
         """Keeps the stage, which is an object with the stage's methods."""
@@ -380,6 +388,8 @@ class LocalCarrier:
         """Calls the method, and returns and raises what it does."""
         # The call blocks the event loop. This lets other tasks run first, or a row of calls would never let them.
         await asyncio.sleep(0)
+        if before := getattr(self._stage, f"before_{method.name}", None):
+            await before(*args)
         return cast(tuple[Any, ...], getattr(self._stage, method.name)(*args))
 
     async def restart(self) -> None:

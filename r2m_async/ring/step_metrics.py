@@ -165,6 +165,8 @@ class StepMetrics:
             "ledger/reissued": float(schedule.reissued.total()),
             "ledger/fenced": float(schedule.fenced),
         }
+        for reason, count in schedule.policy_ledger.voided.items():
+            metrics[f"ledger/voided/{reason}"] = float(count)
         if gold and not any(map(math.isnan, gold)):
             metrics["reward/gold"] = statistics.fmean(gold)
         for kind, members in self._kinds.items():

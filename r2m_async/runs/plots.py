@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from r2m_async.config import R2MConfig
+from r2m_async.config import REWARD_METRICS, R2MConfig
 from r2m_async.runs.drawing import COLORS, GREY, bare, grid, legend_above, line, line_cycle, save
 from r2m_async.runs.records import Records, binned, column, mean_curve, read_metrics, read_records, samples_kl
 
@@ -66,12 +66,13 @@ def compare_runs(directories: Mapping[str, Sequence[Path]], out: Path) -> Path:
 
 
 def reward_figure(steps: Records, evaluations: Records) -> Figure:
-    """Draws the rewards of a run: the proxy reward, and below it the gold reward if it is known.
+    """Draws the rewards of a run: the proxy reward, below it the gold reward if it is known, then each reward function.
 
     steps, evaluations: records of metrics.jsonl and of evaluation.jsonl. Each reward is drawn against the step at the
     left and against the KL at the right. Evaluations are points with their standard errors.
     """
     rows = REWARDS if _has(steps, "reward/gold") or _has(evaluations, "gold") else REWARDS[:1]
+    rows = (*rows, *((key, key, key.removeprefix("reward/")) for key in _functions(steps)))
     figure, axes = grid(len(rows), 2)
     step, kl = column(steps, "step"), column(steps, "kl/sequence")
     evaluated = column(evaluations, "step")
@@ -84,6 +85,7 @@ def reward_figure(steps: Records, evaluations: Records) -> Figure:
         for judge, (color, judged) in judges.items():
             if _has(evaluations, judge):
                 points = {"fmt": "o", "color": color, "ms": 4.5, "elinewidth": 1, "capsize": 2}
+                # Reward functions come without an error.
                 values, errors = column(evaluations, judge), np.nan_to_num(column(evaluations, f"{judge}_se"))
                 by_step.errorbar(evaluated, values, errors, label=judged, **points)
                 by_kl.errorbar(_kl_of(evaluated, step, kl), values, errors, **points)
@@ -218,6 +220,12 @@ def _kl_of(versions: np.ndarray, step: np.ndarray, kl: np.ndarray) -> np.ndarray
     # Records count steps from 1. Step v + 1 starts from version v, so the KL in its record is that of version v.
     known = np.isfinite(kl)
     return np.interp(versions + 1, step[known], kl[known]) if known.any() else np.full_like(versions, np.nan)
+
+
+def _functions(steps: Records) -> list[str]:
+    """Returns the metrics of the reward functions, in the order in which the records have them."""
+    own = {f"reward/{name}" for name in REWARD_METRICS}
+    return list(dict.fromkeys(key for one in steps for key in one if key.startswith("reward/") and key not in own))
 
 
 def _has(records: Records, key: str) -> bool:

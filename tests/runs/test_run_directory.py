@@ -221,6 +221,14 @@ def test_without_gold_only_the_proxy_is_drawn():
     assert len(comparison_figure({"a": [steps]}).axes) == 2
 
 
+def test_each_reward_function_has_panels_of_its_own():
+    steps = [{"step": 1.0, "reward/mean": 1.0, "reward/std": 0.0, "reward/right": 0.25, "reward/brief": 3.0}]
+    panels = reward_figure(steps, [{"step": 0.0, "reward/right": 0.5}]).axes
+    assert [panel.get_ylabel() for panel in panels[::2]] == ["proxy reward", "right", "brief"]
+    assert [panel.lines[0].get_ydata().tolist() for panel in panels[::2]] == [[1.0], [0.25], [3.0]]
+    assert len(panels[2].containers) == 1, "the evaluation's"
+
+
 def test_ages_are_drawn_under_the_bounds_of_the_config(config):
     policy, head = ages_figure([step_metrics(step) for step in (1, 2)], config).axes
     assert lines(policy)["oldest group"] == ([1, 2], [1, 1]) and lines(policy)["mean over groups"] == (

@@ -1,0 +1,149 @@
+"""What a reward function can be given, and what its signature asks for.
+
+A reward function names what it wants to know, as in TRL: `def exact(response, answer)` is given the response and the
+column `answer` of the data record. A function with `**kwargs` is given everything. A function of two positional
+parameters with other names is called as f(prompt, response), as all functions once were.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from r2m_async.config import RewardFunction
+from r2m_async.errors import ConfigError
+from r2m_async.plugins import named_function, nearest
+from r2m_async.trajectories import Prompt, Trajectory
+
+KNOWN = ("prompt", "response", "messages", "tokens", "finished")
+"""The names of the arguments that every reward function can ask for, whatever the data has."""
+
+
+def known_arguments(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
+    """Returns all that a reward function can be given for a response, by name.
+
+    - `prompt`: the text that the policy read.
+    - `response`: the text of the response, without special tokens.
+    - `messages`: the prompt as a list of turns, each a dict with `role` and `content`. Raw text is one turn of the user.
+    - `tokens`: the tokens of the response, a list of integers.
+    - `finished`: whether the policy ended the response itself.
+
+    The columns of the data record come besides. A column with one of the names above is not given.
+    """
+    turns = (("user", prompt.content),) if isinstance(prompt.content, str) else prompt.content
+    return {
+        **prompt.columns,
+        "prompt": prompt.text,
+        "response": trajectory.text,
+        "messages": [{"role": role, "content": content} for role, content in turns],
+        "tokens": trajectory.token_ids[trajectory.prompt_len :].tolist(),
+        "finished": trajectory.finish_reason == "stop",
+    }
+
+
+_ABOUT_THE_RESPONSE = ("response", "tokens", "finished")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What the signature of a reward function asks for. `of` reads it."""
+
+    required: tuple[str, ...]
+    """The parameters without default, but for those that `options` of the config give."""
+    optional: tuple[str, ...]
+    """The parameters with a default, but for those that `options` give."""
+    by_position: tuple[str, ...]
+    """Those of both that cannot be given by name, in their order."""
+    takes_all: bool
+    """Whether it has `**kwargs`."""
+    pair: bool
+    """Whether it can be called as f(prompt, response): two values fit, and no name says that they mean something else."""
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], options: Collection[str] = ()) -> Signature:
+        """Reads the signature of a function. `options` are the names of the options that it is called with."""
+        try:
+            signature = inspect.signature(function)
+        except (ValueError, TypeError):  # some functions written in C have none
+            return cls(required=(), optional=(), by_position=(), takes_all=False, pair=True)
+        kinds = signature.parameters.values()
+        named = [one for one in kinds if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+        asked = [one for one in named if one.name not in options]
+        places = [one.name for one in asked if one.kind is not one.KEYWORD_ONLY][:2]
+        try:
+            signature.bind(None, None, **dict.fromkeys(options))
+            # A name of its own (`text`) may mean either, and `prompt` and `response` mean themselves.
+            meant = [
+                name == own or name not in KNOWN for name, own in zip(places, ("prompt", "response"), strict=False)
+            ]
+        except TypeError:
+            meant = [False]
+        return cls(
+            required=tuple(one.name for one in asked if one.default is one.empty),
+            optional=tuple(one.name for one in asked if one.default is not one.empty),
+            by_position=tuple(one.name for one in asked if one.kind is one.POSITIONAL_ONLY),
+            takes_all=any(one.kind is one.VAR_KEYWORD for one in kinds),
+            pair=all(meant),
+        )
+
+    def style(self, columns: Collection[str]) -> Literal["keywords", "pair"] | None:
+        """How the function is called if the data has these columns: by name, or as f(prompt, response).
+
+        None if it cannot be called: it asks for something that nobody knows.
+
+        A function that asks for nothing of the response by name is called as f(prompt, response), whatever the columns
+        are. An old function f(prompt, answer) scores its second argument. It must not be given something else as soon
+        as the data has a column `answer`.
+        """
+        asks = {*self.required, *self.optional}
+        by_name = self.takes_all or not asks.isdisjoint(_ABOUT_THE_RESPONSE)
+        if by_name and not self.unknown(columns):
+            return "keywords"
+        return "pair" if self.pair or not self.unknown(columns) else None
+
+    def unknown(self, columns: Collection[str]) -> list[str]:
+        """The required parameters that are neither known names nor columns."""
+        return [name for name in self.required if name not in KNOWN and name not in columns]
+
+    def arguments(self, known: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the positional arguments and the keyword arguments for a response.
+
+        known: all that `known_arguments` returned for it.
+        """
+        if self.style(known) != "keywords":
+            return (known["prompt"], known["response"]), {}
+        named = known if self.takes_all else (*self.required, *self.optional)
+        positions = [name for name in self.by_position if name in known]
+        return tuple(known[name] for name in positions), {
+            name: known[name] for name in named if name in known and name not in positions
+        }
+
+
+def find_function(key: str, setting: RewardFunction) -> Callable[..., Any]:
+    """Finds the function of a setting, and checks that it takes the options.
+
+    key: the key of the config that holds the setting, for messages.
+
+    Raises ConfigError if there is no such function, or if an option does not fit its signature.
+    """
+    function = named_function(setting.function, key)
+    if not setting.options:
+        return function
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):
+        return function
+    takes = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    for name in setting.options:
+        if name in KNOWN:
+            raise ConfigError(
+                f"{key}.options has {name!r}, which every reward function is given for each response: take it out"
+            )
+        if name not in takes and not takes_all:
+            raise ConfigError(
+                f"{key}.options has {name!r} and {setting.function} has no such parameter{nearest(name, takes)}"
+            )
+    return function

@@ -1,0 +1,269 @@
+"""Calls the reward functions of a run: at the same time, with a deadline each, and again if a call fails.
+
+The functions run in threads of their own, never in the thread of the caller, who computes embeddings meanwhile.
+
+    one group's calls ---> supervisor (an event loop): starts, deadlines, retries
+                              |--- `def`:       a thread for each call
+                              '--- `async def`: one further event loop for all of them
+
+A quick `def` is called for one response after the other, in order, as all functions once were. A call that has not
+returned after `_PATIENCE` is slow, and the next one begins beside it. So functions that wait for something wait
+together, and functions that only compute need not be safe against themselves in other threads.
+
+A thread cannot be stopped. If a `def` misses its deadline, its thread is left behind, and ends with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from r2m_async.config import R2MConfig, RewardFunction
+from r2m_async.errors import FunctionFailed, RewardFailed
+from r2m_async.finite import response_name
+from r2m_async.plugins import end_child, finite_number, own_failure
+from r2m_async.rewards.arguments import Signature, find_function, known_arguments
+from r2m_async.trajectories import TrajectoryGroup
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 0.02
+"""Seconds after which a call counts as slow."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 30.0
+"""Seconds before the first retry, and the most before any. Each pause is twice the one before."""
+
+Values = tuple[tuple[float, ...], ...]
+"""For each response of a group, the greedy twin last, the number that each function returned, in the config's order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Function:
+    """A reward function that was found, and how it is called."""
+
+    key: str
+    """Its key in the config, for messages."""
+    name: str
+    """Its name, which is that of its metric."""
+    setting: RewardFunction
+    call: Callable[..., Any]
+    signature: Signature
+
+    @property
+    def is_async(self) -> bool:
+        """Whether calling it returns an awaitable at once."""
+        call = self.call
+        while isinstance(call, functools.partial):
+            call = call.func
+        return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))  # noqa: B004
+
+
+def functions_of(config: R2MConfig) -> list[_Function]:
+    """Finds the reward functions of a config. Raises ConfigError if one cannot be found, or an option does not fit."""
+    listed = isinstance(config.reward.functions, tuple)
+    found = []
+    for name, setting in config.reward.named_functions.items():
+        key = "reward.functions" if listed else f"reward.functions.{name}"
+        call = find_function(key, setting)
+        signature = Signature.of(call, setting.options)
+        found.append(_Function(key=key, name=name, setting=setting, call=call, signature=signature))
+    return found
+
+
+def start_calls(group: TrajectoryGroup, config: R2MConfig) -> Future[Values]:
+    """Starts the calls of all reward functions for all responses of a group, and returns at once.
+
+    The greedy twin, if the group has one, is the last response.
+
+    The result is the `Values`. It raises FunctionFailed for the first failure, in the order of responses and functions,
+    if its function has no `retries`. If it has, it raises RewardFailed once the last try has failed. For a group of an
+    evaluation, whose loss would leave a gap, the value is then NaN instead, and a line in the log says why.
+
+    A call fails if the function raises anything, returns no number, or takes longer than its `timeout`. A number that
+    is not finite is a failure unless `learner.on_nonfinite` is `skip` and the function has no retries.
+    """
+    functions = functions_of(config)
+    strict = config.learner.on_nonfinite == "stop"
+    return asyncio.run_coroutine_threadsafe(_values(functions, group, strict), _loops().supervisor)
+
+
+async def _values(functions: list[_Function], group: TrajectoryGroup, strict: bool) -> Values:
+    """Does what `start_calls` describes, on the supervisor's loop."""
+    responses = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
+    tasks = []
+    for index, one in enumerate(responses):
+        place = f"{group.ticket.place}, {response_name(index, len(group.trajectories))}"
+        known = known_arguments(group.ticket.prompt, one)
+        tasks.append(
+            [
+                asyncio.create_task(_value(function, known, place, group.ticket.group_id, strict))
+                for function in functions
+            ]
+        )
+    for task in (task for row in tasks for task in row):
+        # asyncio logs a complaint about an exception that nobody has looked at.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    try:
+        # One after the other: the first failure in this order is told, whichever came first.
+        return tuple([tuple([await task for task in row]) for row in tasks])
+    finally:
+        for task in (task for row in tasks for task in row):
+            task.cancel()
+
+
+async def _value(function: _Function, known: dict[str, Any], place: str, group_id: int, strict: bool) -> float:
+    """The number that one function returns for one response, tried as often as its setting says."""
+    setting = function.setting
+    finite = strict or setting.retries > 0
+    pause = _FIRST_PAUSE
+    for tries in range(1, setting.retries + 2):
+        try:
+            return await _call(function, known, place, finite)
+        except FunctionFailed as failure:
+            if not setting.retries:
+                raise
+            if tries <= setting.retries:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                continue
+            message = f"{failure}\nIt was tried {tries} times."
+            if group_id >= 0:
+                raise RewardFailed(f"reward.{function.name}", message) from None
+            log.warning("%s", message)
+    return math.nan
+
+
+async def _call(function: _Function, known: dict[str, Any], place: str, finite: bool) -> float:
+    """Calls a function once. Raises FunctionFailed, also if it takes longer than its timeout."""
+    setting = function.setting
+    arguments, keywords = function.signature.arguments(known)
+    call = functools.partial(function.call, *arguments, **keywords, **setting.options)
+
+    def number(value: Any) -> float:
+        return finite_number(value, function.key, setting.function, place, finite)
+
+    def failure(error: BaseException) -> FunctionFailed:
+        if isinstance(error, FunctionFailed):  # of `number`
+            return error
+        what, frames = own_failure(error)
+        return FunctionFailed(f"{place}: {function.key} {setting.function!r} raised {what}{frames}")
+
+    async def outcome(awaitable: Awaitable[Any]) -> float | FunctionFailed:
+        try:
+            return number(await awaitable)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # SystemExit would end the loop, and with it all other calls
+            return failure(error)
+
+    async def called() -> float | FunctionFailed:
+        try:
+            awaitable = call()
+        except BaseException as error:  # of arguments that do not fit
+            return failure(error)
+        return await outcome(awaitable)
+
+    def called_in_thread() -> float | FunctionFailed:
+        pid = os.getpid()
+        # A model that a function runs would else keep its graph, as if it were trained.
+        torch.set_grad_enabled(False)
+        try:
+            value = call()
+            # A function may fork. Its child must not go on as a second run.
+            if os.getpid() != pid:
+                raise SystemExit
+        except BaseException as error:
+            if os.getpid() != pid:
+                end_child(error)
+            return failure(error)
+        if inspect.isawaitable(value):  # a `def` that returns what an `async def` returned
+            return asyncio.run_coroutine_threadsafe(outcome(value), _loops().coroutines).result()
+        try:
+            return number(value)
+        except FunctionFailed as error:
+            return error
+
+    began = time.monotonic()
+    if function.is_async:
+        running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(called(), _loops().coroutines))
+    else:
+        async with _loops().turn:
+            began = time.monotonic()
+            running = asyncio.wrap_future(_in_thread(called_in_thread, setting.function))
+            await asyncio.wait([running], timeout=min(_PATIENCE, setting.timeout))
+    try:
+        await asyncio.wait([running], timeout=max(0.0, began + setting.timeout - time.monotonic()))
+        if running.done() and not running.cancelled():
+            result = running.result()
+            if isinstance(result, FunctionFailed):
+                raise result
+            return result
+    finally:
+        running.cancel()
+    why = f"did not return within {setting.timeout:g} s, its timeout"
+    if running.done() and time.monotonic() < began + setting.timeout:
+        why = "was cancelled by itself"
+    raise FunctionFailed(f"{place}: {function.key} {setting.function!r} {why}")
+
+
+def _in_thread(work: Callable[[], T], name: str) -> Future[T]:
+    """Runs something in a new thread, which does not keep the process from ending."""
+    ended: Future[T] = Future()
+
+    def run() -> None:
+        result = work()
+        if ended.set_running_or_notify_cancel():  # else its deadline has passed, and nobody waits for it
+            ended.set_result(result)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return ended
+
+
+class _Loops:
+    """The two event loops of a process, each in a thread that runs as long as the process."""
+
+    def __init__(self) -> None:
+        """Starts both."""
+        self.pid = os.getpid()
+        self.supervisor = self._turning("reward-supervisor")
+        self.coroutines = self._turning("reward-coroutines")
+        """Where the `async def` functions run. One that blocks holds up the others, but not their deadlines."""
+        self.turn = asyncio.Lock()
+        """Whoever holds it may start a call of a `def`. It is given in the order in which it is asked for."""
+
+    @staticmethod
+    def _turning(name: str) -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+
+        def turn() -> None:
+            torch.set_grad_enabled(False)
+            loop.run_forever()
+
+        threading.Thread(target=turn, name=name, daemon=True).start()
+        return loop
+
+
+_made: _Loops | None = None
+_making = threading.Lock()
+
+
+def _loops() -> _Loops:
+    """The loops of this process. A process that was forked has no threads of its parent, so it makes its own."""
+    global _made
+    with _making:
+        if _made is None or _made.pid != os.getpid():
+            _made = _Loops()
+        return _made

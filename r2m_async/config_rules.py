@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from r2m_async.config_records import one_name_for_the_prompt
 from r2m_async.config_sections import (
     DataSection,
     HeadSection,
@@ -272,6 +273,22 @@ def held_out(data: Any, key: str) -> str | None:
     return None
 
 
+def the_prompt_has_one_name(data: DataSection) -> str | None:
+    """`data.prompt_field` and `data.columns` may both name the field of the prompt, if they agree."""
+    return one_name_for_the_prompt(data)
+
+
+def options_of_records_need_records(data: DataSection) -> str | None:
+    """Keys that say how records are read need a source of records."""
+    if data.prompts == "embedded":
+        for key in changed(data, "filters", *(["chat", "columns"] if data.preferences is None else [])):
+            return (
+                f"data.{key} is {getattr(data, key)!r} and data.prompts is 'embedded': these prompts are no records; name "
+                f"a source, or leave it out"
+            )
+    return None
+
+
 def evaluation_prompts_are_held_out(data: DataSection) -> str | None:
     """The prompts of evaluations must not be those that are trained on."""
     return held_out(data, "prompts")
@@ -320,6 +337,8 @@ RULES: tuple[Rule, ...] = (
     a_head_learns_from_pairs,
     a_head_that_does_not_move_needs_no_hold,
     options_of_a_hold_need_that_hold,
+    the_prompt_has_one_name,
+    options_of_records_need_records,
     evaluation_prompts_are_held_out,
     the_embedded_language_holds_out_its_own_prompts,
     a_reward_model_from_scratch_needs_pairs,

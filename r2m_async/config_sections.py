@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
+from r2m_async.config_records import RecordsSection
 from r2m_async.config_tree import LARGEST, Options, Section
 
 
@@ -400,11 +401,11 @@ class WeightsSection(Section):
         return self.transport in ("gloo", "nccl", "ipc")
 
 
-class DataSection(Section):
+class DataSection(RecordsSection):
     """The prompts, and the preference pairs for a reward model that is made from scratch.
 
-    A source is a JSONL file, several files with commas between them, a directory with a data set, or the name of a
-    data set at Hugging Face.
+    A source is a file (JSONL, a JSON list, CSV, Parquet), several files with commas between them, a folder with a data
+    set, or the name of a data set at Hugging Face.
     """
 
     prompts: str = "embedded"
@@ -412,20 +413,11 @@ class DataSection(Section):
     with this package."""
     preferences: str | None = None
     """Source of preference pairs, records with the fields prompt, chosen and rejected. `reward.model: from_scratch` is
-    trained on them, and `model.policy: from_scratch` learns from their texts, too. None: no pairs."""
+    trained on them, and `model.policy: from_scratch` learns from their texts, too. None: no pairs. `filters` is not for
+    these: such models have no tokenizer yet."""
     eval: str | None = None
     """Source of the held-out prompts for evaluations. None holds back the last `evaluation.num_prompts` of `prompts`.
     With `prompts: embedded` it is not used: that language has held-out prompts of its own."""
-    on_bad_record: Literal["error", "skip"] = "error"
-    """What happens to a record that cannot be used. `error`: the run does not start, and the message names file and
-    line. `skip`: the record is left out and counted."""
-    prompt_field: str = "prompt"
-    """Name of the field of a record that holds the prompt. A prompt is a text, or a list of turns with role and
-    content."""
-    split: str = "train"
-    """The split of a Hugging Face data set that is read. JSONL files have none."""
-    eval_split: str | None = None
-    """The split that is read of `eval`. None is that of `split`."""
 
 
 class EvaluationSection(Section):

@@ -33,7 +33,8 @@ from r2m_async.config import R2MConfig
 from r2m_async.data.prompts import policy_reads, response_ids
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.finite import all_finite
-from r2m_async.launch.workload import Models, check_columns, find_models
+from r2m_async.launch.prompts import check_columns
+from r2m_async.launch.workload import Models, find_models
 from r2m_async.models.generation import checkpoint_generation_config
 from r2m_async.models.heads import build_head, score_group
 from r2m_async.models.loading import load_policy

@@ -107,6 +107,33 @@ def test_check_refuses_a_queue_below_one_step_and_an_estimator_that_cannot_be(ca
 
 
 @pytest.mark.models
+def test_check_refuses_the_data_that_train_refuses(capsys, tiny_file, tmp_path):
+    def written(*records):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return f"data.prompts={tmp_path / 'a.jsonl'}"
+
+    good = {"prompt": "the river", "answer": "x" * 5000}
+    assert main(["check", tiny_file, written(good, good)]) == 0
+    with_columns = capsys.readouterr().out
+    assert "# data.prompts: 2 prompts, 0 held out" in with_columns
+    assert main(["check", tiny_file, written(*[{"prompt": "the river"}] * 2), "data.on_bad_record=skip"]) == 0
+    # A group in the queue carries the columns of its prompt.
+    most = [int(re.search(r"at most (\d+) bytes a group", out)[1]) for out in (with_columns, capsys.readouterr().out)]
+    assert most[0] - most[1] > 5000
+    assert "line 2: prompt: missing" in mistake(capsys, "check", tiny_file, written(good, {"text": "a"}))
+    assert "tokens where rollouts.max_prompt_tokens" in mistake(
+        capsys, "check", tiny_file, written({"prompt": "a" * 99})
+    )
+    assert "no such file" in mistake(capsys, "check", tiny_file, "data.prompts=none.parquet")
+    evaluation = ["evaluation.every=1", "evaluation.num_prompts=2"]
+    assert "nothing would be left" in mistake(capsys, "check", tiny_file, written(good, good), *evaluation)
+    built = ["check", QUICKSTART, "model.policy=from_scratch", "evaluation.every=null"]
+    assert "line 1: prompt = 7" in mistake(capsys, *built, written({"prompt": 7}))
+    pairs = ["reward.model=from_scratch", f"data.preferences={tmp_path / 'a.jsonl'}"]
+    assert "line 1: chosen: missing" in mistake(capsys, *built, written(good), *pairs)
+
+
+@pytest.mark.models
 def test_check_looks_at_the_critics_model_as_at_the_others(capsys, tiny, tiny_file, tmp_path):
     gae = ["advantage.name=gae", "objective.ratio=token"]
     err = mistake(capsys, "check", tiny_file, *gae, f"critic.model={tiny('llama', True)}")

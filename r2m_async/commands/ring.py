@@ -81,7 +81,8 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
 
     It downloads no model. A model that is not on this machine is named, and the rest is checked without it.
     """
-    from r2m_async.launch.workload import check_code, check_columns_here, check_queue, worst_group_bytes
+    from r2m_async.launch.prompts import check_data
+    from r2m_async.launch.workload import check_code, check_queue, policy_tokenizer, worst_group_bytes
 
     estimator = check_code(config)
     responses = config.rollouts.prompts_per_step * config.rollouts.group_size
@@ -89,11 +90,11 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     print(f"# step: {responses} responses, {config.objective.epochs * config.objective.num_minibatches} policy updates")
     print(f"# policy age at most {config.scheduling.max_policy_age}, head age at most {config.scheduling.max_head_age}")
     sizes, unchecked = _check_models(config)
-    for key in check_columns_here(config):
-        unchecked.append(f"the columns of {key}")
-        print(f"# {key} is not on this machine: whether it has the columns for reward.functions was not checked")
+    tokenizer = policy_tokenizer(config.model.policy) if "model.policy" in sizes else None
+    in_columns = check_data(config, tokenizer)
     if {"model.policy", "reward.model"} <= sizes.keys():
         group_bytes = worst_group_bytes(config, sizes["model.policy"], sizes["reward.model"], estimator.needs_greedy)
+        group_bytes += in_columns
         check_queue(config, group_bytes)
         steps = config.queue.max_bytes / (group_bytes * config.rollouts.prompts_per_step)
         print(f"# queue: at most {group_bytes} bytes a group; max_bytes holds {steps:.1f} whole steps")

@@ -4,19 +4,21 @@
     stream = PromptStream(loaded.prompts, seed=0)
     stream.prompt_of(17), sampling_seed(0, 17)
 
-A source is a JSONL file, several of them (a list, or one string with commas), a directory that the package `datasets`
-wrote, or the name of a data set on the Hugging Face hub. A bad record raises an error that names its file and line.
-Under `on_bad_record="skip"` it is left out and counted instead.
+`sources.py` says what a source may be. A bad record raises an error that names its file and line. Under
+`on_bad_record="skip"` it is left out and counted instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from r2m_async.data.records import PROMPT_FIELD, Content, OnBadRecord, Record, Source, load_records
+from r2m_async.config_records import Filters
+from r2m_async.data.pairs import Preference, read_preference, read_prompt, read_response
+from r2m_async.data.records import Content, FilteredRecord, OnBadRecord, Record, load_records
 from r2m_async.data.seeds import prompt_order
+from r2m_async.data.sources import Source
 from r2m_async.trajectories import Prompt
 
 
@@ -27,18 +29,7 @@ class LoadedPrompts:
     prompts: tuple[Prompt, ...]
     """In the order of the source."""
     skipped: dict[str, int]
-    """For each reason, the number of records left out. It is empty under `on_bad_record="error"`."""
-
-
-class Preference(NamedTuple):
-    """Two responses to one prompt, of which people (or a label) preferred the first."""
-
-    prompt: Content
-    """Raw text, or (role, content) turns that end with the user's."""
-    chosen: str
-    """The response that was preferred."""
-    rejected: str
-    """The other response."""
+    """For each reason, the number of records left out. Under `on_bad_record="error"` only filters leave some out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +49,25 @@ def load_prompts(
     max_prompt_tokens: int,
     on_bad_record: OnBadRecord = "error",
     prompt_field: str = "prompt",
+    columns: Mapping[str, str] | None = None,
+    chat: bool = False,
+    filters: Filters | None = None,
     split: str = "train",
     limit: int | None = None,
 ) -> LoadedPrompts:
     """Returns the usable prompts of `source`, as text and as tokens of the policy.
 
-    source: see the top of this file.
+    source: see `sources.py`.
     tokenizer: the policy's.
     max_prompt_tokens: the most tokens that a prompt may have. A longer one is a bad record.
     on_bad_record: "error" raises at the first bad record. "skip" leaves it out and counts it.
     prompt_field: the field of a record that holds the prompt. A prompt is raw text, which the policy reads as it is,
-        or a list of {"role", "content"} turns that ends with a user turn.
-    split: the split of a data set. JSONL files have none.
+        or a list of {"role", "content"} turns that ends with a user turn. A record without it may be a pair of whole
+        conversations (`pairs.py`), whose prompt is taken.
+    columns: what the source calls a field, by the name that it has here. None renames nothing.
+    chat: whether a prompt that is a text is a turn of the user.
+    filters: the lengths beyond which a record is left out. None leaves none out.
+    split: the split of a data set. Single files have none.
     limit: stop after this many prompts. None takes all.
 
     Every further field of a record goes into `Prompt.columns`. A record is bad if such a field cannot be sent to
@@ -77,14 +75,17 @@ def load_prompts(
 
     Raises DataError if the source cannot be read, if a record is bad under "error", or if no prompt is left.
     """
+    limits = (filters or Filters()).limits()
 
     def parse(record: Record) -> Prompt:
-        content = record.content(prompt_field, PROMPT_FIELD)
-        text, token_ids = _as_policy_reads(content, record, tokenizer, prompt_field)
+        content = read_prompt(record, chat)
+        called = record.called("prompt")
+        text, token_ids = _as_policy_reads(content, record, tokenizer, called)
+        check_lengths(record, limits, tokenizer, len(token_ids))
         if len(token_ids) > max_prompt_tokens:
             raise record.refusal(
                 "too_long",
-                prompt_field,
+                called,
                 text,
                 f"{len(token_ids)} tokens where rollouts.max_prompt_tokens allows {max_prompt_tokens}",
                 "raise that limit, shorten the prompt",
@@ -94,10 +95,11 @@ def load_prompts(
             content=content,
             text=text,
             token_ids=tuple(token_ids),
-            columns=record.columns(without=prompt_field),
+            columns=record.columns(without="prompt"),
         )
 
-    prompts, skipped = load_records(source, split, parse, on_bad_record, limit)
+    names = {"prompt": prompt_field, **(columns or {})}
+    prompts, skipped = load_records(source, split, parse, on_bad_record, limit, names)
     return LoadedPrompts(prompts=prompts, skipped=skipped)
 
 
@@ -106,20 +108,35 @@ def load_preferences(
     *,
     on_bad_record: OnBadRecord = "error",
     prompt_field: str = "prompt",
+    columns: Mapping[str, str] | None = None,
+    chat: bool = False,
     split: str = "train",
     limit: int | None = None,
 ) -> LoadedPreferences:
-    """Returns the usable preference pairs of `source`, whose records have the fields prompt, chosen and rejected.
+    """Returns the usable preference pairs of `source`, in any of the forms of `pairs.py`.
 
     Arguments and errors are those of `load_prompts`.
     """
-
-    def parse(record: Record) -> Preference:
-        prompt = record.content(prompt_field, PROMPT_FIELD)
-        return Preference(prompt, record.response("chosen"), record.response("rejected"))
-
-    pairs, skipped = load_records(source, split, parse, on_bad_record, limit)
+    names = {"prompt": prompt_field, **(columns or {})}
+    pairs, skipped = load_records(
+        source, split, lambda record: read_preference(record, chat), on_bad_record, limit, names
+    )
     return LoadedPreferences(pairs=pairs, skipped=skipped)
+
+
+def check_lengths(record: Record, limits: Mapping[str, int], tokenizer: Any, num_prompt_tokens: int) -> None:
+    """Raises FilteredRecord for a record with a text beyond its limit, and BadRecord if it lacks such a text.
+
+    limits: the most tokens of `prompt`, `chosen` and `rejected`, each if it is there (`Filters.limits`).
+    num_prompt_tokens: the number of tokens of the prompt. A response is counted by itself, without special tokens.
+    """
+    for key, limit in limits.items():
+        if key == "prompt":
+            num = num_prompt_tokens
+        else:
+            num = len(tokenizer(read_response(record, key), add_special_tokens=False)["input_ids"])
+        if num > limit:
+            raise FilteredRecord(f"beyond data.filters.max_{key}_tokens", f"{record.place}: {key} has {num} tokens")
 
 
 def prompt_text(content: Content, tokenizer: Any) -> str:

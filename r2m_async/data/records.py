@@ -1,24 +1,21 @@
-"""Reads the records of a data source, checks their fields, and names file and line of a bad one.
-
-A source is a JSONL file, several of them, a directory that the package `datasets` wrote, or a data set of the Hugging
-Face hub.
-"""
+"""Reads the records of a data source, checks their fields, and names file and line of a bad one."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from r2m_async import codec
+from r2m_async.data.sources import BrokenRow, Source, decoded, items_of, rows
 from r2m_async.errors import CodecError, ConfigError, DataError
 
-Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Content: TypeAlias = str | tuple[tuple[str, str], ...]
 """A prompt: raw text, or (role, content) turns."""
 OnBadRecord: TypeAlias = Literal["error", "skip"]
@@ -26,6 +23,12 @@ T = TypeVar("T")
 
 _ABSENT = object()
 """Stands for the value of a field that a record lacks. None will not do: a record can have it."""
+
+
+PROMPT_FIELD = "data.prompt_field"
+"""The config key that names the field of the prompt, for messages."""
+OR_SKIP = " or set data.on_bad_record: skip"
+"""The second remedy, in messages to a user who has a config."""
 
 
 class BadRecord(DataError):
@@ -37,10 +40,17 @@ class BadRecord(DataError):
         self.reason = reason
 
 
-PROMPT_FIELD = "data.prompt_field"
-"""The config key that names the field of the prompt, for messages."""
-OR_SKIP = " or set data.on_bad_record: skip"
-"""The second remedy, in messages to a user who has a config."""
+class FilteredRecord(BadRecord):
+    """A record that the user's filters leave out. It is counted under its `reason` whatever `on_bad_record` says."""
+
+
+_TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
+"""How a conversation begins that JSON or Python wrote into a text, as writers of CSV do."""
+
+
+_SIDES = tuple(f"{side}{what}" for side in ("chosen", "rejected") for what in ("", "_score", "_finished"))
+_KNOWN = ("prompt", "reference_summary", *_SIDES)
+"""Fields that are read here, from prompts or from pairs. One config may name those of both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +64,14 @@ class Record:
     """File and line, or data set and row, for messages."""
     name: str
     """The same in short, for example `posts.jsonl:17`. It becomes the id of the prompt."""
-    raw: bytes | Mapping[str, Any]
-    """A line of JSON that is not yet decoded, or a row of a data set."""
+    raw: Any
+    """A line of JSON that is not yet decoded, or a row as `sources.Row` has it."""
+    only_texts: bool = False
+    """Whether every value is a text, also one that stands for a number."""
     or_else: str = ""
     """A second remedy that messages offer at their end. Empty if there is none."""
+    names: Mapping[str, str] | None = None
+    """What the source calls a field, by the name that it has here. None for a user who cannot say so in a config."""
 
     def refusal(self, reason: str, key: str, value: Any, why: str, remedy: str) -> BadRecord:
         """Returns the error to raise for this record.
@@ -70,10 +84,12 @@ class Record:
 
     def fields(self) -> Mapping[str, Any]:
         """Returns all fields by name. Raises BadRecord if the line is not UTF-8 or not a JSON object."""
-        if not isinstance(self.raw, bytes):
-            return self.raw
+        fields = self.raw
+        if isinstance(fields, BrokenRow):
+            raise self.refusal("wrong_type", "row", _ABSENT, fields.why, "quote cells that have the delimiter in them")
         try:
-            fields = json.loads(self.raw.decode("utf-8-sig"))  # which drops a byte-order mark at the file's start
+            if isinstance(fields, bytes):
+                fields = decoded(fields)
         except UnicodeDecodeError as error:
             why = f"not UTF-8 at byte {error.start + 1} of the line"
             raise self.refusal("not_utf8", "line", self.raw, why, "convert the file to UTF-8") from None
@@ -81,78 +97,137 @@ class Record:
             shown = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             why = f"not JSON, {shown}"
             raise self.refusal("invalid_json", "line", self.raw, why, "write one JSON object a line") from None
-        if not isinstance(fields, dict):
-            why = f"a JSON {type(fields).__name__}, not an object"
-            raise self.refusal("invalid_json", "line", self.raw, why, "write one JSON object a line")
+        if not isinstance(fields, Mapping):
+            shown = f"line = {_excerpt(self.raw)}: " if isinstance(self.raw, bytes) else ""
+            why = f"{shown}a JSON {type(fields).__name__}, not an object; write an object for each record"
+            raise BadRecord("invalid_json", f"{self.place}: {why}{self.or_else}")
         return fields
 
-    def field(self, key: str, named_by: str | None = None) -> Any:
-        """Returns the value of one field. Raises BadRecord if the record lacks it.
+    def called(self, key: str) -> str:
+        """Returns the name that the source has for a field."""
+        return key if self.names is None else self.names.get(key, key)
 
-        named_by: the config key by which the user chose this field, for the message. None if the field's name is fixed.
+    def has(self, *keys: str) -> bool:
+        """Returns whether the record has all of these fields. Raises BadRecord as `fields` does.
+
+        None is no value: rows of a data set have it for a field that their record lacked.
         """
         fields = self.fields()
-        if key not in fields:
-            why = f"missing, the record has {', '.join(map(repr, fields)) or 'no field'}"
-            remedy = "add it" if named_by is None else f"add it, name another field as {named_by}"
-            raise self.refusal("missing_field", key, _ABSENT, why, remedy)
-        return fields[key]
+        return all(fields.get(self.called(key)) is not None for key in keys)
 
-    def content(self, key: str, named_by: str | None = None) -> Content:
+    def replaced(self, **fields: Any) -> Record:
+        """Returns the record with other values of some fields, under the names that these have here."""
+        return replace(self, raw={**self.fields(), **{self.called(key): value for key, value in fields.items()}})
+
+    def field(self, key: str) -> Any:
+        """Returns the value of one field. Raises BadRecord if the record lacks it."""
+        fields, called = self.fields(), self.called(key)
+        if called not in fields:
+            why = f"missing, the record has {', '.join(map(repr, fields)) or 'no field'}"
+            key_of_config = PROMPT_FIELD if key == "prompt" else f"data.columns.{key}"
+            remedy = "add it" if self.names is None else f"add it, name another field as {key_of_config}"
+            raise self.refusal("missing_field", called, _ABSENT, why, remedy)
+        return fields[called]
+
+    def content(self, key: str) -> Content:
         """Returns a prompt: raw text, or (role, content) turns that end with the user's.
 
-        key, named_by: as in `field`. Raises BadRecord if the field is missing, empty, or neither text nor such turns.
+        Raises BadRecord if the field is missing, empty, or neither text nor such turns.
         """
-        value = self.field(key, named_by)
-        if isinstance(value, str):
-            return self._text(key, value)
+        value, called = self.field(key), self.called(key)
+        return self.text(called, value) if isinstance(value, str) else self.asked(called, self.turns(called, value))
+
+    def turns(self, called: str, value: Any) -> tuple[tuple[str, str], ...]:
+        """Returns a conversation, as (role, content). Raises BadRecord if `value` is no list of turns.
+
+        called: the name of the field, for messages.
+        """
         if not isinstance(value, list):
             why = f"{type(value).__name__}, neither text nor a list of turns"
-            raise self.refusal("wrong_type", key, value, why, 'write text or [{"role": "user", "content": ...}]')
+            raise self.refusal("wrong_type", called, value, why, 'write text or [{"role": "user", "content": ...}]')
         if not value:
-            raise self.refusal("empty", key, value, "no turn", "give it a user turn")
+            raise self.refusal("empty", called, value, "no turn", "give it a user turn")
         for index, turn in enumerate(value):
             if not (isinstance(turn, dict) and all(isinstance(turn.get(part), str) for part in ("role", "content"))):
                 why = "a turn needs a role and a content, both text"
-                raise self.refusal("wrong_type", f"{key}[{index}]", turn, why, "correct the turn")
-            self._unicode(f"{key}[{index}].content", turn["content"])
-        last = f"{key}[{len(value) - 1}]"
-        if value[-1]["role"] != "user":
-            why = "the last turn must be the user's, for the policy writes the next"
-            raise self.refusal("last_turn", f"{last}.role", value[-1]["role"], why, "cut the turns after it")
-        self._text(f"{last}.content", value[-1]["content"])
+                raise self.refusal("wrong_type", f"{called}[{index}]", turn, why, "correct the turn")
+            self._unicode(f"{called}[{index}].content", turn["content"])
         return tuple((turn["role"], turn["content"]) for turn in value)
+
+    def asked(self, called: str, turns: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        """Returns turns that end with the user's. Raises BadRecord if they do not, or if that turn is empty."""
+        last = f"{called}[{len(turns) - 1}]"
+        if turns[-1][0] != "user":
+            why = "the last turn must be the user's, for the policy writes the next"
+            raise self.refusal("last_turn", f"{last}.role", turns[-1][0], why, "cut the turns after it")
+        self.text(f"{last}.content", turns[-1][1])
+        return turns
 
     def response(self, key: str) -> str:
         """Returns a response, which is text. Raises BadRecord if the field is missing, empty or not text."""
         value = self.field(key)
         if not isinstance(value, str):
             why = f"{type(value).__name__}, not text"
-            raise self.refusal("wrong_type", key, value, why, "write the response alone, as text")
-        return self._text(key, value)
+            raise self.refusal("wrong_type", self.called(key), value, why, "write the response alone, as text")
+        return self.text(self.called(key), value)
+
+    def number(self, key: str) -> float:
+        """Returns a finite number. Raises BadRecord if the field is missing or anything else."""
+        value = shown = self.field(key)
+        if self.only_texts:
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        # In Python a bool is an int, so JSON's true would pass as 1. The last test is written so that NaN fails it.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+            why = "not a finite number"
+            raise self.refusal("wrong_type", self.called(key), shown, why, "write the score as a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Returns a boolean, or `default` if the record lacks it. Raises BadRecord for other values."""
+        value = shown = self.field(key) if self.has(key) else default
+        if self.only_texts and isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower(), value)
+        if not isinstance(value, bool):
+            why = "neither true nor false"
+            raise self.refusal("wrong_type", self.called(key), shown, why, "correct it, leave it out")
+        return value
 
     def columns(self, *, without: str) -> dict[str, Any]:
-        """Returns every field but `without`, as `Prompt.columns` holds them.
+        """Returns every field but `without`, under the names that they have here, as `Prompt.columns` holds them.
 
         Raises BadRecord for a value that cannot be sent to another process: an integer of more than 64 bits, half of a
         surrogate pair, or an object that is not JSON's.
         """
-        columns = {}
-        for key, value in self.fields().items():
-            if key == without:
+        names, fields = self.names or {}, self.fields()
+        for key, called in names.items():
+            if called not in fields and key not in _KNOWN:
+                why = f"missing, and data.columns.{key} names it"
+                raise self.refusal("missing_field", called, _ABSENT, why, "add it, correct the name")
+        renamed = {called: key for key, called in names.items()}
+        columns: dict[str, Any] = {}
+        for called, value in fields.items():
+            key = renamed.get(called, called)
+            # A field that was given a name hides one that has this name by itself.
+            if key == without or (key == called and self.called(key) != called and self.has(key)):
                 continue
             try:
                 columns[key] = _plain(value)
                 codec.encoded_size({key: columns[key]})
             except CodecError as error:
                 why = f"no value of JSON with integers of up to 64 bits, so it cannot reach reward functions ({error})"
-                raise self.refusal("column", key, value, why, "write it as text, take the field out") from None
+                raise self.refusal("column", called, value, why, "write it as text, take the field out") from None
         return columns
 
-    def _text(self, key: str, value: str) -> str:
+    def text(self, key: str, value: str) -> str:
         """Returns `value` if it holds more than white space and is valid Unicode. Raises BadRecord if not."""
         if not value.strip():
             raise self.refusal("empty", key, value, "no text", "fill it")
+        if _TURNS_AS_TEXT.match(value):
+            why = "a list of turns that was written as text, which a model would read as it stands"
+            raise self.refusal("wrong_type", key, value, why, "write the list itself, in JSONL or Parquet")
         return self._unicode(key, value)
 
     def _unicode(self, key: str, value: str) -> str:
@@ -174,6 +249,7 @@ def load_records(
     parse: Callable[[Record], T],
     on_bad_record: OnBadRecord | None = None,
     limit: int | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[tuple[T, ...], dict[str, int]]:
     """Returns the parsed records of a source, and for each reason the number of records that were left out.
 
@@ -182,6 +258,7 @@ def load_records(
     on_bad_record: "error" raises at the first bad record. "skip" leaves it out and counts it. None acts like "error",
         but the message does not offer "skip": the user has no config to set it in.
     limit: stop after this many usable records. None takes all.
+    names: as in `Record`.
 
     Raises ConfigError for another `on_bad_record`. Raises DataError if the source cannot be read, a record is bad under
     "error", or no usable record is left.
@@ -193,91 +270,42 @@ def load_records(
     for record in read_records(source, split):
         if limit is not None and len(parsed) >= limit:
             break
+        record = replace(record, names=names, or_else="" if on_bad_record is None else OR_SKIP)
         try:
-            parsed.append(parse(record if on_bad_record is None else replace(record, or_else=OR_SKIP)))
+            parsed.append(parse(replace(record, raw=record.fields())))
+        except FilteredRecord as error:
+            skipped[error.reason] += 1
         except BadRecord as error:
             if on_bad_record != "skip":
                 raise
             skipped[error.reason] += 1
     if not parsed:
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "it is empty"
-        raise DataError(f"{', '.join(_items(source))}: no usable record ({why}); give another source or correct it")
+        raise DataError(f"{', '.join(items_of(source))}: no usable record ({why}); give another source or correct it")
     return tuple(parsed), dict(skipped)
 
 
 def read_records(source: Source, split: str = "train") -> Iterator[Record]:
-    """Yields every record of a source, not yet parsed. Empty lines of a file are left out.
+    """Yields every record of a source, not yet parsed.
 
-    source: a path or a name of a data set, several in one string with commas, or a sequence of them.
-    split: the split of a data set. JSONL files have none.
-
-    Raises DataError if the source cannot be read.
+    source, split: as in `sources.rows`, whose errors are raised.
     """
-    items = _items(source)
-    names = Counter(Path(item).name for item in items)  # the short name must tell files of one name apart
-    for item in items:
-        path = Path(item).expanduser()
-        if path.is_file():
-            short = path.name if names[path.name] == 1 else item
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield Record(place=f"{item}, line {number}", name=f"{short}:{number}", raw=line.rstrip(b"\r\n"))
-        else:
-            for number, row in enumerate(_rows(item, path, split)):
-                yield Record(place=f"{item} ({split}), row {number}", name=f"{item}:{number}", raw=row)
+    for row in rows(source, split):
+        yield Record(place=row.place, name=row.name, raw=row.raw, only_texts=row.only_texts)
 
 
-def is_here(source: Source) -> bool:
-    """Whether all of a source is on this machine, or looks as if it should be: `read_records` then looks nowhere else."""
-    return all(Path(item).expanduser().exists() or _looks_like_a_path(item) for item in _items(source))
-
-
-def _looks_like_a_path(item: str) -> bool:
-    return Path(item).suffix in (".jsonl", ".json", ".txt") or item.startswith(("/", ".", "~"))
-
-
-def _items(source: Source) -> list[str]:
-    """Returns the paths or names that a source consists of."""
-    # An existing path comes first, because a comma may be part of a file's name.
-    if isinstance(source, str) and "," in source and not Path(source).expanduser().exists():
-        return [item.strip() for item in source.split(",") if item.strip()]
-    return [os.fspath(source)] if isinstance(source, str | os.PathLike) else [os.fspath(item) for item in source]
-
-
-def _rows(item: str, path: Path, split: str) -> Iterator[Mapping[str, Any]]:
-    """Yields the rows of a data set: a directory, or a name of the Hugging Face hub. Raises DataError."""
-    # What looks like a path and does not exist is a wrong path. Looked up on the hub, it would give a puzzling message.
-    if not path.exists() and _looks_like_a_path(item):
-        raise DataError(f"data source {item!r}: no such file or directory; correct the path (now in {Path.cwd()})")
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"data source {item!r}: not a file, and the package `datasets` that would look for a data set of that "
-            "name is not installed; correct the path or `pip install datasets`"
-        ) from None
-    try:
-        # `save_to_disk` leaves these marks. Any other directory is a folder of data files.
-        if path.is_dir() and any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(str(path))
-            table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            table = datasets.load_dataset(str(path) if path.is_dir() else item, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DataError(
-            f"data source {item!r}: neither a file nor a data set that can be read (split {split!r}, {reason}); "
-            "correct the name or the split, or write the records to a JSONL file"
-        ) from error
-    yield from table
+def read_file(path: str | os.PathLike[str]) -> Iterator[Record]:
+    """Yields every record of one file. Raises DataError as `sources.rows` does, and if there is no such file."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}: cannot be read (No such file); correct the path (now in {Path.cwd()})")
+    return read_records([path])
 
 
 def _plain(value: Any) -> Any:
     """Returns the value of a field with dates and times as text in ISO 8601. Data sets have such values, JSON has not."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r2m_async.data.records import Content, Record
+from r2m_async.data.records import Content, Record, read_file
 from r2m_async.errors import ConfigError, DataError
-from r2m_async.evaluation.questions import Format, Question, load_questions, question_id, read_file
+from r2m_async.evaluation.questions import Format, Question, load_questions, question_id
 from r2m_async.whole import write_file
 
 

@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from r2m_async.data.records import Record
+from r2m_async.data.records import Record, read_file
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.evaluation.answers import JudgedText, Outputs, read_outputs
-from r2m_async.evaluation.questions import read_file
 from r2m_async.evaluation.win_rate import Estimate, length_controlled_win_rate, mean
 from r2m_async.plugins import as_number, named_function, own_failure, shown
 from r2m_async.runs.records import jsonl

@@ -4,20 +4,18 @@
     mt_bench     `turns`, `category`, and `question_id` or an `id` that ends with it
     tldr         `prompt` (a text or one user turn), and the author's summary as `reference_summary` or `completion`
 
-A file is a JSON list, as AlpacaEval's own file is, or JSONL. Sources: github.com/tatsu-lab/alpaca_eval; FastChat's
+A file is a JSON list, as AlpacaEval's own file is, JSONL, CSV or Parquet. Sources: github.com/tatsu-lab/alpaca_eval; FastChat's
 `llm_judge/data/mt_bench/question.jsonl`, github.com/lm-sys/FastChat; huggingface.co/datasets/trl-lib/tldr.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from r2m_async.data.records import Content, Record, read_records
+from r2m_async.data.records import Content, Record, read_file
 from r2m_async.errors import ConfigError, DataError
 
 Format: TypeAlias = Literal["alpaca_eval", "mt_bench", "tldr"]
@@ -54,27 +52,6 @@ class Question:
     """The sampling temperature that the benchmark prescribes."""
     record: dict[str, Any]
     """Fields that are copied into the record of the answer."""
-
-
-def read_file(path: str | Path) -> Iterator[Record]:
-    """Yields the records of a file, which is a JSON list or JSONL. Raises `DataError` if it cannot be read."""
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); correct the path") from None
-    if data.lstrip()[:1] != b"[":
-        yield from read_records([path])
-        return
-    try:
-        rows = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); it begins as a list, write one or an object a line") from None
-    for number, row in enumerate(rows, start=1):
-        place = f"{path}, record {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: a JSON {type(row).__name__}, not an object; correct it")
-        yield Record(place=place, name=f"{path.name}:{number}", raw=row)
 
 
 def default_chat(form: Format) -> bool:

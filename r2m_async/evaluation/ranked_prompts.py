@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 
 from r2m_async.data.records import Content, Record, read_records
 from r2m_async.errors import DataError
-from r2m_async.evaluation.questions import read_file
 from r2m_async.from_scratch.language import (
     ADJECTIVES,
     ADVERBS,
@@ -132,7 +131,7 @@ def load_rm_bench(path: str | Path) -> tuple[StyledPrompt, ...]:
     styled = []
     for item in items:
         named = Path(item).stem.removesuffix("_filtered")
-        for record in read_file(item) if Path(item).is_file() else read_records(item):
+        for record in read_records([item]):
             prompt = record.content("prompt")
             # A published file of a single domain has the domain in its name alone.
             in_name = named in RM_BENCH_DOMAINS and "domain" not in record.fields()

@@ -16,7 +16,7 @@ right. Its rewards follow length (correlation 0.6 to 0.7). A policy that is trai
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -35,9 +35,11 @@ from transformers import (
 )
 
 from r2m_async.data import prompts, records, reward_text
-from r2m_async.data.prompts import Preference, load_preferences, prompt_text
-from r2m_async.data.records import PROMPT_FIELD, Content, OnBadRecord, Record, Source, load_records
+from r2m_async.data.pairs import Preference, read_prompt, read_response
+from r2m_async.data.prompts import load_preferences, prompt_text
+from r2m_async.data.records import Content, OnBadRecord, Record, load_records
 from r2m_async.data.reward_text import reward_input_ids
+from r2m_async.data.sources import Source
 from r2m_async.from_scratch import pretraining
 from r2m_async.from_scratch.cache import cached_directory, made_by
 from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
@@ -99,6 +101,8 @@ def text_policy(
     *,
     on_bad_record: OnBadRecord = "error",
     prompt_field: str = "prompt",
+    columns: Mapping[str, str] | None = None,
+    chat: bool = False,
     split: str = "train",
     on_progress: OnStage | None = None,
 ) -> Path:
@@ -106,7 +110,7 @@ def text_policy(
 
     The directory is for AutoModelForCausalLM and AutoTokenizer. It is kept in the cache.
 
-    source, on_bad_record, prompt_field, split: as in `load_prompts`.
+    source, on_bad_record, prompt_field, columns, chat, split: as in `load_prompts`.
     settings: None takes the defaults.
     on_progress: is called while the policy is trained.
 
@@ -115,11 +119,11 @@ def text_policy(
     settings = settings or TextPolicySettings()
 
     def parse(record: Record) -> Document:
-        content = record.content(prompt_field, PROMPT_FIELD)
-        field = next((field for field in settings.response_fields if field in record.fields()), None)
-        return content, "" if field is None else record.response(field)
+        field = next((field for field in settings.response_fields if record.has(field)), None)
+        return read_prompt(record, chat), "" if field is None else read_response(record, field)
 
-    documents, skipped = load_records(source, split, parse, on_bad_record)
+    names = {"prompt": prompt_field, **(columns or {})}
+    documents, skipped = load_records(source, split, parse, on_bad_record, names=names)
 
     def build(directory: Path) -> None:
         with one_thread(), torch.random.fork_rng(devices=[]):
@@ -136,6 +140,8 @@ def text_reward_model(
     *,
     on_bad_record: OnBadRecord = "error",
     prompt_field: str = "prompt",
+    columns: Mapping[str, str] | None = None,
+    chat: bool = False,
     split: str = "train",
     on_progress: OnStage | None = None,
 ) -> Path:
@@ -147,7 +153,9 @@ def text_reward_model(
     errors and the reproducibility are those of `text_policy`.
     """
     settings = settings or TextRewardSettings()
-    loaded = load_preferences(source, on_bad_record=on_bad_record, prompt_field=prompt_field, split=split)
+    loaded = load_preferences(
+        source, on_bad_record=on_bad_record, prompt_field=prompt_field, columns=columns, chat=chat, split=split
+    )
 
     def build(directory: Path) -> None:
         with one_thread(), torch.random.fork_rng(devices=[]):

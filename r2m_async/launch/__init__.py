@@ -1,6 +1,7 @@
 """This folder makes a ring with its real stages: it finds what a run needs, and starts, watches and ends its processes.
 
 workload.py        resolves a config: finds models and prompts, and makes tickets and the schedule's plan
+prompts.py         reads the prompts of a config, and checks its data
 makers.py          makes each stage; no other file here imports actors and learners
 ring.py            holds `Ring`, one run that is taken step by step, saved and restored
 training.py        does what `r2m train` does: runs a ring to its end, into a run directory

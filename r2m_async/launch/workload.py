@@ -7,22 +7,19 @@ process can load just what its own stage needs.
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from r2m_async.advantages import Estimator, check_options, get_advantage
 from r2m_async.config import R2MConfig
-from r2m_async.data.prompts import PromptStream, load_prompts
-from r2m_async.data.records import Record, is_here, load_records
+from r2m_async.data.prompts import PromptStream
 from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.errors import ConfigError, name_remedy
-from r2m_async.from_scratch import language
+from r2m_async.launch.prompts import check_columns, column_bytes, read_prompts, record_options
 from r2m_async.models.weight_files import check_weight_files
-from r2m_async.plugins import named_function, nearest
-from r2m_async.rewards.arguments import KNOWN
+from r2m_async.plugins import named_function
 from r2m_async.rewards.calls import functions_of
 from r2m_async.ring.simulator import plan_without_models
 from r2m_async.schedule import Admission, Plan
@@ -84,22 +81,15 @@ def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | No
     Raises ConfigError if a key asks for something that does not exist or does not fit, and DataError for data that
     cannot be used.
     """
-    from transformers import AutoTokenizer
-
     estimator = check_code(config)
     models = find_models(config, on_progress)
     reference = config.model.reference or models.policy
     _hidden_size("model.reference", reference)
-    tokenizer = AutoTokenizer.from_pretrained(models.policy)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"model.policy {models.policy!r} has a tokenizer without end-of-text token: responses could not end"
-        )
+    tokenizer = policy_tokenizer(models.policy)
     if config.critic.model is not None:
         check_critic(config.critic.model, models.policy, tokenizer)
-    prompts, held_out, skipped = _prompts(config, tokenizer)
-    if config.reward.functions:
-        check_columns(config, ((one.prompt_id, one.columns) for one in (*prompts, *held_out)))
+    prompts, held_out, skipped = read_prompts(config, tokenizer)
+    check_columns(config, ((one.prompt_id, one.columns) for one in (*prompts, *held_out)))
     return Workload(
         **models._asdict(),
         reference=reference,
@@ -122,6 +112,23 @@ def check_code(config: R2MConfig) -> Estimator:
     check_functions(config)
     check_engine(config)
     return estimator
+
+
+def policy_tokenizer(policy: str) -> Any:
+    """Loads the tokenizer of a policy, given by its name or directory.
+
+    Raises ConfigError if there is none, or if it has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.policy {policy!r} has no tokenizer: {reason}; {name_remedy(policy)}") from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.policy {policy!r} has a tokenizer without end-of-text token: responses could not end")
+    return tokenizer
 
 
 def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] | None = None) -> Models:
@@ -147,13 +154,15 @@ def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] 
         from r2m_async.from_scratch.text_models import text_policy
 
         sources = [source for source in (config.data.prompts, config.data.preferences) if source]
-        policy = str(text_policy(sources, **_records(config), on_progress=on_progress))
+        policy = str(text_policy(sources, **record_options(config), on_progress=on_progress))
     if reward_model == "from_scratch":
         from r2m_async.from_scratch.text_models import text_reward_model
 
         # A rule of the config refuses it without preferences.
         assert config.data.preferences is not None
-        reward_model = str(text_reward_model(config.data.preferences, **_records(config), on_progress=on_progress))
+        reward_model = str(
+            text_reward_model(config.data.preferences, **record_options(config), on_progress=on_progress)
+        )
     return Models(
         policy=policy,
         reward_model=reward_model,
@@ -299,61 +308,6 @@ def check_functions(config: R2MConfig) -> None:
         named_function(config.evaluation.gold, "evaluation.gold")
 
 
-def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str]]]) -> None:
-    """Checks that the data has the columns that the reward functions ask for.
-
-    Args:
-        config: the config of the run.
-        records: for each record its name and the names of its columns.
-
-    Raises ConfigError, naming the record and the parameter, if a record lacks a column without which a function cannot
-    be called, or if some records have a column by which a function would be called in another way.
-    """
-    functions, first = functions_of(config), dict[str, tuple[str | None, str]]()
-    for record, columns in records:
-        for one in functions:
-            style, asks = one.signature.style(columns), f"{one.key} {one.setting.function!r}"
-            if style is None and (unknown := one.signature.unknown(columns)):
-                raise ConfigError(
-                    f"{asks} asks for {' and '.join(map(repr, unknown))}, and {record} has no such column"
-                    f"{nearest(unknown[0], [*KNOWN, *columns])}; a reward function is given {', '.join(KNOWN)}, the columns "
-                    f"of the record ({', '.join(columns) or 'none here'}) and its `options`; give the parameter a "
-                    f"default, or take the function out"
-                )
-            known, since = first.setdefault(one.name, (style, record))
-            if style != known:
-                raise ConfigError(
-                    f"{asks} would be called in two ways, because {since} and {record} have different columns: rename its "
-                    f"parameters, to `prompt` and `response` if they are these"
-                )
-
-
-def check_columns_here(config: R2MConfig) -> list[str]:
-    """Reads the records that are on this machine, and does what `check_columns` does. `r2m check` calls it.
-
-    `resolve` calls `check_columns` itself, with the prompts that it has read.
-
-    Returns the keys of the sources that are not on this machine, for which it was not done. Raises ConfigError as
-    `check_columns` does, and DataError for data that cannot be used.
-    """
-    data, elsewhere = config.data, []
-    if not config.reward.functions or data.prompts == "embedded":
-        return []
-    sources = {"data.prompts": (data.prompts, data.split), "data.eval": (data.eval, data.eval_split or data.split)}
-    for key, (source, split) in sources.items():
-        if source is None or (key == "data.eval" and not config.evaluation.every):
-            continue
-        if not is_here(source):
-            elsewhere.append(key)
-            continue
-
-        def columns(record: Record) -> tuple[str, Collection[str]]:
-            return record.name, record.columns(without=data.prompt_field)
-
-        check_columns(config, load_records(source, split, columns, data.on_bad_record)[0])
-    return elsewhere
-
-
 def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_size: int, greedy_twin: bool) -> int:
     """Returns the most bytes that one group can take in the queue: all responses have full length.
 
@@ -367,7 +321,7 @@ def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_
 
     A token takes 16 bytes for its id, its log-probability and its version. A response also takes 256 bytes per token
     for its text, and 4 D_m bytes for its reward token embedding. The prompt takes 512 bytes per token. The constants
-    are for names and headers.
+    are for names and headers. The columns of the prompt come on top (`column_bytes`).
 
     Args:
         config: the config of the run.
@@ -402,7 +356,7 @@ def plan_of(config: R2MConfig, workload: Workload) -> Plan:
     """Returns the settings of the schedule for a config. Raises ConfigError if the queue does not hold one step."""
     group_bytes = worst_group_bytes(
         config, workload.policy_hidden_size, workload.reward_hidden_size, workload.estimator.needs_greedy
-    )
+    ) + column_bytes((*workload.prompts, *workload.eval_prompts))
     check_queue(config, group_bytes)
     responses = config.rollouts.group_size + workload.estimator.needs_greedy
     return replace(
@@ -455,65 +409,3 @@ class TicketOffice:
             step: the policy step that trains it.
         """
         return self.ticket(Admission(group_id=group_id, due_step=step, attempt=0, policy_version=0))
-
-
-def _records(config: R2MConfig) -> dict[str, Any]:
-    """The keyword arguments of the functions that read records, as the section `data` gives them."""
-    data = config.data
-    return {"on_bad_record": data.on_bad_record, "prompt_field": data.prompt_field, "split": data.split}
-
-
-def _prompts(config: R2MConfig, tokenizer: object) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], dict[str, int]]:
-    """Reads the prompts of a config.
-
-    Args:
-        config: the config of the run.
-        tokenizer: the tokenizer of the policy.
-
-    Returns (prompts to train on, held-out prompts, number of records left out by reason). Raises ConfigError if there
-    are too few prompts or too long ones, and DataError if a source or a record cannot be used.
-    """
-    data, evaluation = config.data, config.evaluation
-    held = evaluation.num_prompts if evaluation.every else 0
-    if data.prompts == "embedded":
-        if held > language.NUM_HELD_OUT_PROMPTS:
-            raise ConfigError(
-                f"evaluation.num_prompts is {held}; the embedded language has {language.NUM_HELD_OUT_PROMPTS} held-out prompts"
-            )
-        train = tuple(_language_prompt(text, tokenizer) for text in language.prompts(language.NUM_TRAINING_PROMPTS, 0))
-        test = tuple(_language_prompt(text, tokenizer) for text in language.prompts(held, 0, held_out=True))
-        longest = max(len(prompt.token_ids) for prompt in (*train, *test))
-        if longest > config.rollouts.max_prompt_tokens:
-            raise ConfigError(
-                f"rollouts.max_prompt_tokens is {config.rollouts.max_prompt_tokens}; the embedded language's prompts take up "
-                f"to {longest} tokens"
-            )
-        return train, test, {}
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "max_prompt_tokens": config.rollouts.max_prompt_tokens,
-        **_records(config),
-    }
-    loaded = load_prompts(data.prompts, **options)
-    skipped = Counter(loaded.skipped)
-    if data.eval is not None and held:
-        others = load_prompts(data.eval, **options | {"split": data.eval_split or data.split}, limit=held)
-        if len(others.prompts) < held:
-            raise ConfigError(
-                f"evaluation.num_prompts is {held} and data.eval has {len(others.prompts)} usable prompts: lower it"
-            )
-        return loaded.prompts, others.prompts, dict(skipped + Counter(others.skipped))
-    # Without a source of their own, the last prompts are held out.
-    if held >= len(loaded.prompts):
-        raise ConfigError(
-            f"evaluation.num_prompts is {held} and data.prompts has {len(loaded.prompts)} usable prompts: nothing would "
-            f"be left to train on; lower it, or name held-out prompts in data.eval"
-        )
-    cut = len(loaded.prompts) - held
-    return loaded.prompts[:cut], loaded.prompts[cut:], dict(skipped)
-
-
-def _language_prompt(text: str, tokenizer: object) -> Prompt:
-    """A prompt of the embedded language."""
-    ids = tuple(tokenizer(text)["input_ids"])  # type: ignore[operator]
-    return Prompt(prompt_id=f"embedded:{text}", content=text, text=text, token_ids=ids)

@@ -1,6 +1,6 @@
 """Preference pairs for the training of reward models: how they are read, split, given label noise, and tokenized.
 
-A record has the fields `prompt`, `chosen` and `rejected`. It may also have `chosen_score` and `rejected_score`, which
+`data/pairs.py` says in which forms a record has its pair. It may also have `chosen_score` and `rejected_score`, which
 are numbers, and `chosen_finished` and `rejected_finished`, which are false for a response that was cut off. Where the
 last two are absent, the response counts as finished.
 """
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from r2m_async.data.prompts import policy_reads
-from r2m_async.data.records import PROMPT_FIELD, Content, Record, Source, load_records
+from r2m_async.data.pairs import read_scored_preference
+from r2m_async.data.prompts import check_lengths, policy_reads
+from r2m_async.data.records import Content, Record, load_records
 from r2m_async.data.reward_text import reward_input_ids
+from r2m_async.data.sources import Source
+from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.models.batches import by_length
 from r2m_async.reward_models.config import RewardModelConfig
 
@@ -110,6 +113,7 @@ def load_preference_data(config: RewardModelConfig) -> PreferenceData:
         held_out_source = held_out_source or str(files.held_out)
         preferences = str(files.training if preferences == "embedded" else files.golden)
     pairs, skipped = _load(preferences, data.split, config)
+    pairs = pairs[:: data.stride]
     if held_out_source is None:
         training, held_out = split_by_prompt(pairs, data.held_out, config.run.seed)
     else:
@@ -132,7 +136,7 @@ def given_pairs(source: str, config: RewardModelConfig, split: str | None = None
     # `bt` reads no margins, so pairs without scores can be measured, too.
     by_bt, split = config.loss(preference="bt"), split or config.data.split
     data = load_preference_data(
-        by_bt.data(preferences=source, split=split, eval=None, eval_split=None, held_out=0.0, label_noise=0.0)
+        by_bt.data(preferences=source, split=split, eval=None, eval_split=None, held_out=0.0, label_noise=0.0, stride=1)
     )
     return data.held_out if source in EMBEDDED else data.training
 
@@ -200,36 +204,41 @@ def _tokenized_text(tokenizer: Any, prompt: Content, response: str, finished: bo
 
 def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[ScoredPair, ...], dict[str, int]]:
     """(the pairs of `source`, how many records were left out by reason)."""
-    data, scored = config.data, config.loss.preference == "bt_margin"
+    data, limits = config.data, config.data.filters.limits()
+    tokenizer = _tokenizer(config) if limits else None
 
     def parse(record: Record) -> ScoredPair:
+        # Scores are demanded only by the loss that reads them; many data sets have none.
+        pair, margin = read_scored_preference(record, data.chat, scored=config.loss.preference == "bt_margin")
+        if limits:
+            num_prompt_tokens = len(policy_reads(pair.prompt, tokenizer)[1])
+            check_lengths(record, limits, tokenizer, num_prompt_tokens)
         return ScoredPair(
-            prompt=record.content(data.prompt_field, PROMPT_FIELD),
-            chosen=record.response("chosen"),
-            rejected=record.response("rejected"),
-            chosen_finished=_optional(record, "chosen_finished"),
-            rejected_finished=_optional(record, "rejected_finished"),
-            # Scores are demanded only by the loss that reads them; many data sets have none.
-            margin=_score(record, "chosen_score") - _score(record, "rejected_score") if scored else None,
+            prompt=pair.prompt,
+            chosen=pair.chosen,
+            rejected=pair.rejected,
+            chosen_finished=record.flag("chosen_finished", True),
+            rejected_finished=record.flag("rejected_finished", True),
+            margin=margin,
             place=record.place,
         )
 
-    return load_records(source, split, parse, data.on_bad_record)
+    return load_records(source, split, parse, data.on_bad_record, names=data.names)
 
 
-def _score(record: Record, key: str) -> float:
-    """The finite number in the field `key`. Raises `DataError` for anything else."""
-    value = record.field(key)
-    # In Python a bool is an int, so JSON's true would pass as 1. The last test is written so that NaN fails it.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-        raise record.refusal("wrong_type", key, value, "not a finite number", "write the score as a number")
-    return float(value)
+def _tokenizer(config: RewardModelConfig) -> Any:
+    """The tokenizer of the model that training starts from, with which lengths are counted. Raises ConfigError."""
+    from transformers import AutoTokenizer
 
+    start = config.model.start
+    if start in ("embedded", "embedded_reward"):
+        from r2m_async.from_scratch.embedded import embedded_models
 
-def _optional(record: Record, key: str) -> bool:
-    """The boolean in the field `key`, or true if the record lacks it. Raises `DataError` for other values."""
-    fields: Mapping[str, Any] = record.fields()
-    value = fields.get(key, True)
-    if not isinstance(value, bool):
-        raise record.refusal("wrong_type", key, value, "neither true nor false", "correct it, leave it out")
-    return value
+        start = str(embedded_models().policy)
+    try:
+        return AutoTokenizer.from_pretrained(start, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.start {start!r} has no tokenizer to count by ({reason}); {name_remedy(start)}"
+        ) from None

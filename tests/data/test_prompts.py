@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from records import PLAIN, TEMPLATE, byte_tokenizer, user, write
 
 from r2m_async.codec import decode, encode
 from r2m_async.data.prompts import Preference, PromptStream, load_preferences, load_prompts
@@ -17,36 +16,6 @@ from r2m_async.errors import ConfigError, DataError
 from r2m_async.trajectories import Prompt
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-TEMPLATE = (
-    "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
-def byte_tokenizer(chat_template=None, adds_bos=False):
-    """One token a byte, so that a prompt of n ASCII characters has n tokens (and `<s>` where it adds that)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if adds_bos:
-        tokenizer.add_special_tokens(["<s>"])
-        bos = ("<s>", tokenizer.token_to_id("<s>"))
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", chat_template=chat_template)
-
-
-PLAIN = byte_tokenizer()
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def write(path, *records):
-    lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    return path
 
 
 def load(source, **options):
@@ -122,7 +91,7 @@ def test_a_prompt_may_have_any_field_name(tmp_path):
 
 
 def test_a_prompt_carries_every_further_field_of_its_record_through_the_codec(tmp_path):
-    record = {"question": "2 + 2?", "answer": 4, "prompt": None, "tests": [{"in": [1.5], "ok": True}]}
+    record = {"question": "2 + 2?", "answer": 4, "none": None, "tests": [{"in": [1.5], "ok": True}]}
     (prompt,) = load(write(tmp_path / "a.jsonl", record), prompt_field="question").prompts
     assert prompt.columns == {key: value for key, value in record.items() if key != "question"}
     assert decode(bytes(encode(prompt))) == prompt and hash(prompt)
@@ -255,7 +224,7 @@ def test_preferences_are_checked_like_prompts(tmp_path):
         load_preferences(path)
     loaded = load_preferences(path, on_bad_record="skip")
     assert loaded.pairs == (Preference((("user", "p"),), "c", "r"),)
-    assert loaded.skipped == {"empty": 1, "wrong_type": 1, "missing_field": 1}
+    assert loaded.skipped == {"empty": 1, "last_turn": 1, "missing_field": 1}
 
 
 TURNS = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text()}))

@@ -30,7 +30,7 @@ def turns_file(tmp_path_factory) -> str:
     """Prompts as the dialogue presets want them: turns."""
     path = tmp_path_factory.mktemp("turns") / "prompts.jsonl"
     lines = [
-        json.dumps({"prompt": [{"role": "user", "content": f"the {noun} {verb}"}]})
+        json.dumps({"prompt": [{"role": "user", "content": f"the {noun} {verb}"}], "chosen": "the river"})
         for noun in ("river", "stone", "wind")
         for verb in ("sings", "falls")
     ]

@@ -493,3 +493,10 @@ def test_a_checkpoints_own_sampling_settings_do_not_bias_the_ratio(tiny_config, 
     (policy / "generation_config.json").write_text(json.dumps(own | {"eos_token_id": 1, "pad_token_id": 0}))
     _, _, steps, _, _ = run_ring(tiny_config.model(policy=str(policy)).run(num_steps=1))
     assert steps[0]["policy/mismatch_max"] < 1e-5
+
+
+def test_a_group_with_long_columns_fits_into_what_the_queue_reserved_for_it(tiny_config, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "the river", "answer": "x" * 100_000}) + "\n")
+    with Ring.of(tiny_config.data(prompts=str(path)).run(num_steps=1), in_process=True) as ring:
+        ring.step()

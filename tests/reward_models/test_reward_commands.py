@@ -140,7 +140,7 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(tmp_path, capsys):
     ("key", "record", "told"),
     [
         ("data.preferences", {"question": "a", "chosen": "b", "rejected": "c"}, "add it, name another field as data.prompt_field or"),
-        ("data.preferences", {"prompt": "a", "chosen": "b"}, "'prompt', 'chosen'; add it or set data.on_bad_record: skip"),
+        ("data.preferences", {"prompt": "a", "chosen": "b"}, "'chosen'; add it, name another field as data.columns.rejected or set"),
         ("model.start", None, "there is no such directory either (now in "),
     ],
 )  # fmt: skip

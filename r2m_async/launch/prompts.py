@@ -1,0 +1,171 @@
+"""Reads the prompts of a run's config, and checks its data for `r2m check`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from r2m_async.codec import encoded_size
+from r2m_async.config import R2MConfig
+from r2m_async.data.pairs import read_prompt
+from r2m_async.data.prompts import load_preferences, load_prompts
+from r2m_async.data.records import Record, load_records
+from r2m_async.data.sources import is_local, items_of
+from r2m_async.errors import ConfigError
+from r2m_async.from_scratch import language
+from r2m_async.plugins import nearest
+from r2m_async.rewards.arguments import KNOWN
+from r2m_async.rewards.calls import functions_of
+from r2m_async.trajectories import Prompt
+
+
+def record_options(config: R2MConfig) -> dict[str, Any]:
+    """The keyword arguments of the functions that read records, as the section `data` gives them."""
+    data = config.data
+    keys = ("on_bad_record", "prompt_field", "columns", "chat", "split")
+    return {key: getattr(data, key) for key in keys}
+
+
+def read_prompts(
+    config: R2MConfig, tokenizer: object | None
+) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], dict[str, int]]:
+    """Reads the prompts of a config.
+
+    Args:
+        config: the config of the run.
+        tokenizer: the tokenizer of the policy. None leaves the embedded language's prompts without tokens.
+
+    Returns (prompts to train on, held-out prompts, number of records left out by reason). Raises ConfigError if there
+    are too few prompts or too long ones, and DataError if a source or a record cannot be used.
+    """
+    data, evaluation = config.data, config.evaluation
+    held = evaluation.num_prompts if evaluation.every else 0
+    if data.prompts == "embedded":
+        if held > language.NUM_HELD_OUT_PROMPTS:
+            raise ConfigError(
+                f"evaluation.num_prompts is {held}; the embedded language has {language.NUM_HELD_OUT_PROMPTS} held-out prompts"
+            )
+        train = tuple(_language_prompt(text, tokenizer) for text in language.prompts(language.NUM_TRAINING_PROMPTS, 0))
+        test = tuple(_language_prompt(text, tokenizer) for text in language.prompts(held, 0, held_out=True))
+        longest = max(len(prompt.token_ids) for prompt in (*train, *test))
+        if longest > config.rollouts.max_prompt_tokens:
+            raise ConfigError(
+                f"rollouts.max_prompt_tokens is {config.rollouts.max_prompt_tokens}; the embedded language's prompts take up "
+                f"to {longest} tokens"
+            )
+        return train, test, {}
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_prompt_tokens": config.rollouts.max_prompt_tokens,
+        "filters": data.filters,
+        **record_options(config),
+    }
+    loaded = load_prompts(data.prompts, **options)
+    skipped = Counter(loaded.skipped)
+    if data.eval is not None and held:
+        others = load_prompts(data.eval, **options | {"split": data.eval_split or data.split}, limit=held)
+        if len(others.prompts) < held:
+            raise ConfigError(
+                f"evaluation.num_prompts is {held} and data.eval has {len(others.prompts)} usable prompts: lower it"
+            )
+        return loaded.prompts, others.prompts, dict(skipped + Counter(others.skipped))
+    # Without a source of their own, the last prompts are held out.
+    if held >= len(loaded.prompts):
+        raise ConfigError(
+            f"evaluation.num_prompts is {held} and data.prompts has {len(loaded.prompts)} usable prompts: nothing would "
+            f"be left to train on; lower it, or name held-out prompts in data.eval"
+        )
+    cut = len(loaded.prompts) - held
+    return loaded.prompts[:cut], loaded.prompts[cut:], dict(skipped)
+
+
+def _language_prompt(text: str, tokenizer: object | None) -> Prompt:
+    """A prompt of the embedded language."""
+    ids = () if tokenizer is None else tuple(tokenizer(text)["input_ids"])  # type: ignore[operator]
+    return Prompt(prompt_id=f"embedded:{text}", content=text, text=text, token_ids=ids)
+
+
+def column_bytes(prompts: Sequence[Prompt]) -> int:
+    """Returns the most bytes that the columns of one of these prompts take. A group in the queue carries them, too."""
+    return max((encoded_size(dict(prompt.columns)) for prompt in prompts if prompt.columns), default=0)
+
+
+def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str]]]) -> None:
+    """Checks that the data has the columns that the reward functions ask for.
+
+    Args:
+        config: the config of the run.
+        records: for each record its name and the names of its columns.
+
+    Raises ConfigError, naming the record and the parameter, if a record lacks a column without which a function cannot
+    be called, or if some records have a column by which a function would be called in another way.
+    """
+    functions, first = functions_of(config), dict[str, tuple[str | None, str]]()
+    for record, columns in records:
+        for one in functions:
+            style, asks = one.signature.style(columns), f"{one.key} {one.setting.function!r}"
+            if style is None and (unknown := one.signature.unknown(columns)):
+                raise ConfigError(
+                    f"{asks} asks for {' and '.join(map(repr, unknown))}, and {record} has no such column"
+                    f"{nearest(unknown[0], [*KNOWN, *columns])}; a reward function is given {', '.join(KNOWN)}, the columns "
+                    f"of the record ({', '.join(columns) or 'none here'}) and its `options`; give the parameter a "
+                    f"default, or take the function out"
+                )
+            known, since = first.setdefault(one.name, (style, record))
+            if style != known:
+                raise ConfigError(
+                    f"{asks} would be called in two ways, because {since} and {record} have different columns: rename its "
+                    f"parameters, to `prompt` and `response` if they are these"
+                )
+
+
+def check_data(config: R2MConfig, tokenizer: object | None) -> int:
+    """Reads the data of a config that are on this machine, and prints what is in them. It fetches none.
+
+    Args:
+        config: the config of the run.
+        tokenizer: that of the policy. None if the policy is not here yet; then lengths are not checked.
+
+    Returns the most bytes that the columns of a prompt take, as far as it is known. Raises ConfigError and DataError as
+    `read_prompts` does.
+    """
+    data = config.data
+    keys = ["prompts", *(["eval"] if data.eval is not None and config.evaluation.every else [])]
+    if "from_scratch" in (config.model.policy, config.reward.model) and data.preferences is not None:
+        keys.append("preferences")
+    sources = {key: getattr(data, key) for key in keys}
+    away = [key for key, one in sources.items() if one != "embedded" and not all(map(is_local, items_of(one)))]
+    for key in away:
+        print(f"# data.{key}: {sources[key]} is fetched and checked by `r2m train`")
+    if "preferences" in sources and "preferences" not in away:
+        pairs = load_preferences(sources["preferences"], **record_options(config))
+        print(f"# data.preferences: {len(pairs.pairs)} pairs{_left_out(pairs.skipped)}")
+    if {"prompts", "eval"}.isdisjoint(away) and (tokenizer is not None or data.prompts == "embedded"):
+        prompts, held_out, skipped = read_prompts(config, tokenizer)
+        print(f"# data.prompts: {len(prompts)} prompts, {len(held_out)} held out{_left_out(skipped)}")
+        check_columns(config, ((one.prompt_id, one.columns) for one in (*prompts, *held_out)))
+        return column_bytes((*prompts, *held_out))
+    for key, source in sources.items():
+        if key not in (*away, "preferences") and source != "embedded":
+            _check_records(config, key)
+    return 0
+
+
+def _check_records(config: R2MConfig, key: str) -> None:
+    """Reads the records of a source without a tokenizer, and prints how many there are. Raises DataError."""
+    data = config.data
+    split = data.eval_split or data.split if key == "eval" else data.split
+
+    def parse(record: Record) -> tuple[str, Collection[str]]:
+        read_prompt(record, data.chat)
+        return record.name, record.columns(without="prompt")
+
+    records, skipped = load_records(getattr(data, key), split, parse, data.on_bad_record, names=data.names)
+    check_columns(config, records)
+    print(f"# data.{key}: {len(records)} prompts{_left_out(skipped)}; `r2m train` checks their lengths")
+
+
+def _left_out(skipped: dict[str, int]) -> str:
+    """How many records were left out, by reason, for a line that is printed."""
+    return "".join(f", {count} left out: {reason}" for reason, count in skipped.items())

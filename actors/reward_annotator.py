@@ -25,9 +25,11 @@ from r2m_async.plugins import called_for_number, named_function
 from r2m_async.reward_metrics import ranking_accuracy
 from r2m_async.rewards.calls import Values, start_calls
 from r2m_async.trajectories import (
+    EvaluationReport,
     GroupRewards,
     PolicyFeedback,
     RewardEmbeddings,
+    Sample,
     StepReport,
     TrajectoryGroup,
     Weights,
@@ -130,7 +132,7 @@ class RewardAnnotator:
         groups: list[TrajectoryGroup],
         embeddings: list[RewardEmbeddings],
         feedback: list[PolicyFeedback | None],
-    ) -> tuple[StepReport]:
+    ) -> tuple[EvaluationReport]:
         """Scores held-out groups for an evaluation, and returns a report.
 
         Args:
@@ -142,29 +144,35 @@ class RewardAnnotator:
 
         The report's metrics are:
 
+        - `reward`: the mean whole reward, as training takes it: by the given head, with reward functions, clipping and
+          penalties.
         - `proxy`: the mean reward by the given head.
         - `frozen`: the mean reward by the reward model as it came. `frozen/<prompt index>` is that of one prompt.
         - `gold`: the mean gold reward, if `evaluation.gold` is set.
-        - `proxy_se`, `frozen_se`, `gold_se`: the standard errors over prompts. One prompt alone has 0.
+        - `reward_se`, `proxy_se`, `frozen_se`, `gold_se`: the standard errors over prompts. One prompt alone has 0.
         - `proxy_accuracy`, `frozen_accuracy`: of the pairs of responses to one prompt, the share that is ranked as
           gold ranks it. They are left out if gold ranks no pair or is not finite.
         - `reward/<name>`: the mean of what each reward function returned.
         - `length`: the mean number of response tokens.
+
+        The report's samples are the first response to each prompt.
 
         A mean over a reward that is not finite is NaN. Raises FunctionFailed if the gold function fails.
         """
         load_weights(self._head, head)
         # Omega is that of the step which made this policy version. No step made version 0, so step 0 stands in.
         horizon = max(0, step - 1)
-        proxy = [
-            score_group(self._head, one, states, horizon, head.version, self._config).model_rewards.tolist()
+        scored = [
+            score_group(self._head, one, states, horizon, head.version, self._config)
             for one, states in zip(embeddings, feedback, strict=True)
         ]
+        whole, proxy = ([getattr(one, name).tolist() for one in scored] for name in ("rewards", "model_rewards"))
         frozen = [one.frozen_rewards.tolist() for one in embeddings]
         gold = [self._gold_rewards(group) for group in groups]
         lengths = [t.num_response_tokens for group in groups for t in group.trajectories]
         metrics = {"length": statistics.fmean(lengths)}
-        for name, rewards in (("proxy", proxy), ("frozen", frozen), *([("gold", gold)] if self._gold else [])):
+        judges = {"reward": whole, "proxy": proxy, "frozen": frozen} | ({"gold": gold} if self._gold else {})
+        for name, rewards in judges.items():
             values = [_mean(of_prompt) for of_prompt in rewards]
             metrics[name] = _mean(values)
             metrics[f"{name}_se"] = 0.0
@@ -178,7 +186,8 @@ class RewardAnnotator:
             }
         metrics |= {f"frozen/{index}": _mean(of_prompt) for index, of_prompt in enumerate(frozen)}
         metrics |= _function_metrics(embeddings, self._config)
-        return (StepReport(version=head.version, metrics=metrics),)
+        samples = tuple(map(_sample, groups, whole, gold))
+        return (EvaluationReport(version=head.version, metrics=metrics, samples=samples),)
 
     def _gold_rewards(self, group: TrajectoryGroup) -> list[float]:
         """The gold rewards of a group's responses, or an empty list if `evaluation.gold` is not set.
@@ -196,6 +205,19 @@ class RewardAnnotator:
             place = f"{ticket.place}, response {index}"
             golds.append(called_for_number(gold, arguments, "evaluation.gold", name, place, finite))
         return golds
+
+
+def _sample(group: TrajectoryGroup, rewards: Sequence[float], golds: Sequence[float]) -> Sample:
+    """The first response of a group, with its reward. `golds` is empty if there is no gold reward."""
+    prompt, first = group.ticket.prompt, group.trajectories[0]
+    return Sample(
+        prompt_id=prompt.prompt_id,
+        prompt=prompt.content,
+        response=first.text,
+        finished=first.finish_reason == "stop",
+        reward=rewards[0],
+        gold=golds[0] if golds else None,
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

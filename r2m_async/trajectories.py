@@ -258,6 +258,36 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A response to a held-out prompt, and what an evaluation found of it. It is there to be read by people."""
+
+    prompt_id: str
+    """The name of the prompt's record."""
+    prompt: str | tuple[tuple[str, str], ...]
+    """The prompt as its record has it, a text or turns (role, content)."""
+    response: str
+    """The response as text."""
+    finished: bool
+    """Whether the policy ended the response itself."""
+    reward: float
+    """The whole reward, as training would take it."""
+    gold: float | None
+    """The gold reward. None if `evaluation.gold` is not set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """What a reward annotator reports of an evaluation."""
+
+    version: int
+    """The version of the head that scored."""
+    metrics: dict[str, float]
+    """Measured values by name."""
+    samples: tuple[Sample, ...]
+    """The first response to each held-out prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupReport:
     """What the schedule needs to know about a generated group. The group itself is not sent to the controller."""
 

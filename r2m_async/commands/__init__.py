@@ -1,6 +1,7 @@
 """This folder has the commands of `r2m`: for each its options, and what it does with them.
 
 ring.py           train, plan, check
+samples.py        samples
 export.py         export
 study.py          study
 reward_model.py   reward-model train, resume, eval

@@ -42,12 +42,12 @@ def train(config: R2MConfig, in_process: bool = False) -> Path:
                     metrics = ring.step()
                     run.write_step(metrics)
                     run.write_trace(ring.controller.take_trace())
-                    run.write_evaluations(ring.controller.evaluations)
+                    run.write_evaluations(ring.controller.evaluations, ring.controller.samples)
                     live.update(metrics, ring.controller.evaluations)
                     if not ring.finished:
                         keep_checkpoint(ring, run.path)
                 # The last checkpoint comes after everything else is written, because it may fill the disk.
-                run.write_evaluations(ring.drain())
+                run.write_evaluations(ring.drain(), ring.controller.samples)
                 run.write_trace(ring.controller.take_trace())
                 live.update({}, ring.controller.evaluations)
                 keep_checkpoint(ring, run.path)

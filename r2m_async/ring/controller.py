@@ -197,6 +197,11 @@ class Controller:
         """The metrics of each finished evaluation, in the order in which they finished."""
         return self._evaluations.results
 
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """The responses to read of each finished evaluation, see `Evaluations.samples`."""
+        return self._evaluations.samples
+
     def take_trace(self) -> list[Interval]:
         """Returns the intervals of the trace since the last call. The one that ended first comes first."""
         taken, self.metrics.trace = self.metrics.trace, []

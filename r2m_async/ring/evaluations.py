@@ -7,7 +7,8 @@ before it takes another ticket, and a reward annotator judges them with a head v
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from r2m_async.ring.stages import Payload, RolloutStage
 from r2m_async.ring.state import RingState
@@ -42,6 +43,8 @@ class Evaluations:
         """
         self.results: list[dict[str, float]] = []
         """The metrics of each finished evaluation, in the order in which they finished."""
+        self.samples: list[dict[str, Any]] = []
+        """The responses to read of each finished evaluation, in the same order: the fields of `Sample`, and `step`."""
         self._state, self._tickets = state, tickets
         self._asked: deque[Evaluation] = deque()
         """Evaluations that are not finished. The first of them may be under way."""
@@ -117,6 +120,7 @@ class Evaluations:
         report = await calls.traced(annotator.evaluate(step, evaluation.head, groups, embeddings, feedback), step=-1)
         ages = {"step": float(step), "head_version": float(evaluation.head_version)}
         self.results.append(ages | report.metrics)
+        self.samples += [{"step": float(step), **asdict(sample)} for sample in report.samples]
         # Only now does it leave the queue: if the actor is lost on the way, its next process does it again.
         self._asked.popleft()
         self._state.waits.notify()

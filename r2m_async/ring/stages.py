@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, NewType, Protocol, TypeVar, cast
 
 from r2m_async.codec import decode, encode
-from r2m_async.trajectories import GroupReport, StepReport, Ticket
+from r2m_async.trajectories import EvaluationReport, GroupReport, StepReport, Ticket
 
 Payload = NewType("Payload", object)
 """What a stage made for another stage: an object of this process, or a reference to an object in another process."""
@@ -231,8 +231,8 @@ class AnnotatorStage(Stage):
         groups: list[Payload],
         embeddings: list[Payload],
         feedback: list[Payload],
-    ) -> Call[StepReport]:
-        """Judges the groups of an evaluation. Returns a report with the metrics.
+    ) -> Call[EvaluationReport]:
+        """Judges the groups of an evaluation. Returns a report with the metrics, and with responses to read.
 
         Args:
             step: the policy version that generated the groups.

@@ -3,6 +3,7 @@
     config.yaml        the resolved config
     metrics.jsonl      one line per policy step
     evaluation.jsonl   one line per evaluation
+    samples.jsonl      one line per evaluation and held-out prompt: a response to read, as `r2m samples` shows it
     trace.jsonl        one line per call of a stage (`step_metrics.Interval`)
     events.out.*       the step metrics for TensorBoard, if `logging.tensorboard` is on
     checkpoints/       step-000040 and so on, each a directory that `Ring.save` wrote (docs/checkpoints.md)
@@ -18,7 +19,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import DiskError
@@ -39,9 +40,9 @@ class RunDirectory:
     def __init__(self, path: Path, config: R2MConfig) -> None:
         """path: an existing run directory. A half-written last line, which a killed run left, is removed."""
         self.path = path
-        for name in ("metrics.jsonl", "evaluation.jsonl", "trace.jsonl"):
+        for name in ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "trace.jsonl"):
             cut_partial_line(path / name)
-        self._num_evaluations = 0
+        self._num_evaluations = self._num_samples = 0
         self._tensorboard = None
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -66,10 +67,14 @@ class RunDirectory:
                     self._tensorboard.add_scalar(tag, value, global_step=int(metrics["step"]))
                 self._tensorboard.flush()
 
-    def write_evaluations(self, evaluations: Sequence[dict[str, float]]) -> None:
-        """Appends the evaluations that are new. evaluations: all evaluations of this process so far."""
+    def write_evaluations(self, evaluations: Sequence[dict[str, float]], samples: Sequence[dict[str, Any]]) -> None:
+        """Appends the evaluations that are new.
+
+        evaluations, samples: all evaluations of this process so far, and the responses of each to read.
+        """
+        append_records(self.path / "samples.jsonl", samples[self._num_samples :])
         append_records(self.path / "evaluation.jsonl", evaluations[self._num_evaluations :])
-        self._num_evaluations = len(evaluations)
+        self._num_evaluations, self._num_samples = len(evaluations), len(samples)
 
     def write_trace(self, intervals: Sequence[Interval]) -> None:
         """Appends intervals. `Controller.take_trace` returns each interval once."""

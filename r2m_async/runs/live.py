@@ -39,7 +39,7 @@ COLUMNS = {
     "head": ("idle/head_learner", "{:.0%}"),
 }
 """For each heading, the metric in its column and how the metric is printed. The ages are in steps."""
-JUDGES = ("proxy", "frozen", "gold")
+JUDGES = ("reward", "proxy", "frozen", "gold")
 """Who scores the responses of an evaluation: the present head, the reward model as it came, the gold reward."""
 
 
@@ -146,7 +146,8 @@ def _with_bar(text: str, done: int, total: int, after: str = "") -> RenderableTy
 def _evaluation_line(evaluation: Mapping[str, float]) -> str:
     parts = [f"evaluation of policy {evaluation.get('step', 0):.0f}"]
     for judge in JUDGES:
-        if judge in evaluation:
+        # Without reward functions, clipping and penalties the whole reward is that of the head.
+        if judge in evaluation and (judge != "reward" or evaluation[judge] != evaluation.get("proxy")):
             parts.append(f"{judge} {evaluation[judge]:.3f} ± {evaluation.get(f'{judge}_se', 0):.3f}")
     if "length" in evaluation:
         parts.append(f"length {evaluation['length']:.1f}")

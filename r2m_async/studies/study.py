@@ -373,6 +373,6 @@ def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
             while not ring.finished:
                 metrics = ring.step()
                 run.write_step(metrics)
-            run.write_evaluations(ring.drain())
+            run.write_evaluations(ring.drain(), ring.controller.samples)
             keep_checkpoint(ring, run.path)
     return metrics["time/since_start"]

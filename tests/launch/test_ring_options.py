@@ -345,7 +345,7 @@ def test_the_shares_of_pairs_ranked_as_gold_ranks_them_are_the_heads_and_the_fro
             group_id=4,
             rte=torch.tensor(proxy)[:, None],
             greedy_rte=None,
-            bonus=torch.zeros(3),
+            bonus=torch.tensor([0.5, 0.0, 1.0]),
             greedy_bonus=None,
             frozen_rewards=torch.tensor(own),
         )
@@ -355,6 +355,11 @@ def test_the_shares_of_pairs_ranked_as_gold_ranks_them_are_the_heads_and_the_fro
     (report,) = annotator.evaluate(3, weights, [group, group], embeddings, [None, None])
     told = report.metrics
     assert (told["proxy"], told["frozen"], told["gold"]) == (pytest.approx(2), 2, pytest.approx(1000.5 + 7 / 3))
+    assert told["reward"] == pytest.approx(2.5)  # with what functions and penalties add
+    first, second = report.samples
+    for sample in (first, second):
+        assert (sample.prompt, sample.response, sample.finished) == (group.ticket.prompt.content, "four", True)
+    assert [(sample.reward, sample.gold) for sample in (first, second)] == [(3.5, 1004.5), (1.5, 1004.5)]
     assert told["proxy_accuracy"] == pytest.approx(4 / 6)
     assert told["frozen_accuracy"] == pytest.approx(1 / 6)
 

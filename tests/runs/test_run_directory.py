@@ -33,6 +33,12 @@ EVALUATIONS = [
     {"step": 0.0, "head_version": 0.0, "proxy": -1.0, "proxy_se": 0.1, "frozen": -1.0, "frozen_se": 0.1, "gold": 1.5},
     {"step": 2.0, "head_version": 2.0, "proxy": 0.25, "proxy_se": 0.2, "frozen": -0.5, "frozen_se": 0.1, "gold": 1.25},
 ]
+SAMPLES = [
+    {"step": step, "prompt_id": name, "prompt": f"say {name} :", "response": f" {name} {step}", "finished": step > 0}
+    | {"reward": step / 4, "gold": 0.5}
+    for step in (0.0, 2.0)
+    for name in ("a", "b")
+]
 
 
 def step_metrics(step, **changes):
@@ -84,7 +90,7 @@ def finished_run(config):
     with RunDirectory.create(config) as run:
         for step in range(1, 5):
             run.write_step(step_metrics(step))
-        run.write_evaluations(EVALUATIONS)
+        run.write_evaluations(EVALUATIONS, SAMPLES)
         run.write_trace(trace(4))
     return run.path
 
@@ -118,10 +124,11 @@ def test_nan_and_infinity_are_written_as_null_and_read_back_as_nan(config):
 def test_evaluations_and_trace_are_given_whole_and_only_what_is_new_is_appended(config):
     run = RunDirectory.create(config)
     for known in (0, 1, 1, 2):
-        run.write_evaluations(EVALUATIONS[:known])
+        run.write_evaluations(EVALUATIONS[:known], SAMPLES[: 2 * known])
     for first in (0, 3):
         run.write_trace(trace(2)[first : first + 3])
     assert read_records(run.path / "evaluation.jsonl") == EVALUATIONS
+    assert read_records(run.path / "samples.jsonl") == SAMPLES
     records = read_records(run.path / "trace.jsonl")
     assert [record["method"] for record in records] == [one.method for one in trace(2)[:6]]
     assert records[0] == {"stage": "rollout-10", "method": "generate", "step": 0, "start": 0.0, "end": 1.9}
@@ -166,6 +173,7 @@ def test_without_tensorboard_no_event_file_is_written(finished_run):
         "config.yaml",
         "evaluation.jsonl",
         "metrics.jsonl",
+        "samples.jsonl",
         "trace.jsonl",
     ]
 

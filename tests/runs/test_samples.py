@@ -1,0 +1,51 @@
+"""What a run answered to held-out prompts is kept at every evaluation, and `r2m samples` shows the first and the last."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from r2m_async.cli import main
+from r2m_async.launch.training import train
+from r2m_async.runs.records import read_metrics, read_records
+
+pytestmark = pytest.mark.models
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path):
+    """Two steps, evaluated before each and at the end."""
+    config = tiny_config.run(num_steps=2, output_dir=str(tmp_path)).evaluation(every=1, num_prompts=2)
+    config = config.reward(missing_eos_penalty=0.25, length_penalty=0.125).rollouts(temperature=1e-3)
+    return train(config.logging(tensorboard=False, live=False), in_process=True)
+
+
+def test_each_evaluation_leaves_the_first_response_to_every_held_out_prompt(run, prompts_file):
+    samples, evaluations = read_records(run / "samples.jsonl"), read_metrics(run / "evaluation.jsonl")
+    held_out = [json.loads(line)["prompt"] for line in Path(prompts_file).read_text().splitlines()][-2:]
+    assert [(one["step"], one["prompt"]) for one in samples] == [(s, p) for s in (0, 1, 2) for p in held_out]
+    for step, evaluation in enumerate(evaluations):
+        # At a temperature next to 0 all responses of a group are the same, so the first one stands for their mean.
+        rewards = [one["reward"] for one in samples if one["step"] == step]
+        assert evaluation["reward"] == pytest.approx(sum(rewards) / 2, abs=1e-4)
+        assert evaluation["reward"] < evaluation["proxy"] - 0.1  # the penalties
+
+
+def test_the_command_shows_rewards_of_all_evaluations_and_the_first_and_the_last_answer(run, capsys):
+    samples = read_records(run / "samples.jsonl")
+    assert main(["samples", str(run), "--num", "1"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
+    assert rows == ["step", "---", "0", "1", "2"]
+    shown = {one["step"]: one for one in samples if one["prompt"] == samples[0]["prompt"]}
+    assert samples[0]["prompt"] in out
+    assert samples[1]["prompt"] not in out
+    assert f"step 0, reward {shown[0]['reward']:.2f}" in out
+    assert f"step 2, reward {shown[2]['reward']:.2f}" in out
+    assert "step 1, reward" not in out
+    assert shown[2]["response"].split()[0] in out.partition("step 2,")[2]
+
+
+def test_a_run_without_evaluations_is_refused_with_the_key(tiny_config, tmp_path, capsys):
+    assert main(["samples", str(tmp_path)]) == 2
+    assert "evaluation.every" in capsys.readouterr().err

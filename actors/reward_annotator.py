@@ -43,7 +43,7 @@ class RewardAnnotator:
         """Keeps the models and finds the gold reward function.
 
         Args:
-            model: the frozen reward model, a sequence classifier with one label.
+            model: the frozen reward model, a sequence classifier with one label. None if there is none.
             tokenizer: the reward model's tokenizer.
             head: a reward head of the run's variant (`heads.build_head`). `score` and `evaluate` overwrite its weights.
             config: the run's config.
@@ -52,7 +52,7 @@ class RewardAnnotator:
         """
         self._model = model
         self._tokenizer = tokenizer
-        self._head = head.to(model.device)
+        self._head = head if model is None else head.to(model.device)
         self._initial = named_weights(head, 0)  # a copy: later calls overwrite the weights of this very module
         self._config = config
         self._calls: dict[tuple[int, int], Future[Values]] = {}
@@ -122,7 +122,7 @@ class RewardAnnotator:
             score_group(self._head, one, states, step, head.version, self._config)
             for one, states in zip(embeddings, feedback, strict=True)
         )
-        metrics = _reward_metrics(rewards) | _function_metrics(embeddings, self._config)
+        metrics = _reward_metrics(rewards, self._config) | _function_metrics(embeddings, self._config)
         return StepReport(version=head.version, metrics=metrics), rewards
 
     def evaluate(
@@ -146,8 +146,9 @@ class RewardAnnotator:
 
         - `reward`: the mean whole reward, as training takes it: by the given head, with reward functions, clipping and
           penalties.
-        - `proxy`: the mean reward by the given head.
-        - `frozen`: the mean reward by the reward model as it came. `frozen/<prompt index>` is that of one prompt.
+        - `proxy`: the mean reward by the given head. Without a reward model it is `reward`.
+        - `frozen`: the mean reward by the reward model as it came. `frozen/<prompt index>` is that of one prompt. Both are
+          left out without a reward model.
         - `gold`: the mean gold reward, if `evaluation.gold` is set.
         - `reward_se`, `proxy_se`, `frozen_se`, `gold_se`: the standard errors over prompts. One prompt alone has 0.
         - `proxy_accuracy`, `frozen_accuracy`: of the pairs of responses to one prompt, the share that is ranked as
@@ -166,12 +167,17 @@ class RewardAnnotator:
             score_group(self._head, one, states, horizon, head.version, self._config)
             for one, states in zip(embeddings, feedback, strict=True)
         ]
-        whole, proxy = ([getattr(one, name).tolist() for one in scored] for name in ("rewards", "model_rewards"))
-        frozen = [one.frozen_rewards.tolist() for one in embeddings]
+        whole = [one.rewards.tolist() for one in scored]
+        by_model = {
+            "proxy": [one.model_rewards.tolist() for one in scored],
+            "frozen": [one.frozen_rewards.tolist() for one in embeddings],
+        }
+        if self._model is None:
+            by_model = {"proxy": whole}
         gold = [self._gold_rewards(group) for group in groups]
         lengths = [t.num_response_tokens for group in groups for t in group.trajectories]
         metrics = {"length": statistics.fmean(lengths)}
-        judges = {"reward": whole, "proxy": proxy, "frozen": frozen} | ({"gold": gold} if self._gold else {})
+        judges = {"reward": whole} | by_model | ({"gold": gold} if self._gold else {})
         for name, rewards in judges.items():
             values = [_mean(of_prompt) for of_prompt in rewards]
             metrics[name] = _mean(values)
@@ -180,11 +186,9 @@ class RewardAnnotator:
                 known = math.isfinite(metrics[name])
                 metrics[f"{name}_se"] = statistics.stdev(values) / len(values) ** 0.5 if known else math.nan
         if any(len(set(of_prompt)) > 1 for of_prompt in gold) and math.isfinite(metrics["gold"]):
-            metrics |= {
-                "proxy_accuracy": ranking_accuracy(proxy, gold),
-                "frozen_accuracy": ranking_accuracy(frozen, gold),
-            }
-        metrics |= {f"frozen/{index}": _mean(of_prompt) for index, of_prompt in enumerate(frozen)}
+            metrics |= {f"{name}_accuracy": ranking_accuracy(rewards, gold) for name, rewards in by_model.items()}
+        for index, of_prompt in enumerate(by_model.get("frozen", ())):
+            metrics[f"frozen/{index}"] = _mean(of_prompt)
         metrics |= _function_metrics(embeddings, self._config)
         samples = tuple(map(_sample, groups, whole, gold))
         return (EvaluationReport(version=head.version, metrics=metrics, samples=samples),)
@@ -225,20 +229,23 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
 
 
-def _reward_metrics(rewards: tuple[GroupRewards, ...]) -> dict[str, float]:
+def _reward_metrics(rewards: tuple[GroupRewards, ...], config: R2MConfig) -> dict[str, float]:
     """Statistics of one step's rewards. A step without groups has none."""
     if not rewards:
         return {}
     values = torch.cat([one.rewards for one in rewards])
-    spreads = torch.stack([one.model_rewards.std(correction=0) for one in rewards])
-    return {
+    has_model = config.reward.model is not None
+    by_group = [one.model_rewards if has_model else one.rewards for one in rewards]
+    metrics = {
         "reward/mean": values.mean().item(),
         "reward/std": values.std(correction=0).item(),
         "reward/nonfinite": float((~values.isfinite()).sum()),
-        "reward/group_std": spreads.mean().item(),
-        "reward/model_mean": torch.cat([one.model_rewards for one in rewards]).mean().item(),
-        "head/omega": rewards[0].omega,
+        "reward/group_std": torch.stack([one.std(correction=0) for one in by_group]).mean().item(),
     }
+    if has_model:
+        metrics["reward/model_mean"] = torch.cat(by_group).mean().item()
+        metrics["head/omega"] = rewards[0].omega
+    return metrics
 
 
 def _function_metrics(embeddings: Sequence[RewardEmbeddings], config: R2MConfig) -> dict[str, float]:

@@ -36,7 +36,9 @@ class HeadLearner:
         self._config = config
         self._version = 0
         self._held = HeldHead(head, config)
-        self._optimizer = torch.optim.AdamW(head.parameters(), lr=config.head.lr, weight_decay=0.0)
+        # In a group of parameters, because torch refuses a list without any. Without a reward model there are none.
+        group = {"params": [*head.parameters()]}
+        self._optimizer = torch.optim.AdamW([group], lr=config.head.lr, weight_decay=0.0)
 
     def start(self, weights: Weights) -> tuple[int]:
         """Takes the first weights. They come from the annotator, the only stage that has loaded the reward model.

@@ -245,6 +245,37 @@ def options_of_a_hold_need_that_hold(head: HeadSection) -> str | None:
     return None
 
 
+def a_head_needs_a_reward_model(reward: RewardSection, head: HeadSection) -> str | None:
+    """Every head but `vanilla` is a part of a reward model that reads more, or learns."""
+    if reward.model is not None or head.variant == "vanilla":
+        return None
+    return (
+        f"reward.model is null and head.variant is {head.variant!r}: without a reward model there is no head that could "
+        f"read or learn; use head.variant 'vanilla', or name a reward model"
+    )
+
+
+def something_gives_a_reward(reward: RewardSection) -> str | None:
+    """Without a reward model, the reward comes from functions."""
+    if reward.model is not None or reward.functions:
+        return None
+    return (
+        "reward.model is null and reward.functions is empty: nothing would give a reward; name functions, or a reward "
+        "model"
+    )
+
+
+def options_of_a_reward_model_need_one(reward: RewardSection) -> str | None:
+    """Keys that only the reward model reads need a reward model."""
+    if reward.model is None:
+        for key in changed(reward, "dtype", "max_tokens", "clip"):
+            return (
+                f"reward.{key} is {getattr(reward, key)!r} and reward.model is null: it is about the reward model, and there "
+                f"is none; leave it out"
+            )
+    return None
+
+
 # The data
 
 
@@ -339,6 +370,9 @@ RULES: tuple[Rule, ...] = (
     options_of_a_hold_need_that_hold,
     the_prompt_has_one_name,
     options_of_records_need_records,
+    a_head_needs_a_reward_model,
+    something_gives_a_reward,
+    options_of_a_reward_model_need_one,
     evaluation_prompts_are_held_out,
     the_embedded_language_holds_out_its_own_prompts,
     a_reward_model_from_scratch_needs_pairs,

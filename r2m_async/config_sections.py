@@ -92,9 +92,10 @@ class RewardFunction(BaseModel):
 class RewardSection(Section):
     """The reward model, and what is added to its reward or subtracted from it."""
 
-    model: str = "embedded"
+    model: str | None = "embedded"
     """Hugging Face name or directory of a sequence classifier with one label. `embedded` is a small reward model of the
-    embedded language. `from_scratch` is a small reward model that is trained on `data.preferences` before the run."""
+    embedded language. `from_scratch` is a small reward model that is trained on `data.preferences` before the run.
+    None: there is no reward model. The reward is that of `functions` alone, and `head.variant` must be `vanilla`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the frozen backbone's weights. The head computes in float32."""
     replicas: int = Field(1, gt=0)

@@ -13,7 +13,7 @@
 
 An R2M head reads the policy's states, so scoring needs both directories. The variants `vanilla` and `iterative_head`
 read no states. For them, the run's head also becomes the scoring head of the exported classifier, rounded to its dtype,
-and the classifier gives the rewards by itself.
+and the classifier gives the rewards by itself. A run without a reward model (`reward.model: null`) leaves a policy alone.
 """
 
 from __future__ import annotations
@@ -84,6 +84,9 @@ def export(source: Path, out: Path) -> Path:
     try:
         with whole_directory(out) as building:
             _write_policy(building / "policy", policy, models, _config_of(keys, "cpu"))
+            if models.reward_model is None:
+                seal(building)
+                return checkpoint
             _write_reward_model(building / "reward_model", head, models, _config_of(keys, "cpu"))
             record = {"step": step, "config": keys, "initial_policy": _portable(config.model.policy)}
             write_file(building / "reward_model" / "r2m_head.json", json.dumps(record, indent=2) + "\n")
@@ -130,6 +133,11 @@ class RewardScorer:
         `initial_policy` does not fit the head.
         """
         policy, reward = Path(path, "policy"), Path(path, "reward_model")
+        if policy.is_dir() and not reward.exists():
+            raise ConfigError(
+                f"{path}: is of a run without a reward model (reward.model: null), so there is nothing to score with; call "
+                f"the run's reward functions yourself"
+            )
         try:
             record = json.loads((reward / "r2m_head.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -257,15 +265,17 @@ def _write_policy(directory: Path, weights: Weights, models: Models, config: R2M
 
 def _write_reward_model(directory: Path, weights: Weights, models: Models, config: R2MConfig) -> None:
     """Writes the reward model with its tokenizer, and the head beside it."""
-    model = load_reward_model(models.reward_model, config)
+    name = models.reward_model
+    assert name is not None, "a run without a reward model leaves none"
+    model = load_reward_model(name, config)
     phi = scoring_head(model)
     head = build_head(phi, models.reward_hidden_size, models.policy_hidden_size, config)
-    _fill(head, weights, "reward.model", models.reward_model)
+    _fill(head, weights, "reward.model", name)
     if not config.reads_feedback:
         phi.load_state_dict(head.scoring_head.state_dict())
     save_classifier(model, directory)
     save_file(weights.tensors, directory / "r2m_head.safetensors")
-    AutoTokenizer.from_pretrained(models.reward_model).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(name).save_pretrained(directory)
 
 
 def _fill(module: nn.Module, weights: Weights, key: str, name: str) -> None:

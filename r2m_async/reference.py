@@ -127,17 +127,21 @@ class _Algorithm1:
         self._config, self._engine, self._estimator = config, engine, workload.estimator
         self._policy = load_policy(workload.policy, config)
         self._reference = load_policy(workload.reference, config)
-        self._reward_model = load_reward_model(workload.reward_model, config)
+        self._reward_model = load_reward_model(workload.reward_model, config) if workload.reward_model else None
         self._head = build_head(
-            scoring_head(self._reward_model), workload.reward_hidden_size, workload.policy_hidden_size, config
+            scoring_head(self._reward_model) if self._reward_model else None,
+            workload.reward_hidden_size,
+            workload.policy_hidden_size,
+            config,
         ).to(self._policy.device)
         self._policy_tokenizer = AutoTokenizer.from_pretrained(workload.policy)
-        self._reward_tokenizer = AutoTokenizer.from_pretrained(workload.reward_model)
+        self._reward_tokenizer = AutoTokenizer.from_pretrained(workload.reward_model) if workload.reward_model else None
         self._tickets = TicketOffice(config, workload)
         self._policy_optimizer = _Optimizer(self._policy, config)
         self._critic = load_critic(workload.critic, config) if workload.critic else None
         self._critic_optimizer = _Optimizer(self._critic, config) if self._critic else None
-        self._head_optimizer = torch.optim.AdamW(self._head.parameters(), lr=config.head.lr, weight_decay=0.0)
+        head_group = {"params": [*self._head.parameters()]}  # which may be empty, unlike a bare list
+        self._head_optimizer = torch.optim.AdamW([head_group], lr=config.head.lr, weight_decay=0.0)
         self._held = HeldHead(self._head, config)
         self._held.start()
         self._policies, self._heads = [copy.deepcopy(self._policy)], [copy.deepcopy(self._head)]

@@ -26,5 +26,6 @@ def _export(parsed: argparse.Namespace) -> int:
     checkpoint = export(parsed.source, parsed.out)
     print(f"checkpoint    {checkpoint}")
     print(f"policy        {parsed.out / 'policy'}")
-    print(f"reward model  {parsed.out / 'reward_model'}")
+    reward_model = parsed.out / "reward_model"
+    print(f"reward model  {reward_model if reward_model.exists() else 'none: reward.model is null'}")
     return 0

@@ -112,7 +112,7 @@ def _check_models(config: R2MConfig) -> tuple[dict[str, int], list[str]]:
     from r2m_async.launch.workload import BUILT_HERE, check_critic, hidden_size
 
     policy, critic = config.model.policy, config.critic.model
-    sizes, unchecked = {}, []
+    sizes, unchecked = {} if config.reward.model else {"reward.model": 0}, []
     for key, name in (("model.policy", policy), ("reward.model", config.reward.model), ("critic.model", critic)):
         if name is None:
             continue

@@ -68,12 +68,14 @@ def _rollout_actor(config: R2MConfig, workload: Workload) -> RolloutActor:
 
 
 def _reward_annotator(config: R2MConfig, workload: Workload) -> RewardAnnotator:
-    """Makes a reward annotator with the frozen reward model and a new head."""
+    """Makes a reward annotator with the frozen reward model and a new head, or with neither if there is no model."""
     from transformers import AutoTokenizer
 
     from r2m_async.models.heads import build_head
     from r2m_async.models.reward import load_reward_model, scoring_head
 
+    if workload.reward_model is None:
+        return RewardAnnotator(None, None, build_head(None, 0, workload.policy_hidden_size, config), config)
     model = load_reward_model(workload.reward_model, config)
     head = build_head(scoring_head(model), workload.reward_hidden_size, workload.policy_hidden_size, config)
     return RewardAnnotator(model, AutoTokenizer.from_pretrained(workload.reward_model), head, config)
@@ -123,7 +125,8 @@ def _head_learner(config: R2MConfig, workload: Workload) -> HeadLearner:
     from r2m_async.models.heads import build_head
     from r2m_async.models.reward import classifier_skeleton, scoring_head
 
-    phi = scoring_head(classifier_skeleton(workload.reward_model)).to_empty(device="cpu")
+    reward_model = workload.reward_model
+    phi = scoring_head(classifier_skeleton(reward_model)).to_empty(device="cpu") if reward_model else None
     head = build_head(phi, workload.reward_hidden_size, workload.policy_hidden_size, config)
     # It stays on the CPU: it makes one small update per step, and must take no GPU memory from other stages.
     return HeadLearner(head, config)
@@ -162,7 +165,7 @@ def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
         if make is _rollout_actor:
             num_gpus, deadline = gpus * config.rollouts.tensor_parallel, config.rollouts.hang_after
             return processes.stage(name, make, workload, num_gpus, deadline)
-        on_cpu = make in (_replay_queue, _head_learner)
+        on_cpu = make in (_replay_queue, _head_learner) or (make is _reward_annotator and not workload.reward_model)
         return processes.stage(name, make, workload, 0.0 if on_cpu else gpus)
 
     return _stages(config, launch, {**ray_bytes(), "watch": processes.ray.watch})

@@ -128,7 +128,8 @@ def gpu_share(config: R2MConfig, available: float) -> float:
     Raises ConfigError if a stage of several ranks would get parts of GPUs.
     """
     rollouts = config.rollouts
-    users = rollouts.num_actors * rollouts.tensor_parallel + config.reward.replicas + config.learner.num_ranks
+    annotators = config.reward.replicas if config.reward.model else 0
+    users = rollouts.num_actors * rollouts.tensor_parallel + annotators + config.learner.num_ranks
     if config.run.device == "cpu" or available == 0:
         return 0.0
     if available >= users:

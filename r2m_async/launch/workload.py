@@ -37,14 +37,14 @@ class Workload:
     """Hugging Face name or directory of the policy."""
     reference: str
     """Hugging Face name or directory of the reference policy pi_ref."""
-    reward_model: str
-    """Hugging Face name or directory of the reward model."""
+    reward_model: str | None
+    """Hugging Face name or directory of the reward model. None if there is none."""
     critic: str | None
     """Hugging Face name or directory of the model from which the critic starts. None if there is no critic."""
     policy_hidden_size: int
     """The number of values in one hidden state of the policy."""
     reward_hidden_size: int
-    """The number of values in one hidden state of the reward model."""
+    """The number of values in one hidden state of the reward model. 0 if there is none."""
     prompts: tuple[Prompt, ...]
     """The prompts that are trained on."""
     eval_prompts: tuple[Prompt, ...]
@@ -66,7 +66,7 @@ class Models(NamedTuple):
     """The policy and the reward model of a run. The fields are those of `Workload` with the same names."""
 
     policy: str
-    reward_model: str
+    reward_model: str | None
     policy_hidden_size: int
     reward_hidden_size: int
 
@@ -167,7 +167,7 @@ def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] 
         policy=policy,
         reward_model=reward_model,
         policy_hidden_size=_hidden_size("model.policy", policy),
-        reward_hidden_size=_hidden_size("reward.model", reward_model),
+        reward_hidden_size=0 if reward_model is None else _hidden_size("reward.model", reward_model),
     )
 
 

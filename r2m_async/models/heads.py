@@ -41,15 +41,18 @@ from r2m_async.trajectories import (
 )
 
 
-def build_head(phi: nn.Module, rm_hidden_size: int, policy_hidden_size: int, config: R2MConfig) -> nn.Module:
+def build_head(phi: nn.Module | None, rm_hidden_size: int, policy_hidden_size: int, config: R2MConfig) -> nn.Module:
     """Returns a new float32 reward head on the CPU, all of whose parameters require gradients.
 
-    phi: the reward model's own scoring head. The new head has a copy of it as `.scoring_head`.
+    phi: the reward model's own scoring head. The new head has a copy of it as `.scoring_head`. None if there is no reward
+        model: the head then has no parameters, and its rewards are 0.
     rm_hidden_size, policy_hidden_size: D_m and D_p.
 
     Variants that read feedback get an `R2MHead`. Its first weights are drawn from `run.seed`. The others get a plain
     module that holds the copy of phi and nothing else.
     """
+    if phi is None:
+        return nn.Module()
     # A copy, because phi stays a part of the frozen reward model, whose own rewards must not change.
     phi = copy.deepcopy(phi).float().cpu().requires_grad_(True)
     if config.reads_feedback:
@@ -77,6 +80,8 @@ def head_rewards(head: nn.Module, rte: Tensor, states: Sequence[Tensor] | None, 
     states: K tensors [S - 1, D_p] of hidden states of the policy, or None if the head reads no feedback.
     omega: the weight of the embedding beside the feedback, see `omega_of`.
     """
+    if not rte.shape[-1]:
+        return torch.zeros(len(rte))
     if states is None:
         return head.scoring_head(rte.to(next(head.parameters()).device)).squeeze(-1)
     device = next(head.parameters()).device

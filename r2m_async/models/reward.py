@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from r2m_async.models.loading import settled
 from r2m_async.models.weight_files import SECOND_LAYER, check_weight_files
 from r2m_async.plugins import FLOAT32_MAX
 from r2m_async.rewards.calls import Values, start_calls
-from r2m_async.trajectories import RewardEmbeddings, Trajectory, TrajectoryGroup
+from r2m_async.trajectories import Prompt, RewardEmbeddings, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -190,7 +190,7 @@ _ONE_PASS = threading.Lock()
 
 @torch.no_grad()
 def embed_group(
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: Any,
     group: TrajectoryGroup,
     config: R2MConfig,
@@ -200,6 +200,7 @@ def embed_group(
 
     A greedy twin, if the group has one, gets an embedding and a bonus too. It gets no frozen reward.
 
+    model: the reward model, or None if there is none. Embeddings then have no numbers, and frozen rewards are 0.
     tokenizer: the reward model's own tokenizer. The responses come to it as text.
     calls: the calls of the reward functions for this group, which `start_calls` has started. None starts them here.
 
@@ -213,19 +214,11 @@ def embed_group(
     if calls is None and config.reward.functions:
         calls = start_calls(group, config)
     both = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
-    prompt = group.ticket.prompt
-    rows = [
-        reward_input_ids(tokenizer, prompt.content, t.text, t.finish_reason == "stop", config.reward.max_tokens)
-        for t in both
-    ]
     num = len(group.trajectories)
-    phi = scoring_head(model)
-    # In float32, because the reward head has phi in float32: both then give the same reward for the same embedding.
-    weights = {name: weight.float() for name, weight in phi.named_parameters()}
-    with _ONE_PASS:
-        input_ids, mask = right_padded(rows, model.config.get_text_config().pad_token_id or 0, model.device)
-        rte = reward_token_embeddings(model, input_ids, mask.long()).float().cpu()
-        frozen = torch.func.functional_call(phi, weights, (rte[:num].to(model.device),)).squeeze(-1).cpu()
+    rte, frozen = torch.zeros(len(both), 0), torch.zeros(num)
+    if model is not None:
+        with _ONE_PASS:
+            rte, frozen = _embedded(model, tokenizer, group.ticket.prompt, both, num, config)
     values = calls.result() if calls else ((),) * len(both)
     place = group.ticket.place
     bonus = torch.tensor(
@@ -246,6 +239,28 @@ def embed_group(
     )
     check_embeddings(embeddings, place, config)
     return embeddings
+
+
+def _embedded(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: Prompt,
+    trajectories: Sequence[Trajectory],
+    num_frozen: int,
+    config: R2MConfig,
+) -> tuple[Tensor, Tensor]:
+    """Returns the embeddings [B, D_m] of B responses to a prompt, and the frozen rewards of the first `num_frozen`."""
+    rows = [
+        reward_input_ids(tokenizer, prompt.content, t.text, t.finish_reason == "stop", config.reward.max_tokens)
+        for t in trajectories
+    ]
+    input_ids, mask = right_padded(rows, model.config.get_text_config().pad_token_id or 0, model.device)
+    rte = reward_token_embeddings(model, input_ids, mask.long()).float().cpu()
+    phi = scoring_head(model)
+    # In float32, because the reward head has phi in float32: both then give the same reward for the same embedding.
+    weights = {name: weight.float() for name, weight in phi.named_parameters()}
+    frozen = torch.func.functional_call(phi, weights, (rte[:num_frozen].to(model.device),)).squeeze(-1).cpu()
+    return rte, frozen
 
 
 def _bonus(values: tuple[float, ...], trajectory: Trajectory, place: str, config: R2MConfig) -> float:

@@ -21,6 +21,6 @@ def directory(value: str) -> Path:
 
 
 def check_split(parsed: argparse.Namespace) -> None:
-    """Raises ConfigError if `--split` is given without the `--pairs` that it is a split of."""
-    if parsed.split is not None and parsed.pairs is None:
+    """Raises ConfigError if `--split` is given without the `--pairs`, or `--ranked`, that it is a split of."""
+    if parsed.split is not None and parsed.pairs is None and getattr(parsed, "ranked", None) is None:
         raise ConfigError(f"--split {parsed.split}: is a split of --pairs, which is not given; give both or neither")

@@ -40,7 +40,10 @@ def add_reward_model(commands: Any) -> None:
     evaluate.add_argument(
         "--pairs", metavar="FILE", help="pairs in place of those that the run held out; `embedded`: held-out ones"
     )
-    evaluate.add_argument("--split", metavar="NAME", help="of --pairs that are an HF data set (default: the run's)")
+    evaluate.add_argument(
+        "--ranked", metavar="FILE", help="prompts with ranked responses, as BSR publishes them, commas between files"
+    )
+    evaluate.add_argument("--split", metavar="NAME", help="of --pairs, --ranked in an HF data set (default: the run's)")
     evaluate.add_argument(
         "--initial-policy", metavar="NAME", help="that an export's run started from, where the export does not name it"
     )
@@ -91,6 +94,7 @@ def _evaluate_reward_model(parsed: argparse.Namespace) -> int:
     sources = EvaluationSources(
         pairs=parsed.pairs,
         split=parsed.split,
+        ranked=parsed.ranked,
         initial_policy=parsed.initial_policy,
         rm_bench=parsed.rm_bench,
         embedded=parsed.embedded,

@@ -30,6 +30,7 @@ class Stream(IntEnum):
     REFRESHED_NOISE = 3
     EVALUATION = 4
     EVALUATION_NOISE = 5
+    HEAD_DROPOUT = 6
 
 
 def sampling_seed(seed: int, group_id: int, stream: int = Stream.ROLLOUTS) -> int:

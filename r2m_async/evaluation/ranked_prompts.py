@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r2m_async.data.records import Content, Record, read_records
+from r2m_async.data.records import Content, Record, load_records, read_records
+from r2m_async.data.sources import items_of
 from r2m_async.errors import DataError
 from r2m_async.from_scratch.language import (
     ADJECTIVES,
@@ -116,6 +117,47 @@ def ranked(prompt: str, responses: Sequence[Response]) -> RankedPrompt:
     """A prompt of the embedded language with its responses, and the gold reward of each."""
     golds = tuple(gold_reward(prompt, one.text, one.finished) for one in responses)
     return RankedPrompt(prompt=prompt, responses=tuple(responses), golds=golds)
+
+
+def load_ranked(source: str, split: str = "train") -> dict[str, tuple[RankedPrompt, ...]]:
+    """Reads prompts with ranked responses, as BSR publishes its validation sets.
+
+    source: as in `sources.rows`; each file or data set becomes a split of its own.
+    split: the split of a data set.
+
+    A record has `instruction`, two responses or more in `response_1_text`, `response_2_text`, ..., and their gold
+    rewards in `all_scores`. All records of a source have equally many. The instruction is the user's turn, as in BSR's
+    script (scripts/run_kendall.py in github.com/LinkedIn-XFACT/RM-Robustness).
+
+    Returns the prompts by the name of the file or the data set. Raises `DataError`.
+    """
+    splits: dict[str, tuple[RankedPrompt, ...]] = {}
+    for item in items_of(source):
+        name = Path(item).name if Path(item).name not in splits else item
+        splits[name] = load_records([item], split, _ranked_record)[0]
+        numbers = sorted({len(one.responses) for one in splits[name]})
+        if len(numbers) > 1:
+            raise DataError(
+                f"{item}: prompts with {numbers[0]} and with {numbers[-1]} responses; give each number a file of its own"
+            )
+    return splits
+
+
+def _ranked_record(record: Record) -> RankedPrompt:
+    """The prompt of a record with its responses and their gold rewards."""
+    keys: list[str] = []
+    while record.has(key := f"response_{len(keys) + 1}_text"):
+        keys.append(key)
+    golds = record.field("all_scores")
+    numbers = isinstance(golds, list) and all(type(one) in (int, float) and abs(one) < float("inf") for one in golds)
+    if not numbers or len(golds) != len(keys) or len(keys) < 2:
+        why = f"not a finite number for each of the responses, of which there are {len(keys)}"
+        raise record.refusal("wrong_type", "all_scores", golds, why, "write one per response, of two or more")
+    return RankedPrompt(
+        prompt=(("user", record.response("instruction")),),
+        responses=tuple(Response(text=record.response(key), finished=True) for key in keys),
+        golds=tuple(map(float, golds)),
+    )
 
 
 def load_rm_bench(path: str | Path) -> tuple[StyledPrompt, ...]:

@@ -30,7 +30,14 @@ import numpy as np
 from r2m_async import reward_metrics
 from r2m_async.data.records import Content
 from r2m_async.errors import ConfigError
-from r2m_async.evaluation.ranked_prompts import NUM_STYLES, RankedPrompt, StyledPrompt, embedded_splits, load_rm_bench
+from r2m_async.evaluation.ranked_prompts import (
+    NUM_STYLES,
+    RankedPrompt,
+    StyledPrompt,
+    embedded_splits,
+    load_ranked,
+    load_rm_bench,
+)
 from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 from r2m_async.evaluation.text_states import (
     Text,
@@ -61,7 +68,10 @@ class EvaluationSources:
     """Pairs, given as in `data.preferences`. None takes what a run held out, and then also measures the hidden states
     of its training pairs."""
     split: str | None = None
-    """Split of `pairs`, if they are a Hugging Face data set. None means the run's `data.split` or its default."""
+    """Split of `pairs` and `ranked`, if they are Hugging Face data sets. None means the run's `data.split` or its
+    default."""
+    ranked: str | None = None
+    """Prompts with ranked responses, as BSR publishes its validation sets; several with commas between them."""
     rm_bench: Path | None = None
     """RM-Bench's file, or several with commas between them. None leaves RM-Bench out."""
     embedded: bool | None = None
@@ -101,9 +111,11 @@ def evaluate(
     if of_language if sources.embedded is None else sources.embedded:
         check_held_out("--prompts", sources.num_prompts)
         splits = embedded_splits(embedded or embedded_models(), sources.seed, sources.num_prompts)
+    if sources.ranked is not None:
+        splits = {**splits, **load_ranked(sources.ranked, sources.split or ensemble.config.data.split)}
     styled = () if sources.rm_bench is None else load_rm_bench(sources.rm_bench)
     if not (pairs or splits or styled):
-        raise ConfigError(f"{model}: nothing to evaluate on; give --pairs, --rm-bench or --embedded")
+        raise ConfigError(f"{model}: nothing to evaluate on; give --pairs, --ranked, --rm-bench or --embedded")
     with one_thread():
         scorer = TextScorer(ensemble)
         results = {

@@ -8,6 +8,7 @@ configuration in which the named keys are changed:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Self
 
@@ -60,9 +61,13 @@ class HeadSection(Section):
     Linear(width, 1)."""
     width: int = Field(1024, gt=1)
     """Width of the middle layer. It counts only with two layers."""
-    init: Literal["normal", "keep"] = "normal"
-    """`normal` draws the weights from N(0, 1/(inputs + 1)) and sets biases to 0. `keep` takes the head of the model
-    that training starts from."""
+    init: Literal["normal", "uniform", "keep"] = "normal"
+    """`normal` draws the weights from N(0, 1/(inputs + 1)) and sets biases to 0. `uniform` draws weights and biases as
+    PyTorch does for a linear layer, from +-1/sqrt(inputs); GRM's code has it so. `keep` takes the head of the model that
+    training starts from."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the numbers of a hidden state that are set to 0 in training before the head reads it. The others are
+    divided by the rest of the share. GRM's code has 0.1. Evaluations and the saved model have none."""
 
 
 class LossSection(Section):
@@ -103,10 +108,12 @@ class EnsembleSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW. The learning rate rises linearly over the warm-up, and then falls linearly towards 0."""
+    """AdamW. The learning rate rises linearly over the warm-up, and then falls towards 0."""
 
     lr: float = Field(1e-5, gt=0)
     """The highest learning rate."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How the learning rate falls after the warm-up: in a line, or as half a cosine, which GRM's code has."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0)
@@ -244,7 +251,8 @@ class RewardModelConfig(ConfigTree):
         if step < warmup:
             # Neither end of the schedule is 0, because a step with learning rate 0 would teach nothing.
             return self.optimizer.lr * (step + 1) / (warmup + 1)
-        return self.optimizer.lr * (num_steps - step) / (num_steps - warmup)
+        left = (num_steps - step) / (num_steps - warmup)
+        return self.optimizer.lr * (left if self.optimizer.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

@@ -25,7 +25,7 @@ from r2m_async.reward_models.preferences import TokenizedText
 
 
 class RewardTrainee(nn.Module):
-    """A reward model in training. It is always in eval mode, so that there is no dropout.
+    """A reward model in training. It is always in eval mode, so that the backbone has no dropout.
 
     A parameter is trained if its `requires_grad` is true.
     """
@@ -44,7 +44,7 @@ class RewardTrainee(nn.Module):
             raise ConfigError(
                 f"head.init is 'keep' and model.start {start!r} has no head of one label; use init 'normal'"
             )
-        if config.head.init == "normal":
+        if config.head.init != "keep":
             self.classifier.score = _new_head(self.classifier, config)
         self.lm_head = _lm_head(start, self.classifier, config) if config.loss.regularizer is not None else None
         check_weights(self, "model.start", start)
@@ -64,20 +64,23 @@ class RewardTrainee(nn.Module):
         """The device that the model is on."""
         return self.classifier.device
 
-    def forward(self, texts: Sequence[TokenizedText], with_logprobs: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, texts: Sequence[TokenizedText], with_logprobs: bool = False, dropout: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Rewards of N texts and, if asked for, the log-probabilities of their responses, all float32.
 
         texts: N texts.
         with_logprobs: whether to compute log-probabilities. The config must have a regularizer then.
+        dropout: [N, D], by which the states that the head reads are multiplied. None leaves them as they are.
 
         Returns rewards [N], and log pi(response | prompt) [N] by the LM head or None. A log-probability is the sum over
         the tokens of the response.
         """
         if not with_logprobs:
-            return self._scored(self._head_states(texts))[0], None
+            return self._scored(self._head_states(texts), dropout)[0], None
         assert self.lm_head is not None
         ids_NS, lengths_N1, states_NSD = self._read(texts)
-        rewards_N, _ = self._scored(self._scored_states(ids_NS, states_NSD))
+        rewards_N, _ = self._scored(self._scored_states(ids_NS, states_NSD), dropout)
         # The state at one token predicts the next token: the last state predicts nothing, and nothing predicts the
         # first token.
         logits = self.lm_head(states_NSD[:, :-1]).float()
@@ -118,8 +121,10 @@ class RewardTrainee(nn.Module):
         """The hidden states [N, D] at the token that the head reads."""
         return states_NSD[torch.arange(len(ids_NS), device=self.device), scored_positions(self.classifier, ids_NS)]
 
-    def _scored(self, scored_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def _scored(self, scored_ND: Tensor, dropout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rewards [N], float32, and the hidden states [N, D] that they are computed from."""
+        if dropout is not None:
+            scored_ND = scored_ND * dropout.to(scored_ND)
         return self.classifier.score(scored_ND).squeeze(-1).float(), scored_ND
 
     @torch.no_grad()
@@ -174,14 +179,15 @@ def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
 
 
 def _new_head(classifier: Any, config: RewardModelConfig) -> nn.Module:
-    """A head with weights from N(0, 1/(inputs + 1)), drawn by run.seed, and biases of 0."""
+    """A head whose weights are drawn by run.seed, as `head.init` says."""
     hidden_size = classifier.config.get_text_config().hidden_size
     two = config.head.layers == 2
     # The caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         head = two_layer_head(hidden_size, config.head.width) if two else nn.Linear(hidden_size, 1, bias=False)
-        for layer in head.modules():
+        # The layers are made with PyTorch's own first weights, which `uniform` keeps.
+        for layer in head.modules() if config.head.init == "normal" else ():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=(layer.in_features + 1) ** -0.5)
                 if layer.bias is not None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.finite import all_finite, first_bad
 from r2m_async.from_scratch.cache import key_digest
@@ -66,6 +67,7 @@ class RewardTrainer:
         num_sampled = min(NUM_SAMPLED, len(self.pairs))
         # Always the same pairs, so that evaluations of different steps can be compared.
         self._sample = random.Random(f"{config.run.seed}/sample").sample(self.pairs, num_sampled)
+        self._hidden_size = self.model.classifier.config.get_text_config().hidden_size
         self.num_steps = config.num_steps(len(self.pairs))
         self.steps_done = 0
         # They belong to the model as it starts, so they are computed before any step and before `restore`.
@@ -239,8 +241,24 @@ class RewardTrainer:
         """Rewards [2, B] of B pairs and, if asked for, log-probabilities [2, B]. Row 0 is the chosen responses."""
         pairs = [self.pairs[index] for index in part]
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        rewards, logprobs = self.model(texts, with_logprobs)
+        rewards, logprobs = self.model(texts, with_logprobs, self._dropout(part))
         return rewards.view(2, -1), None if logprobs is None else logprobs.view(2, -1)
+
+    def _dropout(self, part: Sequence[int]) -> Tensor | None:
+        """[2 B, D] factors of the states that the head reads, first those of the chosen responses. None without dropout.
+
+        They depend on run.seed, the step and the pair alone: not on the micro-batch, the rank, or a run's interruption.
+        """
+        share = self.config.head.dropout
+        if not share:
+            return None
+        factors_B2D = []
+        for index in part:
+            place = self.steps_done * len(self.pairs) + index
+            seed = sampling_seed(self.config.run.seed, place, Stream.HEAD_DROPOUT)
+            drawn = torch.rand(2, self._hidden_size, generator=torch.Generator().manual_seed(seed))
+            factors_B2D.append((drawn >= share) / (1 - share))
+        return torch.stack(factors_B2D, dim=1).flatten(0, 1)
 
     def _loss(self, part: Sequence[int], batch_mean: Tensor | None) -> tuple[PreferenceTerms, Tensor]:
         """The loss of a micro-batch with its terms, and its rewards [2, B] without gradient."""

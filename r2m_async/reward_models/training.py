@@ -9,8 +9,8 @@
     RUN/training.png, states.png     the figures
 
 An ensemble has one such folder per seed, and `RewardEnsemble(RUN)` scores with all its models. Models are trained
-without dropout, and entirely in float32 or in bfloat16. On a CPU every run of the same config gives the same bits, even
-if it was interrupted and resumed.
+without dropout but that of `head.dropout`, and entirely in float32 or in bfloat16. On a CPU every run of the same config
+gives the same bits, even if it was interrupted and resumed.
 """
 
 from __future__ import annotations

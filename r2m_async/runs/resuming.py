@@ -69,6 +69,7 @@ REWARD_MODEL_MAY_CHANGE = (
     "model.attention",
     "ensemble.*",
     "optimizer.lr",
+    "optimizer.schedule",
     "optimizer.warmup",
     "optimizer.weight_decay",
     "optimizer.max_grad_norm",

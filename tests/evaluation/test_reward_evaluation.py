@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.evaluation import reward_models as reward_evaluation
-from r2m_async.evaluation.ranked_prompts import OTHER_WRITERS, SPLITS, embedded_splits, load_rm_bench
+from r2m_async.evaluation.ranked_prompts import OTHER_WRITERS, SPLITS, embedded_splits, load_ranked, load_rm_bench
 from r2m_async.evaluation.reward_models import EvaluationSources, evaluate, table
 from r2m_async.evaluation.text_scorer import TextScorer
 from r2m_async.export import RewardScorer, export
@@ -145,6 +145,38 @@ def test_rm_bench_by_domain_is_a_loop_over_its_nine_cells(tiny, tmp_path):
         assert np.allclose(results[name]["grid"], grid), name
     assert results["all"]["hard"] == pytest.approx(np.mean([grids["all"][cell] for cell in ((0, 1), (0, 2), (1, 2))]))
     assert len({results[name]["normal"] for name in results}) > 2
+
+
+RANKED = {
+    "instruction": "the river :",
+    **{f"response_{i}_text": " the" * i for i in range(1, 5)},
+    "all_scores": [0.1, 4, 2, -1],
+}
+
+
+def test_bsrs_validation_sets_give_kendalls_tau_each(tiny, tmp_path):
+    for name, tie in (("val2.jsonl", 4), ("val3.json", 0.1)):
+        written(tmp_path / name, [RANKED, RANKED | {"instruction": "the stone :", "all_scores": [0.1, tie, 2, -1]}])
+    loaded = load_ranked(f"{tmp_path / 'val2.jsonl'},{tmp_path / 'val3.json'}")
+    assert list(loaded) == ["val2.jsonl", "val3.json"] and loaded["val3.json"][0].golds == (0.1, 4.0, 2.0, -1.0)
+    assert loaded["val2.jsonl"][1].prompt == (("user", "the stone :"),)
+    assert [one.text for one in loaded["val2.jsonl"][0].responses] == [" the" * i for i in range(1, 5)]
+    results = evaluate(
+        tiny("llama", True), EvaluationSources(ranked=f"{tmp_path / 'val2.jsonl'}, {tmp_path / 'val3.json'}")
+    )
+    assert {name: one["num_prompts"] for name, one in results["splits"].items()} == {"val2.jsonl": 2, "val3.json": 2}
+    assert "| val3.json | " in table(results)
+
+
+@pytest.mark.parametrize("scores", [[1, 2, 3], None, [1, 2, 3, "4"], [1, 2, 3, float("nan")], [1, 2, 3, True]])
+def test_gold_rewards_that_are_not_one_number_a_response_are_refused(tmp_path, scores):
+    with pytest.raises(DataError, match="line 1: all_scores.*: not a finite number for each of the responses"):
+        load_ranked(str(written(tmp_path / "a.jsonl", [RANKED | {"all_scores": scores}])))
+    with pytest.raises(DataError, match="prompts with 2 and with 4 responses"):
+        two = {key: RANKED[key] for key in ("instruction", "response_1_text", "response_2_text")} | {
+            "all_scores": [1, 2]
+        }
+        load_ranked(str(written(tmp_path / "b.jsonl", [RANKED, two])))
 
 
 def test_rm_benchs_own_files_are_read_too_and_others_refused(tmp_path):

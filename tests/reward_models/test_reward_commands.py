@@ -103,6 +103,26 @@ def test_the_shipped_configs_differ_in_loss_and_head_alone():
     assert trees[3] == trees[0]
 
 
+PAPERS = {
+    "bsr_llama3.2_3b": (3e-6, "linear", 0.05, 128, 1, 1.0, None, "squared_mean", 1e-3),
+    "bsr_skywork_llama3.1_8b": (2e-6, "linear", 0.05, 128, 1, 1.0, None, "squared_mean", 16 * 1e-3),
+    "grm_gemma_2b": (1e-5, "cosine", 0.03, 16, 2, 5.0, "sft", None, None),
+    "grm_llama3_8b": (2e-6, "cosine", 0.03, 512, 1, 5.0, "sft", None, None),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_presets_have_the_numbers_of_their_papers(name):
+    folder = CONFIGS[0].parents[1] / "presets" / "reward_model"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(PAPERS)
+    config = RewardModelConfig.from_yaml(folder / f"{name}.yaml")
+    optimizer, loss = config.optimizer, config.loss
+    told = (optimizer.lr, optimizer.schedule, optimizer.warmup, optimizer.batch_size, optimizer.epochs)
+    lambda_ = loss.bsr_weight if loss.bsr else None
+    assert (*told, optimizer.max_grad_norm, loss.regularizer, loss.bsr, lambda_) == pytest.approx(PAPERS[name])
+    assert (config.head.layers, config.head.dropout) == ((2, 0.1) if loss.regularizer else (1, 0.0))
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

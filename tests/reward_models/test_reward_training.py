@@ -249,6 +249,60 @@ def test_the_learning_rate_rises_then_falls_to_zero(config):
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
 
+def test_a_cosine_falls_as_that_of_transformers_does(config):
+    from transformers import get_cosine_schedule_with_warmup
+
+    config = config.optimizer(lr=1.0, warmup=0.2, schedule="cosine")
+    of_transformers = get_cosine_schedule_with_warmup(torch.optim.SGD([torch.zeros(1)], lr=1.0), 2, 10)
+    expected = [of_transformers.lr_lambdas[0](step) for step in range(2, 10)]
+    assert [config.learning_rate(step, 10) for step in range(10)] == pytest.approx([1 / 3, 2 / 3, *expected])
+
+
+def test_dropout_is_on_what_the_head_reads_and_in_training_alone(config):
+    config = config.head(dropout=0.25)
+    trainer, plain = trainer_of(config), trainer_of(config.head(dropout=0.0))
+    part = trainer._batch(0)
+    pairs = [trainer.pairs[index] for index in part]
+    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    factors = trainer._dropout(part)
+    assert factors.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert abs((factors == 0).float().mean().item() - 0.25) < 4 * (0.25 * 0.75 / factors.numel()) ** 0.5
+    with torch.no_grad():
+        _, states = trainer.model.rewards_and_states(texts)
+        expected = (states * factors) @ trainer.model.classifier.score.weight.T
+        assert torch.allclose(trainer._forward(part)[0].flatten(), expected.squeeze(1), atol=1e-6)
+        assert torch.equal(trainer.model(texts)[0], plain.model(texts)[0])
+    assert trainer.evaluate() == plain.evaluate()
+
+
+def test_dropout_depends_on_neither_the_microbatches_nor_an_interruption(config, tmp_path):
+    config = config.head(dropout=0.5).loss(bsr="squared_mean")
+    trainer, other = trainer_of(config), trainer_of(config.optimizer(tokens_per_microbatch=40))
+    assert len(other._microbatches(other._batch(0))) > 1 and trainer.step()["loss"] == pytest.approx(
+        other.step()["loss"]
+    )
+    for (name, one), two in zip(trainer._parameters.items(), other._parameters.values(), strict=True):
+        assert torch.allclose(one.grad, two.grad, atol=1e-5 * one.grad.abs().max().item()), name
+    trainer.save(tmp_path / "checkpoint")
+    resumed = trainer_of(config)
+    resumed.restore(tmp_path / "checkpoint")
+    trainer.step(), resumed.step()
+    assert same(weights_of(trainer), weights_of(resumed))
+    assert not torch.equal(trainer._dropout([0]), other._dropout([0]))  # another step drops others
+
+
+def test_a_uniform_head_is_drawn_as_a_linear_layer_of_pytorch_is(config):
+    score = RewardTrainee(config.model.start, config.head(init="uniform", layers=2, width=16)).classifier.score
+    for layer in score.modules():
+        if isinstance(layer, torch.nn.Linear):
+            bound = layer.in_features**-0.5
+            for parameter in layer.parameters():
+                assert 0 < parameter.abs().max() <= bound
+    wide = RewardTrainee(config.model.start, config.head(init="uniform", layers=2, width=2000)).classifier.score
+    first = next(layer for layer in wide.modules() if isinstance(layer, torch.nn.Linear)).weight
+    assert first.abs().max() > 0.99 * first.shape[1] ** -0.5
+
+
 def test_the_margins_of_the_data_enter_the_loss_of_their_own_pairs(config):
     config = config.loss(preference="bt_margin").optimizer(tokens_per_microbatch=60)
     trainer = trainer_of(config)

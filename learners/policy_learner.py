@@ -35,7 +35,7 @@ from r2m_async.advantages import Estimator
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.finite import all_finite
-from r2m_async.models.policy import behaviour_logprobs, logprobs_and_states, proximal_feedback, response_mask
+from r2m_async.models.policy import behaviour_logprobs, policy_pass, proximal_feedback, response_mask
 from r2m_async.models.policy_objective import (
     check_passes,
     denominators,
@@ -44,7 +44,8 @@ from r2m_async.models.policy_objective import (
     step_advantages,
     step_place,
 )
-from r2m_async.models.weights import named_weights, weight_probe
+from r2m_async.models.weights import MovingReference, named_weights, weight_probe
+from r2m_async.objectives import next_kl_coef
 from r2m_async.trajectories import (
     GroupRewards,
     PolicyFeedback,
@@ -108,6 +109,12 @@ class PolicyLearner:
         self._estimator = estimator
         self._batch: LearnerBatch | None = None
         """What `proximal` left for `train`. None if the step has no trajectories."""
+        self._kl_coef = config.objective.kl_coef
+        """The KL coefficient of the present step. It changes under `objective.kl_target` alone."""
+        self._moving: MovingReference | None = None
+        if config.model.reference_every is not None:
+            with backend.as_reference() as reference:
+                self._moving = MovingReference(reference, config.model.reference_mix)
         self._sender = WeightSender(config) if config.weights.direct and backend.rank == 0 else None
 
     def weights(self, whole: bool = False) -> tuple[StepReport, Weights | None]:
@@ -263,14 +270,21 @@ class PolicyLearner:
         """
         batch, self._batch = self._batch, None  # taken out: no step is ever trained on twice
         if batch is None:
-            self._version += 1
+            self._end_step()
             return StepReport(version=self._version, metrics={}), ()
         if batch.step != step:
             raise RuntimeError(f"train got step {step} after proximal got step {batch.step}")
         with memory_enough_for(step_place(step, batch.groups)):
             metrics, refreshed = self._train(batch, rewards)
-        self._version += 1
+        self._end_step()
         return StepReport(version=self._version, metrics=metrics), refreshed
+
+    def _end_step(self) -> None:
+        """Makes the weights the next version, and moves the reference if it is due, whatever the step has trained."""
+        self._version += 1
+        every = self._config.model.reference_every
+        if self._moving and every and self._version % every == 0:
+            self._moving.move(self._backend.named_parameters())
 
     def _train(
         self, batch: LearnerBatch, rewards: Sequence[GroupRewards]
@@ -280,7 +294,7 @@ class PolicyLearner:
         # All advantages come before the first update. So a step that fails here leaves the policy as it was.
         try:
             advantages, returns = step_advantages(
-                self._estimator, scored, batch.old, batch.reference, self._config, batch.values
+                self._estimator, scored, batch.old, batch.reference, self._config_now, batch.values
             )
         except NonFiniteStep as error:
             if self._config.learner.on_nonfinite == "stop":
@@ -308,12 +322,22 @@ class PolicyLearner:
             batch.mask, batch.behaviour, batch.old, batch.reference, advantages, batch.trajectories
         )
         metrics |= critic.metrics() if critic else {}
+        if objective.kl_target is not None:
+            metrics["kl/coefficient"] = self._kl_coef
+            self._kl_coef = next_kl_coef(self._kl_coef, metrics["kl/sequence"], objective.kl_target, objective.kl_gain)
         if not self._config.reads_feedback:
             return metrics, None
         refreshed = _refreshed(batch, states.taken())
         # In float64, because float32 does not count bytes exactly.
         kept_bytes = backend.total(torch.tensor(float(states.num_bytes), dtype=torch.float64))
         return metrics | {"memory/refreshed_states_bytes": kept_bytes.item()}, refreshed
+
+    @property
+    def _config_now(self) -> R2MConfig:
+        """The run's config, with the KL coefficient of the present step."""
+        if self._config.objective.kl_target is None:
+            return self._config
+        return self._config.objective(kl_coef=self._kl_coef)
 
     def _critic_step(self, batch: LearnerBatch, returns: Tensor | None) -> CriticStep | None:
         """The critic's side of the step, or None without a critic."""
@@ -368,9 +392,11 @@ class PolicyLearner:
         Returns a report, and what `restore` needs to go on bit for bit.
         """
         path = None if directory is None else Path(directory)
-        state = {"version": self._version} | self._backend.state(self._version, path)
+        state = {"version": self._version, "kl_coef": self._kl_coef} | self._backend.state(self._version, path)
         if self._critic:
             state["critic"] = self._critic.state(self._version, path)
+        if self._moving:
+            state["reference"] = self._moving.state()
         return StepReport(version=self._version, metrics={}), state
 
     def restore(self, state: dict[str, Any], directory: str | None = None) -> tuple[int]:
@@ -382,12 +408,15 @@ class PolicyLearner:
         self._backend.restore(state, path)
         if self._critic:
             self._critic.restore(state["critic"], path)
+        if self._moving:
+            self._moving.restore(state["reference"])
         if not (self._backend.finite() and (self._critic is None or self._critic.backend.finite())):
             raise ConfigError(
                 f"the checkpoint's policy (version {state['version']}) or its critic has weights that are NaN or infinite: "
                 f"their training had diverged; resume from an older checkpoint"
             )
-        self._version = state["version"]
+        # A checkpoint of an earlier version has none, and its config has no `kl_target` either.
+        self._version, self._kl_coef = state["version"], state.get("kl_coef", self._kl_coef)
         return (self._version,)
 
     def _passes(self, trajectories: Sequence[Trajectory], groups: Sequence[range]) -> list[MicroBatch]:
@@ -417,7 +446,7 @@ class PolicyLearner:
         logprobs_BT = torch.zeros(mask.shape)
         for one in passes:
             chosen = [trajectories[row] for row in one.rows]
-            part_BT, states = self._pass(model, chosen)
+            part_BT, states, _ = self._pass(model, chosen)
             if one.counts and kept:
                 kept.keep(one.rows, states)
             if one.counts:
@@ -425,9 +454,12 @@ class PolicyLearner:
         # Every row is 0 but on the rank that computed it, so the sum over ranks puts all rows together.
         return self._backend.total(logprobs_BT)
 
-    def _pass(self, model: Any, trajectories: Sequence[Trajectory]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One forward pass: the log-probabilities and the hidden states of these trajectories."""
-        return logprobs_and_states(model, trajectories, self._config.rollouts.temperature, self._config.learner.packing)
+    def _pass(
+        self, model: Any, trajectories: Sequence[Trajectory], entropy: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """One forward pass: the log-probabilities, the hidden states and, if asked for, the entropies (`policy_pass`)."""
+        config = self._config
+        return policy_pass(model, trajectories, config.rollouts.temperature, config.learner.packing, entropy)
 
     def _own_feedback(self, batch: LearnerBatch, states: dict[int, Tensor]) -> tuple[PolicyFeedback, ...]:
         """pi_old's feedback on this rank's groups, from the states of the proximal pass by row.
@@ -464,9 +496,12 @@ class PolicyLearner:
         keeps = self._config.reads_feedback and epoch == self._config.objective.epochs - 1
         # Counts of the whole minibatch divide the loss. So the losses of all passes and ranks add up to its loss.
         denominator, responses = denominators(batch.mask[rows], self._config)
+        config, place = self._config_now, step_place(batch.step, batch.groups)
         for index, one in enumerate(passes):
             chosen, trajectories = list(one.rows), [batch.trajectories[row] for row in one.rows]
-            logprobs_BT, states = self._pass(self._backend.policy, trajectories)
+            logprobs_BT, states, entropies_BT = self._pass(
+                self._backend.policy, trajectories, config.objective.entropy_coef > 0
+            )
             last = index == len(passes) - 1
             if not one.counts:
                 # Other ranks have more passes. A gradient of 0 takes part in their collectives and changes nothing.
@@ -476,6 +511,7 @@ class PolicyLearner:
                 kept.keep(chosen, states)
             loss, surrogate, _ = microbatch_loss(
                 logprobs_BT,
+                entropies_BT,
                 batch.behaviour[chosen].to(device),
                 batch.old[chosen].to(device),
                 batch.reference[chosen].to(device),
@@ -484,7 +520,8 @@ class PolicyLearner:
                 denominator,
                 responses,
                 self._estimator,
-                self._config,
+                config,
+                place,
             )
             self._backend.backward(loss, last)
             statistics.add(epoch, chosen, loss, surrogate)

@@ -1,6 +1,6 @@
 """The metrics of a policy step. They are over the whole batch, and do not depend on which rank computed which part.
 
-A unit is what has a probability ratio: a response token, or a whole response (`objective.ratio`).
+A unit is a response token, or a whole response if nothing of the loss is formed for tokens (`objectives.units_of`).
 
 Shapes: E epochs, B trajectories of a step, b trajectories of a micro-batch, T response tokens (padded), U = T if a
 token is a unit and 1 if a response is, V quantities per unit, N units or tokens that count.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from r2m_async.config import R2MConfig
-from r2m_async.objectives import PolicyLoss
+from r2m_async.objectives import PolicyLoss, sequence_kl, units_of
 from r2m_async.trajectories import Trajectory
 
 _BY_UNIT = ("ratio", "weight", "clipped", "left_out")
@@ -39,7 +39,7 @@ class StepStatistics:
         """How many updates were left out because their gradient was not finite. The policy learner counts them."""
         self._mask_BT = mask
         self._leans_on_ratio = config.objective.off_policy == "none"
-        self._units_BU = mask if config.objective.ratio == "token" else mask.any(1, keepdim=True)
+        self._units_BU = units_of(mask, *config.objective.levels)
         self._num_epochs = config.objective.epochs
         self._added: list[tuple[int, list[int], Tensor, Tensor]] = []
 
@@ -100,7 +100,7 @@ def unit_statistics(
         ratio: [N], rho of each unit. See `PolicyLoss` for this and the next three.
         weight: [N], w.
         clipped: [N] bool, whether the clip took the unit's gradient.
-        left_out: [N] bool, whether `off_policy: mask` left the unit out.
+        left_out: [N] bool, whether the off-policy mask left the unit out.
         leans_on_ratio: whether importance sampling rests on rho, as it does under `off_policy: none`. If not, it rests
             on w.
 
@@ -163,8 +163,8 @@ def batch_metrics(
     lengths = mask.sum(1).float()
     finished = [trajectory.finish_reason == "stop" for trajectory in trajectories]
     return {
-        "kl/sequence": difference.sum(1).mean().item(),
-        "kl/behaviour": (behaviour - reference).masked_fill(~mask, 0).sum(1).mean().item(),
+        "kl/sequence": sequence_kl(old, reference, mask),
+        "kl/behaviour": sequence_kl(behaviour, reference, mask),
         "kl/token": (difference.sum() / mask.sum()).item(),
         "kl/k3": (k3.sum() / mask.sum()).item(),
         "policy/entropy_estimate": (-old.sum() / mask.sum()).item(),

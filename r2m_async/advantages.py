@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from r2m_async import plugins
 from r2m_async.errors import ConfigError
 from r2m_async.plugins import named_function, nearest
 
@@ -216,23 +217,9 @@ def check_options(estimator: Estimator, options: Mapping[str, Any]) -> None:
 
     Only the signature is read. No code of the estimator runs.
     """
-    parameters = list(inspect.signature(estimator.function).parameters.values())
-    if not inspect.isclass(estimator.function):
-        # A function takes the inputs first. A class takes them later, when its instance is called.
-        parameters = parameters[1:]
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    accepted = ", ".join(p.name for p in named) or "none"
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for option in options.keys() - {p.name for p in named}:
-            raise ConfigError(
-                f"advantage.options.{option} is unknown to {estimator.name}"
-                f"{nearest(option, [p.name for p in named])}. It accepts: {accepted}"
-            )
-    for p in named:
-        if p.default is p.empty and p.name not in options:
-            raise ConfigError(
-                f"advantage.options lacks {p.name}, which {estimator.name} requires. It accepts: {accepted}"
-            )
+    # A function takes the inputs first. A class takes them later, when its instance is called.
+    taken = 0 if inspect.isclass(estimator.function) else 1
+    plugins.check_options(estimator.function, options, "advantage.options", estimator.name, taken)
 
 
 def compute_advantages(

@@ -62,6 +62,9 @@ from r2m_async.config_sections import (
     ObjectiveSection as ObjectiveSection,
 )
 from r2m_async.config_sections import (
+    OffPolicyMask as OffPolicyMask,
+)
+from r2m_async.config_sections import (
     QueueSection as QueueSection,
 )
 from r2m_async.config_sections import (
@@ -250,9 +253,11 @@ class R2MConfig(ConfigTree):
         """The aggregation of the policy's loss.
 
         It is `objective.aggregation` if that is set. Otherwise it is `token` for the ratio `token`, and `sequence` for the
-        ratios of whole responses (Eq. 2; GSPO, Eq. 5).
+        ratios of whole responses (Eq. 2; GSPO, Eq. 5) and for the loss `sapo`, as its paper has it.
         """
-        return self.objective.aggregation or ("token" if self.objective.ratio == "token" else "sequence")
+        objective = self.objective
+        by_token = objective.ratio == "token" and objective.loss != "sapo"
+        return objective.aggregation or ("token" if by_token else "sequence")
 
     @property
     def feedback_dtype(self) -> str:

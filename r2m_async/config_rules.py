@@ -137,6 +137,25 @@ def adapters_are_their_own_reference(model: ModelSection) -> str | None:
     )
 
 
+def a_moving_reference_is_a_model_of_its_own(model: ModelSection, learner: LearnerSection) -> str | None:
+    """A reference that moves must be whole, must begin as the policy, and must not be the policy without adapters."""
+    if model.reference_every is None:
+        if not changed(model, "reference_mix"):
+            return None
+        return (
+            f"model.reference_mix is {model.reference_mix} and model.reference_every is None: the reference does not move; "
+            f"set model.reference_every, or leave it out"
+        )
+    why = None
+    if model.lora:
+        why = "model.lora is set: with adapters pi_ref is the policy without them, which cannot move"
+    elif model.reference is not None:
+        why = f"model.reference is {model.reference!r}: only a reference that begins as the policy has its parameters"
+    elif learner.backend == "deepspeed" and learner.zero_stage == 3:
+        why = "learner.zero_stage is 3: there the ranks share the reference out"
+    return why and f"model.reference_every is {model.reference_every} and {why}; leave one of them out"
+
+
 def options_of_deepspeed_need_deepspeed(learner: LearnerSection) -> str | None:
     """Keys that only DeepSpeed reads need `backend: deepspeed`."""
     if learner.backend != "deepspeed":
@@ -187,6 +206,40 @@ def offload_needs_a_gpu(learner: LearnerSection, run: RunSection) -> str | None:
     return (
         f"learner.offload is {learner.offload!r} and run.device is 'cpu': all lies in the CPU's memory already; use "
         f"offload 'none'"
+    )
+
+
+def options_of_the_weight_need_a_weight(objective: ObjectiveSection) -> str | None:
+    """Keys about the off-policy weight need an `off_policy` that reads them."""
+    weighs = ("full", "clamp", "mask")
+    readers = {"off_policy_low": ("clamp", "mask"), "off_policy_level": weighs, "off_policy_mask": ("ignore", *weighs)}
+    for key, of in readers.items():
+        if changed(objective, key) and objective.off_policy not in of:
+            return (
+                f"objective.{key} is {getattr(objective, key)} and objective.off_policy is {objective.off_policy!r}: it is "
+                f"an option of off_policy {', '.join(map(repr, of))}; use one of them, or leave it out"
+            )
+    return None
+
+
+def options_of_the_kl_need_a_kl(objective: ObjectiveSection) -> str | None:
+    """Keys about the KL to the reference need a coefficient above 0. An adapted one stays 0, too."""
+    if objective.kl_coef == 0:
+        for key in changed(objective, "kl_estimator", "kl_cap", "kl_target"):
+            return (
+                f"objective.{key} is {getattr(objective, key)!r} and objective.kl_coef is 0: there is no KL term; use a "
+                f"kl_coef above 0, or leave it out"
+            )
+    return None
+
+
+def a_gain_needs_a_target(objective: ObjectiveSection) -> str | None:
+    """`kl_gain` is how fast the coefficient is adapted to `kl_target`."""
+    if objective.kl_target is not None or not changed(objective, "kl_gain"):
+        return None
+    return (
+        f"objective.kl_gain is {objective.kl_gain} and objective.kl_target is None: nothing is adapted; set kl_target, or "
+        f"leave it out"
     )
 
 
@@ -358,11 +411,15 @@ RULES: tuple[Rule, ...] = (
     direct_transports_keep_no_old_versions,
     a_stale_cache_needs_updates_in_flight,
     adapters_are_their_own_reference,
+    a_moving_reference_is_a_model_of_its_own,
     options_of_deepspeed_need_deepspeed,
     bfloat16_needs_a_zero_stage,
     zero_options_leave_out_what_has_a_key,
     offload_needs_its_zero_stage,
     offload_needs_a_gpu,
+    options_of_the_weight_need_a_weight,
+    options_of_the_kl_need_a_kl,
+    a_gain_needs_a_target,
     a_minibatch_has_a_group,
     the_learning_rate_is_reached,
     a_head_learns_from_pairs,

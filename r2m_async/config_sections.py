@@ -54,6 +54,12 @@ class ModelSection(Section):
     that is trained on the texts of `data.prompts` and `data.preferences` before the run."""
     reference: str | None = None
     """Hugging Face name or directory of the reference policy pi_ref. None is the policy as it starts."""
+    reference_every: int | None = Field(None, gt=0)
+    """Number of policy steps after which the reference policy moves towards the policy, again and again (TR-DPO). All
+    KLs are then to the reference as it has become. None: it stays as it is."""
+    reference_mix: float = Field(1.0, gt=0, le=1)
+    """How far it moves: this part of its new weights is the policy's, and the rest is its own. 1: it becomes the
+    policy."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights of policy, reference and critic. In bfloat16 the optimizer keeps float32 copies of
     the trained weights."""
@@ -295,35 +301,93 @@ class AdvantageSection(Section):
     counts more. `none`: the advantages stay as the estimator gives them."""
 
 
+class OffPolicyMask(BaseModel):
+    """The bounds of `objective.off_policy_mask`, on a weight like w of `objective.off_policy`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    level: Literal["sequence", "token", "sequence_mean"] = "sequence_mean"
+    """What has one such weight, as in `objective.ratio`."""
+    low: float = Field(0.5, ge=0, lt=1)
+    """What has a smaller weight is left out. 0: nothing is, for that."""
+    high: float = Field(2.0, gt=1, le=LARGEST)
+    """What has a larger weight is left out."""
+
+
 class ObjectiveSection(Section):
     """The policy's loss, and how often it is minimised on the data of a step."""
 
+    loss: str = "clip"
+    """The loss of what has one ratio: clip (Eq. 2, PPO), dual_clip, cispo, gmpo, sapo, or a user's own as `module:attr`.
+    cispo and sapo need `ratio: token`, and gmpo needs `ratio: sequence_mean`. `docs/algorithms.md` says what each is."""
+    loss_options: Options = Field(default_factory=dict)
+    """Keyword arguments of the loss."""
     ratio: Literal["sequence", "token", "sequence_mean"] = "sequence"
     """What has one importance ratio. `sequence`: a whole response, with the product of its tokens' ratios (Eq. 2).
-    `token`: each token. `sequence_mean`: a whole response, with the geometric mean of its tokens' ratios."""
+    `token`: each token. `sequence_mean`: a whole response, with the geometric mean of its tokens' ratios; this is GSPO,
+    and `gspo` may be written for it."""
     clip_low: float = Field(0.2, gt=0, lt=1)
-    """The ratio is clipped from below, at 1 - clip_low."""
+    """The ratio is clipped from below, at 1 - clip_low. Under `loss: gmpo` log-ratios are, at -clip_low."""
     clip_high: float = Field(0.2, gt=0)
-    """The ratio is clipped from above, at 1 + clip_high."""
-    off_policy: Literal["none", "full", "clamp", "mask"] = "clamp"
+    """The ratio is clipped from above, at 1 + clip_high. Under `loss: gmpo` log-ratios are, at clip_high."""
+    off_policy: Literal["none", "ignore", "full", "clamp", "mask"] = "clamp"
     """What corrects for responses that an older policy sampled. `none`: nothing; the ratio is to the policy that
-    sampled. Otherwise the ratio is to the policy at the start of the step, and a weight w multiplies the loss. w is the
-    probability under that policy, divided by the probability under the policy that sampled. `full`: w as it is.
-    `clamp`: w, but at most `off_policy_cap`. `mask`: what has a w outside [1 / cap, cap] is left out."""
+    sampled. `ignore`: nothing; the ratio is to the policy at the start of the step. Otherwise the ratio is to that one,
+    too, and a weight w multiplies the loss. w is the probability under that policy, divided by the probability under the
+    policy that sampled. `full`: w as it is. `clamp`: w, but at most `off_policy_cap` and at least `off_policy_low`.
+    `mask`: what has a w outside these two is left out."""
     off_policy_cap: float = Field(2.0, gt=1)
-    """The cap of `off_policy: clamp` and `mask`."""
+    """The upper bound of `off_policy: clamp` and `mask`."""
+    off_policy_low: float | None = Field(None, ge=0, lt=1)
+    """The lower bound of `off_policy: clamp` and `mask`. None: `clamp` has none, and that of `mask` is
+    1 / off_policy_cap. 0: none."""
+    off_policy_level: Literal["sequence", "token", "sequence_mean"] | None = None
+    """What has one w. None: what has one ratio."""
+    off_policy_mask: OffPolicyMask | None = None
+    """If set, for example to `{level: sequence_mean, low: 0.5, high: 2}`, what has such a weight outside of these bounds
+    is left out, beside what `off_policy` does. The weight is formed like w, but at a level of its own. None: nothing more
+    is left out."""
     kl_coef: float = Field(0.05, ge=0)
     """beta of Eq. 2: the weight of the KL to the reference policy. 0: no KL term."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """How the loss estimates the KL of a token. `k3`: exp(d) - d - 1, where d is the log-probability under the reference
+    minus that under the policy. `k2`: d^2 / 2, whose gradient is that of the KL on average. k1, which is -d, is no choice:
+    its gradient is 0 on average, so it would hold nothing."""
+    kl_cap: float | None = Field(None, gt=0)
+    """The most that the estimate of a token may be, in nats. Beyond it the token has no gradient of the KL. None: no
+    cap."""
+    kl_target: float | None = Field(None, gt=0)
+    """The KL that `kl_coef` is adapted to, measured as for `kl_stop`. After every step the coefficient is multiplied by
+    1 + kl_gain e, where e is KL / kl_target - 1, but at least -0.2 and at most 0.2. None: it stays as it is."""
+    kl_gain: float = Field(0.1, gt=0, le=1)
+    """How fast `kl_target` adapts the coefficient."""
     kl_stop: float | None = Field(None, gt=0)
     """The run ends after a step in which the KL to the reference policy is larger than this. It is the mean over
     responses, in nats, of the policy at the start of the step. None: no such end."""
-    aggregation: Literal["sequence", "token"] | None = None
-    """What has the same weight in the loss: every response (`sequence`) or every token (`token`). None is `token` under
-    `ratio: token`, and `sequence` otherwise, as Eq. 2 and GSPO have it."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus: the entropy of the policy's distribution, in nats per token, is taken from the loss
+    with this weight. It is averaged as the loss is (`aggregation`). 0: no bonus."""
+    aggregation: Literal["sequence", "token", "token_sum", "sequence_sum", "sequence_sum_norm"] | None = None
+    """What the losses of tokens become. `sequence`: every response has the same weight, and its tokens are averaged.
+    `token`: every token has the same weight. `token_sum`: the sum of all tokens. `sequence_sum`: the tokens of a response
+    are added up, and responses are averaged. `sequence_sum_norm`: that, divided by `rollouts.max_new_tokens` (Dr. GRPO).
+    The loss of a whole response counts for each of its tokens. None is `token` under `ratio: token`, but for `loss: sapo`,
+    and `sequence` otherwise, as Eq. 2, GSPO and SAPO have it."""
     epochs: int = Field(2, gt=0)
     """Number of passes over the responses of a step."""
     num_minibatches: int = Field(1, gt=0)
     """Number of optimizer steps in each epoch. A minibatch is made of whole groups."""
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """GSPO is known by its name, too."""
+        return "sequence_mean" if value == "gspo" else value
+
+    @property
+    def levels(self) -> tuple[str, str, str]:
+        """What has one ratio, one off-policy weight, and one weight that `off_policy_mask` looks at."""
+        return self.ratio, self.off_policy_level or self.ratio, getattr(self.off_policy_mask, "level", self.ratio)
 
 
 class CriticSection(Section):

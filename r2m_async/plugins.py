@@ -6,13 +6,14 @@ function. Its traceback begins in the user's code; it shows no frame of this lib
 
 import difflib
 import importlib
+import inspect
 import math
 import os
 import reprlib
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from r2m_async.errors import ConfigError, FunctionFailed
@@ -53,6 +54,34 @@ def named_function(name: str, key: str) -> Callable[..., Any]:
         names = [name for name, value in vars(module).items() if callable(value)]
         raise ConfigError(f"{key} = {name!r}: module {module_name!r} has no callable {attr!r}{nearest(attr, names)}")
     return getattr(module, attr)
+
+
+def check_options(
+    function: Callable[..., Any], options: Mapping[str, Any], key: str, name: str, inputs: int = 0
+) -> None:
+    """Checks keyword arguments that a config gives to a function. Only the signature is read. The function is not called.
+
+    Args:
+        key: the key of the config that holds the options, for messages.
+        name: the function's name in the config.
+        inputs: how many arguments the function takes first, which are no options.
+
+    Raises ConfigError if the function does not know one of the options, or lacks one that it requires.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[inputs:]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {name} does not say what it takes ({error}); name a function of Python's") from None
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    accepted = ", ".join(p.name for p in named) or "none"
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for option in options.keys() - {p.name for p in named}:
+            raise ConfigError(
+                f"{key}.{option} is unknown to {name}{nearest(option, [p.name for p in named])}. It accepts: {accepted}"
+            )
+    for p in named:
+        if p.default is p.empty and p.name not in options:
+            raise ConfigError(f"{key} lacks {p.name}, which {name} requires. It accepts: {accepted}")
 
 
 def called(function: Callable[..., Any], arguments: tuple[Any, ...], key: str, name: str, place: str) -> Any:

@@ -34,8 +34,8 @@ from r2m_async.models.policy import (
     behaviour_logprobs,
     feedback_states,
     group_feedback,
-    logprobs_and_states,
     microbatches,
+    policy_pass,
     proximal_feedback,
     proximal_pass,
     response_mask,
@@ -49,8 +49,8 @@ from r2m_async.models.policy_objective import (
     step_place,
 )
 from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
-from r2m_async.models.weights import MasterWeights, named_weights
-from r2m_async.objectives import value_loss
+from r2m_async.models.weights import MasterWeights, MovingReference, named_weights
+from r2m_async.objectives import next_kl_coef, sequence_kl, value_loss
 from r2m_async.trajectories import (
     GroupRewards,
     HeadGroup,
@@ -142,6 +142,8 @@ class _Algorithm1:
         self._critic_optimizer = _Optimizer(self._critic, config) if self._critic else None
         head_group = {"params": [*self._head.parameters()]}  # which may be empty, unlike a bare list
         self._head_optimizer = torch.optim.AdamW([head_group], lr=config.head.lr, weight_decay=0.0)
+        self._kl_coef = config.objective.kl_coef
+        self._moving = MovingReference(self._reference, config.model.reference_mix)
         self._held = HeldHead(self._head, config)
         self._held.start()
         self._policies, self._heads = [copy.deepcopy(self._policy)], [copy.deepcopy(self._head)]
@@ -157,6 +159,9 @@ class _Algorithm1:
         refreshed = self._improve_policy(step) if groups else None
         if self._config.trains_head and refreshed is not None:
             self._improve_head(step, refreshed)
+        every = self._config.model.reference_every
+        if every is not None and (number + 1) % every == 0:
+            self._moving.move(self._policy.named_parameters())
         self._policies.append(copy.deepcopy(self._policy))
         self._heads.append(copy.deepcopy(self._held.scoring))
         self._tokens.append([trajectory.token_ids.tolist() for trajectory in step.trajectories])
@@ -246,7 +251,8 @@ class _Algorithm1:
 
     def _improve_policy(self, step: _Step) -> list[Tensor] | None:
         """Lines 9 to 13: the policy's updates. Returns the refreshed states, or None for a step that is left out."""
-        config, objective, packed = self._config, self._config.objective, self._config.learner.packing
+        objective, packed = self._config.objective, self._config.learner.packing
+        config = self._config if objective.kl_target is None else self._config.objective(kl_coef=self._kl_coef)
         trajectories, scored = step.trajectories, step.scored
         ref = token_logprobs(self._reference, trajectories, config)
         values = proximal_values(self._critic, trajectories, config) if self._critic else None
@@ -265,11 +271,16 @@ class _Algorithm1:
                 parts = microbatches(trajectories[start:stop], config.learner.tokens_per_microbatch, packed)
                 minibatch = [slice(start + part.start, start + part.stop) for part in parts]
                 for rows in minibatch:
-                    logprobs, states = logprobs_and_states(
-                        self._policy, trajectories[rows], config.rollouts.temperature, packed
+                    logprobs, states, entropies = policy_pass(
+                        self._policy,
+                        trajectories[rows],
+                        config.rollouts.temperature,
+                        packed,
+                        entropy=objective.entropy_coef > 0,
                     )
                     loss, _, _ = microbatch_loss(
                         logprobs,
+                        entropies,
                         behaviour[rows],
                         step.old[rows],
                         ref[rows],
@@ -279,6 +290,7 @@ class _Algorithm1:
                         responses,
                         self._estimator,
                         config,
+                        step.place,
                     )
                     loss.backward()
                     # The states of the last epoch's forward passes are the refreshed feedback.
@@ -288,6 +300,9 @@ class _Algorithm1:
                 if self._critic:
                     assert values is not None and returns is not None
                     self._improve_critic(step, minibatch, values, returns, int(mask[start:stop].sum()))
+        if objective.kl_target is not None:
+            kl = sequence_kl(step.old, ref, mask)
+            self._kl_coef = next_kl_coef(self._kl_coef, kl, objective.kl_target, objective.kl_gain)
         return refreshed
 
     def _improve_critic(

@@ -115,13 +115,38 @@ def test_the_kl_in_rloos_reward_and_whitening_are_the_references_bit_for_bit(tin
     assert_same_bits(tiny_config.advantage(name="rloo_kl", whiten="responses").objective(num_minibatches=2))
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"loss": "cispo", "ratio": "token", "off_policy": "ignore", "entropy_coef": 0.01, "aggregation": "token_sum"},
+        {"loss": "gmpo", "ratio": "gspo", "off_policy_mask": {"low": 0.99, "high": 1.01}, "kl_estimator": "k2"},
+        {"loss": "sapo", "ratio": "token", "off_policy_low": 0.9, "aggregation": "sequence_sum_norm", "kl_cap": 1.0},
+        {"loss": "dual_clip", "loss_options": {"c": 1.1}, "off_policy_level": "token", "entropy_coef": 0.1},
+    ],
+    ids=lambda objective: objective["loss"],
+)
+def test_every_loss_is_the_references_bit_for_bit_on_old_data(tiny_config, objective):
+    assert_same_bits(tiny_config.scheduling(max_policy_age=1, lag="exact").objective(**objective))
+
+
+def test_an_adapted_coefficient_and_a_moving_reference_are_the_references_bit_for_bit(tiny_config):
+    config = tiny_config.run(num_steps=3).objective(kl_target=0.01, kl_gain=1.0)
+    assert_same_bits(config.advantage(name="rloo_kl").model(reference_every=2))
+    soft = config.model(reference_every=1, reference_mix=0.3, dtype="bfloat16")
+    assert_same_bits(soft)
+    ours = reference.train(soft).policy.tensors
+    for other in (soft.model(reference_mix=1.0), soft.objective(kl_target=None, kl_gain=0.1)):
+        theirs = reference.train(other).policy.tensors
+        assert any(not torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
 def test_the_learners_feedback_costs_no_pass_but_its_twins(tiny_config, monkeypatch):
     """The proximal pass yields log-probabilities and states at once, within the token budget."""
     from learners import policy_learner
 
     sizes = []
-    real = policy_learner.logprobs_and_states
-    monkeypatch.setattr(policy_learner, "logprobs_and_states", lambda *a: sizes.append(len(a[1])) or real(*a))
+    real = policy_learner.policy_pass
+    monkeypatch.setattr(policy_learner, "policy_pass", lambda *a: sizes.append(len(a[1])) or real(*a))
     config = tiny_config.feedback(source="learner").learner(tokens_per_microbatch=30).objective(epochs=1)
     with reference.one_thread(), Ring.of(config, in_process=True) as ring:
         ring.step()
@@ -184,11 +209,18 @@ def test_another_seed_gives_other_weights(tiny_config):
     )
 
 
-@pytest.mark.parametrize(("ages", "hold"), [((0, 0), "none"), ((1, 1), "none"), ((2, 0), "none"), ((0, 0), "average")])
-def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(tiny_config, tmp_path, ages, hold):
+@pytest.mark.parametrize(
+    ("ages", "hold", "mix"),
+    [
+        *[((0, 0), "none", None), ((1, 1), "none", None), ((2, 0), "none", 1.0), ((0, 0), "average", 0.3)],
+    ],
+)
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(tiny_config, tmp_path, ages, hold, mix):
     policy_age, head_age = ages
     config = tiny_config.run(num_steps=5).scheduling(max_policy_age=policy_age, max_head_age=head_age, lag="exact")
     config = config.head(hold=hold)
+    if mix is not None:
+        config = config.model(reference_every=1, reference_mix=mix).objective(kl_target=0.01, kl_gain=1.0)
     with reference.one_thread():
         with Ring.of(config, in_process=True) as ring:
             for _ in range(2):

@@ -41,7 +41,10 @@ DOORS = {
 }
 """The wings that a public module may know. All others know none."""
 
-MATHS = {"advantages", "objectives", "head_objectives", "reward_objectives", "reward_head", "reward_metrics"}
+MATHS = {
+    *("advantages", "objectives", "policy_losses"),
+    *("head_objectives", "reward_objectives", "reward_head", "reward_metrics"),
+}
 
 ONLY = {
     "actors": {"r2m_async.launch.makers", "r2m_async.evaluation.answering"},

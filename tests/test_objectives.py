@@ -12,6 +12,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.objectives import (
     AGGREGATIONS,
+    KL_ESTIMATORS,
     OFF_POLICY,
     RATIOS,
     kl_k1,
@@ -23,7 +24,11 @@ from r2m_async.objectives import (
 )
 
 F64 = torch.float64
-EVERY_WAY = list(itertools.product(RATIOS, OFF_POLICY, AGGREGATIONS))
+SUMS = ("token_sum", "sequence_sum")
+EVERY_WAY = [
+    *itertools.product(RATIOS, OFF_POLICY, ("sequence", "token")),
+    *itertools.product(RATIOS, ["clamp"], SUMS),
+]
 
 
 def make_batch(seed=0, b=6, t=5, spread=0.25):
@@ -57,7 +62,7 @@ def slow_policy_loss(logprobs, mu, advantages, mask, *, old, ratio, low, high, o
             span = [s] if ratio == "token" else tokens
             anchor = mu if off_policy == "none" else old
             rho = form([logprobs[i, u] - anchor[i, u] for u in span])
-            w = 1.0 if off_policy == "none" else form([old[i, u] - mu[i, u] for u in span]).item()
+            w = 1.0 if off_policy in ("none", "ignore") else form([old[i, u] - mu[i, u] for u in span]).item()
             if off_policy == "clamp":
                 w = min(w, cap)
             if off_policy == "mask" and not 1 / cap <= w <= cap:
@@ -65,7 +70,11 @@ def slow_policy_loss(logprobs, mu, advantages, mask, *, old, ratio, low, high, o
             a = advantages[i, s] if advantages.ndim == 2 else advantages[i]
             kept = torch.minimum(rho * a, torch.clamp(rho, 1 - low, 1 + high) * a)
             total = total - w * kept * (1 / len(tokens) if aggregation == "sequence" else 1)
-    return total / (num_sequences if aggregation == "sequence" else num_tokens)
+    return total / counts_of(num_tokens, num_sequences)[aggregation]
+
+
+def counts_of(num_tokens, num_sequences):
+    return {"token": num_tokens, "token_sum": 1, "sequence": num_sequences, "sequence_sum": num_sequences}
 
 
 @pytest.mark.parametrize(("ratio", "off_policy", "aggregation"), EVERY_WAY)
@@ -86,7 +95,7 @@ def test_loss_and_gradient_agree_with_a_literal_loop(ratio, off_policy, aggregat
         )
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS[:-1])
 def test_advantages_per_token_agree_with_a_literal_loop(aggregation):
     logprobs, mu, old, _, mask = make_batch()
     advantages = torch.randn(mask.shape, generator=torch.Generator().manual_seed(9), dtype=F64).masked_fill(
@@ -130,8 +139,8 @@ def test_micro_batch_losses_and_gradients_add_up_to_the_full_batchs(way, seed, c
         )
 
 
-@pytest.mark.parametrize(("ratio", "aggregation"), list(itertools.product(RATIOS, AGGREGATIONS)))
-def test_all_four_corrections_coincide_when_the_sampling_policy_is_the_proximal_one(ratio, aggregation):
+@pytest.mark.parametrize(("ratio", "aggregation"), list(itertools.product(RATIOS, AGGREGATIONS[:-1])))
+def test_all_corrections_coincide_when_the_sampling_policy_is_the_proximal_one(ratio, aggregation):
     logprobs, mu, _, advantages, mask = make_batch()
     options = dict(old_logprobs=mu, ratio=ratio, aggregation=aggregation)
     results = [policy_loss(logprobs, mu, advantages, mask, off_policy=name, **options).loss for name in OFF_POLICY]
@@ -299,19 +308,34 @@ def test_k3_and_k1_are_unbiased_for_the_kl_divergence():
     assert torch.allclose((p.exp() * kl_k1(p, q)).sum(), kl)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS[:-1])
 def test_kl_loss_agrees_with_a_literal_loop(estimator, aggregation):
     logprobs, ref, _, _, mask = make_batch()
     rows = []
     for i in range(6):
         d = [(ref[i, s] - logprobs[i, s]).item() for s in range(5) if mask[i, s]]
-        rows.append([-x if estimator == "k1" else math.exp(x) - x - 1 for x in d])
+        rows.append([{"k1": -x, "k2": x * x / 2, "k3": math.exp(x) - x - 1}[estimator] for x in d])
     rows = [row for row in rows if row]
-    by_token = sum(map(sum, rows)) / sum(map(len, rows))
-    by_sequence = sum(sum(row) / len(row) for row in rows) / len(rows)
-    got = kl_loss(logprobs, ref, mask, estimator=estimator, aggregation=aggregation)
-    assert got.item() == pytest.approx(by_token if aggregation == "token" else by_sequence)
+    for cap in (None, 0.02):
+        kept = [[x if cap is None else max(-cap, min(x, cap)) for x in row] for row in rows]
+        summed = sum(sum(row) / (len(row) if aggregation == "sequence" else 1) for row in kept)
+        got = kl_loss(logprobs, ref, mask, estimator=estimator, aggregation=aggregation, cap=cap)
+        expected = summed / counts_of(sum(map(len, rows)), len(rows))[aggregation]
+        assert got.item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_only_the_gradient_of_k2_is_the_divergences_on_average():
+    """The expectation over tokens of p, by hand over a vocabulary of 7. k1's is 0: it would hold nothing."""
+    logits, other = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=F64)
+    logits.requires_grad_()
+    p, q = logits.log_softmax(-1), other.log_softmax(-1)
+    (wanted,) = torch.autograd.grad((p.exp() * (p - q)).sum(), logits, retain_graph=True)
+    means = {}
+    for name, estimator in KL_ESTIMATORS.items():
+        (means[name],) = torch.autograd.grad((p.exp().detach() * estimator(p, q)).sum(), logits, retain_graph=True)
+    assert torch.allclose(means["k2"], wanted) and torch.allclose(means["k1"], torch.zeros(7, dtype=F64))
+    assert not torch.allclose(means["k3"], wanted)
 
 
 @pytest.mark.parametrize("gap", [1e3, -1e3])

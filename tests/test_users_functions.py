@@ -44,6 +44,15 @@ def gold(prompt, response, finished):
 def advantage(inputs):
     return raises()
 
+def loss(inputs):
+    return raises()
+
+def of_wrong_shape(inputs):
+    return inputs.ratio.sum()
+
+def not_a_number(inputs):
+    return inputs.ratio * math.nan
+
 class Made:
     def __init__(self, **options):
         raises()
@@ -120,6 +129,29 @@ def test_what_a_function_raises_is_told_with_step_response_and_its_own_traceback
     assert frames[-1] == failure and frames[-2].strip() == f"raise {FAILURES[failure]}"
     files = re.findall(r'File "([^"]+)"', told)
     assert len(files) >= 2 and all(file.endswith("mine.py") for file in files), "only the user's own frames"
+
+
+@pytest.mark.parametrize("failure", ["ValueError: my verifier broke", "SystemExit: 3"])
+def test_what_a_loss_raises_is_told_with_step_and_its_own_traceback(tiny_config, own_module, failure):
+    own_module(FAILURES[failure])
+    first, *frames = failure_of(tiny_config.objective(loss="mine:loss")).splitlines()
+    assert first == f"step 0 (groups [0, 1]): objective.loss 'mine:loss' raised {failure}"
+    assert frames[-1] == failure and frames[-2].strip() == f"raise {FAILURES[failure]}"
+
+
+def test_a_loss_that_returns_something_else_or_no_number_is_told_with_its_step(tiny_config, own_module):
+    own_module()
+    told = failure_of(tiny_config.objective(loss="mine:of_wrong_shape"))
+    assert told.startswith(
+        "step 0 (groups [0, 1]): objective.loss mine:of_wrong_shape must return losses in the shape of"
+    )
+    config = tiny_config.objective(loss="mine:not_a_number").run(num_steps=1)
+    with pytest.raises(
+        NonFiniteStep, match=r"^step 0 \(groups \[0, 1\]\): objective.loss 'mine:not_a_number' gave nan"
+    ):
+        reference.train(config)
+    with Ring.of(config.learner(on_nonfinite="skip"), in_process=True) as ring:
+        assert ring.step()["policy/skipped_updates"] == 2
 
 
 VALUES = {

@@ -7,6 +7,7 @@ process can load just what its own stage needs.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 
 from r2m_async.advantages import Estimator, check_options, get_advantage
 from r2m_async.config import R2MConfig
+from r2m_async.config_rules import changed
 from r2m_async.data.prompts import PromptStream
 from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.launch.prompts import check_columns, column_bytes, read_prompts, record_options
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.plugins import named_function
+from r2m_async.policy_losses import CLIPS, check_loss_options, get_loss
 from r2m_async.rewards.calls import functions_of
 from r2m_async.ring.simulator import plan_without_models
 from r2m_async.schedule import Admission, Plan
@@ -109,6 +112,7 @@ def check_code(config: R2MConfig) -> Estimator:
     estimator = get_advantage(config.advantage.name)
     check_options(estimator, config.advantage.options)
     check_estimator(estimator, config)
+    check_loss(config)
     check_functions(config)
     check_engine(config)
     return estimator
@@ -238,11 +242,49 @@ def check_estimator(estimator: Estimator, config: R2MConfig) -> None:
             f"{config.objective.kl_coef}: nothing would use it; give the estimator a keyword argument beta, or set "
             f"objective.kl_coef 0"
         )
+    for key in changed(config.objective, "kl_estimator", "kl_cap") if estimator.kl_in_reward else ():
+        raise ConfigError(
+            f"objective.{key} is {getattr(config.objective, key)!r} and {name}, which takes the KL into the reward: the loss "
+            f"has no KL term that would read it; leave it out, or use another estimator"
+        )
+    if estimator.kl_in_reward and config.objective.kl_target is not None:
+        if "beta" in config.advantage.options:
+            raise ConfigError(
+                f"objective.kl_target is {config.objective.kl_target} and advantage.options.beta is "
+                f"{config.advantage.options['beta']}: beta would stay what it is; leave it out, and it is the adapted kl_coef"
+            )
+        if inspect.isclass(estimator.function):
+            raise ConfigError(
+                f"objective.kl_target is {config.objective.kl_target} and {name}, a class, which is made once with its "
+                f"beta: make it a function, or leave kl_target out"
+            )
     for key, field in type(config.critic).model_fields.items():
         if not estimator.needs_values and getattr(config.critic, key) != field.default:
             raise ConfigError(
                 f"critic.{key} is {getattr(config.critic, key)!r} and advantage.name is {estimator.name!r}, which needs no "
                 f"values: there is no critic; leave it out, or use an estimator such as gae"
+            )
+
+
+def check_loss(config: R2MConfig) -> None:
+    """Checks a config against what its loss says about itself (the fields of `policy_losses.Loss`).
+
+    Raises ConfigError if there is no such loss, if its options do not suit it, if it needs another ratio, or if a key is
+    set that it does not read.
+    """
+    objective = config.objective
+    loss = get_loss(objective.loss)
+    check_loss_options(loss, objective.loss_options)
+    if objective.ratio not in loss.ratios:
+        raise ConfigError(
+            f"objective.loss is {loss.name!r} and objective.ratio is {objective.ratio!r}: that loss needs objective.ratio "
+            f"{' or '.join(map(repr, loss.ratios))}"
+        )
+    for key in CLIPS:
+        if key not in loss.reads and getattr(objective, key) != type(objective).model_fields[key].default:
+            raise ConfigError(
+                f"objective.{key} is {getattr(objective, key)} and objective.loss is {loss.name!r}, which does not read it: "
+                f"leave it out, or use another loss"
             )
 
 

@@ -8,9 +8,11 @@ groups of one size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +28,9 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
 from r2m_async.finite import first_bad
 from r2m_async.models.policy import response_mask
-from r2m_async.objectives import PolicyLoss, kl_loss, loss_denominator, policy_loss
+from r2m_async.objectives import PolicyLoss, WeightBounds, aggregate, kl_loss, loss_denominator, policy_loss
 from r2m_async.plugins import called
+from r2m_async.policy_losses import LossInputs, get_loss
 from r2m_async.trajectories import ScoredGroup, TrajectoryGroup
 
 
@@ -169,6 +172,7 @@ def _in_order(order: list[int], parts: Sequence[Tensor]) -> Tensor:
 
 def microbatch_loss(
     logprobs_BT: Tensor,
+    entropies_BT: Tensor | None,
     behaviour_BT: Tensor,
     old_BT: Tensor,
     ref_BT: Tensor,
@@ -178,35 +182,37 @@ def microbatch_loss(
     responses: int,
     estimator: Estimator,
     config: R2MConfig,
+    place: str,
 ) -> tuple[Tensor, PolicyLoss, Tensor]:
     """Returns the policy loss of one microbatch (Eq. 2), which is its part of the loss of a minibatch.
 
     The losses of a minibatch's microbatches add up to the loss of the minibatch.
 
     logprobs_BT: [B, T] with gradient, log-probabilities of this microbatch's B trajectories by the policy now.
+    entropies_BT: [B, T] with gradient and 0 on padding, the entropies of the same policy. None without `entropy_coef`.
     behaviour_BT, old_BT, ref_BT: [B, T or more], by the policy that sampled, by pi_old and by the reference.
     advantages: [B], or [B, T or more].
     mask_BT: [B, T] bool, True on response tokens.
     denominator, responses: the results of `denominators` for the whole minibatch.
+    place: the name of the step, for messages.
 
     The three results are the scalar loss, the surrogate with its statistics, and the scalar KL to the reference without
     gradient. If the estimator has the KL in its rewards, the loss has no KL term.
+
+    Raises FunctionFailed if the user's own loss raises or returns something else than it must, and NonFiniteStep if its
+    loss is not finite, unless `learner.on_nonfinite` is `skip`.
     """
     # The other tensors are as wide as the longest response of the step; this microbatch's may be shorter.
     width, objective = mask_BT.shape[1], config.objective
-    surrogate = policy_loss(
+    surrogate = _surrogate(
         logprobs_BT,
         behaviour_BT[:, :width],
+        None if objective.off_policy == "none" else old_BT[:, :width],
         advantages[:, :width] if advantages.ndim == 2 else advantages,
         mask_BT,
-        old_logprobs=None if objective.off_policy == "none" else old_BT[:, :width],
-        ratio=objective.ratio,
-        clip_low=objective.clip_low,
-        clip_high=objective.clip_high,
-        off_policy=objective.off_policy,
-        off_policy_cap=objective.off_policy_cap,
-        aggregation=config.aggregation,
-        denominator=denominator,
+        denominator,
+        config,
+        place,
     )
     # Eq. 2 has the KL of whole responses beside the ratio of whole responses: a sum over tokens, not a mean.
     whole = objective.ratio == "sequence" and config.aggregation == "sequence"
@@ -214,11 +220,71 @@ def microbatch_loss(
         logprobs_BT,
         ref_BT[:, :width],
         mask_BT,
+        estimator=objective.kl_estimator,
+        cap=objective.kl_cap,
         aggregation="sequence_sum" if whole else config.aggregation,
         denominator=responses if whole else denominator,
     )
     weight = 0.0 if estimator.kl_in_reward else objective.kl_coef
-    return surrogate.loss + weight * kl, surrogate, kl.detach()
+    loss = surrogate.loss + weight * kl
+    if objective.entropy_coef > 0:
+        assert entropies_BT is not None
+        loss = loss - objective.entropy_coef * aggregate(entropies_BT, mask_BT, config.aggregation, denominator)
+    return loss, surrogate, kl.detach()
+
+
+def _surrogate(
+    logprobs_BT: Tensor,
+    behaviour_BT: Tensor,
+    old_BT: Tensor | None,
+    advantages: Tensor,
+    mask_BT: Tensor,
+    denominator: int,
+    config: R2MConfig,
+    place: str,
+) -> PolicyLoss:
+    """The policy loss without KL and entropy. A loss of the user's own is run so that its failures are told as its own."""
+    objective, loss = config.objective, get_loss(config.objective.loss)
+    masked = objective.off_policy_mask
+    bounds = WeightBounds(level=masked.level, low=masked.low, high=masked.high) if masked else None
+    own = ":" in objective.loss
+    if own:
+        users = loss.function
+
+        # What the user's function raises is told by `called`, with the key, the function and the step.
+        def guarded(inputs: LossInputs, **options: Any) -> Any:
+            call = functools.partial(users, **options)
+            return called(call, (inputs,), key="objective.loss", name=objective.loss, place=place)
+
+        loss = dataclasses.replace(loss, function=guarded)
+    try:
+        surrogate = policy_loss(
+            logprobs_BT,
+            behaviour_BT,
+            advantages,
+            mask_BT,
+            old_logprobs=old_BT,
+            ratio=objective.ratio,
+            loss=loss,
+            loss_options=objective.loss_options,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            off_policy=objective.off_policy,
+            off_policy_cap=objective.off_policy_cap,
+            off_policy_low=objective.off_policy_low,
+            off_policy_level=objective.off_policy_level,
+            off_policy_mask=bounds,
+            aggregation=config.aggregation,
+            denominator=denominator,
+        )
+    except ConfigError as error:
+        if not own:
+            raise
+        raise FunctionFailed(f"{place}: {error}") from None
+    # The built-in losses are finite wherever their inputs are. To look would wait for the GPU in every pass.
+    if own and config.learner.on_nonfinite == "stop" and not surrogate.loss.isfinite():
+        raise NonFiniteStep(f"{place}: objective.loss {objective.loss!r} gave {surrogate.loss.item()}")
+    return surrogate
 
 
 def minibatch_bounds(scored: Sequence[ScoredGroup], num_minibatches: int) -> list[tuple[int, int]]:
@@ -241,7 +307,8 @@ def denominators(mask_BT: Tensor, config: R2MConfig) -> tuple[int, int]:
     The first is the count for the surrogate, see `loss_denominator`. The second is the number of responses that have
     tokens.
     """
-    return loss_denominator(mask_BT, config.aggregation), loss_denominator(mask_BT, "sequence")
+    tokens = config.rollouts.max_new_tokens
+    return loss_denominator(mask_BT, config.aggregation, tokens), loss_denominator(mask_BT, "sequence")
 
 
 def _greedy(scored: ScoredGroup) -> Tensor:

@@ -9,7 +9,7 @@ Shapes: B trajectories, T response tokens, P tokens of the fixed text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,3 +126,50 @@ class MasterWeights:
         """Takes over the masters that a checkpoint saved from `copies`, in the same order."""
         for master, saved in zip(self.copies, copies, strict=True):
             master.copy_(saved)
+
+
+class MovingReference:
+    """A reference policy that follows the policy (TR-DPO, arXiv 2404.09656), in hard or in soft updates."""
+
+    def __init__(self, model: nn.Module, mix: float) -> None:
+        """Keeps the model, which is changed in place.
+
+        model: the reference policy. Its parameters have the names and shapes of the policy's.
+        mix: alpha of the paper, above 0 and at most 1. 1 replaces the reference.
+        """
+        self._mix, self._names = mix, [name for name, _ in model.named_parameters()]
+        # A small part of a small change would vanish in bfloat16, so soft updates add up in float32 masters.
+        self._masters = MasterWeights(model) if mix < 1 else None
+        self._tensors = self._masters.tensors if self._masters else list(model.parameters())
+
+    @torch.no_grad()
+    def move(self, policy: Iterable[tuple[str, Tensor]]) -> None:
+        """Makes every weight (1 - mix) times what it was, plus mix times the policy's.
+
+        policy: the policy's parameters by name. Raises ValueError, which names one, if they are not the reference's.
+        """
+        own = dict(zip(self._names, self._tensors, strict=True))
+        for name, tensor in policy:
+            if name not in own or own[name].shape != tensor.shape:
+                raise ValueError(f"{name} {list(tensor.shape)} of the policy is no parameter of the reference")
+            weight = own.pop(name)
+            if self._mix == 1:
+                weight.copy_(tensor)
+            else:
+                weight.mul_(1 - self._mix).add_(tensor.to(weight), alpha=self._mix)
+        if own:
+            raise ValueError(f"{next(iter(own))} of the reference is no parameter of the policy")
+        if self._masters:
+            self._masters.write_back()
+
+    def state(self) -> list[Tensor]:
+        """Returns what `restore` needs to go on bit for bit, as copies on the CPU."""
+        return [tensor.detach().to("cpu", copy=True) for tensor in self._tensors]
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[Tensor]) -> None:
+        """Goes on from what `state` returned."""
+        for tensor, saved in zip(self._tensors, state, strict=True):
+            tensor.copy_(saved)
+        if self._masters:
+            self._masters.write_back()

@@ -34,7 +34,7 @@ def too_large_for_cuda_itself(*_, **__):
 @pytest.mark.parametrize("during", ["proximal", "train"])
 def test_out_of_memory_names_the_step_its_groups_and_what_would_help(ring, monkeypatch, fails, during):
     ring.step()
-    name = "logprobs_and_states" if during == "proximal" else "microbatch_loss"
+    name = "policy_pass" if during == "proximal" else "microbatch_loss"
     monkeypatch.setattr(policy_learner, name, fails)
     with pytest.raises(LearnerOutOfMemory) as caught:
         ring.step()
@@ -46,7 +46,7 @@ def test_another_error_stays_what_it_is(ring, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("a shape is wrong")
 
-    monkeypatch.setattr(policy_learner, "logprobs_and_states", broken)
+    monkeypatch.setattr(policy_learner, "policy_pass", broken)
     with pytest.raises(RuntimeError, match="a shape is wrong") as caught:
         ring.step()
     assert not isinstance(caught.value, LearnerOutOfMemory)

@@ -71,6 +71,9 @@ LAZY = {
     "r2m_async.launch.makers": {"actors.vllm_engine", "actors.transformers_engine", "learners.deepspeed_backend"},
     "r2m_async.evaluation.answering": {"actors.vllm_offline"},
     "learners.weight_sender": {"vllm"},
+    "r2m_async.rewards.judge": {"httpx"},
+    "r2m_async.rewards.math_worker": {"math_verify"},
+    "r2m_async.rewards.texts": {"jsonschema", "referencing"},
     "learners.deepspeed_backend": {"deepspeed"},
 }
 """What these import only once it is needed: not everybody has it installed."""

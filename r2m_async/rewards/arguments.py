@@ -126,15 +126,27 @@ def find_function(key: str, setting: RewardFunction) -> Callable[..., Any]:
 
     key: the key of the config that holds the setting, for messages.
 
-    Raises ConfigError if there is no such function, or if an option does not fit its signature.
+    A function may have an attribute `check_options`: a function that is called with the options alone, and raises
+    ConfigError or ValueError if they are wrong. All functions of this package have one.
+
+    Raises ConfigError if there is no such function, or if an option does not fit its signature or its `check_options`.
     """
     function = named_function(setting.function, key)
-    if not setting.options:
-        return function
+    _check_names(function, key, setting)
+    if check := getattr(function, "check_options", None):
+        try:
+            check(**setting.options)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{key} {setting.function!r}: {error}") from None
+    return function
+
+
+def _check_names(function: Callable[..., Any], key: str, setting: RewardFunction) -> None:
+    """Raises ConfigError if a function has no parameter of an option's name."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
-        return function
+        return
     takes = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
     for name in setting.options:
@@ -146,4 +158,3 @@ def find_function(key: str, setting: RewardFunction) -> Callable[..., Any]:
             raise ConfigError(
                 f"{key}.options has {name!r} and {setting.function} has no such parameter{nearest(name, takes)}"
             )
-    return function

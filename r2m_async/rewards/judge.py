@@ -1,0 +1,138 @@
+"""`judge`: a language model on a server rates responses. The server speaks OpenAI's protocol, as vLLM's does."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import regex
+
+from r2m_async.errors import ConfigError
+from r2m_async.rewards.packages import needs
+
+if TYPE_CHECKING:
+    from httpx import AsyncClient
+
+TEMPLATE = """Rate the answer to the question from {low} (useless) to {high} (could not be better). Reply with the number alone.
+
+Question:
+{prompt}
+
+Answer:
+{response}"""
+"""What the judge is told if `template` says nothing else."""
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_MOST_CONNECTIONS = 64
+
+
+async def judge(
+    messages: Sequence[Mapping[str, str]],
+    response: str,
+    url: str,
+    model: str,
+    template: str = TEMPLATE,
+    low: float = 0.0,
+    high: float = 10.0,
+    max_tokens: int = 16,
+    temperature: float = 0.0,
+    api_key_env: str | None = None,
+    body: Mapping[str, Any] | None = None,
+) -> float:
+    """Returns how a language model on a server rates a response, from 0 (`low`) to 1 (`high`).
+
+    Args:
+        messages: the prompt as turns.
+        response: the response.
+        url: the root of the server's API, for example `http://localhost:8000/v1`.
+        model: the name that the server has for its model.
+        template: what the model is told. `{prompt}`, `{response}`, `{low}` and `{high}` are filled in.
+        low: the rating that gives 0.
+        high: the rating that gives 1.
+        max_tokens: the most tokens of a reply.
+        temperature: the sampling temperature of the reply. 0 takes the likeliest tokens.
+        api_key_env: the name of the environment variable that holds the key of the server. None: the server needs none.
+        body: further keys of the request.
+
+    The last number in the reply is the rating. Raises ValueError if there is none, or if it lies beyond `low` and
+    `high`. Raises httpx.HTTPError if the server cannot be reached or refuses.
+    """
+    question = messages[0]["content"] if len(messages) == 1 else _transcript(messages)
+    filled = {"prompt": question, "response": response, "low": f"{low:g}", "high": f"{high:g}"}
+    # In one pass: the texts may hold such braces themselves.
+    told = regex.sub(r"\{(prompt|response|low|high)\}", lambda match: filled[match[1]], template)
+    request = {
+        "model": model,
+        "messages": [{"role": "user", "content": told}],
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        **(body or {}),
+    }
+    headers = {"Authorization": f"Bearer {os.environ[api_key_env]}"} if api_key_env else {}
+    answer = await _client().post(f"{url.rstrip('/')}/chat/completions", json=request, headers=headers)
+    if answer.is_error:
+        raise ValueError(f"{url} refused: status {answer.status_code}, {answer.text[:500]!r}")
+    reply = answer.json()["choices"][0]["message"]["content"] or ""
+    numbers = regex.findall(_NUMBER, reply)
+    if not numbers:
+        raise ValueError(f"the judge {model} replied {reply[:200]!r}, in which there is no number")
+    rating = float(numbers[-1])
+    if not low <= rating <= high:
+        raise ValueError(
+            f"the judge {model} replied {reply[:200]!r}, and {rating:g} is not between {low:g} and {high:g}"
+        )
+    return (rating - low) / (high - low)
+
+
+def _transcript(messages: Sequence[Mapping[str, str]]) -> str:
+    """The turns of a conversation as one text."""
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
+
+
+def _check(
+    url: str = "http://",
+    model: str = "any",
+    template: str = TEMPLATE,
+    low: float = 0.0,
+    high: float = 10.0,
+    max_tokens: int = 16,
+    temperature: float = 0.0,
+    api_key_env: str | None = None,
+    body: Mapping[str, Any] | None = None,
+) -> None:
+    needs("httpx", "httpx")
+    if not (isinstance(url, str) and url.startswith(("http://", "https://"))):
+        raise ConfigError(f"url is {url!r}; give the root of the server's API, for example http://localhost:8000/v1")
+    if not (isinstance(model, str) and model):
+        raise ConfigError(f"model is {model!r}; give the name that the server has for its model")
+    if not isinstance(template, str) or "{response}" not in template:
+        raise ConfigError(f"template is {template!r}, without {{response}}: the judge would not see what it rates")
+    if not (all(isinstance(one, int | float) and math.isfinite(one) for one in (low, high)) and low < high):
+        raise ConfigError(f"low is {low!r} and high is {high!r}; give two numbers, the smaller first")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens!r}; give a number of tokens, 1 or more")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature < 0:
+        raise ConfigError(f"temperature is {temperature!r}; give a number, 0 or more")
+    if api_key_env is not None and api_key_env not in os.environ:
+        raise ConfigError(f"api_key_env is {api_key_env!r}, and the environment has no such variable; set it")
+    if body is not None and not isinstance(body, Mapping):
+        raise ConfigError(f"body is {body!r}; give a mapping of further keys of the request")
+
+
+judge.check_options = _check  # type: ignore[attr-defined]
+
+_of_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncClient] = weakref.WeakKeyDictionary()
+
+
+def _client() -> AsyncClient:
+    """The client of the running event loop. It has no deadline: that of the reward function holds."""
+    import httpx
+
+    loop = asyncio.get_running_loop()
+    if loop not in _of_loop:
+        limits = httpx.Limits(max_connections=_MOST_CONNECTIONS)
+        _of_loop[loop] = httpx.AsyncClient(timeout=None, limits=limits)
+    return _of_loop[loop]

@@ -51,6 +51,8 @@ def add_eval(commands: Any) -> None:
     text = "Win rate and length-controlled win rate of a judge's annotations, as AlpacaEval writes them."
     rate = verbs.add_parser("win-rate", help=text, description=text)
     rate.add_argument("annotations", metavar="ANNOTATIONS", type=Path)
+    text = "AlpacaEval's df_gamed.csv, for its own length-controlled rate"
+    rate.add_argument("--gamed", type=Path, metavar="FILE", help=text)
     rate.add_argument("--out", type=directory, metavar="DIR", help="(default: ANNOTATIONS without suffix, -win-rate)")
     rate.set_defaults(command=_win_rate)
 
@@ -75,11 +77,13 @@ def _judge(parsed: argparse.Namespace) -> int:
 
 
 def _win_rate(parsed: argparse.Namespace) -> int:
+    from r2m_async.evaluation.alpaca_length_control import load_gamed_baselines
     from r2m_async.evaluation.judging import read_annotations, win_rate_table, win_rates
     from r2m_async.runs.results import write_results
 
     out = parsed.out or parsed.annotations.with_name(f"{parsed.annotations.stem}-win-rate")
-    results = win_rates(read_annotations(parsed.annotations))
+    gamed = None if parsed.gamed is None else load_gamed_baselines(parsed.gamed)
+    results = win_rates(read_annotations(parsed.annotations), gamed)
     told = win_rate_table(results)
     write_results(out, results, told)
     print(told, end="")

@@ -11,5 +11,6 @@ answering.py      `r2m eval generate`: a policy's answers to those prompts
 answers.py        the files that answers are written to and read from
 judging.py        `r2m eval judge` and `r2m eval win-rate`: which of two answers is better
 win_rate.py       win rates, with and without control for length
+alpaca_length_control.py  AlpacaEval's own length-controlled win rate
 plots.py          the figures
 """

@@ -13,6 +13,7 @@ there, lengths are in characters.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -24,6 +25,11 @@ import numpy as np
 
 from r2m_async.data.records import Record, read_file
 from r2m_async.errors import ConfigError, DataError
+from r2m_async.evaluation.alpaca_length_control import (
+    AlpacaLengthControlled,
+    GamedBaselines,
+    alpaca_length_controlled,
+)
 from r2m_async.evaluation.answers import JudgedText, Outputs, read_outputs
 from r2m_async.evaluation.win_rate import Estimate, length_controlled_win_rate, mean
 from r2m_async.plugins import as_number, named_function, own_failure, shown
@@ -50,10 +56,12 @@ class Annotation:
     """From 0 for the opponent to 1 for the model. None if the judge did not decide."""
 
 
-def win_rates(annotations: Sequence[Annotation]) -> dict[str, Any]:
+def win_rates(annotations: Sequence[Annotation], gamed: GamedBaselines | None = None) -> dict[str, Any]:
     """Win rates and their statistics by name; rates are from 0 to 1.
 
-    Raises DataError if no annotation has a preference.
+    gamed: AlpacaEval's gamed baselines, for its own length-controlled rate. None leaves that out.
+
+    Raises DataError if no annotation has a preference, and as `alpaca_length_controlled` does.
     """
     judged = [(one, one.preference) for one in annotations if one.preference is not None]
     if not judged:
@@ -68,6 +76,7 @@ def win_rates(annotations: Sequence[Annotation]) -> dict[str, Any]:
         "win_rate": _told(mean(preferences, groups)),
         "length_controlled_win_rate": _told(controlled.win_rate),
         "length_effect": controlled.length_effect,
+        "alpaca_eval": None if gamed is None else dataclasses.asdict(_as_alpaca_eval(annotations, gamed)),
         # Here a preference between 0 and 1 counts as a whole win or loss, and a tie as half.
         "discrete_win_rate": float(((np.sign(preferences - 0.5) + 1) / 2).mean()),
         "num_wins": int((preferences > 0.5).sum()),
@@ -77,6 +86,16 @@ def win_rates(annotations: Sequence[Annotation]) -> dict[str, Any]:
         "length": float(lengths[:, 1].mean()),
         "length_against": float(lengths[:, 0].mean()),
     }
+
+
+def _as_alpaca_eval(annotations: Sequence[Annotation], gamed: GamedBaselines) -> AlpacaLengthControlled:
+    """AlpacaEval's own length-controlled rate, to which annotations without a preference belong, too."""
+    return alpaca_length_controlled(
+        [one.preference for one in annotations],
+        [len(one.outputs[0]) - len(one.outputs[1]) for one in annotations],
+        annotations[0].generators[0],
+        gamed,
+    )
 
 
 # A judge's file
@@ -382,6 +401,8 @@ def win_rate_table(results: Mapping[str, Any]) -> str:
         f"| characters, mean | {results['length']:.0f} against {results['length_against']:.0f} |",
         f"| length effect, log-odds | {results['length_effect']:.2f} |",
     ]
+    if alpaca := results["alpaca_eval"]:
+        lines.insert(4, f"| AlpacaEval's length-controlled win rate | {alpaca['win_rate']:.1%} |")
     if results["num_without_preference"]:
         lines.append(f"| left out, without a preference | {results['num_without_preference']} |")
     return "".join(line + "\n" for line in lines)

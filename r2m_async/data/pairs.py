@@ -50,6 +50,8 @@ def read_scored_preference(record: Record, chat: bool, *, scored: bool) -> tuple
     Raises BadRecord as `read_preference` does, and for scores that are missing and needed.
     """
     record = _as_conversations(record)
+    if record.has("prompt") or not record.has("chosen", "rejected"):
+        record.content("prompt")  # a mistake in it is told before one in a response
     (said, chosen), (said_too, rejected) = _said(record, "chosen"), _said(record, "rejected")
     if said and said_too and _stripped(said) != _stripped(said_too):
         why = "the two conversations differ before their last turn, so they are no two responses to one prompt"

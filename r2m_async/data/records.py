@@ -126,6 +126,8 @@ class Record:
             why = f"missing, the record has {', '.join(map(repr, fields)) or 'no field'}"
             key_of_config = PROMPT_FIELD if key == "prompt" else f"data.columns.{key}"
             remedy = "add it" if self.names is None else f"add it, name another field as {key_of_config}"
+            if inner := [name for name, value in fields.items() if _is_list_of_objects(value)]:
+                remedy += f", take the list in {inner[0]!r} alone if it has the records"
             raise self.refusal("missing_field", called, _ABSENT, why, remedy)
         return fields[called]
 
@@ -308,6 +310,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    """Whether a value is a list of objects that are no turns."""
+    return isinstance(value, list) and any(isinstance(one, dict) and "role" not in one for one in value)
 
 
 def _excerpt(value: Any) -> str:

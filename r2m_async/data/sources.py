@@ -214,29 +214,38 @@ def _json_list(item: str, file: IO[bytes]) -> list[Any] | None:
 
 
 def _refuse_no_lines_of_json(item: str, file: IO[bytes]) -> None:
-    """Raises DataError if a file is JSON over several lines, or looks like CSV under another name."""
-    first = next((line for line in file if line.strip()), b"")
-    rest = b""
+    """Raises DataError if a file is JSON over several lines, CSV under another name, or other text."""
+    first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
+    begins = first.lstrip()[:1]
+    if begins == b"{":
+        _refuse_several_lines(item, first, file)
+    elif re.fullmatch(rb'"?\w+"?([,;\t|]"?\w+"?)+\s*', first):
+        raise DataError(f"{item}: not JSON, and line 1 looks like the head of a CSV file; call it .csv (or .tsv)")
+    elif begins not in (b"", b"[") and not any(line.lstrip()[:1] == b"{" for line in file):
+        shown = first.strip()[:40].decode("utf-8", "backslashreplace")
+        raise DataError(f"{item}: not JSON, no line of it is an object, it begins {shown!r}; {_TO_JSONL}")
+    file.seek(0)
+
+
+def _refuse_several_lines(item: str, first: bytes, file: IO[bytes]) -> None:
+    """Raises DataError if a file's first line, which has been read, begins an object that goes on in the next."""
     try:
         decoded(first)
     except (ValueError, RecursionError):
-        rest = file.read() if first.lstrip(b"\xef\xbb\xbf \t")[:1] == b"{" else b""
-    file.seek(0)
-    if rest.strip():
-        try:
-            text = (first + rest).decode("utf-8-sig").lstrip()
-            value, end = json.JSONDecoder().raw_decode(text)
-        except (ValueError, RecursionError):
-            return  # then the first line is a bad record, and told as one
-        if "\n" not in text[:end]:
-            return
+        rest = file.read()
+    else:
+        return
+    try:
+        text = (first + rest).decode().lstrip()
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return  # then the first line is a bad record, and told as one
+    if "\n" in text[:end]:
         held = [key for key, one in value.items() if isinstance(one, list) and one and isinstance(one[0], dict)]
         inner = f", or the list in its {held[0]!r} alone, `jq .{held[0]}`" if held else ""
         raise DataError(
             f"{item}: a JSON object over several lines, not one a line and no list; write one a line, `jq -c .`{inner}"
         )
-    if re.fullmatch(rb'"?\w+"?([,;\t|]"?\w+"?)+\s*', first.removeprefix(b"\xef\xbb\xbf")):
-        raise DataError(f"{item}: not JSON, and line 1 looks like the head of a CSV file; call it .csv (or .tsv)")
 
 
 def decoded(data: bytes) -> Any:

@@ -131,6 +131,8 @@ FOREIGN = [
     ("pairs.csv", lambda: delimited(delimiter="\t"), "the file has another delimiter"),
     ("pairs.tsv", delimited, "the file has another delimiter"),
     ("pairs.jsonl", delimited, "line 1 looks like the head of a CSV file; call it .csv"),
+    ("prompts.txt", lambda: b"Say hello.\nName a colour:\n", "no line of it is an object, it begins 'Say hello.'"),
+    ("pairs.yaml", lambda: b"- prompt: a\n  chosen: b\n", "no line of it is an object"),
     ("pairs.csv", lambda: b"prompt,chosen,prompt\na,b,c\n", "two columns are called 'prompt'"),
     ("pairs.csv", lambda: b'prompt,chosen,rejected\na,b,"c\n', "line 2: not CSV (unexpected end of data)"),
     ("pairs.csv", lambda: b"prompt,chosen,rejected\na,b,c\na,caf\xe9,c\n", "line 3: not UTF-8 at byte 6 of the line"),
@@ -180,6 +182,14 @@ def test_records_of_a_json_list_and_rows_of_parquet_are_told_by_their_number(tmp
     (tmp_path / "a.parquet").write_bytes(columnar("parquet"))
     with pytest.raises(DataError, match=r"a.parquet, row 0: better: missing, the record has 'prompt'"):
         load_preferences(tmp_path / "a.parquet", columns={"chosen": "better"})
+
+
+def test_an_object_that_holds_the_records_is_told(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": PAIRS}))
+    with pytest.raises(
+        DataError, match="'version', 'data'; add it, .* take the list in 'data' alone if it has the records"
+    ):
+        load_preferences(tmp_path / "a.json")
 
 
 def test_a_key_that_stands_twice_in_an_object_is_refused(tmp_path):

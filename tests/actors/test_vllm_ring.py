@@ -30,13 +30,6 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart_vllm.
 
 
 @pytest.fixture(scope="module")
-def vllm_config(tmp_path_factory, tiny_config) -> R2MConfig:
-    """The tiny ring with a policy that vLLM can run."""
-    policy = save_tiny_model(tmp_path_factory.mktemp("vllm-policy"), "qwen2", False, WORDS, seed=0, width=64)
-    return tiny_config.model(policy=policy).rollouts(engine="vllm")
-
-
-@pytest.fixture(scope="module")
 def brief_config(tmp_path_factory, vllm_config) -> R2MConfig:
     """A policy that ends a response with any of six tokens, after about 50 tokens, the last of a group after 150 and more."""
     directory = tmp_path_factory.mktemp("vllm-brief-policy")

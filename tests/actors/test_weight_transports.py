@@ -9,7 +9,6 @@ import types
 import psutil
 import pytest
 import torch
-from tiny import WORDS, save_tiny_model
 
 from learners.weight_sender import WeightSender
 from r2m_async.codec import decode, encode
@@ -20,12 +19,6 @@ from r2m_async.launch.ray_stages import gpu_share, placed
 from r2m_async.launch.ring import Ring
 from r2m_async.models.loading import load_policy
 from r2m_async.models.weights import tensor_digest
-
-
-@pytest.fixture(scope="module")
-def vllm_config(tmp_path_factory, tiny_config):
-    path = save_tiny_model(tmp_path_factory.mktemp("policy"), "qwen2", False, WORDS, seed=3, width=64)
-    return tiny_config.model(policy=path).rollouts(engine="vllm")
 
 
 def config_of(**rollouts) -> R2MConfig:

@@ -1,0 +1,42 @@
+"""Options that reach vLLM, and options that are refused."""
+
+import pytest
+from engines import config_of, engine_of, running
+
+import actors.state_slab
+from r2m_async.errors import ConfigError
+
+
+@pytest.mark.ring
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_model_len": 99}, "rollouts.engine_options: max_model_len"),
+        ({"block_size": 16, "dtype": "float16"}, "rollouts.engine_options: dtype"),
+        ({"logprobs_mode": "raw_logprobs"}, "rollouts.engine_options: logprobs_mode"),
+        ({"gpu_memory_utilisation": 0.5}, "gpu_memory_utilisation"),
+    ],
+)
+def test_an_option_that_the_config_owns_or_that_does_not_exist_is_refused(
+    checkpoint, tmp_path, monkeypatch, options, said
+):
+    monkeypatch.setattr(actors.state_slab, "DIRECTORY", str(tmp_path))
+    with pytest.raises(ConfigError, match=said):
+        engine_of(config_of(checkpoint(), engine_options=options))
+
+
+@pytest.mark.ring
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"nonsense": 1}, {"max_num_batched_tokens": 1}])
+def test_an_engine_that_did_not_start_leaves_no_file(checkpoint, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(actors.state_slab, "DIRECTORY", str(tmp_path))
+    with pytest.raises(ValueError):
+        engine_of(config_of(checkpoint(), engine_options=options))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ring
+def test_an_option_that_nothing_else_sets_reaches_vllm_over_our_default(checkpoint):
+    config = config_of(checkpoint(), engine_options={"block_size": 64, "enable_prefix_caching": False})
+    with running(config) as engine:
+        cache = engine._driver._engine.vllm_config.cache_config
+        assert (cache.block_size, cache.enable_prefix_caching) == (64, False)

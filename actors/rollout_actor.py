@@ -62,7 +62,7 @@ class RolloutActor:
             engine: what generates the responses.
             state_bytes: size in bytes of the policy's hidden state on one token, or 0 if the reward head reads none.
         """
-        self._engine = engine
+        self.engine = engine
         self._state_bytes = state_bytes
 
     def load_weights(self, weights: Weights, sent: dict[str, Any]) -> tuple[StepReport]:
@@ -70,11 +70,11 @@ class RolloutActor:
 
         Returns a report with the version and the engine's measurements.
         """
-        return (StepReport(version=weights.version, metrics=self._engine.load(weights, sent)),)
+        return (StepReport(version=weights.version, metrics=self.engine.load(weights, sent)),)
 
     def join(self, channel: dict[str, Any]) -> tuple[None]:
         """Lets the engine join the learner's channel (`RolloutEngine.join`)."""
-        self._engine.join(channel)
+        self.engine.join(channel)
         return (None,)
 
     def generate(self, ticket: Ticket) -> tuple[GroupReport, TrajectoryGroup, PolicyFeedback | None]:
@@ -85,7 +85,7 @@ class RolloutActor:
 
         Raises NonFiniteStep, naming the response and the policy version, if a log-probability is not finite.
         """
-        return self._reported(ticket, *self._engine.generate(ticket))
+        return self._reported(ticket, *self.engine.generate(ticket))
 
     def generate_batch(
         self, tickets: Sequence[Ticket]
@@ -94,7 +94,7 @@ class RolloutActor:
 
         Returns one (report, group, feedback) per ticket, in the same order.
         """
-        generated = self._engine.generate_batch(tickets)  # type: ignore[attr-defined]
+        generated = self.engine.generate_batch(tickets)  # type: ignore[attr-defined]
         return [self._reported(ticket, *one) for ticket, one in zip(tickets, generated, strict=True)]
 
     def _reported(
@@ -123,5 +123,5 @@ class RolloutActor:
 
     def abort(self, group_id: int, attempt: int) -> tuple[None]:
         """Ends this attempt at a group early (`RolloutEngine.abort`)."""
-        self._engine.abort(group_id, attempt)
+        self.engine.abort(group_id, attempt)
         return (None,)

@@ -102,8 +102,8 @@ class PolicyLearner:
             config: the run's config.
             critic: the critic, if the estimator needs values. It has as many ranks as the policy.
         """
-        self._backend = backend
-        self._critic = critic
+        self.backend = backend
+        self.critic = critic
         self._config = config
         self._version = 0
         self._estimator = estimator
@@ -136,7 +136,7 @@ class PolicyLearner:
 
     def _weights(self, whole: bool) -> Weights | None:
         """The present version as `weights` returns it. All ranks take part if they share the parameters out."""
-        backend = self._backend
+        backend = self.backend
         weights = Weights(version=self._version, tensors={})
         tensors: dict[str, Tensor] = {}
         if backend.rank > 0:
@@ -229,9 +229,9 @@ class PolicyLearner:
             start += len(group.trajectories)
         mask, passes = response_mask(trajectories), self._passes(trajectories, rows)
         reads_own = self._config.reads_feedback and self._config.feedback.source == "learner"
-        states = KeptStates(self._backend.policy.device, self._config) if reads_own else None
-        old = self._logprobs(self._backend.policy, trajectories, passes, mask, states)
-        with self._backend.as_reference() as model:
+        states = KeptStates(self.backend.policy.device, self._config) if reads_own else None
+        old = self._logprobs(self.backend.policy, trajectories, passes, mask, states)
+        with self.backend.as_reference() as model:
             reference = self._logprobs(model, trajectories, passes, mask)
         batch = LearnerBatch(
             step=step,
@@ -242,7 +242,7 @@ class PolicyLearner:
             behaviour=behaviour_logprobs(trajectories),
             old=old,
             reference=reference,
-            values=self._critic.values(trajectories, passes, mask) if self._critic else None,
+            values=self.critic.values(trajectories, passes, mask) if self.critic else None,
         )
         # Under `skip`, `train` finds such numbers again and leaves the step out.
         if self._config.learner.on_nonfinite == "stop":
@@ -284,7 +284,7 @@ class PolicyLearner:
         self._version += 1
         every = self._config.model.reference_every
         if self._moving and every and self._version % every == 0:
-            self._moving.move(self._backend.named_parameters())
+            self._moving.move(self.backend.named_parameters())
 
     def _train(
         self, batch: LearnerBatch, rewards: Sequence[GroupRewards]
@@ -302,7 +302,7 @@ class PolicyLearner:
             log.warning("%s: the step is left out (learner.on_nonfinite is skip)", error)
             return self._left_out(scored), ()
         critic = self._critic_step(batch, returns)
-        backend, lr, objective = self._backend, self._config.learning_rate(batch.step), self._config.objective
+        backend, lr, objective = self.backend, self._config.learning_rate(batch.step), self._config.objective
         statistics = StepStatistics(batch.mask, self._config)
         states = KeptStates(backend.policy.device, self._config)
         for epoch in range(objective.epochs):
@@ -341,11 +341,11 @@ class PolicyLearner:
 
     def _critic_step(self, batch: LearnerBatch, returns: Tensor | None) -> CriticStep | None:
         """The critic's side of the step, or None without a critic."""
-        if self._critic is None:
+        if self.critic is None:
             return None
         assert batch.values is not None and returns is not None
         lr = self._config.learning_rate(batch.step, self._config.critic.lr)
-        return CriticStep(self._critic, batch.trajectories, batch.mask, batch.values, returns, lr)
+        return CriticStep(self.critic, batch.trajectories, batch.mask, batch.values, returns, lr)
 
     def _count(
         self, norm: float, counts: StepStatistics | CriticStep, batch: LearnerBatch, what: str, lr: float
@@ -381,7 +381,7 @@ class PolicyLearner:
         objective = self._config.objective
         updates = float(objective.epochs * len(minibatch_bounds(scored, objective.num_minibatches)))
         metrics = {"policy/skipped_updates": updates}
-        return metrics | ({"critic/skipped_updates": updates} if self._critic else {})
+        return metrics | ({"critic/skipped_updates": updates} if self.critic else {})
 
     def state(self, directory: str | None = None) -> tuple[StepReport, dict[str, Any]]:
         """Saves the learner.
@@ -392,9 +392,9 @@ class PolicyLearner:
         Returns a report, and what `restore` needs to go on bit for bit.
         """
         path = None if directory is None else Path(directory)
-        state = {"version": self._version, "kl_coef": self._kl_coef} | self._backend.state(self._version, path)
-        if self._critic:
-            state["critic"] = self._critic.state(self._version, path)
+        state = {"version": self._version, "kl_coef": self._kl_coef} | self.backend.state(self._version, path)
+        if self.critic:
+            state["critic"] = self.critic.state(self._version, path)
         if self._moving:
             state["reference"] = self._moving.state()
         return StepReport(version=self._version, metrics={}), state
@@ -405,12 +405,12 @@ class PolicyLearner:
         Raises ConfigError if the weights of the policy or the critic are not finite.
         """
         path = None if directory is None else Path(directory)
-        self._backend.restore(state, path)
-        if self._critic:
-            self._critic.restore(state["critic"], path)
+        self.backend.restore(state, path)
+        if self.critic:
+            self.critic.restore(state["critic"], path)
         if self._moving:
             self._moving.restore(state["reference"])
-        if not (self._backend.finite() and (self._critic is None or self._critic.backend.finite())):
+        if not (self.backend.finite() and (self.critic is None or self.critic.backend.finite())):
             raise ConfigError(
                 f"the checkpoint's policy (version {state['version']}) or its critic has weights that are NaN or infinite: "
                 f"their training had diverged; resume from an older checkpoint"
@@ -421,7 +421,7 @@ class PolicyLearner:
 
     def _passes(self, trajectories: Sequence[Trajectory], groups: Sequence[range]) -> list[MicroBatch]:
         """This rank's micro-batches of some groups, given by the rows of their trajectories."""
-        backend = self._backend
+        backend = self.backend
         max_tokens, packed = self._config.learner.tokens_per_microbatch, self._config.learner.packing
         return rank_microbatches(trajectories, groups, backend.rank, backend.num_ranks, max_tokens, packed)
 
@@ -452,7 +452,7 @@ class PolicyLearner:
             if one.counts:
                 logprobs_BT[list(one.rows), : part_BT.shape[1]] = part_BT.cpu()
         # Every row is 0 but on the rank that computed it, so the sum over ranks puts all rows together.
-        return self._backend.total(logprobs_BT)
+        return self.backend.total(logprobs_BT)
 
     def _pass(
         self, model: Any, trajectories: Sequence[Trajectory], entropy: bool = False
@@ -466,11 +466,11 @@ class PolicyLearner:
 
         Greedy twins are not trained and have no such states, so each twin takes a forward pass of its own.
         """
-        owned = group_shares(batch.trajectories, batch.rows, self._backend.num_ranks)
-        mine = owned[self._backend.rank]
+        owned = group_shares(batch.trajectories, batch.rows, self.backend.num_ranks)
+        mine = owned[self.backend.rank]
         # Every rank must make equally many passes. A rank with fewer groups repeats group 0 and drops the results.
         pace = mine + [0] * (max(map(len, owned)) - len(mine))
-        policy, groups, rows = self._backend.policy, batch.groups, batch.rows
+        policy, groups, rows = self.backend.policy, batch.groups, batch.rows
         return tuple(
             proximal_feedback(
                 policy, groups[g], [states[row] for row in rows[g] if row in states], self._config, batch.step
@@ -492,7 +492,7 @@ class PolicyLearner:
 
         In the last epoch the hidden states go into `kept`. `rows` are the minibatch's rows in the step.
         """
-        device = self._backend.policy.device
+        device = self.backend.policy.device
         keeps = self._config.reads_feedback and epoch == self._config.objective.epochs - 1
         # Counts of the whole minibatch divide the loss. So the losses of all passes and ranks add up to its loss.
         denominator, responses = denominators(batch.mask[rows], self._config)
@@ -500,12 +500,12 @@ class PolicyLearner:
         for index, one in enumerate(passes):
             chosen, trajectories = list(one.rows), [batch.trajectories[row] for row in one.rows]
             logprobs_BT, states, entropies_BT = self._pass(
-                self._backend.policy, trajectories, config.objective.entropy_coef > 0
+                self.backend.policy, trajectories, config.objective.entropy_coef > 0
             )
             last = index == len(passes) - 1
             if not one.counts:
                 # Other ranks have more passes. A gradient of 0 takes part in their collectives and changes nothing.
-                self._backend.backward(0.0 * logprobs_BT.sum(), last)
+                self.backend.backward(0.0 * logprobs_BT.sum(), last)
                 continue
             if keeps:
                 kept.keep(chosen, states)
@@ -523,7 +523,7 @@ class PolicyLearner:
                 config,
                 place,
             )
-            self._backend.backward(loss, last)
+            self.backend.backward(loss, last)
             statistics.add(epoch, chosen, loss, surrogate)
 
 

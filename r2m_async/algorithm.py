@@ -28,7 +28,7 @@ from ray.tune import Checkpoint, PlacementGroupFactory
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.launch.ray_stages import gpu_share
+from r2m_async.launch.gpus import gpu_share
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import resolve
 from r2m_async.runs.checkpoints import MANIFEST, saved_config, seal, verified

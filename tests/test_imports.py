@@ -60,7 +60,7 @@ ONLY = {
         *(f"r2m_async.{name}" for name in ("runs.plots", "runs.drawing", "evaluation.plots", "reward_models.plots"))
     },
     "r2m_async.launch.ring": {"r2m_async.algorithm", "r2m_async.launch.training", "r2m_async.studies.study"},
-    "r2m_async.launch.ray_stages": {"r2m_async.algorithm", "r2m_async.launch.makers", "r2m_async.launch.ring"},
+    "r2m_async.launch.ray_stages": {"r2m_async.launch.makers", "r2m_async.launch.ring"},
     "r2m_async.ring.stages": {
         *(f"r2m_async.{name}" for name in ("launch.makers", "launch.ray_stages", "launch.ring", "runs.checkpoints")),
     },

@@ -509,8 +509,8 @@ def step_of() -> tuple:
 def test_a_first_pass_that_is_not_finite_names_the_model_or_leaves_the_step_out(tiny_config, which, said, on_nonfinite):
     config = tiny_config.advantage(name="gae").objective(ratio="token").learner(on_nonfinite=on_nonfinite)
     learner = learner_of(config)
-    backend = learner._backend
-    poke({"policy": backend.policy, "reference": backend._reference, "critic": learner._critic.backend.policy}[which])
+    backend = learner.backend
+    poke({"policy": backend.policy, "reference": backend._reference, "critic": learner.critic.backend.policy}[which])
     groups, rewards = step_of()
     if on_nonfinite == "stop":
         with pytest.raises(NonFiniteStep, match=rf"^step 0, group 0, response 0: {said}, first at response token 0"):
@@ -548,7 +548,7 @@ def test_a_version_that_a_probe_finds_not_finite_is_not_published_for_an_engine_
     learner = learner_of(tiny_config.rollouts(engine="vllm").weights(transport="object_store"))
     learner.weights()
     with torch.no_grad():
-        for parameter in learner._backend.policy.parameters():
+        for parameter in learner.backend.policy.parameters():
             parameter.mul_(1e15)
     with pytest.raises(
         NonFiniteStep, match=r"^policy version 0: its log-probabilities of the probe text are not finite"

@@ -272,7 +272,7 @@ def test_max_policy_age_zero_makes_progress_with_the_smallest_queue(data):
         **smallest,
     )
     for stage in ring.stages.rollouts:
-        stage.carrier._group_bytes = 10
+        stage.carrier.group_bytes = 10
     assert all(result["age/policy_max"] == 0 for result in ring.run())
 
 
@@ -282,7 +282,7 @@ def test_a_run_that_ends_early_balances_too(data):
     ring = Ring(data.draw)
     ring.config = ring.config.objective(kl_stop=1.0)
     last = data.draw(st.integers(0, ring.plan.num_steps - 1))
-    result = ring.stages.policy.carrier._result
+    result = ring.stages.policy.carrier.result
 
     def with_kl(method, args):
         report, *payloads = result(method, args)
@@ -290,7 +290,7 @@ def test_a_run_that_ends_early_balances_too(data):
             report.metrics["kl/sequence"] = 2.0
         return report, *payloads
 
-    ring.stages.policy.carrier._result = with_kl
+    ring.stages.policy.carrier.result = with_kl
     results = ring.run()
     assert len(results) == last + 1 and results[-1]["kl/stopped"] == 1.0
     assert ring.schedule.reserved_bytes == 0
@@ -336,7 +336,7 @@ def test_an_actor_that_keeps_dying_ends_the_run_by_name():
 
 def test_an_error_in_a_stage_ends_the_run_with_its_own_traceback():
     class Broken(SimulatedStage):
-        def _result(self, method, args):
+        def result(self, method, args):
             raise ZeroDivisionError("in the learner")
 
     broken = Broken("policy", lambda method: 0.0)

@@ -5,6 +5,7 @@ prompts.py         reads the prompts of a config, and checks its data
 makers.py          makes each stage; no other file here imports actors and learners
 ring.py            holds `Ring`, one run that is taken step by step, saved and restored
 training.py        does what `r2m train` does: runs a ring to its end, into a run directory
+gpus.py            shares out the GPUs of a cluster to the processes of a ring
 ray_stages.py      runs stages in Ray processes
 ray_connection.py  starts or joins Ray, watches it, and ends it in time
 loop_thread.py     runs the event loop of a ring in a thread

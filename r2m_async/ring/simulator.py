@@ -143,9 +143,9 @@ class SimulatedStage:
         self._lock = asyncio.Lock()
         self._duration = duration
         self._crashes = crashes
-        self._group_bytes = group_bytes
+        self.group_bytes = group_bytes
         self._version = 0
-        self._aborted: set[int] = set()
+        self.aborted: set[int] = set()
         self._abort_of: dict[int, asyncio.Event] = {}
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
@@ -157,13 +157,13 @@ class SimulatedStage:
             await asyncio.sleep(self._duration("abort"))
             if self._crashes("abort"):
                 raise StageLost(self.name, f"{self.name} is not there to abort")
-            self._aborted.add(args[0])
+            self.aborted.add(args[0])
             if generating := self._abort_of.get(args[0]):
                 generating.set()
             return (None,)
         if method.beside == "weights":
             await asyncio.sleep(self._duration(method.name))
-            return self._result(method.name, args)
+            return self.result(method.name, args)
         async with self._lock:
             seconds = self._duration(method.name)
             if method.name == "generate":
@@ -172,11 +172,11 @@ class SimulatedStage:
                 await asyncio.sleep(seconds)
             if self._crashes(method.name):
                 raise StageLost(self.name, f"{self.name} crashed in {method.name}")
-            return self._result(method.name, args)
+            return self.result(method.name, args)
 
     async def _generate(self, group_id: int, seconds: float) -> None:
         """Returns after `seconds`, or as soon as the group is aborted. If it was aborted before, it returns at once."""
-        if group_id in self._aborted:
+        if group_id in self.aborted:
             return
         self._abort_of[group_id] = asyncio.Event()
         try:
@@ -197,20 +197,20 @@ class SimulatedStage:
         """Returns an empty list, because there is no process."""
         return []
 
-    def _result(self, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def result(self, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What a call returns: a report and payloads without content. An aborted group has no responses."""
         if method == "load_weights":
             self._version = args[0]
         if method == "generate":
             ticket = args[0]
-            aborted = ticket.group_id in self._aborted
+            aborted = ticket.group_id in self.aborted
             group_report = GroupReport(
                 group_id=ticket.group_id,
                 attempt=ticket.attempt,
                 oldest_version=self._version,
                 num_responses=0 if aborted else 2,
                 num_tokens=1,
-                num_bytes=self._group_bytes,
+                num_bytes=self.group_bytes,
             )
             return group_report, ticket.group_id, None
         step = args[0] if args and isinstance(args[0], int) else 0

@@ -382,15 +382,15 @@ class LocalCarrier:
     def __init__(self, name: str, stage: Any) -> None:
         """Keeps the stage, which is an object with the stage's methods."""
         self.name = name
-        self._stage = stage
+        self.stage = stage
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
         """Calls the method, and returns and raises what it does."""
         # The call blocks the event loop. This lets other tasks run first, or a row of calls would never let them.
         await asyncio.sleep(0)
-        if before := getattr(self._stage, f"before_{method.name}", None):
+        if before := getattr(self.stage, f"before_{method.name}", None):
             await before(*args)
-        return cast(tuple[Any, ...], getattr(self._stage, method.name)(*args))
+        return cast(tuple[Any, ...], getattr(self.stage, method.name)(*args))
 
     async def restart(self) -> None:
         """Raises RuntimeError: a stage in this process cannot be lost."""
@@ -432,7 +432,7 @@ class LocalBatches(LocalCarrier):
         # A new list: calls that come from now on belong to the next batch.
         waiting, self._waiting = self._waiting, []
         try:
-            results = self._stage.generate_batch([ticket for ticket, _ in waiting])
+            results = self.stage.generate_batch([ticket for ticket, _ in waiting])
         except Exception as error:
             # Every caller must get the error. A caller that got nothing would wait for ever.
             for _, outcome in waiting:

@@ -137,10 +137,34 @@ def assert_exact(model, result, config, tolerance=1e-4):
     assert state_error(model, whole, feedback, config) < tolerance
 
 
+# What is looked at inside of an engine, and nowhere else in the tests
+
+
+def slab_of(engine):
+    """The memory in which the engine's processes hand over hidden states."""
+    return engine._slab
+
+
+def driver_of(engine):
+    """What calls vLLM, in this process or across."""
+    return engine._driver
+
+
+def vllm_of(engine):
+    """vLLM's own engine; of one in a process of its own, what stands for it in this process."""
+    return engine._driver._engine
+
+
+def num_free_blocks(engine):
+    """How many groups could begin now."""
+    return engine._blocks.qsize()
+
+
 def clear_slab(engine):
     """So that only groups that begin from here on show in `written`; none may be running."""
-    for block in range(engine._slab.shape.num_blocks):
-        engine._slab.clear(block)
+    slab = slab_of(engine)
+    for block in range(slab.shape.num_blocks):
+        slab.clear(block)
 
 
 def scheduled(engine, mark=None, reached=None):
@@ -148,7 +172,7 @@ def scheduled(engine, mark=None, reached=None):
 
     Sets the event `reached` with the `mark`-th step after the last `clear` of the list.
     """
-    scheduler = engine._driver._engine.engine_core.engine_core.scheduler
+    scheduler = vllm_of(engine).engine_core.engine_core.scheduler
     plans, schedule = [], scheduler.schedule
 
     def listen(*args, **kwargs):

@@ -6,7 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from engines import CACHE_BLOCK_BYTES, assert_exact, config_of, generate_at_once, running, scheduled, ticket_of
+from engines import (
+    CACHE_BLOCK_BYTES,
+    assert_exact,
+    config_of,
+    generate_at_once,
+    num_free_blocks,
+    running,
+    scheduled,
+    ticket_of,
+    vllm_of,
+)
 
 from r2m_async.models.loading import load_policy
 from r2m_async.models.weights import named_weights
@@ -33,9 +43,9 @@ def test_concurrent_groups_share_steps_and_each_gets_its_own_states(checkpoint):
     with running(config, model=model) as engine:
         plans = scheduled(engine)
         results = generate_at_once(engine, tickets, num_threads=4)
-        assert engine._blocks.qsize() == 3, "blocks were not returned"
+        assert num_free_blocks(engine) == 3, "blocks were not returned"
         engine.generate(ticket_of(99))
-        worker = engine._driver._engine.model_executor.driver_worker.worker
+        worker = vllm_of(engine).model_executor.driver_worker.worker
         assert len(worker._sequences) <= 4, "requests that ended long ago are not forgotten"
     for ticket, result in zip(tickets, results, strict=True):
         assert result[0].ticket == ticket
@@ -98,5 +108,5 @@ def test_a_failed_group_gives_its_block_back_and_the_engine_goes_on(checkpoint):
     with running(config, model=model) as engine:
         with pytest.raises(Exception, match="maximum context length is 32 tokens"):
             engine.generate(ticket_of(0, prompt_tokens=200))
-        assert engine._blocks.qsize() == 1
+        assert num_free_blocks(engine) == 1
         assert_exact(model, engine.generate(ticket_of(1)), config)

@@ -13,12 +13,16 @@ from engines import (
     assert_exact,
     clear_slab,
     config_of,
+    driver_of,
     generate_at_once,
     logprob_error,
+    num_free_blocks,
     perturbed,
     running,
+    slab_of,
     state_error,
     ticket_of,
+    vllm_of,
     with_flipped_bit,
 )
 
@@ -36,12 +40,12 @@ def step_until(condition, engine, *groups):
         if condition():
             return
         assert not ended, "a group ended first"
-        engine._driver.rpc("r2m_settle")
+        driver_of(engine).rpc("r2m_settle")
 
 
 def written(engine):
     """[blocks, sequences]: states that the engine has written so far."""
-    return (engine._slab.versions != UNWRITTEN).sum(-1)
+    return (slab_of(engine).versions != UNWRITTEN).sum(-1)
 
 
 def all_have(engine, num_rows):
@@ -159,7 +163,7 @@ def test_concurrent_groups_of_an_engine_in_its_own_process_do_not_mix(flying):
         assert result[0].ticket == ticket
         assert_exact(model, result, config)
         assert result[1].policy_version == 3
-    assert engine._blocks.qsize() == 3
+    assert num_free_blocks(engine) == 3
 
 
 # Aborts
@@ -201,7 +205,7 @@ def test_an_abort_ends_the_group_and_keeps_what_had_ended_by_itself(either, monk
     assert state_error(model, whole, feedback, config) < 1e-4
     monkeypatch.undo()
     assert_exact(model, engine.generate(ticket_of(40, attempt=1)), config)
-    assert engine._blocks.qsize() == 3
+    assert num_free_blocks(engine) == 3
 
 
 @pytest.mark.ring
@@ -232,7 +236,7 @@ def test_an_abort_that_comes_before_generate_is_honoured_for_that_attempt_only(e
 @pytest.mark.ring
 def test_aborts_are_forgotten_with_their_requests_and_of_those_that_never_come_the_newest_are_kept(either, monkeypatch):
     engine, model, config = either
-    driver = engine._driver
+    driver = driver_of(engine)
     driver._aborted.forget([f"{group_id}.0" for group_id in range(1000)])
     before = len(driver._aborted)
     for group_id in range(200, 206):
@@ -260,13 +264,13 @@ def test_aborts_are_forgotten_with_their_requests_and_of_those_that_never_come_t
 @pytest.mark.ring
 def test_an_abort_that_comes_while_generate_is_starting_is_honoured(either, monkeypatch):
     engine, _, _ = either
-    generate = engine._driver.generate
+    generate = driver_of(engine).generate
 
     def overtaken(*args, **kwargs):
         engine.abort(70, 0)
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(engine._driver, "generate", overtaken)
+    monkeypatch.setattr(driver_of(engine), "generate", overtaken)
     whole, feedback = engine.generate(ticket_of(70))
     assert {one.finish_reason for one in whole.trajectories} == {"abort"}
     assert feedback is None
@@ -275,7 +279,7 @@ def test_an_abort_that_comes_while_generate_is_starting_is_honoured(either, monk
 @pytest.mark.ring
 def test_an_abort_that_comes_while_vllm_takes_the_request_in_is_honoured(flying, monkeypatch):
     engine, _, _ = flying
-    processor = engine._driver._engine.input_processor
+    processor = vllm_of(engine).input_processor
     take_in = processor.process_inputs_async
 
     async def overtaken(*args, **kwargs):
@@ -311,7 +315,7 @@ def test_nothing_is_written_into_a_block_once_its_aborted_group_is_back(flying):
             future.result()
         if not came_back:
             before = written(engine)
-        engine._driver.set_weight_version("4")  # comes between two steps
+        driver_of(engine).set_weight_version("4")  # comes between two steps
         assert torch.equal(before, written(engine)), f"in round {group_id - 80}"
 
 

@@ -1,7 +1,7 @@
 """Options that reach vLLM, and options that are refused."""
 
 import pytest
-from engines import config_of, engine_of, running
+from engines import config_of, engine_of, running, vllm_of
 
 import actors.state_slab
 from r2m_async.errors import ConfigError
@@ -38,5 +38,5 @@ def test_an_engine_that_did_not_start_leaves_no_file(checkpoint, tmp_path, monke
 def test_an_option_that_nothing_else_sets_reaches_vllm_over_our_default(checkpoint):
     config = config_of(checkpoint(), engine_options={"block_size": 64, "enable_prefix_caching": False})
     with running(config) as engine:
-        cache = engine._driver._engine.vllm_config.cache_config
+        cache = vllm_of(engine).vllm_config.cache_config
         assert (cache.block_size, cache.enable_prefix_caching) == (64, False)

@@ -69,7 +69,7 @@ def reference_run(config):
 def in_one_process(config):
     """A ring without Ray. Its engine ends with it: closing one takes down the process groups of all in this process."""
     with reference.one_thread(), Ring.of(config, in_process=True) as ring:
-        engine = ring.controller.stages.rollouts[0].carrier._stage._engine
+        engine = ring.controller.stages.rollouts[0].carrier.stage.engine
         try:
             yield ring
         finally:
@@ -336,7 +336,7 @@ def test_groups_batched_and_updated_in_flight_keep_the_bounds_and_stopping_ends_
         at_once = groups_at_once(actor)
         metrics = run_to_the_end(ring)
         ledger = ring.controller.schedule.policy_ledger
-        engines = engines_of(ring._run(actor.carrier.pid()))
+        engines = engines_of(ring.process_ids()[actor.name][0])
         assert len(engines) == 1
         assert left_of(engines, 0) == engines
     assert left_of(engines) == []
@@ -379,7 +379,7 @@ def test_an_engine_that_dies_and_then_one_that_hangs_are_started_again_and_every
         life = life_of(actor)
         run_to_the_end(ring)
         schedule = ring.controller.schedule
-        engines = engines_of(ring._run(actor.carrier.pid()))
+        engines = engines_of(ring.process_ids()[actor.name][0])
     assert len(killed) == len(stopped) == 1 and killed != stopped
     assert left_of([*killed, *stopped, *engines]) == []
     assert schedule.policy_ledger.trained == schedule.head_ledger.trained == 24 == schedule.policy_ledger.admitted

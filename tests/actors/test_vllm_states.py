@@ -13,6 +13,7 @@ from engines import (
     logprob_error,
     running,
     scheduled,
+    slab_of,
     ticket_of,
 )
 
@@ -89,7 +90,7 @@ def test_states_are_exact_where_the_prefix_cache_spared_siblings_the_prompt(chec
     with running(config, model=model) as engine:
         clear_slab(engine)
         result = engine.generate(ticket_of(0, prompt_tokens=prompt_tokens))
-        spared = (engine._slab.versions[0, :, :prompt_tokens] == UNWRITTEN).sum(-1)
+        spared = (slab_of(engine).versions[0, :, :prompt_tokens] == UNWRITTEN).sum(-1)
     cached = (prompt_tokens - 1) // BLOCK * BLOCK  # the last prompt token is always computed
     assert sorted(spared.tolist()) == [0, cached, cached, cached]
     assert_exact(model, result, config)
@@ -113,5 +114,5 @@ def test_an_engine_whose_states_nobody_reads_keeps_none(checkpoint):
     model = load_policy(config.model.policy, config)
     with running(config, model=model) as engine:
         whole, feedback = engine.generate(ticket_of(0))
-        assert feedback is None and engine._slab is None
+        assert feedback is None and slab_of(engine) is None
     assert logprob_error(model, whole.trajectories, config) < 1e-5

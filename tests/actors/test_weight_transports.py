@@ -15,7 +15,7 @@ from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.export import export
-from r2m_async.launch.ray_stages import gpu_share, placed
+from r2m_async.launch.gpus import gpu_share, placed
 from r2m_async.launch.ring import Ring
 from r2m_async.models.loading import load_policy
 from r2m_async.models.weights import tensor_digest

@@ -75,7 +75,7 @@ def run_ring(config: R2MConfig):
         evaluations = list(ring.drain())
         schedule, queue = ring.controller.schedule, ring.controller.stages.queue.carrier
         policy, head = (ring.learner_state(name)["weights"] for name in ("policy", "head"))
-        assert queue._stage.free(()) == (0,), "a group was left in the queue"
+        assert queue.stage.free(()) == (0,), "a group was left in the queue"
     return policy, head, steps, evaluations, schedule
 
 

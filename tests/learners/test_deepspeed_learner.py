@@ -143,8 +143,8 @@ def learn(learner: PolicyLearner, batches: dict[int, tuple]) -> Outcome:
     weights = learner.weights()[1]
     states = {one.group_id: list(one.hidden_states) for one in refreshed or ()}
     critic = None
-    if learner._critic:
-        critic = {name: p.detach().cpu().clone() for name, p in learner._critic.backend.named_parameters()}
+    if learner.critic:
+        critic = {name: p.detach().cpu().clone() for name, p in learner.critic.backend.named_parameters()}
     return Outcome(weights=weights and weights.tensors, metrics=metrics, refreshed=states, critic=critic)
 
 
@@ -339,7 +339,7 @@ def masters_after(config: R2MConfig, batches: dict[int, tuple]) -> dict[str, tor
     learner = rank_learner(config)
     outcome = learn(learner, batches)
     masters = {
-        name: safe_get_full_fp32_param(parameter) for name, parameter in learner._backend._model.named_parameters()
+        name: safe_get_full_fp32_param(parameter) for name, parameter in learner.backend._model.named_parameters()
     }
     assert outcome.weights is None or all(
         torch.equal(outcome.weights[name], master.bfloat16()) for name, master in masters.items()
@@ -361,7 +361,7 @@ def test_in_bfloat16_the_masters_stay_near_a_float32_run(config, ranks, stage):
 def counted(make, config: R2MConfig) -> tuple[Outcome, int]:
     """A step, and how often its first layer computed."""
     learner, passes = make(config), []
-    policy = learner._backend.policy
+    policy = learner.backend.policy
     model = getattr(policy, "module", policy)
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp"))
     layer.register_forward_pre_hook(lambda *_: passes.append(1))  # computing again stops before a layer's end
@@ -391,9 +391,9 @@ def published(config: R2MConfig, chunk: int) -> tuple:
     """Weights, probe and the largest share of parameters that were whole at once while a version was published."""
     deepspeed_backend.GATHERED_BYTES = chunk
     learner = rank_learner(config)
-    parameters = list(learner._backend._model.parameters())
+    parameters = list(learner.backend._model.parameters())
     before = sum(p.numel() for p in parameters)
-    most = max(sum(p.numel() for p in parameters) for _ in learner._backend.named_parameters())
+    most = max(sum(p.numel() for p in parameters) for _ in learner.backend.named_parameters())
     return learner.weights()[1], before, most, sum(p.ds_numel for p in parameters)
 
 

@@ -72,8 +72,8 @@ def trained(learner) -> list[torch.Tensor]:
     """Every parameter's float32 master and moments, whole."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    parameters = [parameter for parameter in learner._backend._model.parameters() if parameter.requires_grad]
-    if learner._backend._stage == 0:
+    parameters = [parameter for parameter in learner.backend._model.parameters() if parameter.requires_grad]
+    if learner.backend._stage == 0:
         return [parameter.detach().clone() for parameter in parameters]
     return [
         part.clone()
@@ -183,7 +183,7 @@ def go_on_without_converter(config: R2MConfig, state: dict, directory: str) -> t
     try:
         learner.restore(state, directory)
     except OSError as error:
-        return str(error), learner._backend.policy.load_universal_checkpoint()
+        return str(error), learner.backend.policy.load_universal_checkpoint()
     finally:
         deepspeed_backend._to_universal = real
 

@@ -59,7 +59,7 @@ def learn(learner: PolicyLearner, steps: range, sizes=SIZES) -> list[dict[str, f
 
 
 def critic_weights(learner: PolicyLearner) -> dict[str, torch.Tensor]:
-    return named_weights(learner._critic.backend.policy, 0).tensors
+    return named_weights(learner.critic.backend.policy, 0).tensors
 
 
 # Values
@@ -135,7 +135,7 @@ def test_under_lora_the_critics_adapters_and_head_train_and_its_decoder_stays(co
     learn(learner, range(3))
     after = critic_weights(learner)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    trained = {name for name, _ in TrainedPart(learner._critic.backend.policy).named_parameters()}
+    trained = {name for name, _ in TrainedPart(learner.critic.backend.policy).named_parameters()}
     assert moved == trained and {name.split(".")[-3] for name in moved} == {"lora_A", "lora_B", "classifier"}
 
 
@@ -180,7 +180,7 @@ def test_in_later_epochs_values_beyond_the_clip_get_no_push(config):
 
 def without_amplification(learner: PolicyLearner) -> PolicyLearner:
     """Its AdamW divides by |gradient| + 1e-4: what rounds in a gradient near 0 becomes no whole step."""
-    for backend in (learner._backend, learner._critic.backend):
+    for backend in (learner.backend, learner.critic.backend):
         for group in backend._optimizer.param_groups:
             group["eps"] = 1e-4
     return learner
@@ -202,7 +202,7 @@ def test_neither_microbatches_nor_packing_change_what_it_learns(config, learner)
 def test_checkpointed_activations_are_computed_again_to_the_same_bits(config):
     plain, checkpointed = (learner_of(config.learner(activation_checkpointing=on)) for on in (False, True))
     passes = []
-    layer = next(m for name, m in checkpointed._critic.backend.policy.named_modules() if name.endswith("layers.0.mlp"))
+    layer = next(m for name, m in checkpointed.critic.backend.policy.named_modules() if name.endswith("layers.0.mlp"))
     layer.register_forward_pre_hook(lambda *_: passes.append(1))
     assert learn(plain, range(1)) == learn(checkpointed, range(1))
     assert len(passes) == 3, "the proximal pass and one epoch, the latter again in backward"
@@ -342,7 +342,7 @@ def test_what_it_returns_instead_of_both_is_refused_in_its_name(config, own, nam
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_a_gradient_of_the_critic_that_is_not_finite_ends_the_run_or_is_skipped_as_the_policys(config, on_nonfinite):
     learner = learner_of(config.learner(on_nonfinite=on_nonfinite))
-    learner._critic.backend.policy.classifier.score.weight.register_hook(lambda gradient: gradient * torch.nan)
+    learner.critic.backend.policy.classifier.score.weight.register_hook(lambda gradient: gradient * torch.nan)
     before = critic_weights(learner)
     if on_nonfinite == "stop":
         with pytest.raises(
@@ -403,7 +403,7 @@ def test_a_critic_with_a_head_of_two_layers_is_refused_and_not_silently_given_ze
 def test_values_that_are_not_finite_are_named_and_not_the_rewards(config):
     learner = learner_of(config)
     with torch.no_grad():
-        learner._critic.backend.policy.classifier.score.weight.fill_(torch.nan)
+        learner.critic.backend.policy.classifier.score.weight.fill_(torch.nan)
     named = r"^step 0, group 0, response 0: its value by the critic is nan, first at response token 0: "
     with pytest.raises(NonFiniteStep, match=named):
         learn(learner, range(1))

@@ -47,7 +47,7 @@ def take(learner: PolicyLearner, steps: range) -> None:
 
 def test_at_first_the_policy_is_its_base_and_after_training_only_adapters_have_moved(config):
     base, learner = named_weights(base_of(config), 0).tensors, learner_of(config)
-    policy = learner._backend.policy
+    policy = learner.backend.policy
     first = learner.weights()[1].tensors
     assert list(first) == list(base) and all(torch.equal(first[name], tensor) for name, tensor in base.items())
     take(learner, range(2))
@@ -63,7 +63,7 @@ def test_at_first_the_policy_is_its_base_and_after_training_only_adapters_have_m
 def test_merged_weights_are_pefts_own_and_compute_what_the_learner_does(config):
     learner = learner_of(config)
     take(learner, range(2))
-    merged, policy = learner.weights()[1], learner._backend.policy
+    merged, policy = learner.weights()[1], learner.backend.policy
     theirs = copy.deepcopy(policy)
     for module in theirs.modules():
         if hasattr(module, "base_layer"):
@@ -87,7 +87,7 @@ def test_the_reference_is_the_base(config):
     batch = learner._batch
     assert (batch.reference - token_logprobs(base_of(config), batch.trajectories, config)).abs().max() < 1e-6
     assert (batch.reference - batch.old).abs().max() > 1e-3
-    assert all(parameter.requires_grad for parameter in learner._backend._masters.tensors)
+    assert all(parameter.requires_grad for parameter in learner.backend._masters.tensors)
 
 
 def test_a_checkpoint_holds_the_adapters_alone_and_goes_on_bit_for_bit(config):
@@ -105,9 +105,9 @@ def test_a_checkpoint_holds_the_adapters_alone_and_goes_on_bit_for_bit(config):
 def test_in_bfloat16_adapters_have_float32_masters(tiny_config):
     config = tiny_config.model(lora={"rank": 4}, dtype="bfloat16").learner(lr=1e-6)
     learner = learner_of(config)
-    before = [master.clone() for master in learner._backend._masters.copies]
+    before = [master.clone() for master in learner.backend._masters.copies]
     take(learner, range(1))
-    masters = learner._backend._masters.copies
+    masters = learner.backend._masters.copies
     assert before and all(master.dtype == torch.float32 for master in masters)
     assert any(not torch.equal(master, one) for master, one in zip(masters, before, strict=True))
     assert {tensor.dtype for tensor in learner.weights()[1].tensors.values()} == {torch.bfloat16}

@@ -33,8 +33,8 @@ class Faulty(SimulatedStage):
             raise self.fails[method.name]
         return await super().call(method, *args)
 
-    def _result(self, method, args):
-        return (None, {"optimizer": 1}) if method == "state" else super()._result(method, args)
+    def result(self, method, args):
+        return (None, {"optimizer": 1}) if method == "state" else super().result(method, args)
 
 
 def stages_of(**others):
@@ -173,7 +173,7 @@ class Stubborn(Faulty):
                 await asyncio.sleep(1)
             except asyncio.CancelledError:
                 pass
-        return self._result(method.name, args)
+        return self.result(method.name, args)
 
 
 def test_a_call_that_ignores_cancelling_does_not_keep_the_ring_from_stopping():
@@ -218,7 +218,7 @@ def test_every_group_that_hangs_is_named_with_its_engine():
     class Third(Faulty):
         async def call(self, method, *args):
             if method.name == "generate" and args[0].group_id != 2:
-                return self._result(method.name, args)
+                return self.result(method.name, args)
             return await super().call(method, *args)
 
     config = CONFIG.rollouts(engine="vllm", concurrent_groups=4)
@@ -265,7 +265,7 @@ def test_a_frozen_actor_does_not_keep_others_from_being_aborted():
     told = drive(stages, train, plan=plan)
     assert "error" not in told
     assert told["controller"].schedule.policy_ledger.voided["overage"] == 2
-    assert slow._aborted, "the abort of the frozen actor's group was asked for first, and never ends"
+    assert slow.aborted, "the abort of the frozen actor's group was asked for first, and never ends"
 
 
 @pytest.mark.parametrize("seconds", [0.01, 5.0])
@@ -282,8 +282,8 @@ def test_nothing_of_the_groups_ahead_is_left_when_a_run_ends_early(seconds):
             return await super().call(method, *args)
 
     class Learner(Faulty):
-        def _result(self, method, args):
-            report, *payloads = super()._result(method, args)
+        def result(self, method, args):
+            report, *payloads = super().result(method, args)
             if method == "train":
                 report.metrics["kl/sequence"] = 2.0
             return report, *payloads

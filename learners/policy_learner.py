@@ -155,8 +155,8 @@ class PolicyLearner:
             # Without this check, an engine would be blamed for not computing the same numbers.
             if not all_finite([probe.logprobs]):
                 raise NonFiniteStep(
-                    f"policy version {self._version}: its log-probabilities of the probe text are not finite, of finite "
-                    f"weights: they have grown too large for its arithmetic; lower learner.lr"
+                    f"policy version {self._version}: its log-probabilities of the probe text are not finite, although its "
+                    f"weights are: they have grown too large for its arithmetic; lower learner.lr"
                 )
             weights = dataclasses.replace(weights, probe=probe)
         return weights if backend.rank == 0 else None
@@ -371,9 +371,9 @@ class PolicyLearner:
         if backend.finite():
             return
         raise NonFiniteStep(
-            f"{step_place(batch.step, batch.groups)}: the {model}'s weights are not finite after an update of finite gradient "
-            f"with learning rate {lr:g} ({key}) and learner.weight_decay {self._config.learner.weight_decay:g}; lower them. "
-            f"What moved the weights cannot be left out any more, not under learner.on_nonfinite skip either"
+            f"{step_place(batch.step, batch.groups)}: the {model}'s weights are not finite after an update whose gradient was "
+            f"finite, with learning rate {lr:g} ({key}) and learner.weight_decay {self._config.learner.weight_decay:g}; lower them. "
+            f"This update has changed the weights already, so learner.on_nonfinite 'skip' cannot leave it out"
         )
 
     def _left_out(self, scored: Sequence[ScoredGroup]) -> dict[str, float]:

@@ -65,7 +65,9 @@ class WeightSender:
         """
         staged = self._staged  # read once: another thread may stage a version meanwhile, which drops the oldest
         if version not in staged:
-            raise RuntimeError(f"policy version {version} is no longer staged; those are {sorted(staged)}")
+            raise RuntimeError(
+                f"policy version {version} is no longer kept for sending; the versions kept are {sorted(staged)}"
+            )
         return staged[version]
 
     def open(self, engine: int) -> dict[str, Any]:

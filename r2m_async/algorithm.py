@@ -149,7 +149,9 @@ class R2M(Algorithm):
         error of the first loop of the ring that failed.
         """
         if self.ring.finished:
-            raise RuntimeError(f"the run has ended at step {self.training_iteration}: its last result said done")
+            raise RuntimeError(
+                f"the run has ended at step {self.training_iteration}: its last result had `done` set; build another algorithm"
+            )
         result = super().step()
         finished = self.ring.finished
         evaluations = self.ring.drain() if finished else self.ring.controller.evaluations
@@ -187,8 +189,8 @@ class R2M(Algorithm):
         others = [one.name for one in directory.glob("*") if not _own(one.name)] if directory.is_dir() else []
         if others:
             raise ConfigError(
-                f"{directory}: holds {min(others)}, which is no part of a checkpoint and would be lost; name a directory of "
-                f"the checkpoint's own"
+                f"{directory}: holds {min(others)}, which is no part of a checkpoint and would be lost; name a directory "
+                f"for the checkpoint alone"
             )
         with whole_directory(directory, replace=True) as building:
             self.ring.save(building / RING)

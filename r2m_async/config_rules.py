@@ -54,8 +54,8 @@ def exact_lag_cuts_nothing_off(scheduling: SchedulingSection) -> str | None:
     if scheduling.lag != "exact" or scheduling.overage == "wait":
         return None
     return (
-        f"scheduling.overage is {scheduling.overage!r} and scheduling.lag is 'exact': what a clock cuts off is not "
-        f"reproducible; use overage 'wait' or lag 'bounded'"
+        f"scheduling.overage is {scheduling.overage!r} and scheduling.lag is 'exact': which groups are late depends on "
+        f"the time, so the run could not be repeated; use overage 'wait' or lag 'bounded'"
     )
 
 
@@ -64,8 +64,9 @@ def exact_lag_takes_one_group_at_a_time(rollouts: RolloutsSection, scheduling: S
     if scheduling.lag == "exact":
         for key in changed(rollouts, "concurrent_groups", "in_flight_updates"):
             return (
-                f"rollouts.{key} is {getattr(rollouts, key)} and scheduling.lag is 'exact': exact bits need groups "
-                f"generated one by one with one version; leave it out or use lag 'bounded'"
+                f"rollouts.{key} is {getattr(rollouts, key)} and scheduling.lag is 'exact': a run gives the same bits "
+                f"again only if an actor generates one group at a time, with one version; leave rollouts.{key} out, or use "
+                f"lag 'bounded'"
             )
     return None
 
@@ -75,8 +76,8 @@ def exact_lag_needs_one_rank(learner: LearnerSection, scheduling: SchedulingSect
     if learner.backend != "deepspeed" or scheduling.lag != "exact":
         return None
     return (
-        "learner.backend is 'deepspeed' and scheduling.lag is 'exact': sums over ranks round as the ranks are many; use "
-        "backend 'torch' or lag 'bounded'"
+        "learner.backend is 'deepspeed' and scheduling.lag is 'exact': sums over ranks are not rounded as in one "
+        "process; use backend 'torch' or lag 'bounded'"
     )
 
 
@@ -88,8 +89,8 @@ def options_of_vllm_need_vllm(rollouts: RolloutsSection) -> str | None:
     if rollouts.engine != "vllm":
         for key in changed(rollouts, "tensor_parallel", "in_flight_updates", "engine_options"):
             return (
-                f"rollouts.{key} is {getattr(rollouts, key)} and rollouts.engine is {rollouts.engine!r}: it is an option "
-                f"of engine 'vllm'; use that, or leave it out"
+                f"rollouts.{key} is {getattr(rollouts, key)} and rollouts.engine is {rollouts.engine!r}: only engine 'vllm' "
+                f"reads this key; use that engine, or leave rollouts.{key} out"
             )
     return None
 
@@ -99,8 +100,9 @@ def direct_transports_need_an_engine_that_receives(weights: WeightsSection, roll
     if not weights.direct or rollouts.engine == "vllm":
         return None
     return (
-        f"weights.transport is {weights.transport!r} and rollouts.engine is {rollouts.engine!r}: only vLLM's engine "
-        f"receives directly; use object_store, or rollouts.engine 'vllm'"
+        f"weights.transport is {weights.transport!r} and rollouts.engine is {rollouts.engine!r}: with this transport "
+        f"the learner sends weights to the engine itself, and only vLLM's engine can receive them; use transport "
+        f"'object_store', or engine 'vllm'"
     )
 
 
@@ -109,8 +111,9 @@ def direct_transports_keep_no_old_versions(weights: WeightsSection, scheduling: 
     if not weights.direct or scheduling.lag == "bounded":
         return None
     return (
-        f"weights.transport is {weights.transport!r} and scheduling.lag is {scheduling.lag!r}: direct transports keep no "
-        f"old versions; use object_store, or scheduling.lag 'bounded'"
+        f"weights.transport is {weights.transport!r} and scheduling.lag is {scheduling.lag!r}: lag 'exact' generates "
+        f"with older versions, and with this transport the learner keeps only the newest; use transport 'object_store', or "
+        f"lag 'bounded'"
     )
 
 
@@ -119,8 +122,8 @@ def a_stale_cache_needs_updates_in_flight(rollouts: RolloutsSection) -> str | No
     if not rollouts.keep_stale_cache or rollouts.in_flight_updates:
         return None
     return (
-        "rollouts.keep_stale_cache is True and rollouts.in_flight_updates is False: without in-flight updates no request "
-        "outlives its weights; set both or neither"
+        "rollouts.keep_stale_cache is True and rollouts.in_flight_updates is False: without in-flight updates every "
+        "request ends before new weights come, so no cache becomes stale; set both or neither"
     )
 
 
@@ -132,8 +135,8 @@ def adapters_are_their_own_reference(model: ModelSection) -> str | None:
     if not model.lora or model.reference is None:
         return None
     return (
-        f"model.reference is {model.reference!r} and model.lora is set: with adapters pi_ref is the policy without them; "
-        f"leave model.reference out"
+        f"model.reference is {model.reference!r} and model.lora is set: with adapters the reference policy is the policy "
+        f"without its adapters; leave model.reference out"
     )
 
 
@@ -161,8 +164,8 @@ def options_of_deepspeed_need_deepspeed(learner: LearnerSection) -> str | None:
     if learner.backend != "deepspeed":
         for key in changed(learner, "num_ranks", "zero_stage", "zero_options", "offload"):
             return (
-                f"learner.{key} is {getattr(learner, key)!r} and learner.backend is {learner.backend!r}: it is an option "
-                f"of backend 'deepspeed'; use that, or leave it out"
+                f"learner.{key} is {getattr(learner, key)!r} and learner.backend is {learner.backend!r}: only backend "
+                f"'deepspeed' reads this key; use that backend, or leave learner.{key} out"
             )
     return None
 
@@ -182,8 +185,8 @@ def zero_options_leave_out_what_has_a_key(learner: LearnerSection) -> str | None
     for key, own in (("stage", "zero_stage"), ("offload_optimizer", "offload"), ("offload_param", "offload")):
         if learner.backend == "deepspeed" and key in learner.zero_options:
             return (
-                f"learner.zero_options has {key!r}, and learner.{own} is {getattr(learner, own)!r}: say it there, where "
-                f"it is checked"
+                f"learner.zero_options has {key!r}, and learner.{own} is {getattr(learner, own)!r}: set learner.{own} "
+                f"instead, which is checked against the rest of the config"
             )
     return None
 
@@ -194,8 +197,8 @@ def offload_needs_its_zero_stage(learner: LearnerSection) -> str | None:
     if learner.backend != "deepspeed" or learner.zero_stage >= needed:
         return None
     return (
-        f"learner.offload is {learner.offload!r} and learner.zero_stage is {learner.zero_stage}: what is not shared out "
-        f"cannot be offloaded; use zero_stage {needed} or more, or offload 'none'"
+        f"learner.offload is {learner.offload!r} and learner.zero_stage is {learner.zero_stage}: only what the "
+        f"ranks share out can be offloaded; use zero_stage {needed} or more, or offload 'none'"
     )
 
 
@@ -204,7 +207,7 @@ def offload_needs_a_gpu(learner: LearnerSection, run: RunSection) -> str | None:
     if learner.backend != "deepspeed" or learner.offload == "none" or run.device != "cpu":
         return None
     return (
-        f"learner.offload is {learner.offload!r} and run.device is 'cpu': all lies in the CPU's memory already; use "
+        f"learner.offload is {learner.offload!r} and run.device is 'cpu': everything is in the CPU's memory already; use "
         f"offload 'none'"
     )
 
@@ -249,7 +252,8 @@ def a_minibatch_has_a_group(objective: ObjectiveSection, rollouts: RolloutsSecti
         return None
     return (
         f"objective.num_minibatches is {objective.num_minibatches} and rollouts.prompts_per_step is "
-        f"{rollouts.prompts_per_step}: a minibatch holds whole groups, so there can be at most that many"
+        f"{rollouts.prompts_per_step}: a minibatch holds whole groups, and a step has one group per prompt; use "
+        f"at most {rollouts.prompts_per_step} minibatches"
     )
 
 
@@ -272,7 +276,7 @@ def a_head_learns_from_pairs(rollouts: RolloutsSection, head: HeadSection) -> st
         return None
     return (
         f"rollouts.group_size is {rollouts.group_size} and head.variant is {head.variant!r}: the head learns from the "
-        f"best and the worst of a group; use at least 2, or variant 'vanilla'"
+        f"best and the worst response of a group; use group_size 2 or more, or variant 'vanilla'"
     )
 
 
@@ -281,8 +285,8 @@ def a_head_that_does_not_move_needs_no_hold(head: HeadSection) -> str | None:
     if not head.trains:
         for key in changed(head, "hold", "pair_source"):
             return (
-                f"head.{key} is {getattr(head, key)!r} and head.variant is {head.variant!r}: that head does not move; "
-                f"leave it out, or use variant 'r2m'"
+                f"head.{key} is {getattr(head, key)!r} and head.variant is {head.variant!r}: the head of this "
+                f"variant is not trained; leave head.{key} out, or use variant 'r2m'"
             )
     return None
 
@@ -292,8 +296,8 @@ def options_of_a_hold_need_that_hold(head: HeadSection) -> str | None:
     for key, of in (("hold_weight", ("divergence", "bsr")), ("hold_decay", ("average",))):
         if changed(head, key) and head.hold not in of:
             return (
-                f"head.{key} is {getattr(head, key)} and head.hold is {head.hold!r}: it is an option of hold "
-                f"{' and '.join(map(repr, of))}; use {'one of them' if len(of) > 1 else 'that'}, or leave it out"
+                f"head.{key} is {getattr(head, key)} and head.hold is {head.hold!r}: only hold "
+                f"{' or '.join(map(repr, of))} reads this key; use that hold, or leave head.{key} out"
             )
     return None
 
@@ -343,15 +347,15 @@ def held_out(data: Any, key: str) -> str | None:
     """
     if data.eval is None and data.eval_split is not None:
         return (
-            f"data.eval_split is {data.eval_split!r} and data.eval is None: it is a split of data.eval; name the data set "
-            f"there, too, or leave it out"
+            f"data.eval_split is {data.eval_split!r} and data.eval is None: data.eval_split is a split of the "
+            f"data set that data.eval names; set data.eval, too, or leave data.eval_split out"
         )
     if data.eval is None or data.eval != getattr(data, key):
         return None
     if data.eval_split in (None, data.split) or Path(data.eval).is_file():
         return (
             f"data.eval and data.{key} are both {data.eval!r}, with data.split {data.split!r} and data.eval_split "
-            f"{data.eval_split!r}: what trains would be held out; name another split of an HF dataset in data.eval_split, "
+            f"{data.eval_split!r}: the model would be evaluated on the data that it is trained on; name another split of an HF dataset in data.eval_split, "
             f"or another source, or leave data.eval out"
         )
     return None
@@ -383,8 +387,8 @@ def the_embedded_language_holds_out_its_own_prompts(data: DataSection) -> str | 
     if data.prompts != "embedded" or data.eval is None:
         return None
     return (
-        f"data.eval is {data.eval!r} and data.prompts is 'embedded': that language holds back prompts of its own, and nothing "
-        f"would read the others; leave data.eval out, or name the prompts' source in data.prompts"
+        f"data.eval is {data.eval!r} and data.prompts is 'embedded': the embedded language holds out prompts of its own, "
+        f"and nothing would read those of data.eval; leave data.eval out, or name the prompts' source in data.prompts"
     )
 
 
@@ -392,14 +396,20 @@ def a_reward_model_from_scratch_needs_pairs(reward: RewardSection, data: DataSec
     """`reward.model: from_scratch` is trained on preference pairs, so there must be some."""
     if reward.model != "from_scratch" or data.preferences is not None:
         return None
-    return "reward.model is 'from_scratch' and data.preferences is not set: name a JSONL of pairs"
+    return (
+        "reward.model is 'from_scratch' and data.preferences is not set: this reward model is trained on preference "
+        "pairs; name a JSONL file of pairs in data.preferences"
+    )
 
 
 def a_policy_from_scratch_needs_texts(model: ModelSection, data: DataSection) -> str | None:
     """`model.policy: from_scratch` is trained on the texts of a source, and the embedded language has no source."""
     if model.policy != "from_scratch" or data.prompts != "embedded":
         return None
-    return "model.policy is 'from_scratch' and data.prompts is 'embedded': use model.policy 'embedded'"
+    return (
+        "model.policy is 'from_scratch' and data.prompts is 'embedded': a policy from scratch is trained on the texts of a "
+        "source, and the embedded language has none; use model.policy 'embedded'"
+    )
 
 
 RULES: tuple[Rule, ...] = (

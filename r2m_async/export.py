@@ -141,7 +141,9 @@ class RewardScorer:
         try:
             record = json.loads((reward / "r2m_head.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: is not what `r2m export` writes: {error}; name its OUT") from None
+            raise ConfigError(
+                f"{path}: is not what `r2m export` writes: {error}; name a directory that it wrote"
+            ) from None
         # Only the weights are compared with the manifest. A user may edit the other files, r2m_head.json among them.
         verified(path, strays=lambda name: True, checked=lambda name: name.endswith(".safetensors"))
         self._step, self._config = record["step"], _config_of(record["config"], device)
@@ -304,7 +306,9 @@ def _load_policy(name: str, config: R2MConfig) -> Any:
 def _check_initial(name: str, policy: Any, weights: Weights) -> None:
     """Raises ConfigError unless the head reads states of the size that this policy has."""
     if policy is None:
-        raise ConfigError(f"initial policy {name!r}: the exported head reads no policy's states; leave it out")
+        raise ConfigError(
+            f"initial policy {name!r}: the exported head does not read the states of a policy; leave the initial policy out"
+        )
     if (read := weights.tensors["key"].shape[0]) != _hidden_size(policy):
         raise ConfigError(
             f"initial policy {name!r}: its states have {_hidden_size(policy)} numbers and the exported head reads {read}; "

@@ -79,8 +79,8 @@ def check_embeddings(embeddings: RewardEmbeddings, place: str, config: R2MConfig
         if not all_finite([row, frozen]):
             what = "its reward" if all_finite([row]) else "the response's embedding"
             stop_or_log(
-                f"{place}, {response_name(index, num)}: {what} by reward.model {config.reward.model!r} is not finite, of "
-                f"finite weights: the model overflows in reward.dtype {config.reward.dtype}",
+                f"{place}, {response_name(index, num)}: {what} by reward.model {config.reward.model!r} is not finite, "
+                f"although the model's weights are: the model overflows in reward.dtype {config.reward.dtype}",
                 config,
             )
             return
@@ -131,8 +131,8 @@ def head_source(
             return f"the weights of the head (version {head_version}) are not finite, first {name}"
     largest = max(float(parameter.detach().abs().max()) for parameter in head.parameters())
     return (
-        f"the head (version {head_version}) overflows: what it reads is finite and so are its weights, the largest "
-        f"{largest:.3g}; lower head.lr ({config.head.lr:g})"
+        f"the head (version {head_version}) overflows: what it reads is finite, and so are its weights, of which the "
+        f"largest is {largest:.3g}; lower head.lr ({config.head.lr:g})"
     )
 
 

@@ -90,7 +90,9 @@ def train(config: R2MConfig, workload: Workload | None = None, engine: Any = Non
     `learner.on_nonfinite: skip` most such numbers only cause an update to be left out, as in the ring.
     """
     if config.model.lora:
-        raise ConfigError("model.lora is set: Algorithm 1 trains the policy's weights; leave it out")
+        raise ConfigError(
+            "model.lora is set: Algorithm 1 (r2m_async/reference.py) trains all weights of the policy; leave model.lora out"
+        )
     with one_thread():
         algorithm = _Algorithm1(config, workload or resolve(config), engine)
         for step in range(config.run.num_steps):  # 1

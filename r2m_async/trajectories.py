@@ -203,7 +203,9 @@ class ScoredGroup:
 
     def __post_init__(self) -> None:
         if self.group.ticket.group_id != self.rewards.group_id:
-            raise ValueError(f"rewards of group {self.rewards.group_id} meet group {self.group.ticket.group_id}")
+            raise ValueError(
+                f"the rewards are those of group {self.rewards.group_id}, and the group is {self.group.ticket.group_id}"
+            )
         if len(self.rewards.rewards) != len(self.group.trajectories):
             raise ValueError(f"{len(self.rewards.rewards)} rewards for {len(self.group.trajectories)} trajectories")
 

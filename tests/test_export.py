@@ -254,7 +254,9 @@ def test_under_an_r2m_head_the_classifier_stays_the_frozen_one(plain_run, tiny_c
 
 def test_the_scorer_refuses_what_is_no_export_and_a_text_in_place_of_texts(plain_run, tmp_path):
     export(plain_run, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"out/policy: is not what `r2m export` writes: .*; name its OUT"):
+    with pytest.raises(
+        ConfigError, match=r"out/policy: is not what `r2m export` writes: .*; name a directory that it wrote"
+    ):
         RewardScorer(tmp_path / "out/policy")
     scorer = RewardScorer(str(tmp_path / "out"), device="cpu")
     with pytest.raises(ValueError, match="responses is one text, 'the wind': pass a list of texts"):
@@ -266,7 +268,9 @@ def test_the_scorer_refuses_what_is_no_export_and_a_text_in_place_of_texts(plain
 def test_a_head_without_feedback_has_no_beginning_with_a_policy(saved_run, tiny_config, tmp_path, variant):
     export(saved_run(tiny_config.head(variant=variant)), tmp_path / "out")
     assert not RewardScorer(tmp_path / "out", device="cpu").reads_feedback
-    with pytest.raises(ConfigError, match="the exported head reads no policy's states; leave it out"):
+    with pytest.raises(
+        ConfigError, match="the exported head does not read the states of a policy; leave the initial policy out"
+    ):
         RewardScorer(tmp_path / "out", device="cpu", initial_policy=tiny_config.model.policy)
 
 

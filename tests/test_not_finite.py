@@ -180,7 +180,7 @@ SOURCES = {
     "head": ("response 0", r"the weights of the head \(version 1\) are not finite, first value"),
     "overflow": (
         "response 0",
-        r"the head \(version 1\) overflows: what it reads is finite and so are its weights, the",
+        r"the head \(version 1\) overflows: what it reads is finite, and so are its weights, of which",
     ),
 }
 
@@ -377,7 +377,7 @@ UPDATES = {
     ),
     "lr 1e19": (
         {"lr": 1e19},
-        r"^step 2, group 4, .* the head \(version 3\) overflows: .* the largest 1e\+19; lower head\.lr",
+        r"^step 2, group 4, .* the head \(version 3\) overflows: .* the largest is 1e\+19; lower head\.lr",
     ),
     "average": ({"lr": 1e30, "hold": "average"}, r"^step 2, group 4, .* once it is updated with head\.lr 1e\+30: "),
 }

@@ -43,8 +43,8 @@ def _best_of_n(parsed: argparse.Namespace) -> int:
         check_held_out("--prompts", parsed.prompts)
         if not 1 <= parsed.n <= (parsed.samples or parsed.n):
             raise ConfigError(
-                f"--n is {parsed.n}, --samples {parsed.samples}: the best of n takes n samples at least; give --n 1 or more, "
-                f"and no --samples or as many"
+                f"--n is {parsed.n} and --samples is {parsed.samples}: the best of n needs n samples or more; "
+                f"give --n 1 or more, and either no --samples or as many as --n or more"
             )
         parsed.out.mkdir(parents=True, exist_ok=True)
         with one_thread():

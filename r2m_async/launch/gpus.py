@@ -35,8 +35,8 @@ def gpu_share(config: R2MConfig, available: float) -> float:
     ):
         if num_ranks > 1:
             raise ConfigError(
-                f"{key} is {num_ranks}, which needs whole GPUs: {users} for the run, and the cluster has {available:g}; "
-                f"lower rollouts.num_actors or {key.partition('.')[2]}"
+                f"{key} is {num_ranks} and the cluster has {available:g} GPUs: ranks cannot share a GPU, so that this run "
+                f"needs {users} GPUs; lower rollouts.num_actors or {key.partition('.')[2]}"
             )
     # As many processes share each GPU as must share the fullest one. Rounded down to hundredths, because parts that add
     # up to more than a GPU could not be placed.
@@ -61,11 +61,12 @@ def placed(config: R2MConfig, gpus: float, available: float) -> R2MConfig:
     if not possible.get(config.weights.transport, True):
         raise ConfigError(
             f"weights.transport is {config.weights.transport!r}, and each stage has {gpus:g} of the cluster's {available:g} "
-            f"GPUs: nccl needs a GPU for each, ipc one GPU for all; use auto"
+            f"GPUs: 'nccl' needs a GPU for each stage, and 'ipc' needs one GPU that all stages share; use 'auto'"
         )
     if not gpus and config.learner.offload != "none":
         raise ConfigError(
-            f"learner.offload is {config.learner.offload!r} and the run has no GPU to take a load off: use offload 'none'"
+            f"learner.offload is {config.learner.offload!r} and the run has no GPU: offloading moves data from a GPU to the "
+            f"memory of the CPU; use offload 'none'"
         )
     vllm = config.rollouts.engine == "vllm"
     if config.weights.transport == "auto":

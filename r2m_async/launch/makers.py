@@ -181,5 +181,6 @@ def check_packages() -> None:
         found = Path(package.__file__ or "").parent
         if found.parent != home:
             raise ConfigError(
-                f"import {package.__name__} found {found}, not the one beside {home / 'r2m_async'}: remove it"
+                f"import {package.__name__} found {found}, a package of another project, and not the one beside "
+                f"{home / 'r2m_async'}; remove that package"
             )

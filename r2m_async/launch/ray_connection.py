@@ -192,7 +192,7 @@ def _check_address(address: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"RAY_ADDRESS is {address!r} and no Ray cluster answers there ({error}): correct it, start the cluster, or "
-            f"unset RAY_ADDRESS for a Ray of this run's own"
+            f"unset RAY_ADDRESS, so that the run starts a Ray of its own"
         ) from None
 
 

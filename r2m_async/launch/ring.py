@@ -83,16 +83,20 @@ class Ring:
         if in_process:
             if config.weights.direct:
                 raise ConfigError(
-                    f"weights.transport is {config.weights.transport!r}, which needs processes: in one use object_store"
+                    f"weights.transport is {config.weights.transport!r} and all stages run in one process: this transport "
+                    f"sends weights from one process to another; use 'object_store', or run the stages on Ray"
                 )
             if config.learner.backend == "deepspeed":
-                raise ConfigError("learner.backend is 'deepspeed', which needs processes: in one use torch")
+                raise ConfigError(
+                    "learner.backend is 'deepspeed' and all stages run in one process: DeepSpeed needs a process for each "
+                    "rank; use backend 'torch', or run the stages on Ray"
+                )
             stages = stages_in_process(config, self.workload.without_prompts())
         elif config.rollouts.engine != "vllm" and config.rollouts.concurrent_groups > 1:
             raise ConfigError(
                 f"rollouts.concurrent_groups is {config.rollouts.concurrent_groups} and rollouts.engine is "
-                f"{config.rollouts.engine!r}: on Ray that engine takes one group at a time; use 1, engine 'vllm', or one "
-                f"process (Ring's in_process, r2m study)"
+                f"{config.rollouts.engine!r}: on Ray this engine generates one group at a time; use concurrent_groups 1, use "
+                f"engine 'vllm', or run all stages in one process (`r2m train --in-process`)"
             )
         else:
             processes = RayProcesses(config)

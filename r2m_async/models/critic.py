@@ -101,7 +101,9 @@ def load_critic(path: str, config: R2MConfig) -> ValueModel:
             attn_implementation=config.model.attention,
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"critic: {path!r} cannot be loaded as one: {error}; name another in critic.model") from None
+        raise ConfigError(
+            f"critic: {path!r} cannot be loaded as a critic: {error}; name another in critic.model"
+        ) from None
     check_one_layer(path)
     head = getattr(classifier, "score", None)
     if not isinstance(head, nn.Linear):

@@ -31,7 +31,9 @@ def check_weight_files(key: str, name: str | Path) -> None:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{key} {str(name)!r}: {path} is no whole weight file: {error}; {_REMEDY}") from None
+            raise ConfigError(
+                f"{key} {str(name)!r}: {path} is not a complete weight file: {error}; {_REMEDY}"
+            ) from None
 
 
 def _files(key: str, name: str | Path) -> Iterator[Path]:

@@ -137,14 +137,14 @@ def _check_sharing(directory: Path, saved: R2MConfig, config: R2MConfig) -> None
     was, now = saved.learner.zero_stage, config.learner.zero_stage
     if was != now and {was, now} != {1, 2}:
         raise ConfigError(
-            f"{directory} was saved with learner.zero_stage = {was}, and the config has {now}: DeepSpeed changes "
-            f"between stages 1 and 2 alone (and the number of ranks in any); resume with {'1 or 2' if was in (1, 2) else was}"
+            f"{directory} was saved with learner.zero_stage = {was}, and the config has {now}: DeepSpeed can "
+            f"resume a checkpoint in another stage only between 1 and 2; resume with {'1 or 2' if was in (1, 2) else was}"
         )
     sharing = ("num_ranks", "zero_stage", "zero_options", "offload")
     before, after = ({key: getattr(one.learner, key) for key in sharing} for one in (saved, config))
     if before != after and any(one["zero_options"].get("round_robin_gradients") for one in (before, after)):
         raise ConfigError(
             f"{directory} was saved with learner.zero_options = {before['zero_options']}, and the config has "
-            f"{after['zero_options']}: DeepSpeed cannot share out anew what round_robin_gradients reorders; resume with "
-            f"the same {', '.join(sharing)}"
+            f"{after['zero_options']}: with round_robin_gradients DeepSpeed cannot share out a checkpoint in another way; "
+            f"resume with the same {', '.join(sharing)}"
         )

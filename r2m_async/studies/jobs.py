@@ -52,13 +52,13 @@ class WorkerProcesses:
             # Asked after the pid is written down. Either `__exit__` then finds the pid and kills the process, or
             # `_ending` was set before, and no job begins.
             if self._ending:
-                raise ChildProcessError("ended with the others")
+                raise ChildProcessError("it was ended, because the other jobs were")
             return process.submit(function, *arguments).result()
         except BrokenProcessPool:
             # The broken process is forgotten, so the next job of this thread starts a new one.
             self._pids.pop(self._own.process, None)
             self._own.process = None
-            raise ChildProcessError("its process ended: out of memory?") from None
+            raise ChildProcessError("its process was killed; was the machine out of memory?") from None
 
     def _process(self) -> ProcessPoolExecutor:
         """This thread's process, started if there is none."""

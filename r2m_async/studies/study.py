@@ -159,8 +159,8 @@ def read_study(path: Path, out: Path) -> tuple[Study, list[StudyRewardModel], li
         for name in names:
             if name not in cells and name not in study.reward_models:
                 raise ConfigError(
-                    f"{path}: {key}: {name!r} is no cell of it and no reward model; its cells are "
-                    f"{', '.join(cells) or 'none'}, its reward models {', '.join(study.reward_models) or 'none'}"
+                    f"{path}: {key}: {name!r} is neither a cell nor a reward model of this study; its cells are "
+                    f"{', '.join(cells) or 'none'}, and its reward models are {', '.join(study.reward_models) or 'none'}"
                 )
     return study, list(reward_models.values()), runs
 
@@ -228,9 +228,9 @@ def _reward_models(path: Path, study: Study, out: Path) -> dict[tuple[str, int],
             # Ensembles that share a model are not independent, and an interval over seeds would be too narrow.
             if size > 1 and closest is not None and closest[0] < size:
                 raise ConfigError(
-                    f"{path}: seeds {closest[1]} and {closest[2]}: reward_models.{name} has ensemble.size {size}, models of the "
-                    f"seeds run.seed to run.seed + {size - 1}: two of its ensembles would share some; space the seeds by "
-                    f"{size} or more"
+                    f"{path}: seeds {closest[1]} and {closest[2]}: reward_models.{name} has ensemble.size {size}, so each "
+                    f"ensemble trains models with the seeds run.seed to run.seed + {size - 1}: the ensembles of these two "
+                    f"seeds would share models; use seeds that differ by {size} or more"
                 )
             directory = out / "reward_models" / f"{name}-seed{seed}"
             found[name, seed] = StudyRewardModel(name=name, config=config, directory=directory)
@@ -263,7 +263,7 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
 
     if workers is not None and workers < 1:
         raise ConfigError(
-            f"--workers is {workers}: so many runs at once; give 1 or more, or leave it out for one per core"
+            f"--workers is {workers}: this is the number of runs at once; give 1 or more, or leave it out for one per core"
         )
     out = out.resolve()  # it enters the configs of runs that start from the study's reward models
     study, reward_models, runs = read_study(path, out)

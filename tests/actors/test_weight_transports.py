@@ -61,14 +61,16 @@ def test_a_chosen_transport_stays_and_a_shared_gpu_bounds_vllms_memory():
 def test_an_engine_of_several_ranks_needs_whole_gpus():
     config = config_of(num_actors=2, tensor_parallel=2)
     assert gpu_share(config, 6) == 1.0
-    with pytest.raises(ConfigError, match=r"rollouts.tensor_parallel is 2, which needs whole GPUs: 6 .* has 4"):
+    with pytest.raises(
+        ConfigError, match=r"rollouts.tensor_parallel is 2 and the cluster has 4 GPUs: .* needs 6 GPUs; lower"
+    ):
         gpu_share(config, 4)
 
 
 def test_a_learner_of_several_ranks_needs_whole_gpus_and_a_load_that_can_be_taken_off():
     config = R2MConfig(learner={"backend": "deepspeed", "num_ranks": 4, "zero_stage": 3})
     assert gpu_share(config, 6) == 1.0
-    with pytest.raises(ConfigError, match=r"learner.num_ranks is 4, which needs whole GPUs: 6 .* has 5"):
+    with pytest.raises(ConfigError, match=r"learner.num_ranks is 4 and the cluster has 5 GPUs: .* needs 6 GPUs; lower"):
         gpu_share(config, 5)
     with pytest.raises(ConfigError, match=r"learner.offload is 'params' and the run has no GPU"):
         placed(config.learner(offload="params"), 0.0, 0)
@@ -84,7 +86,7 @@ def test_direct_transports_are_refused_where_they_cannot_work(tiny_config):
 
 @pytest.mark.models
 def test_in_one_process_a_direct_transport_is_refused(vllm_config):
-    with pytest.raises(ConfigError, match="weights.transport is 'gloo', which needs processes"):
+    with pytest.raises(ConfigError, match="weights.transport is 'gloo' and all stages run in one process"):
         Ring.of(vllm_config.weights(transport="gloo"), in_process=True)
 
 
@@ -133,7 +135,9 @@ def test_as_many_versions_stay_staged_as_an_evaluation_may_lag_behind():
     ours = sender(timeout=1.0, max_policy_age=1)
     for version in range(5):
         ours.stage(torch.nn.Linear(1, 1), version)
-    with pytest.raises(RuntimeError, match=r"policy version 1 is no longer staged; those are \[2, 3, 4\]"):
+    with pytest.raises(
+        RuntimeError, match=r"policy version 1 is no longer kept for sending; the versions kept are \[2, 3, 4\]"
+    ):
         ours.send(0, 1)
 
 
@@ -154,9 +158,13 @@ def test_a_version_that_is_dropped_while_it_is_looked_up_is_still_sent_or_an_err
         if version == 7:
             assert ours.send(0, 7) == {} and sent == [{"w": torch.ones(1)}]
         else:
-            with pytest.raises(RuntimeError, match=r"policy version 8 is no longer staged; those are \[7\]"):
+            with pytest.raises(
+                RuntimeError, match=r"policy version 8 is no longer kept for sending; the versions kept are \[7\]"
+            ):
                 ours.send(0, 8)
-    with pytest.raises(RuntimeError, match=r"policy version 7 is no longer staged; those are \[103, 104\]"):
+    with pytest.raises(
+        RuntimeError, match=r"policy version 7 is no longer kept for sending; the versions kept are \[103, 104\]"
+    ):
         ours.staged(7)
 
 

@@ -515,7 +515,7 @@ def test_weights_that_an_update_made_infinite_end_the_run_on_every_rank(config, 
     )
     ours = ranks.learn(config, steps(1))
     assert ours.error.startswith(
-        "step 0 (groups [0, 1, 2, 3]): the policy's weights are not finite after an update of finite"
+        "step 0 (groups [0, 1, 2, 3]): the policy's weights are not finite after an update whose gradient"
     )
 
 
@@ -605,5 +605,5 @@ def test_what_has_a_key_of_its_own_is_refused_among_deepspeeds(tiny_config, key,
 
 
 def test_a_ring_on_deepspeed_needs_processes(tiny_config):
-    with pytest.raises(ConfigError, match="learner.backend is 'deepspeed', which needs processes"):
+    with pytest.raises(ConfigError, match="learner.backend is 'deepspeed' and all stages run in one process"):
         Ring.of(sharded(tiny_config, 1), in_process=True)

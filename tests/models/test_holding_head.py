@@ -159,7 +159,9 @@ def test_without_it_the_trained_head_itself_scores():
 @pytest.mark.parametrize("variant", ["vanilla", "r2m_no_train"])
 def test_a_head_that_does_not_move_needs_no_hold(variant):
     for key, value in (("hold", "bsr"), ("pair_source", "frozen")):
-        with pytest.raises(ConfigError, match=f"head.{key} is '{value}' and head.variant is '{variant}'.*leave it out"):
+        with pytest.raises(
+            ConfigError, match=f"head.{key} is '{value}' and head.variant is '{variant}'.*leave head.{key} out"
+        ):
             R2MConfig.from_dict({"head": {"variant": variant, key: value}})
 
 
@@ -169,9 +171,10 @@ def test_keys_of_another_hold_are_refused(hold):
         if hold in of:
             assert getattr(config_with(hold=hold, **{key: value}).head, key) == value
             continue
-        named = " and ".join(map(repr, of))
+        named = " or ".join(map(repr, of))
         message = (
-            f"^head.{key} is {value} and head.hold is '{hold}': it is an option of hold {named}; use .* leave it out"
+            f"^head.{key} is {value} and head.hold is '{hold}': only hold {named} reads this key; use that hold, or leave "
+            f"head.{key} out"
         )
         with pytest.raises(ConfigError, match=message):
             config_with(hold=hold, **{key: value})

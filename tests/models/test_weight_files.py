@@ -92,7 +92,7 @@ def test_a_weight_file_that_is_not_whole_is_refused_by_key_and_file(
     section, dot, field = key.partition(".")
     if dot and key != "model.start":
         config = getattr(config, section)(**{field: str(model)})
-    said = rf"^{key} '{model}': {weights} is no whole weight file: .*; copy or download it again$"
+    said = rf"^{key} '{model}': {weights} is not a complete weight file: .*; copy or download it again$"
     with pytest.raises(ConfigError, match=said):
         use(model, config)
 
@@ -113,7 +113,7 @@ def test_of_several_files_each_is_looked_at_and_their_index(tiny, tmp_path):
     (model / "consolidated.safetensors").write_bytes(b"that nobody loads")
     check_weight_files("model.policy", str(model))
     (model / files[1]).write_bytes((model / files[1]).read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=f"model.policy .*: {model / files[1]} is no whole weight file"):
+    with pytest.raises(ConfigError, match=f"model.policy .*: {model / files[1]} is not a complete weight file"):
         check_weight_files("model.policy", str(model))
     (model / "model.safetensors.index.json").write_text("{")
     with pytest.raises(
@@ -126,7 +126,7 @@ def test_the_second_layer_of_a_reward_models_head_is_one_of_its_files(tiny, tmp_
     model = tmp_path / "model"
     shutil.copytree(tiny("llama", True), model)
     (model / "reward_head.safetensors").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"reward.model .*reward_head\.safetensors is no whole weight file"):
+    with pytest.raises(ConfigError, match=r"reward.model .*reward_head\.safetensors is not a complete weight file"):
         check_weight_files("reward.model", model)
     for absent in ("no/such-model-on-this-machine", tmp_path / "no", "no name, at all"):
         check_weight_files("reward.model", absent)  # for the loader to refuse
@@ -142,6 +142,6 @@ def test_a_model_in_the_hubs_cache_is_looked_at_too(tiny, tmp_path, monkeypatch)
     check_weight_files("model.policy", "some/model")
     (model / "snapshots" / "0123" / "model.safetensors").write_bytes(b"")
     with pytest.raises(
-        ConfigError, match=r"model.policy 'some/model': .*0123/model\.safetensors is no whole weight file"
+        ConfigError, match=r"model.policy 'some/model': .*0123/model\.safetensors is not a complete weight file"
     ):
         check_weight_files("model.policy", "some/model")

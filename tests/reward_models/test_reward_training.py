@@ -519,7 +519,7 @@ def test_held_out_pairs_that_are_the_training_pairs_are_refused(config, data, me
     with pytest.raises(ConfigError, match=f"^{message.replace('preferences', 'prompts')}"):
         R2MConfig().data(prompts="HF", **data)
     file = config.data.preferences
-    with pytest.raises(ConfigError, match="what trains would be held out"):
+    with pytest.raises(ConfigError, match="the model would be evaluated on the data that it is trained on"):
         config.data(eval=file, eval_split="test")
 
 

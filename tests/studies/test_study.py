@@ -80,9 +80,12 @@ def test_the_studies_that_ship_can_be_read():
         ({"base": "absent.yaml"}, "absent.yaml: cannot be read"),
         (
             {"against": ["vanilla"]},
-            "against: 'vanilla' is no cell of it and no reward model; its cells are vanilla-rloo, vanilla-grpo, r2m-rloo",
+            "against: 'vanilla' is neither a cell nor a reward model of this study; its cells are vanilla-rloo, vanilla-grpo, r2m-rloo",
         ),
-        ({"draw": ["r2m-rloo", "r2m"]}, "draw: 'r2m' is no cell of it and no reward model; its cells are vanilla-rloo"),
+        (
+            {"draw": ["r2m-rloo", "r2m"]},
+            "draw: 'r2m' is neither a cell nor a reward model of this study; its cells are vanilla-rloo",
+        ),
         ({"best_of_n": {"prompts": 300}}, "best_of_n.prompts: Input should be less than or equal to 200; got 300"),
         ({"grid": {"lr": {1.5e-4: {}}}}, r"grid.lr.0.00015.\[key\]: Input .* got 0.00015 \(.*put it in quotes"),
     ],

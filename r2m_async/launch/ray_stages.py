@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from r2m_async.child_process import NODE_ADDRESS
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, DiskError, StageLost, StepFailed, WeightMismatch
+from r2m_async.launch.arguments import Shares, with_payloads, without_payloads
 from r2m_async.launch.gpus import gpu_share, placed
 from r2m_async.launch.ray_connection import RayConnection
 from r2m_async.launch.workload import Workload
@@ -175,7 +174,7 @@ class _Process:
 
         Args:
             method: the name of the method.
-            packed: the arguments, encoded, with a mark at each place where a payload belongs (`_emptied`).
+            packed: the arguments, encoded, with a mark at each place where a payload belongs (`arguments.PLACE`).
             payloads: the payloads, encoded. Ray has fetched them from its object store.
 
         Returns the report and the payloads, each encoded. It returns the report alone if there are no payloads.
@@ -184,7 +183,7 @@ class _Process:
 
         # The replay queue only stores payloads, so it gets and returns the buffers themselves.
         items = payloads if self._opaque else [decode(payload) for payload in payloads]
-        report, *results = getattr(self._stage, method)(*_filled(decode(packed), items))
+        report, *results = getattr(self._stage, method)(*with_payloads(decode(packed), items))
         if not self._opaque:
             # Ray stores an array outside of its pickle, and whoever gets it reads it without a copy.
             results = [np.frombuffer(encode(result), np.uint8) for result in results]
@@ -239,10 +238,11 @@ class RayStage:
         if a payload was lost with the process that held it. Any other error of the stage is raised as Ray's
         RayTaskError.
         """
+        import ray
         from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 
         payloads: list[Any] = []
-        packed = bytes(encode(_emptied(list(args), payloads)))
+        packed = bytes(encode(without_payloads(list(args), payloads, ray.ObjectRef)))
         options: dict[str, Any] = {"num_returns": 1 + method.num_payloads}
         if method.beside:
             options["concurrency_group"] = method.beside
@@ -353,14 +353,6 @@ def _kill(actor: Any) -> None:
     ray.kill(actor)
 
 
-@dataclass(frozen=True, slots=True)
-class _Shares:
-    """One payload in parts, one from each rank of a gang (`Method.shares`)."""
-
-    references: tuple[Any, ...]
-    """References to the parts, in the order of ranks."""
-
-
 class RayGang:
     """Carries a policy learner of several ranks. To the controller the ranks are one stage.
 
@@ -404,7 +396,7 @@ class RayGang:
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
         """Calls a method of the ranks that it goes to, and returns (report, *payloads) of rank 0.
 
-        A payload of which each rank has a part becomes a `_Shares`. Raises what a rank raises, as `RayStage.call` does.
+        A payload of which each rank has a part becomes a `Shares`. Raises what a rank raises, as `RayStage.call` does.
         """
         if method.ranks == "first" or (method.ranks == "whole" and self._rank_0_is_whole):
             return await self.ranks[0].call(method, *args)
@@ -417,7 +409,7 @@ class RayGang:
                 call.cancel()
         (report, *payloads), *others = (call.result() for call in calls)
         for place in method.shares:
-            payloads[place] = _Shares((payloads[place], *(other[1 + place] for other in others)))
+            payloads[place] = Shares((payloads[place], *(other[1 + place] for other in others)))
         return report, *payloads
 
     async def restart(self) -> None:
@@ -456,48 +448,3 @@ async def _ended(calls: list[asyncio.Task[Any]]) -> None:
         failures += [failure for call in done if (failure := call.exception())]
     if failures:
         raise min(failures, key=lambda failure: not isinstance(failure, StageLost))
-
-
-_PLACE = "payload of this call"
-"""The key of a mark that stands in the arguments of a call where a payload belongs.
-
-The mark is a dict with this key alone. Its value is an index into the payloads, or a list of indices for a `_Shares`.
-"""
-
-
-def _emptied(value: Any, payloads: list[Any]) -> Any:
-    """Copies arguments, with a mark in the place of each object reference. The references are appended to `payloads`.
-
-    Ray fetches an object only if its reference is an argument by itself, and not inside a list or a buffer.
-    """
-    import ray
-
-    if isinstance(value, ray.ObjectRef):
-        payloads.append(value)
-        return {_PLACE: len(payloads) - 1}
-    if isinstance(value, _Shares):
-        payloads.extend(value.references)
-        return {_PLACE: list(range(len(payloads) - len(value.references), len(payloads)))}
-    if isinstance(value, list | tuple):
-        return type(value)(_emptied(item, payloads) for item in value)
-    if isinstance(value, dict):
-        return {key: _emptied(item, payloads) for key, item in value.items()}
-    return value
-
-
-def _filled(value: Any, payloads: Any) -> Any:
-    """Copies arguments that `_emptied` returned, with the payloads in the place of the marks."""
-    if isinstance(value, dict) and value.keys() == {_PLACE}:
-        place = value[_PLACE]
-        return _merged([payloads[one] for one in place]) if isinstance(place, list) else payloads[place]
-    if isinstance(value, list | tuple):
-        return type(value)(_filled(item, payloads) for item in value)
-    if isinstance(value, dict):
-        return {key: _filled(item, payloads) for key, item in value.items()}
-    return value
-
-
-def _merged(parts: list[tuple[Any, ...] | None]) -> tuple[Any, ...] | None:
-    """Puts the parts of a payload that the ranks returned together, in the order of groups. None if no rank has any."""
-    there = [part for part in parts if part is not None]
-    return tuple(sorted(itertools.chain(*there), key=lambda one: one.group_id)) if there else None

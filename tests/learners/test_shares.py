@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from learners.shares import rank_microbatches, shares
 from r2m_async.errors import NonFiniteStep, StageLost
 from r2m_async.launch import ray_stages
+from r2m_async.launch.arguments import PLACE, with_payloads
 from r2m_async.models.policy import microbatches
 from r2m_async.trajectories import Trajectory
 
@@ -69,11 +70,9 @@ def test_one_rank_makes_the_passes_of_all_trajectories_in_their_order():
 
 def test_what_the_ranks_return_of_a_payload_is_put_together_in_the_order_of_groups():
     one, two, three = (SimpleNamespace(group_id=group_id) for group_id in (1, 2, 3))
-    packed = ray_stages._filled(
-        [7, {ray_stages._PLACE: [0, 1, 2]}, {ray_stages._PLACE: 3}], [(one, three), None, (two,), "x"]
-    )
+    packed = with_payloads([7, {PLACE: [0, 1, 2]}, {PLACE: 3}], [(one, three), None, (two,), "x"])
     assert packed == [7, (one, two, three), "x"]
-    assert ray_stages._filled({ray_stages._PLACE: [0, 1]}, [None, None]) is None
+    assert with_payloads({PLACE: [0, 1]}, [None, None]) is None
 
 
 async def failing(error: Exception, after: asyncio.Event | None = None, then: asyncio.Event | None = None) -> None:

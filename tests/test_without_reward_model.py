@@ -11,7 +11,7 @@ from r2m_async.cli import main
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.export import RewardScorer
-from r2m_async.launch.ray_stages import gpu_share
+from r2m_async.launch.gpus import gpu_share
 from r2m_async.launch.ring import Ring
 
 

@@ -501,7 +501,7 @@ def given_pairs_with_margins(config):
     [
         (
             {"eval": "HF"},
-            "data.eval and data.preferences are both 'HF', with data.split 'train' and .* None: what trains",
+            "data.eval and data.preferences are both 'HF', with data.split 'train' and .* None: the model would be evaluated",
         ),
         (
             {"eval": "HF", "split": "a", "eval_split": "a"},
@@ -509,7 +509,7 @@ def given_pairs_with_margins(config):
         ),
         (
             {"eval_split": "a"},
-            "data.eval_split is 'a' and data.eval is None: .* name the data set there, too, or leave",
+            "data.eval_split is 'a' and data.eval is None: .* set data.eval, too, or leave data.eval_split out",
         ),
     ],
 )

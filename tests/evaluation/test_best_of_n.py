@@ -168,7 +168,8 @@ def test_more_prompts_than_there_are_are_refused_before_anything_is_built(tmp_pa
     for few in (["--n", "0"], ["--n", "8", "--samples", "4"]):
         assert main(["bon", "embedded", *few, "--out", str(tmp_path / "bon")]) == 2
         assert (
-            f"--n is {few[1]} and --samples is {few[-1] if few[2:] else None}: the best of n needs" in capsys.readouterr().err
+            f"--n is {few[1]} and --samples is {few[-1] if few[2:] else None}: the best of n needs"
+            in capsys.readouterr().err
         )
     assert not (tmp_path / "bon").exists()
 

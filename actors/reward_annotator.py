@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from r2m_async.config import R2MConfig
-from r2m_async.models.heads import score_group
+from r2m_async.models.heads import reward_spread, score_group
 from r2m_async.models.reward import embed_group
 from r2m_async.models.weights import load_weights, named_weights
 from r2m_async.plugins import called_for_number, named_function
@@ -83,7 +83,8 @@ class RewardAnnotator:
         """Computes the reward token embeddings (RTE) and the reward bonuses of a group.
 
         Returns a report and the embeddings. If `evaluation.gold` is set, the report has the group's mean gold reward
-        under `gold`. The gold reward is only watched: nothing is trained on it.
+        under `gold`. The gold reward is only watched: nothing is trained on it. If groups may be refilled
+        (`rollouts.max_refills`), the report has the spread of the group's rewards under `spread`.
 
         Raises FunctionFailed if a reward function or the gold function fails, and RewardFailed if a reward function has
         failed in every try. Raises NonFiniteStep if an embedding or a reward is NaN or infinite, unless
@@ -95,6 +96,8 @@ class RewardAnnotator:
         embeddings = embed_group(self._model, self._tokenizer, group, self._config, *begun)
         gold = self._gold_rewards(group)
         metrics = {"gold": _mean(gold)} if gold else {}
+        if self._config.rollouts.max_refills > 0:
+            metrics["spread"] = reward_spread(embeddings, self._config)
         return StepReport(version=group.ticket.group_id, metrics=metrics), embeddings
 
     def score(

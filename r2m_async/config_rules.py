@@ -280,6 +280,16 @@ def a_head_learns_from_pairs(rollouts: RolloutsSection, head: HeadSection) -> st
     )
 
 
+def refills_need_rewards_that_are_known(rollouts: RolloutsSection, head: HeadSection) -> str | None:
+    """A group is refilled for its rewards, which are known at its arrival if no head moves."""
+    if rollouts.max_refills == 0 or head.variant == "vanilla":
+        return None
+    return (
+        f"rollouts.max_refills is {rollouts.max_refills} and head.variant is {head.variant!r}: the rewards of that head are "
+        f"known only when the step has begun; use variant 'vanilla', or max_refills 0"
+    )
+
+
 def a_head_that_does_not_move_needs_no_hold(head: HeadSection) -> str | None:
     """Keys about the training of the head need a variant whose head is trained."""
     if not head.trains:
@@ -433,6 +443,7 @@ RULES: tuple[Rule, ...] = (
     a_minibatch_has_a_group,
     the_learning_rate_is_reached,
     a_head_learns_from_pairs,
+    refills_need_rewards_that_are_known,
     a_head_that_does_not_move_needs_no_hold,
     options_of_a_hold_need_that_hold,
     the_prompt_has_one_name,

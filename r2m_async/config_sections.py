@@ -242,6 +242,11 @@ class RolloutsSection(Section):
     """B: the number of prompts, and so of groups, that one policy step trains."""
     group_size: int = Field(8, gt=0)
     """K: the number of responses to each prompt, which form a group."""
+    max_refills: int = Field(0, ge=0)
+    """How many times a group whose responses all have the same reward is replaced by a group of another prompt, because it
+    would teach nothing (the dynamic sampling of DAPO). Then it is trained as it is. It needs `head.variant: vanilla`: the
+    rewards of other heads are not known before the step. Each group keeps its room in the queue at its largest. 0: no
+    group is replaced."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature. It divides the logits, in training as in sampling."""
     max_prompt_tokens: int = Field(512, gt=0)

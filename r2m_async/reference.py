@@ -28,7 +28,7 @@ from r2m_async.finite import all_finite
 from r2m_async.launch.workload import TicketOffice, Workload, resolve
 from r2m_async.models.critic import load_critic, proximal_values, response_values
 from r2m_async.models.generation import sample_groups
-from r2m_async.models.heads import HeldHead, build_head, improve_head, score_group
+from r2m_async.models.heads import HeldHead, build_head, improve_head, reward_spread, score_group
 from r2m_async.models.loading import load_policy, one_thread
 from r2m_async.models.policy import (
     behaviour_logprobs,
@@ -57,6 +57,7 @@ from r2m_async.trajectories import (
     PolicyFeedback,
     RewardEmbeddings,
     ScoredGroup,
+    Ticket,
     Trajectory,
     TrajectoryGroup,
     Weights,
@@ -155,7 +156,7 @@ class _Algorithm1:
 
     def step(self, number: int) -> None:
         """One pass through the loop of Algorithm 1."""
-        groups, feedback, embeddings = self._embed(*self._sample(number))
+        groups, feedback, embeddings = self._sample(number)
         step = self._score(number, groups, feedback, embeddings)
         # A step all of whose groups were given up trains nothing, but it still counts as a version of policy and head.
         refreshed = self._improve_policy(step) if groups else None
@@ -180,51 +181,57 @@ class _Algorithm1:
             rewards=self._rewards,
         )
 
-    def _sample(self, number: int) -> tuple[list[TrajectoryGroup], list[PolicyFeedback | None]]:
-        """Lines 2 to 6: the groups that are due, and the hidden states of the policy that sampled them."""
+    def _sample(self, number: int) -> tuple[list[TrajectoryGroup], list[PolicyFeedback | None], list[RewardEmbeddings]]:
+        """Lines 2 to 6: the groups that are due, the hidden states of the policy that sampled them, and their embeddings.
+
+        Groups are left out that are given up because a reward function failed.
+        """
         config, rollouts = self._config, self._config.rollouts
         version = max(0, number - config.scheduling.max_policy_age)  # 3
-        sampler = self._policies[version]
-        first = number * rollouts.prompts_per_step
-        due = [self._tickets.group(group_id, number) for group_id in range(first, first + rollouts.prompts_per_step)]
         if self._engine is not None:
-            self._engine.load(named_weights(sampler, version, probe=config.probes_weights))
-            sampled = [self._engine.generate(ticket) for ticket in due]
-            return [group for group, _ in sampled], [states for _, states in sampled]
-        # One group at a time, as in an exact ring: the number of groups in a batch changes the rounding.
-        groups = [  # 2, 5
-            sample_groups(
-                sampler,
-                self._policy_tokenizer,
-                [ticket],
-                num_responses=rollouts.group_size,
-                temperature=rollouts.temperature,
-                max_new_tokens=rollouts.max_new_tokens,
-                greedy_twin=self._estimator.needs_greedy,
-                version=version,
-            )[0]
-            for ticket in due
-        ]
-        if not config.wants_rollout_states:
-            return groups, [None] * len(due)
-        return groups, [group_feedback(sampler, group, config, version) for group in groups]  # 6
-
-    def _embed(
-        self, groups: list[TrajectoryGroup], feedback: list[PolicyFeedback | None]
-    ) -> tuple[list[TrajectoryGroup], list[PolicyFeedback | None], list[RewardEmbeddings]]:
-        """The groups with their embeddings, but for those that are given up because a reward function failed."""
+            self._engine.load(named_weights(self._policies[version], version, probe=config.probes_weights))
         kept: list[tuple[TrajectoryGroup, PolicyFeedback | None, RewardEmbeddings]] = []
-        for group, states in zip(groups, feedback, strict=True):
-            try:
-                embeddings = embed_group(self._reward_model, self._reward_tokenizer, group, self._config)
-            except RewardFailed as failed:
-                self._voided_in_a_row += 1
-                if self._voided_in_a_row > self._config.reward.max_voided:
-                    raise FunctionFailed(str(failed)) from None
-                continue
-            self._voided_in_a_row = 0
-            kept.append((group, states, embeddings))
+        first = number * rollouts.prompts_per_step
+        for group_id in range(first, first + rollouts.prompts_per_step):
+            # A group without any spread of rewards is sampled anew, with another prompt (DAPO, arXiv 2503.14476).
+            for refill in range(rollouts.max_refills + 1):
+                group, states = self._generate(self._tickets.group(group_id, number, refill), version)
+                embeddings = self._embed(group)
+                if embeddings is None or refill == rollouts.max_refills or reward_spread(embeddings, config) != 0:
+                    break
+            if embeddings is not None:
+                kept.append((group, states, embeddings))
         return [one[0] for one in kept], [one[1] for one in kept], [one[2] for one in kept]
+
+    def _generate(self, ticket: Ticket, version: int) -> tuple[TrajectoryGroup, PolicyFeedback | None]:
+        """Lines 5 and 6 for one group: its responses and, if the head reads them, the sampling policy's hidden states."""
+        config, rollouts, sampler = self._config, self._config.rollouts, self._policies[version]
+        if self._engine is not None:
+            return self._engine.generate(ticket)
+        # One group at a time, as in an exact ring: the number of groups in a batch changes the rounding.
+        (group,) = sample_groups(  # 2, 5
+            sampler,
+            self._policy_tokenizer,
+            [ticket],
+            num_responses=rollouts.group_size,
+            temperature=rollouts.temperature,
+            max_new_tokens=rollouts.max_new_tokens,
+            greedy_twin=self._estimator.needs_greedy,
+            version=version,
+        )
+        return group, group_feedback(sampler, group, config, version) if config.wants_rollout_states else None  # 6
+
+    def _embed(self, group: TrajectoryGroup) -> RewardEmbeddings | None:
+        """The embeddings of a group, or None if it is given up because a reward function failed."""
+        try:
+            embeddings = embed_group(self._reward_model, self._reward_tokenizer, group, self._config)
+        except RewardFailed as failed:
+            self._voided_in_a_row += 1
+            if self._voided_in_a_row > self._config.reward.max_voided:
+                raise FunctionFailed(str(failed)) from None
+            return None
+        self._voided_in_a_row = 0
+        return embeddings
 
     def _score(
         self,

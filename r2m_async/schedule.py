@@ -11,6 +11,7 @@ The life of a group, and where it may leave that path:
 
     admitted -> in flight -> queued -> leased -> trained by the policy -> passed by the head -> freed
     in flight -> lost -> in flight again
+    queued -> refilled -> in flight again, with another prompt
     in flight, lost or queued -> voided (with a reason)
 
 The *policy age* of a group is its due step minus the oldest policy version that sampled one of its tokens. The *head
@@ -60,6 +61,9 @@ class Plan:
     """The bytes that all groups together may take in the queue."""
     group_bytes: int
     """The bytes of one group in the worst case. `max_bytes` holds at least B of them."""
+    max_refills: int = 0
+    """How many times a group that has arrived may be replaced by one of another prompt. Until then it keeps its reserved
+    bytes, so that the new group has room for sure."""
     embedding_bytes: int = 0
     """The part of `group_bytes` that the reward model's embeddings add after the group has arrived."""
 
@@ -93,6 +97,8 @@ class Admission:
     """How often the group was admitted before: 0, 1, ..."""
     policy_version: int
     """The version that the worker must load before it starts the group."""
+    refill: int = 0
+    """How often the group was replaced by one of another prompt: 0, 1, ..."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +155,8 @@ class _Group:
     """The oldest policy version in the group. It is known once the group has arrived."""
     passed_policy: bool = False
     """Whether the policy has finished the group's step."""
+    refills: int = 0
+    """How often the group was replaced by one of another prompt."""
 
 
 class Schedule:
@@ -168,7 +176,7 @@ class Schedule:
         self.policy_ledger = Ledger()
         self.head_ledger = Ledger()
         self.reissued: Counter[str] = Counter()
-        """Groups that were taken back from a lost worker, by reason."""
+        """Groups that were taken back from a lost worker, or replaced after their arrival, by reason."""
         self.fenced = 0
         """Results that arrived from attempts that were no longer expected."""
         self._groups: dict[int, _Group] = {}
@@ -218,7 +226,13 @@ class Schedule:
         group = self._groups[group_id]
         group.attempt += 1
         group.worker, group.policy_version, group.admitted_at = worker, version, now
-        return Admission(group_id=group_id, due_step=group.due_step, attempt=group.attempt, policy_version=version)
+        return Admission(
+            group_id=group_id,
+            due_step=group.due_step,
+            attempt=group.attempt,
+            policy_version=version,
+            refill=group.refills,
+        )
 
     def _oldest_lost(self) -> int | None:
         """The oldest group that waits to be issued again, or None. Drops what came or was voided meanwhile."""
@@ -252,8 +266,8 @@ class Schedule:
             num_bytes: the bytes of the group in the queue, without the embeddings that are added later.
             now: the present time.
 
-        The reservation shrinks from the worst case to what the group takes. Raises RuntimeError if it takes more than
-        was reserved.
+        The reservation shrinks from the worst case to what the group takes, unless the group may still be refilled.
+        Raises RuntimeError if it takes more than was reserved.
         """
         if not self.expects(group_id, attempt):
             return False
@@ -261,8 +275,10 @@ class Schedule:
         num_bytes += self.plan.embedding_bytes
         if num_bytes > group.num_bytes:
             raise RuntimeError(f"group {group_id} takes {num_bytes} bytes and reserved {group.num_bytes}")
-        self.reserved_bytes += num_bytes - group.num_bytes
-        group.arrived, group.worker, group.num_bytes = True, None, num_bytes
+        if group.refills == self.plan.max_refills:
+            self.reserved_bytes += num_bytes - group.num_bytes
+            group.num_bytes = num_bytes
+        group.arrived, group.worker = True, None
         # A group whose responses are all empty reports the largest int32 as its oldest version. Its age is then 0.
         group.oldest_version = min(oldest_version, group.due_step)
         self._last_arrival[group.due_step] = now
@@ -285,6 +301,37 @@ class Schedule:
             heapq.heappush(self._lost, group_id)
             self.reissued[reason] += 1
         return tuple(orphans)
+
+    def may_refill(self, group_id: int) -> bool:
+        """Whether `refill` would take the group back, if it has arrived."""
+        group = self._groups.get(group_id)
+        return group is not None and group.refills < self.plan.max_refills
+
+    def refill(self, group_id: int, attempt: int, reason: str) -> bool:
+        """Takes back a group that has arrived, so that it is generated anew with another prompt. Returns whether it did.
+
+        It returns False, and changes nothing, if the group is no longer held, if its present attempt is not `attempt`, or
+        if it was refilled `max_refills` times. The group keeps its number, its step and its reserved bytes. `reason` is
+        counted in `reissued`.
+
+        Raises RuntimeError if the group has not arrived, or if its step was already assembled.
+        """
+        if not self.may_refill(group_id) or self._groups[group_id].attempt != attempt:
+            return False
+        group = self._groups[group_id]
+        if not group.arrived or group.passed_policy or (self._leased and group_id in self._leased.group_ids):
+            raise RuntimeError(f"group {group_id} was refilled ({reason}) before its arrival, or after its step began")
+        group.arrived = False
+        group.refills += 1
+        self._arrived_steps[group.due_step] -= 1
+        # It may be there still: a group that came after its worker was lost stays in the heap until its turn.
+        if group_id not in self._lost:
+            heapq.heappush(self._lost, group_id)
+        self.reissued[reason] += 1
+        for ledger in self._ledgers:
+            ledger.queued -= 1
+            ledger.in_flight += 1
+        return True
 
     def holds(self, group_id: int) -> bool:
         """Whether the group was admitted, and was neither voided nor freed. Data of it may then still be kept."""
@@ -450,8 +497,14 @@ class Schedule:
         """The oldest policy version that may still be needed to generate a group. Older ones can be deleted."""
         if self.plan.lag == "bounded":
             return self.policy_version
-        # A lost group is generated again with its own version, so each group in flight keeps that version alive.
-        steps = [group.due_step for group in self._groups.values() if not group.arrived]
+        # A lost group is generated again with its own version, so each group in flight keeps that version alive. So does
+        # one that may be refilled.
+        refills = self.plan.max_refills
+        steps = [
+            group.due_step
+            for group in self._groups.values()
+            if not group.arrived or (group.refills < refills and not group.passed_policy)
+        ]
         return self.plan.policy_version_for(min(steps, default=self.plan.due_step(self._next_group)))
 
     @property

@@ -173,6 +173,41 @@ def test_ending_a_run_voids_what_was_admitted_ahead():
     assert schedule.head_trained(0) == (0, 1) and schedule.finished and schedule.reserved_bytes == 0
 
 
+def test_a_group_is_refilled_as_often_as_allowed_within_its_step_its_bytes_and_the_ledger():
+    schedule = Schedule(plan(max_refills=2, max_bytes=200, lag="exact"))
+    first, second = schedule.admit("a", 0, 0.0), schedule.admit("b", 0, 0.0)
+    assert finish(schedule, second) and schedule.reserved_bytes == 200, "it may be refilled, and keeps its room"
+    for refill in (1, 2):
+        assert finish(schedule, first)
+        assert schedule.refill(0, first.attempt, "no_spread")
+        schedule.audit()
+        assert schedule.assemble() is None and schedule.in_flight() == {0: "nobody"}
+        attempt = first.attempt
+        first = schedule.admit("b", 0, 0.0)
+        assert (first.group_id, first.due_step, first.attempt, first.refill) == (0, 0, attempt + 1, refill)
+        assert first.policy_version == 0 and schedule.admit("a", 0, 0.0) is None
+    assert finish(schedule, first) and schedule.reserved_bytes == 110, "it is there to stay"
+    assert not schedule.may_refill(0) and not schedule.refill(0, first.attempt, "no_spread")
+    assert schedule.reissued == {"no_spread": 2} and schedule.policy_ledger.admitted == 2
+    assert schedule.assemble().group_ids == (0, 1)
+    with pytest.raises(RuntimeError, match="group 1 was refilled"):
+        schedule.refill(1, second.attempt, "no_spread")
+
+
+def test_a_group_that_is_not_there_is_not_refilled_and_never_issued_twice():
+    schedule = Schedule(plan(max_refills=3))
+    first = schedule.admit("a", 0, 0.0)
+    with pytest.raises(RuntimeError, match="group 0 was refilled .* before its arrival"):
+        schedule.refill(0, 0, "no_spread")
+    schedule.lost("a", "died")
+    assert finish(schedule, first), "its result was on the way when its worker died"
+    assert not schedule.refill(0, 1, "no_spread") and schedule.refill(0, 0, "no_spread")
+    assert [schedule.admit("b", 0, 0.0).group_id for _ in range(3)] == [0, 1, 2]
+    schedule.void(0, "run_ended")
+    assert not schedule.refill(0, 1, "no_spread") and not schedule.may_refill(7)
+    schedule.audit()
+
+
 # The whole ring on a virtual clock
 
 
@@ -196,11 +231,24 @@ class Ring:
                 name, duration, crashes if crashing else lambda method: False, self.plan.group_bytes // 2
             )
 
+        def annotator(name):
+            one, share = stage(name), draw(st.sampled_from([0.0, 0.3, 1.0]))
+            result = one._result
+
+            def with_spread(method, args):
+                report, *payloads = result(method, args)
+                if method == "embed":
+                    report.metrics["spread"] = float(source.random() >= share)
+                return report, *payloads
+
+            one._result = with_spread
+            return one
+
         num_actors = self.config.rollouts.num_actors
         self.stages = Stages.carried_by(
             rollouts=tuple(stage(f"rollout-{index}", crashing=True) for index in range(num_actors)),
             queue=stage("queue"),
-            annotators=(stage("annotator-0"), stage("annotator-1")),
+            annotators=(annotator("annotator-0"), annotator("annotator-1")),
             policy=stage("policy-learner"),
             head=stage("head-learner"),
             **local_bytes(),
@@ -225,6 +273,7 @@ def draw_run(draw, **changes):
             lag=lag,
             overage="wait" if lag == "exact" else draw(st.sampled_from(["wait", "mask", "drop"])),
             overage_after=draw(st.floats(0.01, 3.0)),
+            max_refills=draw(st.sampled_from([0, 0, 1, 3])),
             group_bytes=bytes_each,
             max_bytes=groups * bytes_each + draw(st.integers(0, 3 * bytes_each)),
         )
@@ -234,7 +283,8 @@ def draw_run(draw, **changes):
         R2MConfig()
         .run(num_steps=num_steps)
         .rollouts(num_actors=draw(st.integers(1, 6)), max_restarts=1000, prompts_per_step=groups)
-        .head(variant=draw(st.sampled_from(["r2m", "vanilla"])))
+        .head(variant="vanilla" if plan.max_refills else draw(st.sampled_from(["r2m", "vanilla"])))
+        .rollouts(max_refills=plan.max_refills)
     )
     return config, plan
 
@@ -256,6 +306,7 @@ def test_whatever_the_durations_and_crashes_no_bound_breaks_nothing_is_lost_and_
     for ledger in (schedule.policy_ledger, schedule.head_ledger):
         assert ledger.admitted == total == ledger.trained + ledger.voided.total()
         assert plan.overage != "wait" or ledger.trained == total
+    assert schedule.reissued["no_spread"] <= plan.max_refills * total
     schedule.audit()
     assert schedule.reserved_bytes == 0 and not schedule.in_flight()
 

@@ -31,6 +31,8 @@ class Stream(IntEnum):
     EVALUATION = 4
     EVALUATION_NOISE = 5
     HEAD_DROPOUT = 6
+    REFILLS = 7
+    REFILL_PROMPTS = 8
 
 
 def sampling_seed(seed: int, group_id: int, stream: int = Stream.ROLLOUTS) -> int:

@@ -231,6 +231,11 @@ def check_estimator(estimator: Estimator, config: R2MConfig) -> None:
             f"{name}, which compares the responses of a group, and rollouts.group_size is {config.rollouts.group_size}: "
             f"use at least 2, or an estimator such as remax"
         )
+    if config.rollouts.max_refills > 0 and not estimator.group_relative:
+        raise ConfigError(
+            f"rollouts.max_refills is {config.rollouts.max_refills} and {name}, which does not compare the responses of a "
+            f"group: it learns from equal rewards, too; use an estimator such as rloo or grpo, or max_refills 0"
+        )
     if estimator.whole_batch and config.scheduling.overage == "mask":
         raise ConfigError(
             f"scheduling.overage is 'mask' and {name}: it normalises over the whole batch, which cut groups leave in parts "
@@ -412,14 +417,17 @@ def plan_of(config: R2MConfig, workload: Workload) -> Plan:
 class TicketOffice:
     """Makes the tickets of a run.
 
-    The prompt and the seed of a group depend on the config, the run's seed and the number of the group alone. So a
-    group that is generated a second time, or in a resumed run, gets the same ticket but for the attempt.
+    The prompt and the seed of a group depend on the config, the run's seed, the number of the group and how often it was
+    refilled alone. So a group that is generated a second time, or in a resumed run, gets the same ticket but for the
+    attempt.
     """
 
     def __init__(self, config: R2MConfig, workload: Workload) -> None:
         """Makes the tickets of the evaluation. `workload` is the resolved workload of the config, with its prompts."""
         self._seed = config.run.seed
         self._stream = PromptStream(workload.prompts, config.run.seed)
+        self._refills = PromptStream(workload.prompts, sampling_seed(config.run.seed, 0, Stream.REFILL_PROMPTS))
+        self._max_refills = config.rollouts.max_refills
         # These seeds do not depend on `run.seed`: all runs are evaluated with the same random numbers.
         self.evaluation: tuple[Ticket, ...] = tuple(
             Ticket(
@@ -435,19 +443,22 @@ class TicketOffice:
 
     def ticket(self, admission: Admission) -> Ticket:
         """Returns the ticket for an admission."""
+        group_id = admission.group_id
+        seed, prompt = sampling_seed(self._seed, group_id), self._stream.prompt_of(group_id)
+        if admission.refill:
+            # The number that this refill has among all refills that the run may make.
+            number = group_id * self._max_refills + admission.refill - 1
+            seed, prompt = sampling_seed(self._seed, number, Stream.REFILLS), self._refills.prompt_of(number)
         return Ticket(
-            group_id=admission.group_id,
-            due_step=admission.due_step,
-            seed=sampling_seed(self._seed, admission.group_id),
-            attempt=admission.attempt,
-            prompt=self._stream.prompt_of(admission.group_id),
+            group_id=group_id, due_step=admission.due_step, seed=seed, attempt=admission.attempt, prompt=prompt
         )
 
-    def group(self, group_id: int, step: int) -> Ticket:
+    def group(self, group_id: int, step: int, refill: int = 0) -> Ticket:
         """Returns the ticket of the first attempt at a group, for a run without a schedule.
 
         Args:
             group_id: the number of the group.
             step: the policy step that trains it.
+            refill: how often it was refilled.
         """
-        return self.ticket(Admission(group_id=group_id, due_step=step, attempt=0, policy_version=0))
+        return self.ticket(Admission(group_id=group_id, due_step=step, attempt=0, policy_version=0, refill=refill))

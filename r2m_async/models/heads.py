@@ -132,6 +132,16 @@ def score_group(
     )
 
 
+def reward_spread(embeddings: RewardEmbeddings, config: R2MConfig) -> float:
+    """Returns the largest reward of a group minus the smallest. Without a head that moves, they are known at once.
+
+    It is meant for `head.variant: vanilla`, whose rewards are those of the original reward model, if there is one, and the
+    bonuses. It is NaN if a reward is not finite.
+    """
+    rewards = _clipped(embeddings.frozen_rewards, config) + embeddings.bonus
+    return (rewards.max() - rewards.min()).item()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTerms:
     """The terms of the reward head's loss for one group. All are scalars. Only `loss` carries a gradient."""

@@ -2,7 +2,8 @@
 
     ticket -> load its policy version -> generate -> queue -> embed
 
-An actor that dies is restarted. Its groups go back to the schedule, which issues them again.
+An actor that dies is restarted. Its groups go back to the schedule, which issues them again. So does a group whose
+responses all have the same reward, if `rollouts.max_refills` allows it.
 """
 
 from __future__ import annotations
@@ -58,11 +59,16 @@ class Rollouts:
             del self._embedding[group_id]
 
     def settled(self, step: int) -> bool:
-        """Whether no group of a step that has arrived can still be given up because a reward function fails."""
+        """Whether no group of a step that has arrived can still be given up or refilled for what its rewards are."""
         due_step = self._schedule.plan.due_step
-        return not self._config.reward.may_void or all(
+        return not self._waits_for_rewards or all(
             task.done() for group_id, task in self._embedding.items() if due_step(group_id) == step
         )
+
+    @property
+    def _waits_for_rewards(self) -> bool:
+        """Whether the rewards of a group that has arrived decide whether its step may begin with it."""
+        return self._config.reward.may_void or self._config.rollouts.max_refills > 0
 
     def forget(self, group_ids: tuple[int, ...]) -> None:
         """Stops embedding groups that will be in no step.
@@ -233,10 +239,23 @@ class Rollouts:
                 await self._give_up(ticket.group_id, failed)
                 return
             self._voided_in_a_row = 0
+            if report.metrics.get("spread") == 0.0 and self._schedule.may_refill(ticket.group_id):
+                await self._refill(ticket)
+                return
             self._metrics.annotated(ticket.group_id, report.metrics.get("gold", float("nan")))
             await self._calls.ask(self._stages.queue.put(ticket.group_id, ("embeddings",), embeddings), about=about)
-        if self._config.reward.may_void:
+        if self._waits_for_rewards:
             self._waits.notify()  # the step may have waited for this group alone (`settled`)
+
+    async def _refill(self, ticket: Ticket) -> None:
+        """Gives a group back to the schedule, because its responses all have the same reward."""
+        group_id = ticket.group_id
+        await self._calls.ask(self._stages.queue.free((group_id,)), about=f"group {group_id}")
+        # Without any `await` from here on: an actor may begin with the group as soon as it is refilled.
+        if self._schedule.refill(group_id, ticket.attempt, "no_spread"):
+            self._metrics.forget((group_id,))
+            self._embedding.pop(group_id, None)
+            self._waits.notify()
 
     async def _give_up(self, group_id: int, failed: RewardFailed) -> None:
         """Gives up a group for which a reward function failed. Its step trains without it.

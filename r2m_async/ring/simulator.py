@@ -328,6 +328,7 @@ def plan_without_models(config: R2MConfig) -> Plan:
         lag=config.scheduling.lag,
         overage=config.scheduling.overage,
         overage_after=config.scheduling.overage_after,
+        max_refills=config.rollouts.max_refills,
         max_bytes=1,
         group_bytes=0,
     )

@@ -167,6 +167,8 @@ class StepMetrics:
         }
         for reason, count in schedule.policy_ledger.voided.items():
             metrics[f"ledger/voided/{reason}"] = float(count)
+        for reason, count in schedule.reissued.items():
+            metrics[f"ledger/reissued/{reason}"] = float(count)
         if gold and not any(map(math.isnan, gold)):
             metrics["reward/gold"] = statistics.fmean(gold)
         for kind, members in self._kinds.items():

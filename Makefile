@@ -9,10 +9,24 @@ export RAY_AUTH_MODE ?= disabled
 # Two tests at a time, on two cores; the 25 slowest at the end.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --durations 25 --timeout 900
 
-.PHONY: train test test-fast test-all test-kernels check
+.PHONY: train smollm2 test test-fast test-all test-kernels check
 
 train: $(VENV)/.ready
 	$(BIN)/r2m train configs/quickstart.yaml
+
+# R2M on a real chat model: docs/smollm2.md. The prompts and the pairs are the user's; of many pairs take every STRIDE-th.
+# What is there already, is taken again. OVERRIDES are of the policy's run, e.g. 'rollouts.engine=vllm'.
+STRIDE ?= 1
+smollm2: $(VENV)/.smollm2
+	@test -f "$(PROMPTS)" -a -f "$(PAIRS)" || \
+	  { echo 'make smollm2 PROMPTS=prompts.jsonl PAIRS=pairs.jsonl [STRIDE=n] [OVERRIDES="section.key=value ..."]'; exit 2; }
+	$(BIN)/python -m r2m_async.from_scratch.smollm2 smollm2/model
+	ls -d smollm2/smollm2-reward-*/seed-0/model > /dev/null 2>&1 || \
+	  $(BIN)/r2m reward-model train configs/reward_model/smollm2.yaml model.start=smollm2/model run.output_dir=smollm2 \
+	    data.preferences=$(PAIRS) data.stride=$(STRIDE)
+	$(BIN)/r2m train configs/smollm2_cpu.yaml model.policy=smollm2/model run.output_dir=smollm2 data.prompts=$(PROMPTS) \
+	  reward.model=$$(ls -d smollm2/smollm2-reward-*/seed-0/model | tail -n 1) $(OVERRIDES)
+	$(BIN)/r2m samples $$(ls -d smollm2/smollm2_cpu-* | tail -n 1)
 
 test: $(VENV)/.smollm2 check
 	$(PYTEST) -m "not cross"

@@ -7,8 +7,10 @@ starts. `vllm_weights` runs inside vLLM's processes, too.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,17 @@ SEQUENCE = "r2m_sequence"
 Sequences are counted through all blocks. Response k of a request with several goes into the k-th sequence after it.
 """
 
+NO_FAULT = {
+    # A checkpoint has another number format than `model.dtype`: a line for every weight.
+    "vllm.model_executor.models.utils": re.compile("Attempted to load weight .* with dtype"),
+    # New weights for layers that have none: the rotary embedding, and a head that is tied to the token embeddings. That
+    # a head of its own has arrived is checked by its digest.
+    "vllm.model_executor.model_loader.reload.layerwise": re.compile(
+        r"(\w*RotaryEmbedding|ParallelLMHead): Failed to load weights"
+    ),
+}
+"""Warnings of vLLM about what is meant, by logger. They are not shown."""
+
 
 def register() -> None:
     """Makes our transfer engines known to vLLM, and ties the life of a child process to its parent's.
@@ -40,8 +53,15 @@ def register() -> None:
     vLLM calls this in each of its processes.
     """
     vllm_weights.register()
+    for name in NO_FAULT:
+        logging.getLogger(name).addFilter(_is_news)
     if CHILD in os.environ and multiprocessing.parent_process() is not None:
         end_with_parent()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a warning of vLLM is about something that is not meant."""
+    return not NO_FAULT[record.name].match(record.getMessage())
 
 
 class EngineWorker(PlatformWorker):

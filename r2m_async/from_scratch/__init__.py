@@ -5,7 +5,6 @@ embedded.py      trains a policy and a reward model of that language
 preferences.py   makes preference pairs of that language, to train and to judge reward models with
 text_models.py   trains a small policy and a small reward model on a user's own texts
 smollm2.py       unpacks SmolLM2-135M-Instruct, a real chat model, from a Python package
-short_answers.py a reward that a program can verify, for chat models
 pretraining.py   holds the training loops of all these models
 cache.py         keeps what was built on disk, under a name that says what it was built from
 """

@@ -1,6 +1,8 @@
 """Which weights a vLLM engine computes with, and which it refuses."""
 
 import dataclasses
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,3 +97,31 @@ def test_a_window_shorter_than_the_probe_still_loads(checkpoint):
     model = load_policy(config.model.policy, config)
     with running(config, model=model) as engine:
         assert_exact(model, engine.generate(ticket_of(0, prompt_tokens=4)), config)
+
+
+def test_vllm_does_not_warn_of_what_is_meant():
+    from actors.vllm_worker import NO_FAULT, register
+
+    for _ in range(2):  # vLLM may call it more than once in a process
+        register()
+    told = []
+    handler = SimpleNamespace(level=0, handle=lambda record: told.append(record.getMessage()))
+    for name, warnings in {
+        "vllm.model_executor.models.utils": [
+            "Attempted to load weight a.b with dtype x into y",
+            "Attempted to load nested",
+        ],
+        "vllm.model_executor.model_loader.reload.layerwise": [
+            "RotaryEmbedding: Failed to load weights",
+            "Llama3RotaryEmbedding: Failed to load weights",
+            "ParallelLMHead: Failed to load weights",
+            "RowParallelLinear: Failed to load weights",
+        ],
+    }.items():
+        logger = logging.getLogger(name)
+        assert name in NO_FAULT and len(logger.filters) == 1
+        logger.addHandler(handler)
+        for warning in warnings:
+            logger.warning(warning)
+        logger.removeHandler(handler)
+    assert told == ["Attempted to load nested", "RowParallelLinear: Failed to load weights"]

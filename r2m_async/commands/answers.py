@@ -18,13 +18,16 @@ def add_eval(commands: Any) -> None:
     generate = verbs.add_parser("generate", help=text, description=text)
     generate.add_argument("model", metavar="MODEL", help="an HF name or directory, or an OUT of `export`")
     generate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a JSON list or JSONL")
-    generate.add_argument("--format", choices=("alpaca_eval", "mt_bench", "tldr"), required=True)
+    generate.add_argument("--format", choices=("alpaca_eval", "mt_bench", "tldr", "pool"), required=True)
     generate.add_argument("--out", type=Path, required=True, metavar="FILE_OR_DIR", help="new; a file has a suffix")
     generate.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="(default vllm)")
     generate.add_argument("--name", metavar="GENERATOR", help="the model's name in the file (default: MODEL's)")
     generate.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: the format's)")
     generate.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="per turn (default 2048, 1024, TL;DR 50; or what fits)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="per turn (default 2048, 1024, TL;DR 50, pool 512; or what fits)",
     )
     generate.add_argument("--max-prompt-tokens", type=int, metavar="N", help="(default: as the prompts need)")
     generate.add_argument(
@@ -32,6 +35,7 @@ def add_eval(commands: Any) -> None:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="(default 0)")
     generate.add_argument("--num", type=int, metavar="N", help="the first N prompts only")
+    generate.add_argument("--samples", type=int, default=1, metavar="N", help="per prompt of a pool (default 1)")
     generate.add_argument("--batch", type=int, metavar="N", help="prompts at once (default 128; transformers 1)")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     generate.add_argument("--dtype", choices=dtypes, default="auto", help="(default: the checkpoint's)")

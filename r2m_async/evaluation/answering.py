@@ -32,7 +32,7 @@ from r2m_async.models.weight_files import check_weight_files
 from r2m_async.runs.records import append_records, cut_partial_line, read_records
 from r2m_async.whole import disk_errors, write_file
 
-DEFAULT_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "tldr": 50}
+DEFAULT_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "tldr": 50, "pool": 512}
 """Limit on the new tokens per turn, by format. TL;DR's is that of R2M App. G.4."""
 DEFAULT_BATCH = {"vllm": 128, "transformers": 1}
 """Questions that an engine gets at once."""
@@ -62,6 +62,8 @@ class GenerationSettings:
     """Seed from which each answer's own seed is derived."""
     num: int | None = None
     """Number of questions to answer, from the first on. None means all."""
+    samples: int = 1
+    """For a pool: number of answers to each prompt."""
     batch: int | None = None
     """Questions that the engine gets at once. None means DEFAULT_BATCH. The transformers engine answers them one after
     the other all the same."""
@@ -71,11 +73,25 @@ class GenerationSettings:
     """Number of GPUs that one vLLM engine uses."""
 
     def __post_init__(self) -> None:
-        at_least = {"max_new_tokens": 1, "max_prompt_tokens": 1, "seed": 0, "num": 1, "batch": 1, "tensor_parallel": 1}
+        at_least = {
+            "max_new_tokens": 1,
+            "max_prompt_tokens": 1,
+            "seed": 0,
+            "num": 1,
+            "samples": 1,
+            "batch": 1,
+            "tensor_parallel": 1,
+        }
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if self.samples > 1 and self.format != "pool":
+            raise ConfigError(f"--samples {self.samples}: {self.format} has one answer to a prompt; use --format pool")
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"--samples {self.samples} and --temperature 0: they would all be the same; leave one out"
+            )
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"--temperature {self.temperature}: must be a number from 0 (greedy) upwards")
 
@@ -103,6 +119,8 @@ def generate_answers(
     check_weight_files("MODEL", path)
     tokenizer, limit, own_dtype = _load_tokenizer(path)
     questions = load_questions(prompts, settings.format, chat=settings.chat, limit=settings.num)
+    # Every sample is a question of its own, with a seed of its own.
+    questions = tuple(question for question in questions for _ in range(settings.samples))
     target, generator = answer_file(out, settings.format, name, model_name)
     if target.exists():
         raise ConfigError(f"OUT {target}: is there already; name another or remove it")
@@ -111,7 +129,7 @@ def generate_answers(
     log = _AnswerLog(target, _fingerprint(model, generator, questions, settings), options.max_requests, len(questions))
     if len(log.answers) < len(questions):
         _answer_rest(questions, log, options, settings)
-    write_answers(target, settings.format, questions, log.answers, generator)
+    write_answers(target, settings.format, questions, log.answers, generator, settings.samples)
     # Only now: until the file is there, these are the only answers.
     log.path.unlink()
     return target

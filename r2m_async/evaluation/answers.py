@@ -4,6 +4,7 @@
     mt_bench     a line per question:
                  {"question_id", "answer_id", "model_id", "choices": [{"index", "turns"}], "tstamp"}
     tldr         a line per post: {"prompt", "response", "summary", "reference_summary", "generator"}
+    pool         a line per prompt: {"prompt", "responses", "finished", "generator"}, for `r2m bon`
 
 Here answers have one more key, `finish_reason`, which for MT-Bench is a list with one value per turn, in the choice. It
 is `stop`, or `length` for a text that was cut off. A reward model as a judge reads it; other judges ignore it.
@@ -99,18 +100,33 @@ def answer_file(out: Path, form: Format, name: str | None, model_name: str) -> t
         return out, out.stem
     # The name of a model at Hugging Face has a slash, which cannot be in the name of a file.
     name = (name or model_name).replace("/", "__")
-    places = {"alpaca_eval": "model_outputs.json", "mt_bench": f"model_answer/{name}.jsonl", "tldr": "summaries.jsonl"}
+    places = {
+        "alpaca_eval": "model_outputs.json",
+        "mt_bench": f"model_answer/{name}.jsonl",
+        "tldr": "summaries.jsonl",
+    } | {"pool": "pool.jsonl"}
     return out if is_file else out / places[form], name
 
 
 def write_answers(
-    path: Path, form: Format, questions: Sequence[Question], answers: Sequence[Answer], generator: str
+    path: Path,
+    form: Format,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    generator: str,
+    samples: int = 1,
 ) -> None:
     """Writes an answer file, whole or not at all. Raises DiskError.
 
     questions, answers: equally many, in the same order.
     generator: the name of the model that answered.
+    samples: for a pool, how many questions one after the other are the same prompt.
     """
+    if form == "pool":
+        together = [(questions[at], answers[at : at + samples]) for at in range(0, len(answers), samples)]
+        records = [_pool_record(*both, generator) for both in together]
+        write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        return
     record_of = {"alpaca_eval": _alpaca_record, "mt_bench": _mt_bench_record, "tldr": _tldr_record}[form]
     records = [record_of(*both, generator) for both in zip(questions, answers, strict=True)]
     if form == "alpaca_eval":
@@ -153,6 +169,16 @@ def _tldr_record(question: Question, answer: Answer, generator: str) -> dict[str
         "summary": text.strip(),
         "generator": generator,
         "finish_reason": answer.finish_reasons[0],
+    }
+    return question.record | told
+
+
+def _pool_record(question: Question, answers: Sequence[Answer], generator: str) -> dict[str, Any]:
+    """All samples of a prompt, as `best_of_n.load_pool` reads them."""
+    told = {
+        "responses": [answer.texts[0] for answer in answers],
+        "finished": [answer.finish_reasons[0] == "stop" for answer in answers],
+        "generator": generator,
     }
     return question.record | told
 

@@ -1,8 +1,9 @@
-"""The prompt files of three benchmarks, read and checked.
+"""The prompt files of three benchmarks, and of best-of-n, read and checked.
 
     alpaca_eval  `instruction`, or `prompt` (a text or one user turn); `dataset` is copied into the answer
     mt_bench     `turns`, `category`, and `question_id` or an `id` that ends with it
     tldr         `prompt` (a text or one user turn), and the author's summary as `reference_summary` or `completion`
+    pool         `prompt`, a text or turns, as in training; for the samples that `r2m bon` takes the best of
 
 A file is a JSON list, as AlpacaEval's own file is, JSONL, CSV or Parquet. Sources: github.com/tatsu-lab/alpaca_eval; FastChat's
 `llm_judge/data/mt_bench/question.jsonl`, github.com/lm-sys/FastChat; huggingface.co/datasets/trl-lib/tldr.
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from r2m_async.data.pairs import read_prompt
 from r2m_async.data.records import Content, Record, read_file
 from r2m_async.errors import ConfigError, DataError
 
-Format: TypeAlias = Literal["alpaca_eval", "mt_bench", "tldr"]
+Format: TypeAlias = Literal["alpaca_eval", "mt_bench", "tldr", "pool"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-"""The benchmarks whose files can be read."""
+"""The forms of files that can be read: three benchmarks, and pools of samples."""
 
 MT_BENCH_TEMPERATURES = {
     "writing": 0.7,
@@ -33,9 +35,9 @@ MT_BENCH_TEMPERATURES = {
     "humanities": 0.1,
 }
 """Sampling temperature of each category, as in FastChat's `temperature_config`."""
-DEFAULT_TEMPERATURE = {"alpaca_eval": 0.7, "mt_bench": 0.7, "tldr": 0.0}
+DEFAULT_TEMPERATURE = {"alpaca_eval": 0.7, "mt_bench": 0.7, "tldr": 0.0, "pool": 1.0}
 """Sampling temperature of each format. MT-Bench's counts for categories that FastChat does not know. TL;DR's is that of
-TRL."""
+TRL. A pool is of the policy's own distribution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,12 @@ def load_questions(
     MT-Bench's turns are to be raw text.
     """
     chat = default_chat(form) if chat is None else chat
-    parse = {"alpaca_eval": _alpaca_question, "mt_bench": _mt_bench_question, "tldr": _tldr_question}[form]
+    parse = {
+        "alpaca_eval": _alpaca_question,
+        "mt_bench": _mt_bench_question,
+        "tldr": _tldr_question,
+        "pool": _pool_question,
+    }[form]
     questions: list[Question] = []
     for record in read_file(path):
         if limit is not None and len(questions) >= limit:
@@ -130,6 +137,19 @@ def _tldr_question(record: Record, chat: bool) -> Question:
         later_turns=(),
         temperature=DEFAULT_TEMPERATURE["tldr"],
         record=({"id": fields["id"]} if "id" in fields else {}) | taken,
+    )
+
+
+def _pool_question(record: Record, chat: bool) -> Question:
+    """The prompt of a pool, as training reads it."""
+    content = read_prompt(record, chat)
+    prompt = content if isinstance(content, str) else turns_of(content)
+    return Question(
+        place=record.place,
+        content=content,
+        later_turns=(),
+        temperature=DEFAULT_TEMPERATURE["pool"],
+        record={"prompt": prompt},
     )
 
 

@@ -17,6 +17,7 @@ from r2m_async.errors import ConfigError, DataError
 from r2m_async.evaluation import answering as offline_generation
 from r2m_async.evaluation.answering import GenerationSettings, generate_answers
 from r2m_async.evaluation.answers import Answer, read_outputs, write_answers
+from r2m_async.evaluation.best_of_n import load_pool
 from r2m_async.evaluation.judging import judge
 from r2m_async.evaluation.questions import load_questions
 from r2m_async.from_scratch.language import gold_reward
@@ -89,6 +90,50 @@ def read_back(path):
 
 def without_time(records):
     return [{key: value for key, value in record.items() if key != "tstamp"} for record in records]
+
+
+# Pools
+
+
+@pytest.mark.models
+def test_a_pool_has_several_samples_of_each_prompt_and_best_of_n_reads_it(policy, files, tmp_path):
+    arguments = [
+        "eval",
+        "generate",
+        policy,
+        "--prompts",
+        str(files["tldr"]),
+        "--format",
+        "pool",
+        "--out",
+        str(tmp_path),
+    ]
+    arguments += ["--engine", "transformers", "--max-new-tokens", "12", "--num", "2", "--samples", "3"]
+    assert main(arguments) == 0
+    records = read_back(tmp_path / "pool.jsonl")
+    asked = [one["prompt"] for one in read_back(files["tldr"])][:2]
+    assert [one["prompt"] for one in records] == asked
+    assert all(len(set(one["responses"])) == 3 for one in records)  # each with a seed of its own
+    pool = load_pool(tmp_path / "pool.jsonl")
+    assert [[response.text for response in one.responses] for one in pool] == [one["responses"] for one in records]
+    # A sample is the answer that its prompt, its place and its seed give, as for every other format.
+    again = lines_of(tmp_path / "again.jsonl", [{"prompt": prompt} for prompt in asked for _ in range(3)])
+    alone = generate_answers(policy, again, tmp_path / "alone.jsonl", settings_of("pool"))
+    for key in ("responses", "finished"):
+        assert [one[key] for one in read_back(alone)] == [[value] for one in records for value in one[key]]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"format": "alpaca_eval", "samples": 2}, "--samples 2: alpaca_eval has one answer to a prompt"),
+        ({"format": "pool", "samples": 0}, "--samples 0: must be at least 1"),
+        ({"format": "pool", "samples": 2, "temperature": 0.0}, "they would all be the same"),
+    ],
+)
+def test_samples_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        GenerationSettings(**options)
 
 
 # Prompt files

@@ -24,7 +24,6 @@ T = TypeVar("T")
 _ABSENT = object()
 """Stands for the value of a field that a record lacks. None will not do: a record can have it."""
 
-
 PROMPT_FIELD = "data.prompt_field"
 """The config key that names the field of the prompt, for messages."""
 OR_SKIP = " or set data.on_bad_record: skip"
@@ -44,9 +43,12 @@ class FilteredRecord(BadRecord):
     """A record that the user's filters leave out. It is counted under its `reason` whatever `on_bad_record` says."""
 
 
-_TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
+_TURNS_AS_TEXT = re.compile(
+    r"""\s*\[\s*\{\s*(?=['"](role|content|from|value)['"]\s*:)"""
+    r"""(?=.*['"](role|from)['"]\s*:\s*['"](user|assistant|system|human|gpt)['"])""",
+    re.DOTALL,
+)
 """How a conversation begins that JSON or Python wrote into a text, as writers of CSV do."""
-
 
 _SIDES = tuple(f"{side}{what}" for side in ("chosen", "rejected") for what in ("", "_score", "_finished"))
 _KNOWN = ("prompt", "reference_summary", *_SIDES)

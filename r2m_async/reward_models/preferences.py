@@ -125,7 +125,7 @@ def load_preference_data(config: RewardModelConfig) -> PreferenceData:
 
 
 def given_pairs(source: str, config: RewardModelConfig, split: str | None = None) -> tuple[ScoredPair, ...]:
-    """All pairs of a source, to measure a model on. None is held back, and none is flipped.
+    """All pairs of a source, to measure a model on. None is held back, filtered or flipped.
 
     source: as `data.preferences`. For the embedded pairs the result is the pairs of held-out prompts.
     config: says how the source is read.
@@ -135,9 +135,10 @@ def given_pairs(source: str, config: RewardModelConfig, split: str | None = None
     """
     # `bt` reads no margins, so pairs without scores can be measured, too.
     by_bt, split = config.loss(preference="bt"), split or config.data.split
-    data = load_preference_data(
-        by_bt.data(preferences=source, split=split, eval=None, eval_split=None, held_out=0.0, label_noise=0.0, stride=1)
+    whole = by_bt.data(
+        preferences=source, split=split, eval=None, eval_split=None, held_out=0.0, label_noise=0.0, stride=1, filters={}
     )
+    data = load_preference_data(whole)
     return data.held_out if source in EMBEDDED else data.training
 
 

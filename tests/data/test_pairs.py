@@ -8,7 +8,7 @@ from r2m_async.config_records import Filters
 from r2m_async.data.prompts import Preference, load_preferences, load_prompts
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.reward_models.config import RewardModelConfig
-from r2m_async.reward_models.preferences import load_preference_data
+from r2m_async.reward_models.preferences import given_pairs, load_preference_data
 
 
 def said(text):
@@ -96,6 +96,12 @@ def test_a_pair_that_is_none_is_refused_with_its_place_or_counted(tmp_path, reco
     assert load_preferences(path, on_bad_record="skip").skipped == {reason: 1}
 
 
+def test_an_answer_in_json_is_no_conversation(tmp_path):
+    answer = '[{"role": "admin", "content": "x"}, {"value": 3}]'
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "chosen": answer, "rejected": '[{"value": 3}]'})
+    assert load_preferences(path).pairs == (Preference("p", answer, '[{"value": 3}]'),)
+
+
 def test_columns_rename_what_is_read_and_what_reward_functions_get(tmp_path):
     record = {"question": "2 + 2?", "solution": "4", "better": "c", "worse": "r", "answer": "hidden", "id": 3}
     path = write(tmp_path / "a.jsonl", record)
@@ -164,6 +170,7 @@ def test_filters_leave_out_what_is_longer_and_count_it_under_every_policy_for_ba
     )
     data = load_preference_data(of_rewards)
     assert [len(pair.prompt) for pair in data.training] == [8, 1] and data.skipped == dropped
+    assert len(given_pairs(str(path), of_rewards)) == 5  # a model is measured on all that it is given
 
 
 def test_a_filter_of_a_text_that_a_record_lacks_is_an_error(tmp_path):

@@ -39,11 +39,13 @@ from r2m_async.models.policy import behaviour_logprobs, policy_pass, proximal_fe
 from r2m_async.models.policy_objective import (
     check_passes,
     denominators,
+    loss_mask,
     microbatch_loss,
     minibatch_bounds,
     step_advantages,
     step_place,
 )
+from r2m_async.models.reward_scale import RewardScale
 from r2m_async.models.weights import MovingReference, named_weights, weight_probe
 from r2m_async.objectives import next_kl_coef
 from r2m_async.trajectories import (
@@ -110,6 +112,7 @@ class PolicyLearner:
         self._batch: LearnerBatch | None = None
         """What `proximal` left for `train`. None if the step has no trajectories."""
         self._kl_coef = config.objective.kl_coef
+        self._scale = RewardScale(config)
         """The KL coefficient of the present step. It changes under `objective.kl_target` alone."""
         self._moving: MovingReference | None = None
         if config.model.reference_every is not None:
@@ -294,7 +297,7 @@ class PolicyLearner:
         # All advantages come before the first update. So a step that fails here leaves the policy as it was.
         try:
             advantages, returns = step_advantages(
-                self._estimator, scored, batch.old, batch.reference, self._config_now, batch.values
+                self._estimator, scored, batch.old, batch.reference, self._config_now, batch.values, self._scale
             )
         except NonFiniteStep as error:
             if self._config.learner.on_nonfinite == "stop":
@@ -303,7 +306,7 @@ class PolicyLearner:
             return self._left_out(scored), ()
         critic = self._critic_step(batch, returns)
         backend, lr, objective = self.backend, self._config.learning_rate(batch.step), self._config.objective
-        statistics = StepStatistics(batch.mask, self._config)
+        statistics = StepStatistics(loss_mask(batch.trajectories, self._config), self._config)
         states = KeptStates(backend.policy.device, self._config)
         for epoch in range(objective.epochs):
             for first, last in minibatch_bounds(scored, objective.num_minibatches):
@@ -393,6 +396,8 @@ class PolicyLearner:
         """
         path = None if directory is None else Path(directory)
         state = {"version": self._version, "kl_coef": self._kl_coef} | self.backend.state(self._version, path)
+        if self._config.reward.normalize == "running":
+            state["reward_scale"] = self._scale.state()
         if self.critic:
             state["critic"] = self.critic.state(self._version, path)
         if self._moving:
@@ -408,6 +413,8 @@ class PolicyLearner:
         self.backend.restore(state, path)
         if self.critic:
             self.critic.restore(state["critic"], path)
+        if self._config.reward.normalize == "running":
+            self._scale.restore(state["reward_scale"])
         if self._moving:
             self._moving.restore(state["reference"])
         if not (self.backend.finite() and (self.critic is None or self.critic.backend.finite())):
@@ -495,7 +502,7 @@ class PolicyLearner:
         device = self.backend.policy.device
         keeps = self._config.reads_feedback and epoch == self._config.objective.epochs - 1
         # Counts of the whole minibatch divide the loss. So the losses of all passes and ranks add up to its loss.
-        denominator, responses = denominators(batch.mask[rows], self._config)
+        denominator, responses = denominators(loss_mask(batch.trajectories[rows], self._config), self._config)
         config, place = self._config_now, step_place(batch.step, batch.groups)
         for index, one in enumerate(passes):
             chosen, trajectories = list(one.rows), [batch.trajectories[row] for row in one.rows]
@@ -516,7 +523,7 @@ class PolicyLearner:
                 batch.old[chosen].to(device),
                 batch.reference[chosen].to(device),
                 advantages[chosen].to(device),
-                response_mask(trajectories).to(device),
+                loss_mask(trajectories, config).to(device),
                 denominator,
                 responses,
                 self._estimator,

@@ -72,6 +72,13 @@ class AdvantageInputs:
 
     Masked entries may hold anything. It is None unless the estimator asked for values.
     """
+    reward_parts: Tensor | None = None
+    """[n, K, R] the R rewards whose weighted sum a reward is: the model's, those of functions, and the penalties.
+
+    None: the reward is one part.
+    """
+    part_weights: Tensor | None = None
+    """[R] the weights of these parts."""
 
     def __post_init__(self) -> None:
         if self.rewards.ndim != 2 or self.rewards.dtype not in (torch.float32, torch.float64):
@@ -84,7 +91,9 @@ class AdvantageInputs:
             raise ValueError(f"response_mask must be bool, got {self.response_mask.dtype}")
         tokens = (n, k, self.response_mask.shape[-1])
         expected = dict.fromkeys(("response_mask", "logprobs", "ref_logprobs", "values"), tokens)
-        for name, shape in (*expected.items(), ("greedy_rewards", (n,))):
+        parts = () if self.reward_parts is None else tuple(self.reward_parts.shape[2:])
+        shapes = {"greedy_rewards": (n,), "reward_parts": (n, k, *parts), "part_weights": parts}
+        for name, shape in (*expected.items(), *shapes.items()):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)} beside rewards {[n, k]}, got {list(value.shape)}")
@@ -379,6 +388,30 @@ def grpo(inputs: AdvantageInputs, *, unbiased: bool = True, eps: float = 1e-6) -
     """
     deviation = _deviation(inputs.rewards, "grpo")
     return deviation / (deviation.std(1, correction=int(unbiased), keepdim=True) + eps)
+
+
+@register_advantage("gdpo", group_relative=True, whole_batch=True)
+def gdpo(inputs: AdvantageInputs, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
+    """GDPO: each part of the reward is normalised in its group, before the weighted sum (arXiv 2601.05242, Eq. 4-7).
+
+    A part is the model's reward, that of one function, or the penalties. For part k with weight w_k the group's
+    advantage is A_k = (r_k - group mean) / (group std + `eps`). The result is A = sum of w_k A_k, normalised over the
+    batch: (A - mean) / (std + `eps`).
+
+    Args:
+        unbiased: divides variances by one less than the number of values, and by the number when False.
+        eps: guards the divisions only.
+
+    Returns [n, K]. Raises ConfigError for K = 1.
+    """
+    parts, weights = inputs.reward_parts, inputs.part_weights
+    if parts is None or weights is None:
+        parts, weights = inputs.rewards[..., None], torch.ones(1)
+    total = torch.zeros_like(inputs.rewards)
+    for part, weight in zip(parts.unbind(-1), weights.tolist(), strict=True):
+        deviation = _deviation(part, "gdpo")
+        total += weight * deviation / (deviation.std(1, correction=int(unbiased), keepdim=True) + eps)
+    return (total - total.mean()) / (total.std(correction=int(unbiased)) + eps)
 
 
 @register_advantage("remax", needs_greedy=True)

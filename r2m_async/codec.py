@@ -25,7 +25,7 @@ import msgpack
 from r2m_async import trajectories
 from r2m_async.errors import CodecError
 
-SCHEMA = 5
+SCHEMA = 6
 """The version of the format. Increase it with any change of the layout or of a record's fields.
 
 `decode` refuses buffers with another schema.

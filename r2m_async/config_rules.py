@@ -332,6 +332,31 @@ def something_gives_a_reward(reward: RewardSection) -> str | None:
     )
 
 
+def the_overlong_penalty_has_a_slope(reward: RewardSection, rollouts: RolloutsSection) -> str | None:
+    """The penalty rises from `start` to `end`, so `start` comes first."""
+    if reward.overlong is None:
+        return None
+    end, of = reward.overlong.end, "reward.overlong.end"
+    if end is None:
+        end, of = rollouts.max_new_tokens, "rollouts.max_new_tokens"
+    if reward.overlong.start < end:
+        return None
+    return (
+        f"reward.overlong.start is {reward.overlong.start} and {of} is {end}: the penalty rises between them; use a smaller "
+        f"start"
+    )
+
+
+def a_clip_of_normalized_rewards_needs_them(reward: RewardSection) -> str | None:
+    """`normalize_clip` is about what `normalize` gives."""
+    if reward.normalize_clip is None or reward.normalize != "none":
+        return None
+    return (
+        f"reward.normalize_clip is {reward.normalize_clip:g} and reward.normalize is 'none': nothing would be clipped; set "
+        f"reward.normalize, or use reward.clip for the model's reward"
+    )
+
+
 def options_of_a_reward_model_need_one(reward: RewardSection) -> str | None:
     """Keys that only the reward model reads need a reward model."""
     if reward.model is None:
@@ -451,6 +476,8 @@ RULES: tuple[Rule, ...] = (
     a_head_needs_a_reward_model,
     something_gives_a_reward,
     options_of_a_reward_model_need_one,
+    the_overlong_penalty_has_a_slope,
+    a_clip_of_normalized_rewards_needs_them,
     evaluation_prompts_are_held_out,
     the_embedded_language_holds_out_its_own_prompts,
     a_reward_model_from_scratch_needs_pairs,

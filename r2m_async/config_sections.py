@@ -95,6 +95,19 @@ class RewardFunction(BaseModel):
     """Further keyword arguments of the function."""
 
 
+class Overlong(BaseModel):
+    """`reward.overlong`: a penalty that grows with the length of a response, up to the limit (DAPO, Eq. 13)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    start: int = Field(ge=0)
+    """The number of response tokens up to which there is no penalty. In DAPO it is L_max - L_cache."""
+    end: int | None = Field(None, gt=0)
+    """The number of response tokens from which on the penalty is whole, L_max. None is `rollouts.max_new_tokens`."""
+    penalty: float = Field(1.0, gt=0, le=LARGEST)
+    """The whole penalty, in units of reward. Between `start` and `end` it rises along a straight line."""
+
+
 class RewardSection(Section):
     """The reward model, and what is added to its reward or subtracted from it."""
 
@@ -126,6 +139,15 @@ class RewardSection(Section):
     missing_eos_penalty: float = Field(0.0, ge=0)
     """What is subtracted from the reward of a response that the policy did not end itself, in units of reward. 0: no
     penalty."""
+    overlong: Overlong | None = None
+    """If set, for example to `{start: 400}`, long responses lose reward (DAPO's soft overlong punishment). None: no
+    penalty."""
+    normalize: Literal["none", "center", "whiten", "running"] = "none"
+    """What is done to the whole reward before advantages are computed. `center`: the mean of the step is taken away.
+    `whiten`: it is also divided by the standard deviation of the step. `running`: the same with the mean and the
+    standard deviation of all steps so far. Metrics show the rewards as they were."""
+    normalize_clip: float | None = Field(None, gt=0)
+    """After `normalize` a reward is clipped to [-normalize_clip, normalize_clip]. None: no clip."""
 
     @field_validator("functions")
     @classmethod
@@ -159,6 +181,19 @@ class RewardSection(Section):
             name if attr in taken else attr: RewardFunction(function=name)
             for name, attr in zip(self.functions, attrs, strict=True)
         }
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What the reward is the sum of, by name, each with its weight: the model's reward, functions, penalties."""
+        parts = {"model": 1.0} if self.model is not None else {}
+        # A function may be called `model` or `penalties`, too; the names here only tell the parts apart.
+        parts |= {f"function {name}": one.weight for name, one in self.named_functions.items()}
+        return parts | ({"penalties": 1.0} if self.has_penalties else {})
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the reward of some response is lowered by a penalty."""
+        return bool(self.length_penalty or self.missing_eos_penalty or self.overlong)
 
     @property
     def may_void(self) -> bool:
@@ -296,7 +331,7 @@ class AdvantageSection(Section):
     """The advantage estimator, which turns the rewards of a step into advantages."""
 
     name: str = "rloo"
-    """rloo, rloo_kl, grpo, grpo_batch, dr_grpo, opo, remax, reinforce_pp, reinforce_pp_baseline, gae, the name of a
+    """rloo, rloo_kl, grpo, grpo_batch, dr_grpo, opo, gdpo, remax, reinforce_pp, reinforce_pp_baseline, gae, the name of a
     registered estimator, or a user's own as `module:attr`. `docs/algorithms.md` says what each is."""
     options: Options = Field(default_factory=dict)
     """Keyword arguments of the estimator."""
@@ -378,6 +413,9 @@ class ObjectiveSection(Section):
     are added up, and responses are averaged. `sequence_sum_norm`: that, divided by `rollouts.max_new_tokens` (Dr. GRPO).
     The loss of a whole response counts for each of its tokens. None is `token` under `ratio: token`, but for `loss: sapo`,
     and `sequence` otherwise, as Eq. 2, GSPO and SAPO have it."""
+    mask_cut: bool = False
+    """If true, responses that were cut at `rollouts.max_new_tokens` are left out of the policy's loss (DAPO's overlong
+    filtering). They keep their place in the baselines of the others, and the critic still learns from them."""
     epochs: int = Field(2, gt=0)
     """Number of passes over the responses of a step."""
     num_minibatches: int = Field(1, gt=0)

@@ -48,7 +48,7 @@ from r2m_async.whole import whole_at, whole_directory, write_file
 _REWARD_KEYS = {
     "run": ("seed",),
     "model": ("dtype", "attention"),
-    "reward": ("dtype", "max_tokens", "functions", "clip", "length_penalty", "missing_eos_penalty"),
+    "reward": ("dtype", "max_tokens", "functions", "clip", "length_penalty", "missing_eos_penalty", "overlong"),
     "head": ("variant", "width", "omega_floor", "omega_horizon"),
     "feedback": ("dtype",),
 }
@@ -243,10 +243,18 @@ def _reward_keys(config: R2MConfig) -> dict[str, dict[str, Any]]:
     """The values of `_REWARD_KEYS`, ready for JSON. They do not depend on the machine or on the length of the run."""
     # The default of omega_horizon is run.num_steps, which is not among these keys.
     config = config.head(omega_horizon=config.omega_horizon)
+    # The default of its end is rollouts.max_new_tokens, which is not among these keys either.
+    if (overlong := config.reward.overlong) and overlong.end is None:
+        config = config.reward(overlong=overlong.model_copy(update={"end": config.rollouts.max_new_tokens}))
     if config.model.attention == "flash_attention_2":  # it needs a GPU, and differs from sdpa only in rounding
         config = config.model(attention="sdpa")
     tree = config.to_dict()
-    return {section: {key: tree[section][key] for key in keys} for section, keys in _REWARD_KEYS.items()}
+    if tree["reward"]["overlong"] is None:  # an older version, which has no such key, can then read the export
+        del tree["reward"]["overlong"]
+    return {
+        section: {key: tree[section][key] for key in keys if key in tree[section]}
+        for section, keys in _REWARD_KEYS.items()
+    }
 
 
 def _config_of(keys: dict[str, dict[str, Any]], device: str) -> R2MConfig:

@@ -43,12 +43,14 @@ from r2m_async.models.policy import (
 )
 from r2m_async.models.policy_objective import (
     denominators,
+    loss_mask,
     microbatch_loss,
     minibatch_bounds,
     step_advantages,
     step_place,
 )
 from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
+from r2m_async.models.reward_scale import RewardScale
 from r2m_async.models.weights import MasterWeights, MovingReference, named_weights
 from r2m_async.objectives import next_kl_coef, sequence_kl, value_loss
 from r2m_async.trajectories import (
@@ -153,6 +155,7 @@ class _Algorithm1:
         self._tokens: list[list[list[int]]] = []
         self._rewards: list[list[float]] = []
         self._voided_in_a_row = 0
+        self._scale = RewardScale(config)
 
     def step(self, number: int) -> None:
         """One pass through the loop of Algorithm 1."""
@@ -266,7 +269,9 @@ class _Algorithm1:
         ref = token_logprobs(self._reference, trajectories, config)
         values = proximal_values(self._critic, trajectories, config) if self._critic else None
         try:
-            advantages, returns = step_advantages(self._estimator, scored, step.old, ref, config, values)  # 9
+            advantages, returns = step_advantages(  # 9
+                self._estimator, scored, step.old, ref, config, values, self._scale
+            )
         except NonFiniteStep:
             if config.learner.on_nonfinite == "stop":
                 raise
@@ -276,7 +281,7 @@ class _Algorithm1:
         refreshed: list[Tensor] = []
         for epoch in range(objective.epochs):  # 11
             for start, stop in minibatch_bounds(scored, objective.num_minibatches):
-                denominator, responses = denominators(mask[start:stop], config)
+                denominator, responses = denominators(loss_mask(trajectories[start:stop], config), config)
                 parts = microbatches(trajectories[start:stop], config.learner.tokens_per_microbatch, packed)
                 minibatch = [slice(start + part.start, start + part.stop) for part in parts]
                 for rows in minibatch:
@@ -294,7 +299,7 @@ class _Algorithm1:
                         step.old[rows],
                         ref[rows],
                         advantages[rows],
-                        response_mask(trajectories[rows]),
+                        loss_mask(trajectories[rows], config),
                         denominator,
                         responses,
                         self._estimator,

@@ -175,6 +175,9 @@ class RewardEmbeddings:
     functions: Tensor | None = None
     """[K, F] float32: what each of the F functions of `reward.functions` returned, before it is multiplied by its weight.
     None without functions. `bonus` contains it."""
+    penalties: Tensor | None = None
+    """[K] float32, 0 or less: what the penalties of the section `reward` add. None without penalties. `bonus` contains
+    it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +195,9 @@ class GroupRewards:
     """The version of the head that scored the group."""
     omega: float
     """The weight of the RTE in the mix of R2M's Eq. 4. It is 1 if the head reads no feedback."""
+    parts: Tensor | None = None
+    """[K, R] float32: what `rewards` is the weighted sum of, before the weights (`RewardSection.parts`): the model's
+    reward as it is clipped, each reward function, the penalties."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

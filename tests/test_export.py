@@ -197,6 +197,7 @@ def test_turns_and_every_key_that_a_reward_depends_on_score_as_in_the_ring(
     config = tiny_config.model(policy=base, dtype="bfloat16", attention="eager").feedback(dtype="float32")
     config = config.head(variant="r2m_noise", lr=0.05, omega_floor=0.2, omega_horizon=6)
     config = config.reward(dtype="bfloat16", max_tokens=8, clip=1e3, length_penalty=0.125, missing_eos_penalty=0.5)
+    config = config.reward(overlong={"start": 1})
     config = config.reward(functions=["own_rewards:stones"])
     run = saved_run(config)
     text = "<user> the wind <assistant> sings <user> not :"

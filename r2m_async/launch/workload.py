@@ -263,6 +263,11 @@ def check_estimator(estimator: Estimator, config: R2MConfig) -> None:
                 f"objective.kl_target is {config.objective.kl_target} and {name}, a class, which is made once with its "
                 f"beta: make it a function, or leave kl_target out"
             )
+    if estimator.name == "gdpo" and config.reward.normalize != "none":
+        raise ConfigError(
+            f"{name}, which normalises each part of the reward by itself, and reward.normalize is "
+            f"{config.reward.normalize!r}: nothing would use the normalised sum; leave reward.normalize out"
+        )
     for key, field in type(config.critic).model_fields.items():
         if not estimator.needs_values and getattr(config.critic, key) != field.default:
             raise ConfigError(

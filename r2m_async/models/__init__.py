@@ -9,6 +9,7 @@ policy_objective.py  computes the advantages of a step and the policy loss (Eq. 
 generation.py        samples groups of responses with transformers
 generator.py         defines what an engine for a fixed policy is asked and returns, and has one on transformers
 reward.py            splits the reward model into backbone and scoring head, and adds the user's reward functions
+reward_scale.py      centres and normalises the rewards of a step
 heads.py             builds the reward head, scores groups with it, and updates it
 critic.py            predicts values of response tokens, for advantage estimators that need them
 adapters.py          adds LoRA adapters and merges them into the base model's weights

@@ -111,7 +111,8 @@ def score_group(
     omega = omega_of(step, config)
     states, greedy_states = _states(feedback, Stream.SAMPLED_NOISE, config)
     model_rewards = head_rewards(head, embeddings.rte, states, omega).cpu()
-    rewards = _clipped(model_rewards, config) + embeddings.bonus
+    clipped = _clipped(model_rewards, config)
+    rewards = clipped + embeddings.bonus
     greedy = None
     of_all = [rewards]
     if embeddings.greedy_rte is not None:
@@ -129,6 +130,7 @@ def score_group(
         greedy_reward=greedy,
         head_version=head_version,
         omega=omega,
+        parts=_parts(clipped, embeddings, config),
     )
 
 
@@ -140,6 +142,14 @@ def reward_spread(embeddings: RewardEmbeddings, config: R2MConfig) -> float:
     """
     rewards = _clipped(embeddings.frozen_rewards, config) + embeddings.bonus
     return (rewards.max() - rewards.min()).item()
+
+
+def _parts(clipped: Tensor, embeddings: RewardEmbeddings, config: R2MConfig) -> Tensor:
+    """Returns the parts [K, R] of a group's rewards, in the order of `RewardSection.parts`. clipped: [K]."""
+    parts = [] if config.reward.model is None else [clipped[:, None]]
+    parts += [] if embeddings.functions is None else [embeddings.functions]
+    parts += [] if embeddings.penalties is None else [embeddings.penalties[:, None]]
+    return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

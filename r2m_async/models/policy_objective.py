@@ -28,10 +28,11 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
 from r2m_async.finite import first_bad
 from r2m_async.models.policy import response_mask
+from r2m_async.models.reward_scale import RewardScale
 from r2m_async.objectives import PolicyLoss, WeightBounds, aggregate, kl_loss, loss_denominator, policy_loss
 from r2m_async.plugins import called
 from r2m_async.policy_losses import LossInputs, get_loss
-from r2m_async.trajectories import ScoredGroup, TrajectoryGroup
+from r2m_async.trajectories import ScoredGroup, Trajectory, TrajectoryGroup
 
 
 def step_place(step: int, groups: Sequence[TrajectoryGroup]) -> str:
@@ -99,12 +100,15 @@ def step_advantages(
     ref_BT: Tensor,
     config: R2MConfig,
     values_BT: Tensor | None = None,
+    scale: RewardScale | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the advantages of a step's trajectories, and the returns if there is a critic.
 
     estimator: the advantage estimator of the run.
     logprobs_BT, ref_BT: [B, T], log-probabilities by pi_old and by the reference.
     values_BT: [B, T], values by the critic at the start of the step, or None without a critic.
+    scale: the scale of rewards, which remembers those of earlier steps under `reward.normalize: running`. None makes one
+        that has seen nothing.
 
     The advantages are [B] or [B, T], as the estimator gives them. The returns are [B, T], or None without a critic. The
     estimator sees groups of one size at a time. So groups that the schedule cut are estimated apart from whole ones.
@@ -116,6 +120,7 @@ def step_advantages(
     _check_rewards(scored)
     check_passes(whole, logprobs_BT, ref_BT, values_BT, config)
     named = step_place(whole[0].ticket.due_step, whole)
+    scaled = dict(zip(map(id, scored), (scale or RewardScale(config)).scaled(scored), strict=True))
     mask_BT = response_mask([trajectory for group in whole for trajectory in group.trajectories])
     options = dict(config.advantage.options)
     if estimator.kl_in_reward and estimator.accepts("beta"):
@@ -135,12 +140,15 @@ def step_advantages(
     for size, rows in rows_by_size.items():
         groups, index_nK = groups_by_size[size], torch.tensor(rows)
         inputs = AdvantageInputs(
-            rewards=torch.stack([one.rewards.rewards for one in groups]),
+            rewards=torch.stack([scaled[id(one)][0] for one in groups]),
             response_mask=mask_BT[index_nK],
             logprobs=logprobs_BT[index_nK],
             ref_logprobs=ref_BT[index_nK],
-            greedy_rewards=torch.stack([_greedy(one) for one in groups]) if estimator.needs_greedy else None,
+            greedy_rewards=(
+                torch.stack([_greedy(one, scaled[id(one)][1]) for one in groups]) if estimator.needs_greedy else None
+            ),
             values=None if values_BT is None else values_BT[index_nK],
+            **_parts(groups, config),
         )
         order += index_nK.flatten().tolist()
         call = functools.partial(called, key="advantage.name", name=estimator.name, place=named)
@@ -311,8 +319,28 @@ def denominators(mask_BT: Tensor, config: R2MConfig) -> tuple[int, int]:
     return loss_denominator(mask_BT, config.aggregation, tokens), loss_denominator(mask_BT, "sequence")
 
 
-def _greedy(scored: ScoredGroup) -> Tensor:
-    """Returns the reward of the greedy twin, a scalar. Raises RuntimeError if the group has no twin."""
-    if scored.rewards.greedy_reward is None:
+def _parts(groups: Sequence[ScoredGroup], config: R2MConfig) -> dict[str, Any]:
+    """The fields of `AdvantageInputs` about the parts of rewards. None without parts."""
+    parts = [one.rewards.parts for one in groups if one.rewards.parts is not None]
+    if len(parts) < len(groups):
+        return {}
+    weights = torch.tensor(list(config.reward.parts.values()))
+    return {"reward_parts": torch.stack(parts), "part_weights": weights}
+
+
+def loss_mask(trajectories: Sequence[Trajectory], config: R2MConfig) -> Tensor:
+    """Returns [B, T] bool: the response tokens that the policy's loss trains.
+
+    They are those of `response_mask`, but for cut responses under `objective.mask_cut`.
+    """
+    mask_BT = response_mask(trajectories)
+    if config.objective.mask_cut:
+        mask_BT &= torch.tensor([one.finish_reason != "length" for one in trajectories])[:, None]
+    return mask_BT
+
+
+def _greedy(scored: ScoredGroup, reward: Tensor | None) -> Tensor:
+    """Returns the scaled reward of the greedy twin. Raises RuntimeError if the group has no twin."""
+    if reward is None:
         raise RuntimeError(f"group {scored.rewards.group_id} has no greedy twin and its estimator asks for one")
-    return scored.rewards.greedy_reward
+    return reward

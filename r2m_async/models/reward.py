@@ -221,10 +221,11 @@ def embed_group(
             rte, frozen = _embedded(model, tokenizer, group.ticket.prompt, both, num, config)
     values = calls.result() if calls else ((),) * len(both)
     place = group.ticket.place
+    penalties = [_penalty(trajectory, config) for trajectory in both]
     bonus = torch.tensor(
         [
-            _bonus(own, trajectory, f"{place}, {response_name(index, num)}", config)
-            for index, (own, trajectory) in enumerate(zip(values, both, strict=True))
+            _bonus(own, penalty, f"{place}, {response_name(index, num)}", config)
+            for index, (own, penalty) in enumerate(zip(values, penalties, strict=True))
         ]
     )
     twin = group.greedy is not None
@@ -236,6 +237,7 @@ def embed_group(
         greedy_bonus=bonus[num].clone() if twin else None,
         frozen_rewards=frozen,
         functions=torch.tensor(values[:num]) if calls else None,
+        penalties=torch.tensor([-sum(own) for own in penalties[:num]]) if config.reward.has_penalties else None,
     )
     check_embeddings(embeddings, place, config)
     return embeddings
@@ -263,18 +265,40 @@ def _embedded(
     return rte, frozen
 
 
-def _bonus(values: tuple[float, ...], trajectory: Trajectory, place: str, config: R2MConfig) -> float:
+def _penalty(trajectory: Trajectory, config: R2MConfig) -> tuple[float, float, float]:
+    """The penalties of one response, 0 or more: for its length, for a missing end, and for being overlong."""
+    reward, length = config.reward, trajectory.num_response_tokens
+    return (
+        reward.length_penalty * length,
+        reward.missing_eos_penalty * (trajectory.finish_reason != "stop"),
+        overlong_penalty(length, config),
+    )
+
+
+def overlong_penalty(length: int, config: R2MConfig) -> float:
+    """Returns what a response of this many tokens loses by `reward.overlong` (DAPO, arXiv 2503.14476, Eq. 13).
+
+    It is 0 up to `start`, the whole penalty from `end` on, and between them on the line that joins these.
+    """
+    overlong = config.reward.overlong
+    if overlong is None:
+        return 0.0
+    end = config.rollouts.max_new_tokens if overlong.end is None else overlong.end
+    return overlong.penalty * min(1.0, max(0.0, (length - overlong.start) / (end - overlong.start)))
+
+
+def _bonus(values: tuple[float, ...], penalties: tuple[float, float, float], place: str, config: R2MConfig) -> float:
     """Returns the bonus of one response: what the user's reward functions and the penalties add to the model's reward.
 
-    values: what the functions returned. place: names the response in messages.
+    values: what the functions returned. penalties: what `_penalty` returned. place: names the response in messages.
 
     Raises NonFiniteStep if the bonus is not finite. Under `learner.on_nonfinite: skip` such a bonus is logged and
     returned.
     """
     reward, functions = config.reward, config.reward.named_functions.values()
+    length, missing_eos, overlong = penalties
     verified = sum(one.weight * value for one, value in zip(functions, values, strict=True))
-    length = reward.length_penalty * trajectory.num_response_tokens
-    bonus = verified - length - reward.missing_eos_penalty * (trajectory.finish_reason != "stop")
+    bonus = verified - length - missing_eos - overlong
     # Finite numbers may add up to one that float32 cannot hold. Written with `not`, so that NaN is caught as well.
     if not abs(bonus) <= FLOAT32_MAX:
         stop_or_log(

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "run.device",
     "model.attention",
     "reward.replicas",
+    "reward.max_voided",
     "head.lr",
     "rollouts.num_actors",
     "rollouts.concurrent_groups",

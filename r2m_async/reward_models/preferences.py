@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from r2m_async.config_records import Filters
 from r2m_async.data.pairs import read_scored_preference
 from r2m_async.data.prompts import check_lengths, policy_reads
 from r2m_async.data.records import Content, Record, load_records
@@ -136,7 +137,14 @@ def given_pairs(source: str, config: RewardModelConfig, split: str | None = None
     # `bt` reads no margins, so pairs without scores can be measured, too.
     by_bt, split = config.loss(preference="bt"), split or config.data.split
     whole = by_bt.data(
-        preferences=source, split=split, eval=None, eval_split=None, held_out=0.0, label_noise=0.0, stride=1, filters={}
+        preferences=source,
+        split=split,
+        eval=None,
+        eval_split=None,
+        held_out=0.0,
+        label_noise=0.0,
+        stride=1,
+        filters=Filters(),
     )
     data = load_preference_data(whole)
     return data.held_out if source in EMBEDDED else data.training

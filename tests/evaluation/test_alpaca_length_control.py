@@ -89,6 +89,43 @@ def test_a_models_quality_at_equal_length_comes_back(gamed, quality):
     assert abs(np.mean(preferences) - expected) > 0.05  # what length did to the plain rate
 
 
+def literal_rate(rows, preferences, differences):
+    """AlpacaEval's rate as its script has it, term by term, with a general optimizer."""
+    spread = np.std(differences, ddof=1)
+    difficulty = [row["instruction_difficulty"] for row in rows[:NUM]]
+    table = [
+        (row["preference"], np.tanh(row["std_delta_len"]), row["instruction_difficulty"], 0, 0.2 / 2) for row in rows
+    ]
+    table += [(p, np.tanh(d / spread), h, 1, 1.0) for p, d, h in zip(preferences, differences, difficulty, strict=True)]
+    table = np.array([row for row in table if row[0] is not None], dtype=float)
+
+    def losses(theta, rows):
+        p = sigmoid(rows[:, 1:4] @ theta)
+        return rows[:, 4] * (-rows[:, 0] * np.log(p) - (1 - rows[:, 0]) * np.log(1 - p))
+
+    def fit(rows, c):
+        parts = minimize(
+            lambda x: c * losses(x[:3] - x[3:], rows).sum() + x.sum(), np.full(6, 0.1), bounds=[(0, None)] * 6
+        ).x
+        return parts[:3] - parts[3:]
+
+    folds = np.array([(len(table) - 1 - number) % 5 for number in range(len(table))])
+    cs = [10 ** (-4 + 8 * k / 9) for k in range(10)]
+    scores = [
+        np.mean([losses(fit(table[folds != one], c), table[folds == one]).mean() for one in range(5)]) for c in cs
+    ]
+    _, b, c = fit(table, cs[int(np.argmin(scores))])
+    return np.mean([sigmoid(b * h + c) for h in difficulty])
+
+
+@pytest.mark.parametrize("missing", [0, 7])
+def test_it_is_that_of_a_literal_transcription(rows, gamed, missing):
+    preferences, differences = judged(gamed, 0.7)
+    preferences[:missing] = [None] * missing
+    controlled = alpaca_length_controlled(preferences, differences, BASELINE, gamed)
+    assert controlled.win_rate == pytest.approx(literal_rate(rows, preferences, differences), abs=5e-4)
+
+
 @pytest.mark.parametrize("missing", [0, 7])
 def test_it_is_what_scikit_learn_gives_as_alpacaeval_calls_it(gamed, missing):
     sklearn = pytest.importorskip("sklearn")

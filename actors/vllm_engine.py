@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput
@@ -31,7 +30,8 @@ from actors.vllm_weights import BACKENDS, NOT_AS_SENT
 from actors.vllm_worker import SEQUENCE
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StageLost, WeightMismatch
-from r2m_async.models.generation import checkpoint_generation_config, eos_ids
+from r2m_async.models.pretrained import pretrained_config, pretrained_generation_config
+from r2m_async.models.tokens import ResponseText, end_of_text
 from r2m_async.trajectories import PolicyFeedback, Ticket, Trajectory, TrajectoryGroup, WeightProbe, Weights
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,13 @@ class VLLMEngine:
         """
         began = time.perf_counter()
         self._tokenizer, self._config, self._twin = tokenizer, config, twin
-        self._eos_ids = eos_ids(checkpoint_generation_config(path), tokenizer)
+        self._eos_ids = list(
+            end_of_text(
+                tokenizer,
+                pretrained_config("model.policy", path),
+                pretrained_generation_config("model.policy", path),
+            )
+        )
         self._version = 0
         self._slab: StateSlab | None = None
         self._blocks: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -245,15 +251,17 @@ class VLLMEngine:
 
     def _group(self, ticket: Ticket, completed: list[Completed]) -> TrajectoryGroup:
         """The group that vLLM generated. A response that vLLM did not return counts as aborted."""
-        prompt = ticket.prompt.token_ids
+        prompt, text_of = ticket.prompt.token_ids, ResponseText(self._tokenizer, ticket.prompt.token_ids)
         sampled = completed[0].outputs
         trajectories = tuple(
-            self._trajectory(prompt, sampled.get(index)) for index in range(self._config.rollouts.group_size)
+            self._trajectory(prompt, sampled.get(index), text_of) for index in range(self._config.rollouts.group_size)
         )
-        greedy = self._trajectory(prompt, completed[1].outputs.get(0)) if self._twin else None
+        greedy = self._trajectory(prompt, completed[1].outputs.get(0), text_of) if self._twin else None
         return TrajectoryGroup(ticket=ticket, trajectories=trajectories, greedy=greedy)
 
-    def _trajectory(self, prompt: tuple[int, ...], output: CompletionOutput | None) -> Trajectory:
+    def _trajectory(
+        self, prompt: tuple[int, ...], output: CompletionOutput | None, text_of: ResponseText
+    ) -> Trajectory:
         """The trajectory of one response. Without an output of vLLM's the response is empty and aborted."""
         response = list(output.token_ids) if output else []
         logprobs = (
@@ -270,7 +278,7 @@ class VLLMEngine:
             behaviour_logprobs=torch.tensor([0.0] * len(prompt) + logprobs),
             policy_versions=torch.cat([torch.full((len(prompt),), -1, dtype=torch.int32), versions]),
             finish_reason=finish if finish in ("stop", "length") else "abort",
-            text=self._tokenizer.decode(response, skip_special_tokens=True),
+            text=text_of(response),
         )
 
     def _feedback(self, whole: TrajectoryGroup, block: int) -> PolicyFeedback | None:
@@ -333,7 +341,7 @@ def cpu_options(path: str, dtype: str, num_tokens: int, num_sequences: int) -> d
 
 def _cache_bytes(path: str, dtype: str, num_tokens: int) -> int:
     """Bytes of one sequence's keys and values: 2 x layers x heads x head size x item size x tokens, in whole blocks."""
-    model = AutoConfig.from_pretrained(path).get_text_config()
+    model = pretrained_config("model.policy", path).get_text_config()
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     per_token = 2 * model.num_hidden_layers * heads * size * getattr(torch, dtype).itemsize

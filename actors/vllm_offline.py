@@ -16,8 +16,9 @@ from vllm.outputs import CompletionOutput
 
 from actors.vllm_drivers import leave_transformers_alone
 from actors.vllm_engine import cpu_options
-from r2m_async.models.generation import checkpoint_generation_config, eos_ids
 from r2m_async.models.generator import GeneratedText, GenerationRequest, GeneratorOptions
+from r2m_async.models.pretrained import pretrained_config, pretrained_generation_config
+from r2m_async.models.tokens import end_of_text
 
 _MAX_SEQUENCES = 256
 """The most responses that vLLM generates at once."""
@@ -31,7 +32,8 @@ class OfflineVLLM:
         if options.tensor_parallel == 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self._max_new_tokens = options.max_new_tokens
-        self._eos = eos_ids(checkpoint_generation_config(options.path), options.tokenizer)
+        configs = (load("MODEL", options.path) for load in (pretrained_config, pretrained_generation_config))
+        self._eos = list(end_of_text(options.tokenizer, *configs))
         num_sequences = min(options.max_requests, _MAX_SEQUENCES)
         on_cpu = {}
         if not torch.cuda.is_available():

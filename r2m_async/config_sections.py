@@ -119,8 +119,9 @@ class RewardSection(Section):
     """Number format of the frozen backbone's weights. The head computes in float32."""
     replicas: int = Field(1, gt=0)
     """Number of processes that hold the frozen backbone and embed responses. The head scores in one of them."""
-    max_tokens: int = Field(4096, gt=1)
-    """The most tokens that the reward model reads, prompt and response together. A longer text loses its beginning."""
+    max_tokens: int | None = Field(None, gt=1)
+    """The most tokens that the reward model reads, prompt and response together. A longer text loses its beginning.
+    None: as many as the model has positions."""
     functions: Annotated[
         Annotated[tuple[str, ...], Tag("<list>")] | Annotated[dict[str, RewardFunction], Tag("<mapping>")],
         Discriminator(lambda value: "<mapping>" if isinstance(value, Mapping) else "<list>"),

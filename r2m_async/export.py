@@ -27,19 +27,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from r2m_async.config import R2MConfig
-from r2m_async.data.prompts import policy_reads, response_ids
-from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.data.prompts import policy_reads
+from r2m_async.errors import ConfigError
 from r2m_async.finite import all_finite
 from r2m_async.launch.prompts import check_columns
 from r2m_async.launch.workload import Models, find_models
-from r2m_async.models.generation import checkpoint_generation_config
 from r2m_async.models.heads import build_head, score_group
 from r2m_async.models.loading import load_policy
 from r2m_async.models.policy import group_feedback
+from r2m_async.models.pretrained import pretrained_generation_config, pretrained_tokenizer, quiet
 from r2m_async.models.reward import embed_group, load_reward_model, save_classifier, scoring_head
+from r2m_async.models.tokens import response_ids
 from r2m_async.models.weights import load_weights
 from r2m_async.runs.checkpoints import MANIFEST, checkpoints, newest_weights, saved_config, seal, verified
 from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup, Weights
@@ -150,10 +150,10 @@ class RewardScorer:
         # Steps count from 0, and t in Eq. 4 counts from 1. Version v was made in step v - 1, whose omega is used here.
         self._omega_step = (self._config.omega_horizon if at_horizon else max(1, self._step)) - 1
         name = str(policy) if initial_policy is None else initial_policy
-        self._policy = _load_policy(name, self._config) if self._config.reads_feedback else None
-        self._policy_tokenizer = AutoTokenizer.from_pretrained(policy)
+        self._policy = load_policy(name, self._config) if self._config.reads_feedback else None
+        self._policy_tokenizer = pretrained_tokenizer("policy", policy)
         self._reward_model = load_reward_model(str(reward), self._config)
-        self._reward_tokenizer = AutoTokenizer.from_pretrained(reward)
+        self._reward_tokenizer = pretrained_tokenizer("reward_model", reward)
         models = (self._reward_model, self._policy)
         rm_hidden_size, policy_hidden_size = (_hidden_size(model) if model else 0 for model in models)
         head = build_head(scoring_head(self._reward_model), rm_hidden_size, policy_hidden_size, self._config)
@@ -211,7 +211,7 @@ class RewardScorer:
         text, prompt_ids = policy_reads(content, self._policy_tokenizer)
 
         def trajectory(response: str) -> Trajectory:
-            ids = [*prompt_ids, *response_ids(response, finished, self._policy_tokenizer)]
+            ids = [*prompt_ids, *response_ids(self._policy_tokenizer, text, prompt_ids, response, finished)]
             return Trajectory(
                 token_ids=torch.tensor(ids),
                 prompt_len=len(prompt_ids),
@@ -266,11 +266,12 @@ def _write_policy(directory: Path, weights: Weights, models: Models, config: R2M
     """Writes the policy with its tokenizer and generation config."""
     model = load_policy(models.policy, config)
     _fill(model, weights, "model.policy", models.policy)
-    model.save_pretrained(directory)
+    with quiet():
+        model.save_pretrained(directory)
     # The generation config is copied as it is. Many published models contradict themselves in it, and a model's
     # `save_pretrained` would refuse that.
-    checkpoint_generation_config(models.policy).to_json_file(directory / "generation_config.json")
-    AutoTokenizer.from_pretrained(models.policy).save_pretrained(directory)
+    pretrained_generation_config("model.policy", models.policy).to_json_file(directory / "generation_config.json")
+    pretrained_tokenizer("model.policy", models.policy).save_pretrained(directory)
 
 
 def _write_reward_model(directory: Path, weights: Weights, models: Models, config: R2MConfig) -> None:
@@ -285,7 +286,7 @@ def _write_reward_model(directory: Path, weights: Weights, models: Models, confi
         phi.load_state_dict(head.scoring_head.state_dict())
     save_classifier(model, directory)
     save_file(weights.tensors, directory / "r2m_head.safetensors")
-    AutoTokenizer.from_pretrained(name).save_pretrained(directory)
+    pretrained_tokenizer("reward.model", name).save_pretrained(directory)
 
 
 def _fill(module: nn.Module, weights: Weights, key: str, name: str) -> None:
@@ -301,14 +302,6 @@ def _fill(module: nn.Module, weights: Weights, key: str, name: str) -> None:
 def _portable(name: str) -> str | None:
     """The name of a model if it means the same on another machine; None for a local directory or `from_scratch`."""
     return None if name == "from_scratch" or Path(name).exists() else name
-
-
-def _load_policy(name: str, config: R2MConfig) -> Any:
-    """Loads a policy. Raises ConfigError with a remedy if that fails."""
-    try:
-        return load_policy(name, config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: no policy can be loaded: {error}; {name_remedy(name)}") from None
 
 
 def _check_initial(name: str, policy: Any, weights: Weights) -> None:

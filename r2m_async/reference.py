@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep, RewardFailed
@@ -49,6 +48,7 @@ from r2m_async.models.policy_objective import (
     step_advantages,
     step_place,
 )
+from r2m_async.models.pretrained import pretrained_tokenizer
 from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
 from r2m_async.models.reward_scale import RewardScale
 from r2m_async.models.weights import MasterWeights, MovingReference, named_weights
@@ -139,8 +139,9 @@ class _Algorithm1:
             workload.policy_hidden_size,
             config,
         ).to(self._policy.device)
-        self._policy_tokenizer = AutoTokenizer.from_pretrained(workload.policy)
-        self._reward_tokenizer = AutoTokenizer.from_pretrained(workload.reward_model) if workload.reward_model else None
+        self._policy_tokenizer = pretrained_tokenizer("model.policy", workload.policy)
+        reward_model = workload.reward_model
+        self._reward_tokenizer = pretrained_tokenizer("reward.model", reward_model) if reward_model else None
         self._tickets = TicketOffice(config, workload)
         self._policy_optimizer = _Optimizer(self._policy, config)
         self._critic = load_critic(workload.critic, config) if workload.critic else None

@@ -134,7 +134,7 @@ def test_check_refuses_the_data_that_train_refuses(capsys, tiny_file, tmp_path):
 
 
 @pytest.mark.models
-def test_check_looks_at_the_critics_model_as_at_the_others(capsys, tiny, tiny_file, tmp_path):
+def test_check_looks_at_the_critics_model_as_at_the_others(capsys, monkeypatch, tiny, tiny_file, tmp_path):
     gae = ["advantage.name=gae", "objective.ratio=token"]
     err = mistake(capsys, "check", tiny_file, *gae, f"critic.model={tiny('llama', True)}")
     assert "critic.model is" in err and "their tokenizers differ" in err
@@ -144,29 +144,46 @@ def test_check_looks_at_the_critics_model_as_at_the_others(capsys, tiny, tiny_fi
     out = capsys.readouterr().out
     assert "# critic.model: no/where is not on this machine: it was not checked" in out and "# queue: " in out
     assert out.splitlines()[-1] == "# ok, but for critic.model, not checked"
+    monkeypatch.setenv("R2M_CACHE", str(tmp_path))  # where the embedded models are not yet
     assert main(["check", QUICKSTART, *gae, f"critic.model={tiny('qwen2', False)}"]) == 0
     assert "reads the tokens of model.policy was not checked" in capsys.readouterr().out
 
 
 @pytest.fixture
 def multimodal(tiny, tmp_path):
-    """`multimodal(classifier)`: a directory with the config of a Gemma 3 that sees (text 32 wide, vision 16), and a tokenizer."""
-    from transformers import AutoTokenizer, Gemma3Config
+    """`multimodal(classifier)`: the directory of a Gemma 3 that sees (text 32 wide, vision 16), with a tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Gemma3Config
 
     def make(classifier: bool) -> str:
         path = tmp_path / f"gemma-{classifier}"
         tokenizer = AutoTokenizer.from_pretrained(tiny("qwen2", False))
-        text = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
         vision = {
             "hidden_size": 16,
+            "intermediate_size": 32,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
             "image_size": 28,
             "patch_size": 14,
         }
-        config = Gemma3Config(text_config=text, vision_config=vision, **({"num_labels": 1} if classifier else {}))
+        marks = {"image_token_index": 3, "boi_token_index": 4, "eoi_token_index": 5, "mm_tokens_per_image": 4}
+        config = Gemma3Config(
+            text_config=text, vision_config=vision, **marks, **({"num_labels": 1} if classifier else {})
+        )
         assert not hasattr(config, "hidden_size") and not hasattr(config, "vocab_size")
-        config.save_pretrained(path)
+        (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(
+            config
+        ).save_pretrained(path)
         tokenizer.save_pretrained(path)
         return str(path)
 

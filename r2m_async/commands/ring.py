@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -82,16 +83,18 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     It downloads no model. A model that is not on this machine is named, and the rest is checked without it.
     """
     from r2m_async.launch.prompts import check_data
-    from r2m_async.launch.workload import check_code, check_queue, policy_tokenizer, worst_group_bytes
+    from r2m_async.launch.workload import check_code, check_models, check_queue, worst_group_bytes
 
     estimator = check_code(config)
     responses = config.rollouts.prompts_per_step * config.rollouts.group_size
     print(config.to_yaml(), end="")
     print(f"# step: {responses} responses, {config.objective.epochs * config.objective.num_minibatches} policy updates")
     print(f"# policy age at most {config.scheduling.max_policy_age}, head age at most {config.scheduling.max_head_age}")
-    sizes, unchecked = _check_models(config)
-    tokenizer = policy_tokenizer(config.model.policy) if "model.policy" in sizes else None
-    in_columns = check_data(config, tokenizer)
+    there, sizes, unchecked = _models_on_this_machine(config)
+    readers, notes = check_models(config, there)
+    for note in notes:
+        print(f"# {note}")
+    in_columns = check_data(config, readers)
     if {"model.policy", "reward.model"} <= sizes.keys():
         group_bytes = worst_group_bytes(config, sizes["model.policy"], sizes["reward.model"], estimator.needs_greedy)
         group_bytes += in_columns
@@ -102,33 +105,47 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     return 0
 
 
-def _check_models(config: R2MConfig) -> tuple[dict[str, int], list[str]]:
-    """Checks the models that are on this machine.
+def _models_on_this_machine(config: R2MConfig) -> tuple[dict[str, str], dict[str, int], list[str]]:
+    """Looks which models of a config are on this machine, and prints the others.
 
-    Returns their hidden sizes by the key of the config, and the keys of the models that could not be checked.
+    Returns the models that are there, by the key of the config; the hidden sizes of those whose config is there; and the
+    keys of the models that cannot be checked.
     """
-    from transformers import AutoTokenizer
+    from r2m_async.from_scratch.cache import NotCached, only_cached
+    from r2m_async.launch.workload import BUILT_HERE, built_models, hidden_size
+    from r2m_async.models.weight_files import weights_are_here
 
-    from r2m_async.launch.workload import BUILT_HERE, check_critic, hidden_size
-
-    policy, critic = config.model.policy, config.critic.model
-    sizes, unchecked = {} if config.reward.model else {"reward.model": 0}, []
-    for key, name in (("model.policy", policy), ("reward.model", config.reward.model), ("critic.model", critic)):
+    named = {
+        "model.policy": config.model.policy,
+        "reward.model": config.reward.model,
+        "model.reference": config.model.reference,
+        "critic.model": config.critic.model,
+    }
+    built: dict[str, str] = {}
+    with suppress(NotCached), only_cached():
+        built = built_models(config)
+    there: dict[str, str] = {}
+    # Without a reward model there are no embeddings.
+    sizes = {} if config.reward.model else {"reward.model": 0}
+    unchecked = []
+    for key, name in named.items():
         if name is None:
             continue
-        if name in BUILT_HERE and key != "critic.model":
-            print(f"# {key}: {name} is built by `r2m train`")
-            continue
+        if name in BUILT_HERE and key in ("model.policy", "reward.model"):
+            print(f"# {key}: {name} is built by `r2m train`{', and was before' if key in built else ''}")
+            if key not in built:
+                continue
+            name = built[key]
         size = hidden_size(key, name, fetch=False)
         if size is not None:
             sizes[key] = size
+        if size is not None and weights_are_here(name):
+            there[key] = name
             continue
         unchecked.append(key)
-        more = "" if key == "critic.model" else " and the bytes of its states"
-        print(f"# {key}: {name} is not on this machine: it{more} {'were' if more else 'was'} not checked")
-    if critic is not None and {"model.policy", "critic.model"} <= sizes.keys():
-        check_critic(critic, policy, AutoTokenizer.from_pretrained(policy))
-    elif "critic.model" in sizes:
-        unchecked.append("critic.model")
-        print(f"# critic.model: whether {critic} reads the tokens of model.policy was not checked")
-    return sizes, unchecked
+        print(f"# {key}: {name} is not on this machine: it was not checked")
+    for key in ("model.reference", "critic.model"):
+        if key in there and "model.policy" not in there:
+            unchecked.append(key)
+            print(f"# {key}: whether {there[key]} reads the tokens of model.policy was not checked")
+    return there, sizes, unchecked

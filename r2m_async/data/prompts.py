@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ def load_prompts(
     filters: Filters | None = None,
     split: str = "train",
     limit: int | None = None,
+    problem: Callable[[Prompt], str | None] = lambda prompt: None,
 ) -> LoadedPrompts:
     """Returns the usable prompts of `source`, as text and as tokens of the policy.
 
@@ -69,6 +70,7 @@ def load_prompts(
     filters: the lengths beyond which a record is left out. None leaves none out.
     split: the split of a data set. Single files have none.
     limit: stop after this many prompts. None takes all.
+    problem: says why a model of the run cannot use a prompt, or returns None if all can. Such a prompt is a bad record.
 
     Every further field of a record goes into `Prompt.columns`. A record is bad if such a field cannot be sent to
     another process.
@@ -81,6 +83,8 @@ def load_prompts(
         content = read_prompt(record, chat)
         called = record.called("prompt")
         text, token_ids = _as_policy_reads(content, record, tokenizer, called)
+        if not token_ids:
+            raise record.refusal("empty", called, text, "the tokenizer makes no token of it", "change the prompt")
         check_lengths(record, limits, tokenizer, len(token_ids))
         if len(token_ids) > max_prompt_tokens:
             raise record.refusal(
@@ -90,13 +94,16 @@ def load_prompts(
                 f"{len(token_ids)} tokens where rollouts.max_prompt_tokens allows {max_prompt_tokens}",
                 "raise that limit, shorten the prompt",
             )
-        return Prompt(
+        prompt = Prompt(
             prompt_id=record.name,
             content=content,
             text=text,
             token_ids=tuple(token_ids),
             columns=record.columns(without="prompt"),
         )
+        if why := problem(prompt):
+            raise record.refusal("unreadable", called, text, why, "change the prompt")
+        return prompt
 
     names = {"prompt": prompt_field, **(columns or {})}
     prompts, skipped = load_records(source, split, parse, on_bad_record, limit, names)
@@ -166,15 +173,11 @@ def policy_reads(content: Content, tokenizer: Any) -> tuple[str, list[int]]:
     text = prompt_text(content, tokenizer)
     templated = not isinstance(content, str) and getattr(tokenizer, "chat_template", None) is not None
     # A chat template writes its own special tokens. The tokenizer must not add them a second time.
-    return text, tokenizer(text, add_special_tokens=not templated)["input_ids"]
-
-
-def response_ids(response: str, finished: bool, tokenizer: Any) -> list[int]:
-    """Returns the token ids of a response that is given as text, as the policy would read them after the prompt.
-
-    finished: True adds the end-of-text token.
-    """
-    return tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * finished
+    ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
+    # Some tokenizers end every text with the end-of-text token. A prompt goes on, so it must not end there.
+    if not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return text, ids
 
 
 class PromptStream:

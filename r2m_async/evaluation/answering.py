@@ -23,12 +23,13 @@ from typing import Any, Literal
 from r2m_async.data.prompts import policy_reads
 from r2m_async.data.records import Content
 from r2m_async.data.seeds import sampling_seed
-from r2m_async.errors import ConfigError, DataError, name_remedy
+from r2m_async.errors import ConfigError, DataError
 from r2m_async.evaluation.answers import Answer, answer_file, write_answers
 from r2m_async.evaluation.questions import Format, Question, load_questions
 from r2m_async.from_scratch.cache import key_digest
 from r2m_async.models.generator import GenerationRequest, Generator, GeneratorOptions, TransformersGenerator
-from r2m_async.models.weight_files import check_weight_files
+from r2m_async.models.pretrained import pretrained_config, pretrained_tokenizer
+from r2m_async.models.tokens import ResponseText, check_tokens, num_positions
 from r2m_async.runs.records import append_records, cut_partial_line, read_records
 from r2m_async.whole import disk_errors, write_file
 
@@ -116,7 +117,6 @@ def generate_answers(
     """
     _check_engine(settings.engine)
     path, model_name = _policy_of(model)
-    check_weight_files("MODEL", path)
     tokenizer, limit, own_dtype = _load_tokenizer(path)
     questions = load_questions(prompts, settings.format, chat=settings.chat, limit=settings.num)
     # Every sample is a question of its own, with a seed of its own.
@@ -191,8 +191,8 @@ def answer_batch(
             # The place in the file, not in the batch: the seed does not depend on where an interrupted command goes on.
             seed = sampling_seed(settings.seed, start + index, stream=turn)
             requests.append(GenerationRequest(token_ids=tuple(ids[-room:]), temperature=temperature, seed=seed))
-        for index, response in zip(asked, engine.generate(requests), strict=True):
-            texts[index].append(options.tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        for index, request, response in zip(asked, requests, engine.generate(requests), strict=True):
+            texts[index].append(ResponseText(options.tokenizer, request.token_ids)(response.token_ids))
             reasons[index].append("stop" if response.finished else "length")
     now = time.time()
     answers = [
@@ -286,16 +286,11 @@ def _policy_of(model: str) -> tuple[str, str]:
 
 def _load_tokenizer(path: str) -> tuple[Any, int | None, str]:
     """(tokenizer, number of the model's positions or None, the checkpoint's dtype). Raises ConfigError."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"MODEL {path}: no model can be loaded: {reason}; {name_remedy(path)}") from None
+    config = pretrained_config("MODEL", path).get_text_config()
+    tokenizer = pretrained_tokenizer("MODEL", path)
+    check_tokens("MODEL", path, tokenizer, config)
     dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return tokenizer, getattr(config, "max_position_embeddings", None), dtype
+    return tokenizer, num_positions(config), dtype
 
 
 def _options(

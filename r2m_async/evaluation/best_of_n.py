@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from r2m_async.data.records import Record, load_records
 from r2m_async.evaluation.ranked_prompts import RankedPrompt, Response, ranked
+from r2m_async.models.pretrained import pretrained_model, pretrained_tokenizer
 from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.whole import write_file
 
@@ -127,12 +128,10 @@ def embedded_pool(models: EmbeddedModels, seed: int, num_prompts: int, num_sampl
 
     num_samples: samples per prompt.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from r2m_async.from_scratch import language
     from r2m_async.from_scratch.embedded import sample_policy
 
-    policy, tokenizer = (kind.from_pretrained(models.policy) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    policy, tokenizer = (load("policy", models.policy) for load in (pretrained_model, pretrained_tokenizer))
     pool = []
     for number, prompt in enumerate(language.prompts(num_prompts, seed, held_out=True)):
         samples = []

@@ -25,14 +25,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from r2m_async import reward_metrics
-from r2m_async.data.prompts import policy_reads, response_ids
-from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.data.prompts import policy_reads
+from r2m_async.errors import ConfigError
 from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 from r2m_async.evaluation.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
 from r2m_async.export import is_export
 from r2m_async.finite import check_weights
 from r2m_async.models.loading import one_thread, settled
-from r2m_async.models.weight_files import check_weight_files
+from r2m_async.models.pretrained import pretrained_model, pretrained_tokenizer
+from r2m_async.models.tokens import check_tokens, longest_text, response_ids
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.preferences import ScoredPair, given_pairs, load_preference_data
 from r2m_async.runs.results import markdown_table, write_results
@@ -160,30 +161,25 @@ def _read(
     Returns the token ids of the texts before they are cut to `max_tokens`, and the `layer_means` [L, N, D] of the texts
     after that. Raises ConfigError for a policy that cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     directory = str(Path(name, "policy")) if is_export(name) else name
     if name == "embedded":
         from r2m_async.from_scratch.embedded import embedded_models
 
         directory = str((embedded or embedded_models()).policy)
-    check_weight_files("policy", directory)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        model = settled(AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False))
-        check_weights(model, "the policy", name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: no policy can be loaded: {error}; {name_remedy(name)}") from None
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{name}: has a tokenizer without end-of-text token: finished texts could not end")
+    model, tokenizer = pretrained_model("policy", directory), pretrained_tokenizer("policy", directory)
+    check_weights(model, "the policy", name)
+    settled(model)
+    check_tokens("policy", name, tokenizer, model.config)
 
     def ids(text: Text) -> list[int]:
         prompt, response, finished = text
-        return [*policy_reads(prompt, tokenizer)[1], *response_ids(response, finished, tokenizer)]
+        prompt_text, prompt_ids = policy_reads(prompt, tokenizer)
+        return [*prompt_ids, *response_ids(tokenizer, prompt_text, prompt_ids, response, finished)]
 
     whole = [ids(text) for text in texts]
+    limit = longest_text(max_tokens, model.config)
     # Padding is masked, so any token id will do for it.
-    return whole, layer_means(model.base_model, [one[-max_tokens:] for one in whole], padding=0)
+    return whole, layer_means(model.base_model, [one[-limit:] for one in whole], padding=0)
 
 
 def _check_comparable(policy: str, later: str, same_tokens: bool, same_shape: bool) -> None:

@@ -37,6 +37,7 @@ from r2m_async.from_scratch.language import (
     sample_response,
     topic,
 )
+from r2m_async.models.pretrained import pretrained_model, pretrained_tokenizer
 
 if TYPE_CHECKING:
     from r2m_async.from_scratch.embedded import EmbeddedModels
@@ -92,11 +93,9 @@ def embedded_splits(
     models: the embedded models, whose policy writes half of the responses.
     num_prompts: prompts per split, at most NUM_HELD_OUT_PROMPTS.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from r2m_async.from_scratch.embedded import sample_policy
 
-    policy, tokenizer = (kind.from_pretrained(models.policy) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    policy, tokenizer = (load("policy", models.policy) for load in (pretrained_model, pretrained_tokenizer))
     splits: dict[str, tuple[RankedPrompt, ...]] = {}
     for held_out, (by_policy, by_others) in ((False, SPLITS[0::2]), (True, SPLITS[1::2])):
         chosen = prompts(num_prompts, seed, held_out=held_out)

@@ -131,7 +131,7 @@ def evaluate(
             "states": _state_results(scorer, _texts_by_set(training, pairs, splits, styled), sources.seed),
             "similarity": _similarity_results(scorer, pairs, sources.seed) if len(pairs) > 1 else None,
         }
-    return results | {"num_texts_cut": scorer.num_cut, "max_tokens": ensemble.config.data.max_tokens}
+    return results | {"num_texts_cut": scorer.num_cut, "max_tokens": ensemble.max_tokens}
 
 
 def write_evaluation(results: Mapping[str, Any], out: Path) -> str:

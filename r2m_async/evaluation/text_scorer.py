@@ -18,7 +18,7 @@ from r2m_async.export import is_export
 from r2m_async.from_scratch.embedded import EmbeddedModels, embedded_models
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.models.loading import settled
-from r2m_async.models.reward import scored_positions
+from r2m_async.models.reward import know_padding, scored_positions
 from r2m_async.reward_models.ensemble import RewardEnsemble
 
 
@@ -32,17 +32,11 @@ class TextScorer:
         """Moves the models to their device. Raises ConfigError if there is no padding token."""
         self._ensemble = ensemble
         self._ids: dict[Text, list[int]] = {}
+        self._limit = ensemble.max_tokens
         self.num_cut = 0
         for model in ensemble.models:
             settled(model, ensemble.config.run.device)
-            text_config = model.config.get_text_config()
-            # Texts are scored at their last token that is not padding, so the padding token has to be known.
-            if text_config.pad_token_id is None:
-                text_config.pad_token_id = ensemble.tokenizer.pad_token_id
-            if text_config.pad_token_id is None:
-                raise ConfigError(
-                    "the reward model has no padding token; save it with a tokenizer that has a pad_token"
-                )
+            know_padding(model, ensemble.tokenizer, "reward model", ensemble.source)
 
     def rewards(self, texts: Sequence[Text]) -> np.ndarray:
         """Rewards [N] of N texts, all finite. Raises ConfigError naming the first text whose reward is not finite."""
@@ -83,9 +77,9 @@ class TextScorer:
         return torch.cat(scored)[order].numpy(), torch.cat(means, 1)[:, order].numpy()
 
     def _read(self, text: Text) -> list[int]:
-        """Token ids of a text, cut to the config's `data.max_tokens`."""
+        """Token ids of a text, cut to the ensemble's `max_tokens`."""
         if text not in self._ids:
-            limit = self._ensemble.config.data.max_tokens
+            limit = self._limit
             whole = reward_input_ids(self._ensemble.tokenizer, *text)
             self.num_cut += len(whole) > limit
             self._ids[text] = reward_input_ids(self._ensemble.tokenizer, *text, limit)

@@ -8,16 +8,36 @@ same one, the first to finish wins, and the others use its result.
 import ast
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
 
+from r2m_async.models.pretrained import quiet
 from r2m_async.whole import whole_directory
 
 
 def cache_root() -> Path:
     """Returns the directory of the cache: `$R2M_CACHE`, or `~/.cache/r2m-async` if that is not set."""
     return Path(os.environ.get("R2M_CACHE") or Path.home() / ".cache" / "r2m-async").expanduser()
+
+
+class NotCached(LookupError):
+    """A directory is not in the cache, and must not be built now."""
+
+
+_ONLY_CACHED: ContextVar[bool] = ContextVar("only_cached", default=False)
+
+
+@contextmanager
+def only_cached() -> Iterator[None]:
+    """Lets `cached_directory` build nothing within the block."""
+    token = _ONLY_CACHED.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_CACHED.reset(token)
 
 
 def cached_directory(name: str, key: str | bytes | Iterable[str | bytes], build: Callable[[Path], None]) -> Path:
@@ -27,13 +47,16 @@ def cached_directory(name: str, key: str | bytes | Iterable[str | bytes], build:
     key: everything that decides the content, see `key_digest`.
     build: is called with an empty directory, and fills it.
 
-    Raises DiskError, and what `build` raises. Nothing is left behind then.
+    Raises DiskError, and what `build` raises. Nothing is left behind then. Within `only_cached` it raises NotCached
+    instead of building.
     """
     final = cache_root() / f"{name}-{key_digest(key)}"
     if final.is_dir():
         return final
+    if _ONLY_CACHED.get():
+        raise NotCached(name)
     try:
-        with whole_directory(final) as building:
+        with quiet(), whole_directory(final) as building:
             build(building)
     except FileExistsError:
         # Another process was faster and has built the same. If no directory is there, something else has the name.

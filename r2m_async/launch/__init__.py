@@ -8,6 +8,7 @@ training.py        does what `r2m train` does: runs a ring to its end, into a ru
 gpus.py            shares out the GPUs of a cluster to the processes of a ring
 ray_stages.py      runs stages in Ray processes
 arguments.py       takes payloads out of the arguments of a call to a Ray process, and puts them back there
+model_checks.py    what the models of a run must be, asked before anything starts
 ray_connection.py  starts or joins Ray, watches it, and ends it in time
 loop_thread.py     runs the event loop of a ring in a thread
 """

@@ -51,9 +51,10 @@ def _replay_queue(config: R2MConfig, workload: Workload) -> ReplayQueue:
 def _rollout_actor(config: R2MConfig, workload: Workload) -> RolloutActor:
     """Makes a rollout actor with the engine that `rollouts.engine` names."""
     import torch
-    from transformers import AutoTokenizer
 
-    tokenizer, twin = AutoTokenizer.from_pretrained(workload.policy), workload.estimator.needs_greedy
+    from r2m_async.models.pretrained import pretrained_tokenizer
+
+    tokenizer, twin = pretrained_tokenizer("model.policy", workload.policy), workload.estimator.needs_greedy
     if config.rollouts.engine == "vllm":
         from actors.vllm_engine import VLLMEngine
 
@@ -69,16 +70,15 @@ def _rollout_actor(config: R2MConfig, workload: Workload) -> RolloutActor:
 
 def _reward_annotator(config: R2MConfig, workload: Workload) -> RewardAnnotator:
     """Makes a reward annotator with the frozen reward model and a new head, or with neither if there is no model."""
-    from transformers import AutoTokenizer
-
     from r2m_async.models.heads import build_head
+    from r2m_async.models.pretrained import pretrained_tokenizer
     from r2m_async.models.reward import load_reward_model, scoring_head
 
     if workload.reward_model is None:
         return RewardAnnotator(None, None, build_head(None, 0, workload.policy_hidden_size, config), config)
     model = load_reward_model(workload.reward_model, config)
     head = build_head(scoring_head(model), workload.reward_hidden_size, workload.policy_hidden_size, config)
-    return RewardAnnotator(model, AutoTokenizer.from_pretrained(workload.reward_model), head, config)
+    return RewardAnnotator(model, pretrained_tokenizer("reward.model", workload.reward_model), head, config)
 
 
 def _policy_learner(config: R2MConfig, workload: Workload) -> PolicyLearner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from r2m_async.codec import encoded_size
@@ -14,6 +14,7 @@ from r2m_async.data.records import Record, load_records
 from r2m_async.data.sources import is_local, items_of
 from r2m_async.errors import ConfigError
 from r2m_async.from_scratch import language
+from r2m_async.launch.model_checks import Reader, prompt_check, shown
 from r2m_async.plugins import nearest
 from r2m_async.rewards.arguments import KNOWN
 from r2m_async.rewards.calls import functions_of
@@ -28,13 +29,14 @@ def record_options(config: R2MConfig) -> dict[str, Any]:
 
 
 def read_prompts(
-    config: R2MConfig, tokenizer: object | None
+    config: R2MConfig, tokenizer: object | None, problem: Callable[[Prompt], str | None]
 ) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], dict[str, int]]:
     """Reads the prompts of a config.
 
     Args:
         config: the config of the run.
         tokenizer: the tokenizer of the policy. None leaves the embedded language's prompts without tokens.
+        problem: says why a model cannot use a prompt, or returns None if all can (`prompt_check`).
 
     Returns (prompts to train on, held-out prompts, number of records left out by reason). Raises ConfigError if there
     are too few prompts or too long ones, and DataError if a source or a record cannot be used.
@@ -59,6 +61,7 @@ def read_prompts(
         "tokenizer": tokenizer,
         "max_prompt_tokens": config.rollouts.max_prompt_tokens,
         "filters": data.filters,
+        "problem": problem,
         **record_options(config),
     }
     loaded = load_prompts(data.prompts, **options)
@@ -120,17 +123,18 @@ def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str
                 )
 
 
-def check_data(config: R2MConfig, tokenizer: object | None) -> int:
+def check_data(config: R2MConfig, readers: Mapping[str, Reader]) -> int:
     """Reads the data of a config that are on this machine, and prints what is in them. It fetches none.
 
     Args:
         config: the config of the run.
-        tokenizer: that of the policy. None if the policy is not here yet; then lengths are not checked.
+        readers: the policy and the reward model, by key, as far as they are here. Without the policy, lengths are not
+            checked.
 
     Returns the most bytes that the columns of a prompt take, as far as it is known. Raises ConfigError and DataError as
     `read_prompts` does.
     """
-    data = config.data
+    data, policy = config.data, readers.get("model.policy")
     keys = ["prompts", *(["eval"] if data.eval is not None and config.evaluation.every else [])]
     if "from_scratch" in (config.model.policy, config.reward.model) and data.preferences is not None:
         keys.append("preferences")
@@ -141,10 +145,12 @@ def check_data(config: R2MConfig, tokenizer: object | None) -> int:
     if "preferences" in sources and "preferences" not in away:
         pairs = load_preferences(sources["preferences"], **record_options(config))
         print(f"# data.preferences: {len(pairs.pairs)} pairs{_left_out(pairs.skipped)}")
-    if {"prompts", "eval"}.isdisjoint(away) and (tokenizer is not None or data.prompts == "embedded"):
-        prompts, held_out, skipped = read_prompts(config, tokenizer)
+    if {"prompts", "eval"}.isdisjoint(away) and (policy is not None or data.prompts == "embedded"):
+        prompts, held_out, skipped = read_prompts(config, policy and policy.tokenizer, prompt_check(readers))
         print(f"# data.prompts: {len(prompts)} prompts, {len(held_out)} held out{_left_out(skipped)}")
         check_columns(config, ((one.prompt_id, one.columns) for one in (*prompts, *held_out)))
+        if policy is not None:
+            print("\n".join(f"# {line}" for line in shown(prompts[0], readers)))
         return column_bytes((*prompts, *held_out))
     for key, source in sources.items():
         if key not in (*away, "preferences") and source != "embedded":

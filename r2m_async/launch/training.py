@@ -32,6 +32,8 @@ def train(config: R2MConfig, in_process: bool = False) -> Path:
     """
     with LiveTable(config) as live:
         workload = resolve(config, on_progress=live.message)
+        for note in workload.notes:
+            live.message(note)
         for reason, count in workload.skipped.items():
             live.message(f"data: skipped {count} records: {reason}")
         run = RunDirectory.create(config)

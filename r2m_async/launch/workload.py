@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from r2m_async.advantages import Estimator, check_options, get_advantage
 from r2m_async.config import R2MConfig
 from r2m_async.config_rules import changed
 from r2m_async.data.prompts import PromptStream
 from r2m_async.data.seeds import Stream, sampling_seed
-from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.errors import ConfigError
+from r2m_async.launch.model_checks import (
+    Reader,
+    check_critic,
+    check_policy,
+    check_reference,
+    check_reward_model,
+    prompt_check,
+)
 from r2m_async.launch.prompts import check_columns, column_bytes, read_prompts, record_options
+from r2m_async.models.pretrained import pretrained_config
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.plugins import named_function
 from r2m_async.policy_losses import CLIPS, check_loss_options, get_loss
@@ -54,6 +62,8 @@ class Workload:
     """The held-out prompts of the evaluation. Empty if there is no evaluation."""
     skipped: dict[str, int]
     """For each reason, the number of records that were left out under `data.on_bad_record: skip`."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told about the models, such as contradictions that have a safe answer."""
     estimator: Estimator
     """The advantage estimator itself, and not its name.
 
@@ -86,22 +96,51 @@ def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | No
     """
     estimator = check_code(config)
     models = find_models(config, on_progress)
-    reference = config.model.reference or models.policy
-    _hidden_size("model.reference", reference)
-    tokenizer = policy_tokenizer(models.policy)
-    if config.critic.model is not None:
-        check_critic(config.critic.model, models.policy, tokenizer)
-    prompts, held_out, skipped = read_prompts(config, tokenizer)
+    named = {
+        "model.policy": models.policy,
+        "reward.model": models.reward_model,
+        "model.reference": config.model.reference,
+        "critic.model": config.critic.model,
+    }
+    readers, notes = check_models(config, {key: name for key, name in named.items() if name is not None})
+    prompts, held_out, skipped = read_prompts(config, readers["model.policy"].tokenizer, prompt_check(readers))
     check_columns(config, ((one.prompt_id, one.columns) for one in (*prompts, *held_out)))
     return Workload(
         **models._asdict(),
-        reference=reference,
+        reference=config.model.reference or models.policy,
         critic=(config.critic.model or models.policy) if estimator.needs_values else None,
         prompts=prompts,
         eval_prompts=held_out,
         skipped=skipped,
+        notes=tuple(notes),
         estimator=estimator,
     )
+
+
+def check_models(config: R2MConfig, there: Mapping[str, str]) -> tuple[dict[str, Reader], list[str]]:
+    """Checks the models of a run, as far as that is possible without weights.
+
+    `r2m train` calls it before anything else starts, and `r2m check` with the models that are on this machine.
+
+    Args:
+        config: the config of the run.
+        there: the models that are there, by the key of the config that names them: Hugging Face names or directories.
+
+    Returns the policy and the reward model by key, as far as they are there, and what the user should be told.
+
+    Raises ConfigError if a model, its tokenizer or its files do not fit the config or each other.
+    """
+    readers: dict[str, Reader] = {}
+    notes: list[str] = []
+    if "reward.model" in there:
+        readers["reward.model"] = check_reward_model(there["reward.model"], config)
+    if "model.policy" in there:
+        readers["model.policy"], notes = check_policy(there["model.policy"], config)
+        if "model.reference" in there:
+            check_reference(there["model.reference"], readers["model.policy"], config)
+        if "critic.model" in there:
+            check_critic(there["critic.model"], readers["model.policy"], config)
+    return readers, notes
 
 
 def check_code(config: R2MConfig) -> Estimator:
@@ -118,23 +157,6 @@ def check_code(config: R2MConfig) -> Estimator:
     return estimator
 
 
-def policy_tokenizer(policy: str) -> Any:
-    """Loads the tokenizer of a policy, given by its name or directory.
-
-    Raises ConfigError if there is none, or if it has no end-of-text token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"model.policy {policy!r} has no tokenizer: {reason}; {name_remedy(policy)}") from None
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.policy {policy!r} has a tokenizer without end-of-text token: responses could not end")
-    return tokenizer
-
-
 def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] | None = None) -> Models:
     """Finds the policy and the reward model of a config. Models that must be built are built, or taken from the cache.
 
@@ -144,35 +166,43 @@ def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] 
 
     Raises ConfigError if a model cannot be loaded, and DataError if the data for building one cannot be used.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    policy, reward_model = config.model.policy, config.reward.model
-    if "embedded" in (policy, reward_model):
-        from r2m_async.from_scratch.embedded import embedded_models
-
-        built = embedded_models(on_progress=on_progress)
-        policy = str(built.policy) if policy == "embedded" else policy
-        reward_model = str(built.reward_model) if reward_model == "embedded" else reward_model
-    if policy == "from_scratch":
-        from r2m_async.from_scratch.text_models import text_policy
-
-        sources = [source for source in (config.data.prompts, config.data.preferences) if source]
-        policy = str(text_policy(sources, **record_options(config), on_progress=on_progress))
-    if reward_model == "from_scratch":
-        from r2m_async.from_scratch.text_models import text_reward_model
-
-        # A rule of the config refuses it without preferences.
-        assert config.data.preferences is not None
-        reward_model = str(
-            text_reward_model(config.data.preferences, **record_options(config), on_progress=on_progress)
-        )
+    built = built_models(config, on_progress)
+    policy = built.get("model.policy", config.model.policy)
+    reward_model = built.get("reward.model", config.reward.model)
     return Models(
         policy=policy,
         reward_model=reward_model,
         policy_hidden_size=_hidden_size("model.policy", policy),
         reward_hidden_size=0 if reward_model is None else _hidden_size("reward.model", reward_model),
     )
+
+
+def built_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] | None = None) -> dict[str, str]:
+    """Returns the directories of those models of a config that are built here, by key: `model.policy`, `reward.model`.
+
+    Arguments and errors are those of `find_models`. Within `only_cached` it raises NotCached if one would be built.
+    """
+    built: dict[str, str] = {}
+    named = {"model.policy": config.model.policy, "reward.model": config.reward.model}
+    if "embedded" in named.values():
+        from r2m_async.from_scratch.embedded import embedded_models
+
+        models = embedded_models(on_progress=on_progress)
+        paths = {"model.policy": models.policy, "reward.model": models.reward_model}
+        built |= {key: str(paths[key]) for key, name in named.items() if name == "embedded"}
+    if config.model.policy == "from_scratch":
+        from r2m_async.from_scratch.text_models import text_policy
+
+        sources = [source for source in (config.data.prompts, config.data.preferences) if source]
+        built["model.policy"] = str(text_policy(sources, **record_options(config), on_progress=on_progress))
+    if config.reward.model == "from_scratch":
+        from r2m_async.from_scratch.text_models import text_reward_model
+
+        # A rule of the config refuses it without preferences.
+        assert config.data.preferences is not None
+        directory = text_reward_model(config.data.preferences, **record_options(config), on_progress=on_progress)
+        built["reward.model"] = str(directory)
+    return built
 
 
 def _hidden_size(key: str, name: str) -> int:
@@ -193,19 +223,16 @@ def hidden_size(key: str, name: str, fetch: bool = True) -> int | None:
 
     Raises ConfigError if the model cannot be loaded, or if one of its weight files is damaged.
     """
-    from transformers import AutoConfig
-
     # A damaged file is found here. Later, a stage's process would die of it.
     check_weight_files(key, name)
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=not fetch, trust_remote_code=False)
-        # Of the part that reads text: a model that also sees images has another size for these.
-        return int(config.get_text_config().hidden_size)
-    except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, OSError) and not fetch and not Path(name).exists():
-            return None
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}: {name!r} cannot be loaded: {reason}; {name_remedy(name)}") from None
+    config = pretrained_config(key, name, fetch)
+    if config is None:
+        return None
+    # Of the part that reads text: a model that also sees images has another size for these.
+    size = getattr(config.get_text_config(), "hidden_size", None)
+    if size is None:
+        raise ConfigError(f"{key}: {name!r} is no language model: its config names no hidden_size; name another model")
+    return int(size)
 
 
 def check_estimator(estimator: Estimator, config: R2MConfig) -> None:
@@ -296,41 +323,6 @@ def check_loss(config: R2MConfig) -> None:
                 f"objective.{key} is {getattr(objective, key)} and objective.loss is {loss.name!r}, which does not read it: "
                 f"leave it out, or use another loss"
             )
-
-
-def check_critic(critic: str, policy: str, tokenizer: Any) -> None:
-    """Checks that a model can be the critic of a policy.
-
-    Their tokenizers must agree on the tokens that both have. One may have tokens that the other lacks, as models of one
-    family do. But the critic must have an embedding for every token of the policy's tokenizer.
-
-    Args:
-        critic: Hugging Face name or directory of the critic's model.
-        policy: Hugging Face name or directory of the policy.
-        tokenizer: the tokenizer of the policy.
-
-    Raises ConfigError if the model cannot be loaded, if its head has two layers, or if it reads other tokens.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from r2m_async.models.critic import check_one_layer
-
-    _hidden_size("critic.model", critic)
-    check_one_layer(critic)
-    try:
-        own = AutoTokenizer.from_pretrained(critic).get_vocab()
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"critic.model: {critic!r} has no tokenizer that can be loaded. {reason}") from None
-    token_of = {number: token for token, number in own.items()}
-    size, needed = (AutoConfig.from_pretrained(one).get_text_config().vocab_size for one in (critic, policy))
-    # An embedding may be padded beyond the tokens of the tokenizer. The critic need not have the padding.
-    needed = min(needed, len(tokenizer))
-    if size < needed or any(token_of.get(number, token) != token for token, number in tokenizer.get_vocab().items()):
-        raise ConfigError(
-            f"critic.model is {critic!r} and model.policy is {policy!r}: the critic reads the policy's tokens, and their "
-            f"tokenizers differ; name a model with the same one, or leave critic.model out"
-        )
 
 
 def check_engine(config: R2MConfig) -> None:

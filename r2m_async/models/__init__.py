@@ -1,6 +1,8 @@
 """This folder holds the networks (policy, reward model, reward head, critic) and everything that is computed with them.
 
 loading.py           loads a model: checks, device, threads, activation checkpointing
+pretrained.py        loads models, configs and tokenizers that others have trained, whole or not at all
+tokens.py            what a tokenizer and a model must agree on; the text of response tokens
 weight_files.py      checks the weight files of a model before they are loaded
 weights.py           copies parameters, fingerprints them for the way to an engine, and keeps float32 masters
 batches.py           forms batches of texts: which go together, and how they are padded

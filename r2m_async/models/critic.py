@@ -20,8 +20,8 @@ from r2m_async.errors import ConfigError
 from r2m_async.finite import check_weights
 from r2m_async.models.loading import settled
 from r2m_async.models.policy import PassInputs, by_response, microbatches, response_mask
+from r2m_async.models.pretrained import pretrained_model
 from r2m_async.models.reward import second_layer
-from r2m_async.models.weight_files import check_weight_files
 from r2m_async.trajectories import Trajectory
 
 
@@ -79,6 +79,31 @@ def check_one_layer(path: str) -> None:
         )
 
 
+def critic_classifier(path: str, config: R2MConfig, weightless: bool = False) -> Any:
+    """Loads the sequence classifier of a critic in the policy's dtype. If its head is not `has_head`, it is random.
+
+    path, weightless: as in `pretrained_model`.
+
+    Raises ConfigError as `pretrained_model` does, and if the model has no linear head `score` or a head of two layers.
+    """
+    check_one_layer(path)
+    classifier = pretrained_model(
+        "critic.model",
+        path,
+        "classifier",
+        head="either",  # a head of several labels, or none, is replaced later
+        num_labels=1,
+        dtype=getattr(torch, config.model.dtype),
+        attention=config.model.attention,
+        weightless=weightless,
+    )
+    if not isinstance(getattr(classifier, "score", None), nn.Linear):
+        raise ConfigError(
+            f"critic.model: {path!r} is a {type(classifier).__name__}, which has no linear head `score`; name a decoder model"
+        )
+    return classifier
+
+
 def load_critic(path: str, config: R2MConfig) -> ValueModel:
     """Loads the critic in the policy's dtype, moves it to the configured device and puts it into eval mode.
 
@@ -88,32 +113,10 @@ def load_critic(path: str, config: R2MConfig) -> ValueModel:
     Raises ConfigError if the model cannot be loaded, has no linear head `score`, has a head of two layers, or has
     weights that are not finite.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    check_weight_files("critic.model", path)
-    try:
-        classifier, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            num_labels=1,
-            ignore_mismatched_sizes=True,  # a classifier of several labels loads too: its head is replaced below
-            output_loading_info=True,
-            dtype=getattr(torch, config.model.dtype),
-            attn_implementation=config.model.attention,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"critic: {path!r} cannot be loaded as a critic: {error}; name another in critic.model"
-        ) from None
-    check_one_layer(path)
-    head = getattr(classifier, "score", None)
-    if not isinstance(head, nn.Linear):
-        raise ConfigError(
-            f"critic: {path!r} is a {type(classifier).__name__}, which has no linear head `score`; name a decoder model in "
-            f"critic.model"
-        )
-    mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]}
-    if "score.weight" in {*info["missing_keys"], *mismatched}:
-        # transformers drew this head at random. Zeros make every value 0 at first, so that the first step's advantages
+    classifier = critic_classifier(path, config)
+    head = classifier.score
+    if not classifier.has_head:
+        # transformers drew the head at random. Zeros make every value 0 at first, so that the first step's advantages
         # hold rewards and no noise.
         nn.init.zeros_(head.weight)
     check_weights(classifier, "critic.model", path)

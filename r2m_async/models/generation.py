@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from r2m_async.finite import no_probability
+from r2m_async.models.tokens import ResponseText, end_of_text
 from r2m_async.trajectories import Ticket, Trajectory, TrajectoryGroup
 
 
@@ -133,8 +133,9 @@ def sample_groups(
     """
     num_rows = num_responses + greedy_twin
     prompts = [torch.tensor(ticket.prompt.token_ids) for ticket in tickets]
-    eos = eos_ids(model.generation_config, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    eos = end_of_text(tokenizer, model.config, model.generation_config)
+    # The mask hides padding, so any token will do that the model has. It may not have the tokenizer's padding token.
+    pad = eos[0]
     input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left").to(model.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     width = input_ids.shape[1]
@@ -146,13 +147,14 @@ def sample_groups(
         input_ids=input_ids.repeat_interleave(num_rows, 0),
         attention_mask=attention_mask.repeat_interleave(num_rows, 0),
         generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, do_sample=False
+            max_new_tokens=max_new_tokens, eos_token_id=list(eos), pad_token_id=pad, do_sample=False
         ),
         logits_processor=LogitsProcessorList([draw]),
         stopping_criteria=StoppingCriteriaList([aborts]),
     ).cpu()
     logprobs, groups = draw.logprobs().cpu(), []
     for index, (ticket, prompt) in enumerate(zip(tickets, prompts, strict=True)):
+        text_of = ResponseText(tokenizer, ticket.prompt.token_ids)
         rows = range(index * num_rows, (index + 1) * num_rows)
         both = tuple(
             _trajectory(
@@ -162,7 +164,7 @@ def sample_groups(
                 set(eos),
                 max_new_tokens,
                 version,
-                tokenizer,
+                text_of,
             )
             for row in rows
         )
@@ -171,36 +173,20 @@ def sample_groups(
     return groups
 
 
-def checkpoint_generation_config(path: str) -> GenerationConfig:
-    """Returns the generation config that transformers gives a model loaded from `path`, without loading the model.
-
-    path: HF name or directory. A model without generation_config.json gets one made from its config.json.
-    """
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
-
-
-def eos_ids(generation_config: GenerationConfig, tokenizer: Any) -> list[int]:
-    """Returns the ids of the tokens that end a response.
-
-    They are the end-of-text tokens of `generation_config`, of which chat models have several. If it names none, they
-    are the tokenizer's only one.
-    """
-    ids = generation_config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    return list(ids) if isinstance(ids, list | tuple) else [ids]
-
-
 def _trajectory(
-    prompt: Tensor, drawn: Tensor, logprobs: Tensor, eos: set[int], limit: int, version: int, tokenizer: Any
+    prompt: Tensor,
+    drawn: Tensor,
+    logprobs: Tensor,
+    eos: set[int],
+    limit: int,
+    version: int,
+    text_of: Callable[[list[int]], str],
 ) -> Trajectory:
     """Builds the trajectory of one row.
 
     prompt: [prompt tokens] int64, without padding. drawn: [tokens] int64, cut where the group was aborted, but with
     whatever follows the first end-of-text token. logprobs: [tokens drawn] float32. limit: the most response tokens.
+    text_of: returns the text of response tokens after this prompt.
     """
     response = drawn.tolist()
     end = next((index + 1 for index, token in enumerate(response) if token in eos), None)
@@ -213,5 +199,5 @@ def _trajectory(
         behaviour_logprobs=torch.cat([torch.zeros(len(prompt)), logprobs[:length]]),
         policy_versions=torch.cat([torch.full((len(prompt),), -1), torch.full((length,), version)]).to(torch.int32),
         finish_reason=finish_reason,
-        text=tokenizer.decode(response[:length], skip_special_tokens=True),
+        text=text_of(response[:length]),
     )

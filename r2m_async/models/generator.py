@@ -77,15 +77,16 @@ class TransformersGenerator:
         Raises ConfigError if a weight is not finite.
         """
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         from r2m_async.finite import check_weights
-        from r2m_async.models.generation import eos_ids
+        from r2m_async.models.pretrained import pretrained_model
+        from r2m_async.models.tokens import end_of_text
 
         self._max_new_tokens = options.max_new_tokens
-        model = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)
+        model = pretrained_model("MODEL", options.path, dtype=options.dtype)
         check_weights(model, "MODEL", options.path)
-        self._eos = eos_ids(model.generation_config, options.tokenizer)
+        self._eos = list(end_of_text(options.tokenizer, model.config, model.generation_config))
         model.generation_config = GenerationConfig()  # drops the sampling settings that came with the model
         self._model: Any = model.eval()
         self._model.to("cuda" if torch.cuda.is_available() else "cpu")

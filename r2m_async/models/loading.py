@@ -11,7 +11,10 @@ import torch
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.finite import check_weights
-from r2m_async.models.weight_files import check_weight_files
+from r2m_async.models.pretrained import pretrained_model
+
+_CAUSAL_LENGTH = 8
+"""Tokens of the text with which `check_causal` tries a model."""
 
 
 def load_policy(path: str, config: R2MConfig) -> Any:
@@ -23,24 +26,43 @@ def load_policy(path: str, config: R2MConfig) -> Any:
     even in a copy that never trains. Without it torch picks other CPU kernels, also where no gradient is recorded,
     and those round differently.
 
-    Raises ConfigError if a weight file is damaged, a weight is not finite, or the attention's package is not installed.
+    Raises ConfigError as `pretrained_model` does, and if a weight is not finite or the model is not causal.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    dtype = getattr(torch, config.model.dtype)
-    check_weight_files("model.reference" if path == config.model.reference else "model.policy", path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=config.model.attention, trust_remote_code=False
-        )
-    except ImportError as error:
-        raise ConfigError(f"model.attention is {config.model.attention!r}: {error}; or use sdpa") from None
-    check_weights(model, "model.reference" if path == config.model.reference else "model.policy", path)
+    key, dtype = policy_key(path, config), getattr(torch, config.model.dtype)
+    model = pretrained_model(key, path, dtype=dtype, attention=config.model.attention)
+    check_weights(model, key, path)
     # Sampling would apply the model's own penalties and bans, and training would not. Their log-probabilities differ.
     own = model.generation_config
     ends = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id, "bos_token_id": own.bos_token_id}
     model.generation_config = GenerationConfig(**ends)
-    return settled(model, config.run.device)
+    settled(model, config.run.device)
+    check_causal(model, key, path)
+    return model
+
+
+def policy_key(path: str, config: R2MConfig) -> str:
+    """Returns the key of the config that names this policy: `model.reference` or `model.policy`."""
+    return "model.reference" if path == config.model.reference else "model.policy"
+
+
+@torch.no_grad()
+def check_causal(model: Any, key: str, path: str) -> None:
+    """Raises ConfigError if what a model computes at a token depends on a later token.
+
+    transformers loads BERT and its kin as causal language models, too. They read a text in both directions, so their
+    probability of a token that they have seen means nothing.
+    """
+    ids_2S = torch.arange(_CAUSAL_LENGTH, device=model.device).repeat(2, 1) % model.config.get_text_config().vocab_size
+    ids_2S[1, -1] = (ids_2S[1, -1] + 1) % model.config.get_text_config().vocab_size
+    one, other = model.base_model(input_ids=ids_2S, use_cache=False).last_hidden_state[:, :-1].float()
+    # Both rows are computed in one batch. They differ by rounding at most, and that by far less than the states' size.
+    if (one - other).norm() > 1e-2 * one.norm():
+        raise ConfigError(
+            f"{key}: {path!r} ({type(model).__name__}) reads a text in both directions, and a policy must read it from left "
+            f"to right: name a causal language model"
+        )
 
 
 @torch.no_grad()

@@ -29,11 +29,13 @@ from transformers.utils import cached_file
 
 from r2m_async.config import R2MConfig
 from r2m_async.data.reward_text import reward_input_ids
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, StepFailed
 from r2m_async.finite import check_embeddings, check_weights, response_name, stop_or_log
 from r2m_async.models.batches import right_padded
 from r2m_async.models.loading import settled
-from r2m_async.models.weight_files import SECOND_LAYER, check_weight_files
+from r2m_async.models.pretrained import pretrained_config, pretrained_model, pretrained_tokenizer, quiet
+from r2m_async.models.tokens import num_positions, num_tokens_known, unknown_token
+from r2m_async.models.weight_files import SECOND_LAYER
 from r2m_async.plugins import FLOAT32_MAX
 from r2m_async.rewards.calls import Values, start_calls
 from r2m_async.trajectories import Prompt, RewardEmbeddings, Trajectory, TrajectoryGroup
@@ -89,6 +91,30 @@ def scored_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return (positions * (input_ids != pad_token_id)).argmax(-1)
 
 
+def know_padding(model: Any, tokenizer: Any, key: str, name: str | Path) -> None:
+    """Sets the padding token in a classifier's config to that of its tokenizer, if the config has none.
+
+    Texts of several lengths are scored together, each at its last token that is not padding. So the token must be known.
+
+    key, name: the model's, for messages. Raises ConfigError if nobody names a padding token, or if the model has no
+    embedding for it.
+    """
+    text_config = model.config.get_text_config()
+    if text_config.pad_token_id is None or text_config.pad_token_id < 0:
+        text_config.pad_token_id = tokenizer.pad_token_id
+    if (pad := text_config.pad_token_id) is None:
+        raise ConfigError(
+            f"{key} {str(name)!r}: neither its config (pad_token_id) nor its tokenizer (pad_token) names a padding token, so "
+            f"texts of several lengths cannot be scored together; save it with one"
+        )
+    if pad >= text_config.vocab_size:
+        raise ConfigError(
+            f"{key} {str(name)!r}: its padding token has the id {pad}, and the model has embeddings for "
+            f"{text_config.vocab_size} tokens: resize the embeddings (resize_token_embeddings) and save the model anew, or "
+            f"name another padding token"
+        )
+
+
 def two_layer_head(hidden_size: int, width: int) -> nn.Sequential:
     """Returns a new scoring head with two layers, as GRM has it.
 
@@ -97,18 +123,19 @@ def two_layer_head(hidden_size: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, 1))
 
 
-def load_classifier(path: str | Path, **how: Any) -> PreTrainedModel:
+def load_classifier(path: str | Path, key: str = "reward model", **how: Any) -> PreTrainedModel:
     """Loads a sequence classifier that transformers or `save_classifier` wrote, a scoring head of two layers included.
 
-    path: HF name or directory. how: further arguments of transformers' `from_pretrained`.
-    """
-    from transformers import AutoModelForSequenceClassification
+    path: HF name or directory. key: names the model in messages. how: further arguments of `pretrained_model`.
 
-    model = AutoModelForSequenceClassification.from_pretrained(path, **how)
+    Raises ConfigError as `pretrained_model` does, also if the files lack the trained head.
+    """
+    model = pretrained_model(key, path, "classifier", **how)
     if rest := second_layer(path):
         first = model.score.weight  # [width, D_m]; transformers takes it for a linear head of `width` labels
         _give_two_layers(model)
-        model.score.load_state_dict(load_file(rest) | {"0.weight": first.detach()})
+        if not first.is_meta:
+            model.score.load_state_dict(load_file(rest) | {"0.weight": first.detach()})
         model.score.to(first.dtype)
     return model
 
@@ -118,10 +145,10 @@ def classifier_skeleton(path: str | Path) -> PreTrainedModel:
 
     path: HF name or directory. Only the config is read.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(path))
+        model = AutoModelForSequenceClassification.from_config(pretrained_config("reward model", path))
         if second_layer(path):
             _give_two_layers(model)
     return model
@@ -165,7 +192,8 @@ def save_classifier(model: PreTrainedModel, directory: Path, weights: Mapping[st
     with torch.device("meta"):
         plain = type(model)(config)
     plain.load_state_dict(weights, assign=True)
-    plain.save_pretrained(directory)
+    with quiet():
+        plain.save_pretrained(directory)
     if isinstance(model.score, nn.Sequential):
         save_file(rest, directory / SECOND_LAYER)
 
@@ -175,11 +203,12 @@ def load_reward_model(path: str, config: R2MConfig) -> PreTrainedModel:
 
     path: HF name or directory.
 
-    Raises ConfigError if a weight file is damaged, the model has more labels than one, or a weight is not finite.
+    Raises ConfigError as `load_classifier` and `know_padding` do, and if the model has more labels than one or a weight
+    is not finite.
     """
-    check_weight_files("reward.model", path)
-    model = load_classifier(path, dtype=getattr(torch, config.reward.dtype))
+    model = load_classifier(path, "reward.model", dtype=getattr(torch, config.reward.dtype))
     scoring_head(model)  # raises unless the model can be one
+    know_padding(model, pretrained_tokenizer("reward.model", path), "reward.model", path)
     check_weights(model, "reward.model", path)
     return settled(model, config.run.device).requires_grad_(False)
 
@@ -214,13 +243,13 @@ def embed_group(
     if calls is None and config.reward.functions:
         calls = start_calls(group, config)
     both = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
+    place = group.ticket.place
     num = len(group.trajectories)
     rte, frozen = torch.zeros(len(both), 0), torch.zeros(num)
     if model is not None:
         with _ONE_PASS:
-            rte, frozen = _embedded(model, tokenizer, group.ticket.prompt, both, num, config)
+            rte, frozen = _embedded(model, tokenizer, group.ticket.prompt, both, num, place, config)
     values = calls.result() if calls else ((),) * len(both)
-    place = group.ticket.place
     penalties = [_penalty(trajectory, config) for trajectory in both]
     bonus = torch.tensor(
         [
@@ -249,13 +278,15 @@ def _embedded(
     prompt: Prompt,
     trajectories: Sequence[Trajectory],
     num_frozen: int,
+    place: str,
     config: R2MConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the embeddings [B, D_m] of B responses to a prompt, and the frozen rewards of the first `num_frozen`."""
-    rows = [
-        reward_input_ids(tokenizer, prompt.content, t.text, t.finish_reason == "stop", config.reward.max_tokens)
-        for t in trajectories
-    ]
+    """Returns the embeddings [B, D_m] of B responses to a prompt, and the frozen rewards of the first `num_frozen`.
+
+    place: the group's name in messages.
+    """
+    limit = num_positions(model.config) if config.reward.max_tokens is None else config.reward.max_tokens
+    rows = [_read(tokenizer, prompt, one, limit, model, place) for one in trajectories]
     input_ids, mask = right_padded(rows, model.config.get_text_config().pad_token_id or 0, model.device)
     rte = reward_token_embeddings(model, input_ids, mask.long()).float().cpu()
     phi = scoring_head(model)
@@ -263,6 +294,31 @@ def _embedded(
     weights = {name: weight.float() for name, weight in phi.named_parameters()}
     frozen = torch.func.functional_call(phi, weights, (rte[:num_frozen].to(model.device),)).squeeze(-1).cpu()
     return rte, frozen
+
+
+def _read(tokenizer: Any, prompt: Prompt, response: Trajectory, limit: int | None, model: Any, place: str) -> list[int]:
+    """Returns the token ids of a response as the reward model reads it, at most `limit`.
+
+    Raises StepFailed if the chat template refuses the response, or if the model has no embedding for a token.
+    """
+    import jinja2
+
+    finished = response.finish_reason == "stop"
+    try:
+        ids = reward_input_ids(tokenizer, prompt.content, response.text, finished, limit)
+    except (jinja2.TemplateError, ValueError) as error:
+        how = "finished" if finished else "unfinished"
+        raise StepFailed(
+            f"{place}: the chat template of reward.model's tokenizer refuses the {how} response {response.text[:60]!r} "
+            f"({error}); correct the template (chat_template)"
+        ) from None
+    if (unknown := unknown_token(ids, model.config)) is not None:
+        raise StepFailed(
+            f"{place}: the token {tokenizer.convert_ids_to_tokens(unknown)!r} ({unknown}) of the response "
+            f"{response.text[:60]!r} has no embedding in reward.model, which knows {num_tokens_known(model.config)} tokens: "
+            f"resize its embeddings and save it anew"
+        )
+    return ids
 
 
 def _penalty(trajectory: Trajectory, config: R2MConfig) -> tuple[float, float, float]:

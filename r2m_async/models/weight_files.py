@@ -36,6 +36,11 @@ def check_weight_files(key: str, name: str | Path) -> None:
             ) from None
 
 
+def weights_are_here(name: str | Path) -> bool:
+    """Returns whether a model's weights are on this machine. name: HF name or directory."""
+    return Path(name).is_dir() or any(_found(name, file) for file in (_WEIGHTS, _INDEX))
+
+
 def _files(key: str, name: str | Path) -> Iterator[Path]:
     """Returns the model's weight files on this machine: those of its index if it has one, and the head's second part.
 

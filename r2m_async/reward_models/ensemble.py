@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from r2m_async.data.reward_text import Message, reward_input_ids
-from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.errors import ConfigError
 from r2m_async.from_scratch.pretraining import score
+from r2m_async.models.pretrained import pretrained_tokenizer
 from r2m_async.models.reward import load_classifier, scoring_head
-from r2m_async.models.weight_files import check_weight_files
+from r2m_async.models.tokens import longest_text
 from r2m_async.reward_models.config import RewardModelConfig
 
 
@@ -27,8 +28,6 @@ class RewardEnsemble:
 
         Raises ConfigError if the run lacks a model that it has yet to train, and if `source` is not a reward model.
         """
-        from transformers import AutoTokenizer
-
         self.source = str(source)
         run = Path(source)
         if (run / "config.yaml").is_file():
@@ -39,16 +38,16 @@ class RewardEnsemble:
                     raise ConfigError(f"{directory}: is not there yet; finish with `r2m reward-model resume {run}`")
         else:
             self.config, directories = RewardModelConfig(), [source]
-        for directory in directories:
-            check_weight_files("reward model", directory)
-        try:
-            # All models of a run start from one model, so one tokenizer serves them all.
-            self.tokenizer = AutoTokenizer.from_pretrained(directories[0], trust_remote_code=False)
-            self.models = [load_classifier(directory, trust_remote_code=False) for directory in directories]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{source}: no reward model can be loaded: {error}; {name_remedy(source)}") from None
+        self.models = [load_classifier(directory) for directory in directories]
+        # All models of a run start from one model, so one tokenizer serves them all.
+        self.tokenizer = pretrained_tokenizer("reward model", directories[0])
         for model in self.models:
             scoring_head(model)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a text that is scored. A longer one loses the beginning of its prompt."""
+        return longest_text(self.config.data.max_tokens, self.models[0].config)
 
     def score(self, prompt: str | Sequence[Message], responses: Sequence[str], finished: bool = True) -> Tensor:
         """Rewards [n], float32, of n responses to one prompt.
@@ -57,10 +56,7 @@ class RewardEnsemble:
         responses: n texts.
         finished: whether the responses ended by themselves; false means that they were cut off.
         """
-        ids = [
-            reward_input_ids(self.tokenizer, prompt, response, finished, self.config.data.max_tokens)
-            for response in responses
-        ]
+        ids = [reward_input_ids(self.tokenizer, prompt, response, finished, self.max_tokens) for response in responses]
         return self.score_ids(ids)
 
     def score_ids(self, sequences: Sequence[list[int]]) -> Tensor:

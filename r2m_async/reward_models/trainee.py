@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.errors import ConfigError
 from r2m_async.finite import check_weights
 from r2m_async.models.adapters import add_adapters, publications
 from r2m_async.models.batches import right_padded
 from r2m_async.models.loading import settled
-from r2m_async.models.reward import save_classifier, scored_positions, two_layer_head
-from r2m_async.models.weight_files import check_weight_files
+from r2m_async.models.pretrained import pretrained_model, pretrained_tokenizer
+from r2m_async.models.reward import know_padding, save_classifier, scored_positions, two_layer_head
+from r2m_async.models.tokens import check_tokens
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.preferences import TokenizedText
 
@@ -147,35 +148,23 @@ def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
 
     Raises ConfigError if either cannot be loaded, if the head is not one linear layer, or if there is no padding token.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    check_weight_files("model.start", start)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(start, trust_remote_code=False)
-        classifier, info = AutoModelForSequenceClassification.from_pretrained(
-            start,
-            num_labels=1,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            dtype=getattr(torch, config.model.dtype),
-            attn_implementation=config.model.attention,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.start {start!r}: cannot be loaded: {error}; {name_remedy(start)}") from None
+    classifier = pretrained_model(
+        "model.start",
+        start,
+        "classifier",
+        head="either",
+        num_labels=1,
+        dtype=getattr(torch, config.model.dtype),
+        attention=config.model.attention,
+    )
+    tokenizer = pretrained_tokenizer("model.start", start)
     if not isinstance(getattr(classifier, "score", None), nn.Linear):
         raise ConfigError(
             f"model.start {start!r}: {type(classifier).__name__} has no linear head `score`; start with a decoder model"
         )
-    # A padded text is scored at its last token that is not padding, so the padding token has to be known.
-    text_config = classifier.config.get_text_config()
-    if text_config.pad_token_id is None:
-        text_config.pad_token_id = tokenizer.pad_token_id
-    if text_config.pad_token_id is None:
-        raise ConfigError(f"model.start {start!r}: has no padding token; save it with a tokenizer that has a pad_token")
-    # If the files lack the head, or have one of several labels, transformers drew a head at random.
-    mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]}
-    return tokenizer, classifier, "score.weight" not in {*info["missing_keys"], *mismatched}
+    check_tokens("model.start", start, tokenizer, classifier.config)
+    know_padding(classifier, tokenizer, "model.start", start)
+    return tokenizer, classifier, classifier.has_head
 
 
 def _new_head(classifier: Any, config: RewardModelConfig) -> nn.Module:
@@ -200,17 +189,10 @@ def _lm_head(start: str, classifier: Any, config: RewardModelConfig) -> nn.Modul
 
     If the head shares its weight with the token embeddings, it shares that of the classifier's embeddings here.
     """
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(start, output_loading_info=True, dtype=classifier.dtype)
+    key = f"loss.regularizer is {config.loss.regularizer!r}, which keeps the language-model head of model.start; model.start"
+    model = pretrained_model(key, start, dtype=classifier.dtype, spare=("score.",))
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
-    # A head that is missing from the files is not an error to transformers, which draws one at random.
-    if any(module is head and f"{name}.weight" in info["missing_keys"] for name, module in model.named_modules()):
-        raise ConfigError(
-            f"loss.regularizer is {config.loss.regularizer!r} and model.start {start!r} has no language-model head to keep; "
-            f"start with a causal language model"
-        )
     # `model` is dropped after this. Its own embeddings would be a copy, and head and embeddings would train apart.
     if tied:
         head.weight = classifier.get_input_embeddings().weight

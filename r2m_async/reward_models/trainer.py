@@ -17,6 +17,7 @@ from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.finite import all_finite, first_bad
 from r2m_async.from_scratch.cache import key_digest
+from r2m_async.models.tokens import longest_text
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.frozen_states import OnTexts, frozen_states
 from r2m_async.reward_models.preferences import (
@@ -203,8 +204,9 @@ class RewardTrainer:
         self.steps_done = int(record["step"])
 
     def _tokenized(self, pairs: Sequence[Any]) -> list[TokenizedPair]:
-        """The pairs as tokens, cut to `data.max_tokens`."""
-        return [tokenized(pair, self.model.tokenizer, self.config.data.max_tokens) for pair in pairs]
+        """The pairs as tokens, cut to `data.max_tokens` or to the model's positions."""
+        limit = longest_text(self.config.data.max_tokens, self.model.classifier.config)
+        return [tokenized(pair, self.model.tokenizer, limit) for pair in pairs]
 
     def _batch(self, step: int) -> list[int]:
         """Indices of the pairs of a step's batch.

@@ -425,7 +425,7 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(tmp_path, files, caps
         assert main([*common, *arguments]) == 2
         assert message in capsys.readouterr().err
     assert main(["eval", "generate", str(tmp_path / "no"), *common[3:], "--out", str(tmp_path)]) == 2
-    assert "no model can be loaded" in capsys.readouterr().err
+    assert "cannot be loaded" in capsys.readouterr().err
     monkeypatch.setattr(offline_generation.importlib.util, "find_spec", lambda name: None)
     assert main([*common, "--out", str(tmp_path / "new"), "--engine", "vllm"]) == 2
     assert "vLLM is not installed: pip install" in capsys.readouterr().err and not (tmp_path / "new").exists()

@@ -129,7 +129,7 @@ def test_what_cannot_be_compared_is_refused(tiny, pairs_file, tmp_path):
     policy, pairs = tiny("qwen2", False), str(pairs_file)
     with pytest.raises(ConfigError, match="no pairs to read; give --pairs"):
         policy_states(PolicySources(policy=policy))
-    with pytest.raises(ConfigError, match="no/such-policy: no policy can be loaded"):
+    with pytest.raises(ConfigError, match="policy: 'no/such-policy' cannot be loaded"):
         policy_states(PolicySources(policy="no/such-policy", pairs=pairs))
     wide = shutil.copytree(policy, tmp_path / "wide")
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy, hidden_size=64)).save_pretrained(wide)

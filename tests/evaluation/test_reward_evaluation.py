@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny import SHARED_DATA
+from tiny import SHARED_DATA, WORDS, save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from r2m_async.cli import main
@@ -374,12 +374,12 @@ def test_an_exported_head_reads_its_policys_feedback_at_the_last_step(tiny, tiny
     unnamed = evaluate(str(tmp_path / "out"), EvaluationSources(pairs=pairs))
     assert unnamed["feedback"] == results["feedback"] | {"initial_policy": None, "before": None}
     assert "| with feedback, before training | not known: give --initial-policy |" in table(unnamed)
-    other = tiny("gpt_neox", True)
+    other = save_tiny_model(tmp_path / "wide", "gpt_neox", False, WORDS, seed=0, width=48)
     with pytest.raises(
         ConfigError, match=r"its states have 48 numbers and the exported head reads 32; name the policy"
     ):
         RewardScorer(tmp_path / "out", "cpu", initial_policy=other)
-    with pytest.raises(ConfigError, match="no/such-policy: no policy can be loaded"):
+    with pytest.raises(ConfigError, match="'no/such-policy' cannot be loaded"):
         RewardScorer(tmp_path / "out", "cpu", initial_policy="no/such-policy")
 
 
@@ -393,9 +393,11 @@ def test_the_embedded_reward_model_is_evaluated_by_name(little_embedded):
 def test_what_cannot_be_evaluated_is_refused(tiny, runs, tmp_path):
     with pytest.raises(ConfigError, match="nothing to evaluate on; give --pairs, --rm-bench or --embedded"):
         evaluate(tiny("llama", True))
-    with pytest.raises(ConfigError, match="num_labels = 2"):
+    with pytest.raises(
+        ConfigError, match="its files lack score.weight; without its trained head it is no reward model"
+    ):
         evaluate(tiny("llama", False))
-    with pytest.raises(ConfigError, match="no/such-model: no reward model can be loaded"):
+    with pytest.raises(ConfigError, match="reward model: 'no/such-model' cannot be loaded"):
         evaluate("no/such-model")
     (tmp_path / "config.yaml").write_text((runs["single"] / "config.yaml").read_text())
     with pytest.raises(ConfigError, match=r"seed-3/model: is not there yet; finish with `r2m reward-model resume"):

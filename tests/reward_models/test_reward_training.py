@@ -564,7 +564,7 @@ def test_records_that_a_loss_cannot_use_are_refused_by_line(config, tmp_path, re
 
 
 def test_starts_that_lack_what_is_asked_for_are_refused(config, tiny):
-    with pytest.raises(ConfigError, match="has no language-model head to keep"):
+    with pytest.raises(ConfigError, match="lack lm_head.weight; it has no language-model head to keep"):
         trainer_of(config.model(start=tiny("llama", True)).loss(regularizer="sft"))
     with pytest.raises(ConfigError, match="head.init is 'keep' and model.start .* has no head"):
         trainer_of(config.head(init="keep"))

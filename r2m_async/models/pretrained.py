@@ -1,0 +1,233 @@
+"""Loads what others have trained: models, their configs and their tokenizers. Every command loads them here.
+
+transformers forgives what a run cannot use. It draws weights at random that the files lack, leaves out weights that it
+does not know, and says so in a report that nobody reads. Here such a model is refused, and the weights are named.
+
+`key` is what the user calls the model in the config or on the command line, such as `model.policy`. `name` is what he
+gave for it: a name at Hugging Face, or a directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.models.weight_files import check_weight_files
+
+Kind = Literal["language model", "classifier"]
+"""A causal language model, or a sequence classifier: a decoder with a head `score`."""
+Head = Literal["kept", "new", "either"]
+"""What is expected of a classifier's head. `kept`: its weights must be in the files. `new`: the caller replaces it.
+`either`: the caller asks `has_head`."""
+
+_LANGUAGE_MODEL_HEADS = ("lm_head.", "embed_out.")
+"""How the weights of a language model's head begin. A classifier has no use for them."""
+_CLASSIFIER_HEAD = "score."
+_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
+"""What transformers raises for files that it cannot use."""
+_SHOWN = 6
+"""The most weights that a message names."""
+
+
+def pretrained_config(key: str, name: str | Path, fetch: bool = True) -> Any:
+    """Returns the config of a model, as transformers has it. Weights are not read.
+
+    fetch: whether a model that is not on this machine may be looked up at Hugging Face. If not, the result for such a
+        model is None.
+
+    Raises ConfigError if there is no such model, or if it is of a sort that cannot be used here: quantised weights,
+    adapters without their model, an encoder-decoder, an architecture that transformers does not have.
+    """
+    from transformers import AutoConfig
+
+    if Path(name, "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{key}: {str(name)!r} holds adapters (adapter_config.json) and is no model by itself: merge them into their "
+            f"base model (peft's merge_and_unload), and name what you save then"
+        )
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=not fetch, trust_remote_code=False)
+    except _FAILURES as error:
+        if isinstance(error, OSError) and not fetch and not Path(name).exists():
+            return None
+        raise _refusal(key, name, error) from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{key}: {str(name)!r} has quantised weights (quantization_config in its config.json), which cannot be trained "
+            f"or compared bit for bit: name the model without quantisation"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{key}: {str(name)!r} is an encoder-decoder ({config.model_type}): prompt and response must be one text that a "
+            f"decoder reads; name a decoder-only model"
+        )
+    return config
+
+
+def pretrained_generation_config(key: str, name: str | Path) -> Any:
+    """Returns the generation config that transformers would give the model, without loading the model.
+
+    A model without generation_config.json gets one made from its config.json. Raises ConfigError as `pretrained_config`.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return GenerationConfig.from_model_config(pretrained_config(key, name))
+
+
+def pretrained_tokenizer(key: str, name: str | Path) -> Any:
+    """Returns the tokenizer of a model. Raises ConfigError if there is none, or if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except _FAILURES as error:
+        raise ConfigError(
+            f"{key}: {str(name)!r} has no tokenizer that can be loaded: {_first_line(error)}; save the model's tokenizer "
+            f"beside it"
+        ) from None
+
+
+def pretrained_model(
+    key: str,
+    name: str | Path,
+    kind: Kind = "language model",
+    *,
+    dtype: Any = "auto",
+    attention: str | None = None,
+    head: Head = "kept",
+    spare: tuple[str, ...] = (),
+    weightless: bool = False,
+    **how: Any,
+) -> Any:
+    """Loads a model, and makes sure that all its weights come from the files.
+
+    kind: what the model is loaded as.
+    dtype: number format of the weights. `auto` is that of the files.
+    attention: name of the attention implementation in transformers. None leaves the choice to transformers.
+    head: what is expected of a classifier's head. A language model's head is always kept.
+    spare: beginnings of the names of weights that the files may have besides. For a classifier, those of the head of a
+        language model always are.
+    weightless: True checks all that loading checks, but reads no weights: the parameters are on torch's device `meta`.
+    how: further arguments of transformers' `from_pretrained`.
+
+    The result has the attribute `has_head`: whether its head came from the files.
+
+    Raises ConfigError if the model cannot be loaded, if the files lack a weight or have one that the model does not
+    know, if a weight has another shape, and if the model lacks the attention.
+    """
+    import transformers
+
+    check_weight_files(key, name)
+    pretrained_config(key, name)
+    auto = {
+        "language model": transformers.AutoModelForCausalLM,
+        "classifier": transformers.AutoModelForSequenceClassification,
+    }[kind]
+    if attention is not None:
+        how["attn_implementation"] = attention
+    if weightless:
+        how["device_map"] = "meta"
+    try:
+        with quiet():
+            model, report = auto.from_pretrained(
+                name,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                trust_remote_code=False,
+                **how,
+            )
+    except _FAILURES as error:
+        raise _loading_failure(key, name, attention, error) from None
+    missing, unexpected, mismatched = (
+        _names(report[f"{what}_keys"]) for what in ("missing", "unexpected", "mismatched")
+    )
+    drawn = {one for one in missing | mismatched if one.startswith(_CLASSIFIER_HEAD)} if kind == "classifier" else set()
+    model.has_head = not drawn
+    if head != "kept":
+        missing, mismatched = missing - drawn, mismatched - drawn
+    spare += _LANGUAGE_MODEL_HEADS if kind == "classifier" else ()
+    unexpected = {one for one in unexpected if not one.startswith(spare)}
+    _check_report(key, name, model, kind, missing, unexpected, mismatched)
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' progress bars and loading reports from the user, within the block."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _names(keys: Iterable[Any]) -> set[str]:
+    """The names of weights in transformers' report, where a name may stand in a tuple with its shapes."""
+    return {str(one[0] if isinstance(one, tuple) else one) for one in keys}
+
+
+def _check_report(
+    key: str, name: str | Path, model: Any, kind: Kind, missing: set[str], unexpected: set[str], mismatched: set[str]
+) -> None:
+    """Raises ConfigError if weights of the files and of the model differ."""
+    said = [
+        f"{what} {_listed(names)}"
+        for what, names in (
+            ("lack", missing),
+            ("also have, and the model does not know,", unexpected),
+            ("have in another shape", mismatched),
+        )
+        if names
+    ]
+    if not said:
+        return
+    reason = f"its files {', and '.join(said)}"
+    if kind == "language model" and any(one.startswith(_CLASSIFIER_HEAD) for one in unexpected):
+        remedy = "these are the files of a reward model: name a causal language model"
+    elif kind == "language model" and any(one.startswith(_LANGUAGE_MODEL_HEADS) for one in missing):
+        remedy = "it has no language-model head to keep: name a causal language model"
+    elif kind == "classifier" and any(one.startswith(_CLASSIFIER_HEAD) for one in missing | mismatched):
+        remedy = (
+            "without its trained head it is no reward model: name one that was saved with its head `score`, or train one "
+            "with `r2m reward-model train`"
+        )
+    else:
+        remedy = "transformers would draw what is lacking at random: save the model anew with all its weights, or name another"
+    raise ConfigError(f"{key}: {str(name)!r} is loaded as a {type(model).__name__}, and {reason}; {remedy}")
+
+
+def _listed(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more weights"
+
+
+def _loading_failure(key: str, name: str | Path, attention: str | None, error: BaseException) -> ConfigError:
+    """The error for a model that transformers refuses to load. It names the attention if that is the reason."""
+    said = str(error)
+    if attention is not None and (isinstance(error, ImportError) or "attn_implementation" in said or attention in said):
+        return ConfigError(
+            f"model.attention is {attention!r} and {key} is {str(name)!r}: {_first_line(error)}; use sdpa or eager"
+        )
+    return _refusal(key, name, error)
+
+
+def _refusal(key: str, name: str | Path, error: BaseException) -> ConfigError:
+    return ConfigError(f"{key}: {str(name)!r} cannot be loaded: {_first_line(error)}; {name_remedy(name)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

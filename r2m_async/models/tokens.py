@@ -1,0 +1,170 @@
+"""What a tokenizer and a model must agree on, and the text that response tokens stand for.
+
+Tokenizer, config.json and generation_config.json of one model often contradict each other. Here they are held against
+each other. `key` and `name` are those of `models.pretrained`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from r2m_async.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def num_tokens_known(config: Any) -> int:
+    """Returns the number of rows of a model's token embeddings. It cannot read a token with a larger id."""
+    return int(config.get_text_config().vocab_size)
+
+
+def num_positions(config: Any) -> int | None:
+    """Returns the most tokens of a text that a model was made for, or None if its config names no limit."""
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or getattr(text_config, "max_seq_len", None)
+    return None if limit is None else int(limit)
+
+
+def check_positions(key: str, name: str | Path, config: Any, num_tokens: int, asked_by: str) -> None:
+    """Raises ConfigError if texts may have more tokens than a model has positions.
+
+    num_tokens: the most tokens of a text. asked_by: the keys that say so, with their values, for the message.
+    """
+    limit = num_positions(config)
+    if limit is not None and num_tokens > limit:
+        raise ConfigError(
+            f"{asked_by}: a text may then have {num_tokens} tokens, and {key} {str(name)!r} has {limit} positions; lower them, "
+            f"or name a model for longer texts"
+        )
+
+
+def longest_text(max_tokens: int, config: Any) -> int:
+    """Returns the most tokens of a text that a model is given: `max_tokens`, or its positions if they are fewer."""
+    limit = num_positions(config)
+    if limit is None or max_tokens <= limit:
+        return max_tokens
+    _warn_of_cut(limit, max_tokens)
+    return limit
+
+
+@functools.cache  # once in a process is enough
+def _warn_of_cut(limit: int, max_tokens: int) -> None:
+    log.warning(
+        "texts are cut to %d tokens, and not to max_tokens %d: the model has no more positions", limit, max_tokens
+    )
+
+
+def check_tokens(key: str, name: str | Path, tokenizer: Any, config: Any, pads: bool = False) -> None:
+    """Raises ConfigError if a model cannot read the special tokens of its tokenizer, or if that has no end of text.
+
+    pads: whether texts are padded with the tokenizer's padding token before the model reads them.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"{key} {str(name)!r} has a tokenizer without end-of-text token (eos_token): responses could not end; save it "
+            f"with one"
+        )
+    rows = num_tokens_known(config)
+    for what in ("eos_token", "bos_token", *(("pad_token",) if pads else ())):
+        number = getattr(tokenizer, f"{what}_id")
+        if number is not None and number >= rows:
+            raise ConfigError(
+                f"{key} {str(name)!r}: its tokenizer's {what} {getattr(tokenizer, what)!r} has the id {number}, and the model "
+                f"has embeddings for {rows} tokens: resize the embeddings (resize_token_embeddings) and save the model anew, "
+                f"or give the tokenizer a token that the model has"
+            )
+
+
+def unknown_token(token_ids: Sequence[int], config: Any) -> int | None:
+    """Returns the first token id that a model has no embedding for, or None if it has one for each."""
+    rows = num_tokens_known(config)
+    return next((number for number in token_ids if number >= rows), None)
+
+
+def end_of_text_by_source(tokenizer: Any, config: Any, generation_config: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the ids of the end-of-text tokens that each source names: `tokenizer`, `config`, `generation_config`."""
+    named = {
+        "tokenizer": tokenizer.eos_token_id,
+        "config": getattr(config, "eos_token_id", None) or getattr(config.get_text_config(), "eos_token_id", None),
+        "generation_config": generation_config.eos_token_id,
+    }
+    return {
+        source: () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+        for source, ids in named.items()
+    }
+
+
+def end_of_text(tokenizer: Any, config: Any, generation_config: Any) -> tuple[int, ...]:
+    """Returns the ids of the tokens that end a response: those that any of the three sources names.
+
+    Raises ConfigError for an id that the model has no embedding for, and for one that is an ordinary token to the
+    tokenizer. A response would end in the middle there. It is usually a default that nobody set.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ids: dict[int, None] = {}  # a dict keeps the order
+    for source, named in end_of_text_by_source(tokenizer, config, generation_config).items():
+        for number in named:
+            if number >= num_tokens_known(config) or number not in special:
+                what = (
+                    f"the model has embeddings for {num_tokens_known(config)} tokens"
+                    if number >= num_tokens_known(config)
+                    else f"the tokenizer has it as the ordinary token {tokenizer.convert_ids_to_tokens(number)!r}"
+                )
+                raise ConfigError(
+                    f"{tokenizer.name_or_path}: its {source} names {number} as end of text (eos_token_id), and {what}; "
+                    f"correct eos_token_id in config.json and generation_config.json"
+                )
+            ids[number] = None
+    return tuple(ids)
+
+
+class ResponseText:
+    """Turns the tokens of responses to one prompt into text.
+
+    A text in the middle of another is not always what its tokens say alone: tokenizers in the style of SentencePiece
+    (Llama 2, Mistral) drop a space at the beginning. So prompt and response are decoded together, and cut then.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
+        """prompt_ids: the tokens of the prompt, as the policy reads it."""
+        self._tokenizer, self._prompt = tokenizer, list(prompt_ids)
+        self._start = self._decoded([])
+
+    def __call__(self, response_ids: Sequence[int]) -> str:
+        """Returns the text of a response, without special tokens."""
+        whole = self._decoded(response_ids)
+        # A prompt may end in the middle of a character, whose bytes the response completes. Then its own text ends with
+        # a replacement mark that the whole does not have.
+        shared = next(
+            (at for at, (a, b) in enumerate(zip(whole, self._start, strict=False)) if a != b), len(self._start)
+        )
+        return whole[shared:]
+
+    def _decoded(self, response_ids: Sequence[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                [*self._prompt, *response_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def response_ids(
+    tokenizer: Any, prompt_text: str, prompt_ids: Sequence[int], response: str, finished: bool
+) -> list[int]:
+    """Returns the token ids of a response that is given as text, as the policy would read them after the prompt.
+
+    prompt_text, prompt_ids: the prompt as the policy reads it.
+    finished: True adds the tokenizer's end-of-text token.
+    """
+    alone: list[int] = tokenizer(response, add_special_tokens=False)["input_ids"]
+    if ResponseText(tokenizer, prompt_ids)(alone) != response:
+        # A tokenizer in the style of SentencePiece puts a space before a text that it reads alone.
+        whole = tokenizer(prompt_text + response, add_special_tokens=False)["input_ids"]
+        start = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
+        if whole[: len(start)] == start:
+            alone = whole[len(start) :]
+    return [*alone, *([tokenizer.eos_token_id] if finished else [])]

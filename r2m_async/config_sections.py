@@ -63,9 +63,10 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights of policy, reference and critic. In bfloat16 the optimizer keeps float32 copies of
     the trained weights."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """Name of the attention implementation in transformers that policy, reference and critic use. A vllm engine uses
-    its own."""
+    attention: str = "sdpa"
+    """Attention implementation of policy, reference and critic, by its name in transformers: `eager`, `sdpa`,
+    `flash_attention_2`, `flex_attention`, or a kernel at Hugging Face such as `kernels-community/flash-attn2`. A vllm
+    engine uses its own."""
     lora: LoRA | None = None
     """If set, for example to `{rank: 16, alpha: 32}`, adapters (LoRA) are trained instead of the weights themselves.
     The reference policy is then the policy without its adapters. None trains all weights."""

@@ -246,7 +246,8 @@ def _reward_keys(config: R2MConfig) -> dict[str, dict[str, Any]]:
     # The default of its end is rollouts.max_new_tokens, which is not among these keys either.
     if (overlong := config.reward.overlong) and overlong.end is None:
         config = config.reward(overlong=overlong.model_copy(update={"end": config.rollouts.max_new_tokens}))
-    if config.model.attention == "flash_attention_2":  # it needs a GPU, and differs from sdpa only in rounding
+    # All others need a GPU or a package, and differ from sdpa only in rounding.
+    if config.model.attention not in ("eager", "sdpa"):
         config = config.model(attention="sdpa")
     tree = config.to_dict()
     if tree["reward"]["overlong"] is None:  # an older version, which has no such key, can then read the export

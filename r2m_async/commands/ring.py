@@ -112,6 +112,7 @@ def _models_on_this_machine(config: R2MConfig) -> tuple[dict[str, str], dict[str
     keys of the models that cannot be checked.
     """
     from r2m_async.from_scratch.cache import NotCached, only_cached
+    from r2m_async.launch.prompts import sources_are_here
     from r2m_async.launch.workload import BUILT_HERE, built_models, hidden_size
     from r2m_async.models.weight_files import weights_are_here
 
@@ -122,8 +123,9 @@ def _models_on_this_machine(config: R2MConfig) -> tuple[dict[str, str], dict[str
         "critic.model": config.critic.model,
     }
     built: dict[str, str] = {}
-    with suppress(NotCached), only_cached():
-        built = built_models(config)
+    if "from_scratch" not in (config.model.policy, config.reward.model) or sources_are_here(config):
+        with suppress(NotCached), only_cached():
+            built = built_models(config)
     there: dict[str, str] = {}
     # Without a reward model there are no embeddings.
     sizes = {} if config.reward.model else {"reward.model": 0}

@@ -30,6 +30,7 @@ from r2m_async.from_scratch.cache import key_digest
 from r2m_async.models.generator import GenerationRequest, Generator, GeneratorOptions, TransformersGenerator
 from r2m_async.models.pretrained import pretrained_config, pretrained_tokenizer
 from r2m_async.models.tokens import ResponseText, check_tokens, num_positions
+from r2m_async.models.weight_files import check_weight_files
 from r2m_async.runs.records import append_records, cut_partial_line, read_records
 from r2m_async.whole import disk_errors, write_file
 
@@ -286,6 +287,7 @@ def _policy_of(model: str) -> tuple[str, str]:
 
 def _load_tokenizer(path: str) -> tuple[Any, int | None, str]:
     """(tokenizer, number of the model's positions or None, the checkpoint's dtype). Raises ConfigError."""
+    check_weight_files("MODEL", path)
     config = pretrained_config("MODEL", path).get_text_config()
     tokenizer = pretrained_tokenizer("MODEL", path)
     check_tokens("MODEL", path, tokenizer, config)

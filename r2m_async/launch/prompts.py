@@ -123,6 +123,12 @@ def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str
                 )
 
 
+def sources_are_here(config: R2MConfig) -> bool:
+    """Returns whether the data that models are built from are on this machine."""
+    sources = (config.data.prompts, config.data.preferences)
+    return all(is_local(item) for one in sources if one not in (None, "embedded") for item in items_of(one))
+
+
 def check_data(config: R2MConfig, readers: Mapping[str, Reader]) -> int:
     """Reads the data of a config that are on this machine, and prints what is in them. It fetches none.
 

@@ -28,6 +28,14 @@ _LANGUAGE_MODEL_HEADS = ("lm_head.", "embed_out.")
 _CLASSIFIER_HEAD = "score."
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 """What transformers raises for files that it cannot use."""
+_SAMPLES = (
+    "Hello world, it's 2024!",
+    " two  spaces\n\n\ttab",
+    "Größe 3.14 naïve café",
+    "def f(x): return x+1",
+    "你好 мир",
+)
+"""Texts by which a loaded tokenizer is held against its own tokenizer.json."""
 _SHOWN = 6
 """The most weights that a message names."""
 
@@ -64,6 +72,13 @@ def pretrained_config(key: str, name: str | Path, fetch: bool = True) -> Any:
             f"{key}: {str(name)!r} is an encoder-decoder ({config.model_type}): prompt and response must be one text that a "
             f"decoder reads; name a decoder-only model"
         )
+    text_config = config.get_text_config()
+    pad, rows = getattr(text_config, "pad_token_id", None), getattr(text_config, "vocab_size", None)
+    if pad is not None and rows is not None and pad >= rows:
+        raise ConfigError(
+            f"{key}: {str(name)!r} has pad_token_id {pad} in its config.json and embeddings for {rows} tokens: resize the "
+            f"embeddings (resize_token_embeddings) and save the model anew, or correct pad_token_id"
+        )
     return config
 
 
@@ -81,16 +96,55 @@ def pretrained_generation_config(key: str, name: str | Path) -> Any:
 
 
 def pretrained_tokenizer(key: str, name: str | Path) -> Any:
-    """Returns the tokenizer of a model. Raises ConfigError if there is none, or if it cannot be loaded."""
+    """Returns the tokenizer of a model.
+
+    Raises ConfigError if there is none, if it cannot be loaded, or if transformers makes another of its files than they
+    describe.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # For some kinds of models transformers returns a tokenizer without tokens if there are no files.
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+            raise ValueError("its files name no tokens but special ones")
     except _FAILURES as error:
         raise ConfigError(
             f"{key}: {str(name)!r} has no tokenizer that can be loaded: {_first_line(error)}; save the model's tokenizer "
             f"beside it"
         ) from None
+    _check_as_saved(key, name, tokenizer)
+    return tokenizer
+
+
+def _check_as_saved(key: str, name: str | Path, tokenizer: Any) -> None:
+    """Raises ConfigError if a tokenizer makes other tokens of a text than its own tokenizer.json says.
+
+    transformers builds the tokenizers of some kinds of models (Qwen2 is one) anew from the vocabulary alone. It then
+    passes over how tokenizer.json splits and normalises a text.
+    """
+    from tokenizers import Tokenizer
+    from transformers.utils import cached_file
+
+    how = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    path = cached_file(name, "tokenizer.json", local_files_only=True, **how)
+    if path is None:
+        return
+    saved = Tokenizer.from_file(path)
+    saved.no_truncation()
+    saved.no_padding()
+    for text in _SAMPLES:
+        ours, theirs = (
+            tokenizer(text, add_special_tokens=False)["input_ids"],
+            saved.encode(text, add_special_tokens=False).ids,
+        )
+        if ours != theirs:
+            raise ConfigError(
+                f"{key}: {str(name)!r}: transformers reads {text!r} as the tokens {tokenizer.convert_ids_to_tokens(ours)}, and "
+                f"tokenizer.json says {tokenizer.convert_ids_to_tokens(theirs)}: it builds another tokenizer for "
+                f'{type(tokenizer).__name__} than was saved; write "tokenizer_class": "PreTrainedTokenizerFast" into '
+                f"tokenizer_config.json"
+            )
 
 
 def pretrained_model(

@@ -43,8 +43,8 @@ class ModelSection(Section):
     the reward model that `reward.model: embedded` stands for."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the model's weights."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """Name of the attention implementation in transformers that the model uses."""
+    attention: str = "sdpa"
+    """Attention implementation of the model, by its name in transformers."""
     frozen: bool = False
     """If true, the head alone is trained and the backbone stays as it is. Each text is then read once, and its hidden
     state is kept in the cache for later runs."""

@@ -20,8 +20,8 @@ from r2m_async.data.prompts import check_lengths, policy_reads
 from r2m_async.data.records import Content, Record, load_records
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.data.sources import Source
-from r2m_async.errors import ConfigError, name_remedy
 from r2m_async.models.batches import by_length
+from r2m_async.models.pretrained import pretrained_tokenizer
 from r2m_async.reward_models.config import RewardModelConfig
 
 
@@ -237,17 +237,9 @@ def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[
 
 def _tokenizer(config: RewardModelConfig) -> Any:
     """The tokenizer of the model that training starts from, with which lengths are counted. Raises ConfigError."""
-    from transformers import AutoTokenizer
-
     start = config.model.start
     if start in ("embedded", "embedded_reward"):
         from r2m_async.from_scratch.embedded import embedded_models
 
         start = str(embedded_models().policy)
-    try:
-        return AutoTokenizer.from_pretrained(start, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.start {start!r} has no tokenizer to count by ({reason}); {name_remedy(start)}"
-        ) from None
+    return pretrained_tokenizer("model.start", start)

@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 import torch
+from tiny import WORDS, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from r2m_async.cli import main
@@ -135,5 +136,6 @@ def test_what_cannot_be_compared_is_refused(tiny, pairs_file, tmp_path):
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy, hidden_size=64)).save_pretrained(wide)
     with pytest.raises(ConfigError, match=r"--later .*: has states of another size than .*; name a policy that"):
         policy_states(PolicySources(policy=policy, pairs=pairs, later=(str(wide),)))
+    other = save_tiny_model(tmp_path / "other", "llama", False, WORDS[:6], seed=5)
     with pytest.raises(ConfigError, match="has other tokens of the same texts than"):
-        policy_states(PolicySources(policy=policy, pairs=pairs, later=(tiny("llama", True),)))
+        policy_states(PolicySources(policy=policy, pairs=pairs, later=(other,)))

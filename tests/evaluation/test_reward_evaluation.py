@@ -348,7 +348,7 @@ def test_an_exported_head_reads_its_policys_feedback_at_the_last_step(tiny, tiny
     def rewards(step):
         found = []
         for text in texts:
-            group = scorer._group("the river :", [text], True)
+            group = scorer._group("the river :", [text], True, {})
             feedback = group_feedback(scorer._policy, group, scorer._config, 2)
             embeddings = embed_group(scorer._reward_model, scorer._reward_tokenizer, group, scorer._config)
             found.append(score_group(scorer._head, embeddings, feedback, step, 2, scorer._config).rewards.item())

@@ -415,7 +415,7 @@ def test_a_critic_of_another_architecture_with_the_policys_tokenizer_trains(conf
     assert steps[0]["critic/value_mean"] != 0, "its head was kept"
     start = load_critic(own, config)
     load_weights(start, state["critic"]["weights"])  # which has its names and shapes
-    with pytest.raises(ConfigError, match="has no linear head `score`"):
+    with pytest.raises(ConfigError, match="is loaded as a BertForSequenceClassification"):
         run_ring(config.critic(model=encoder(tmp_path / "encoder", own)))
 
 

@@ -568,7 +568,7 @@ def test_starts_that_lack_what_is_asked_for_are_refused(config, tiny):
         trainer_of(config.model(start=tiny("llama", True)).loss(regularizer="sft"))
     with pytest.raises(ConfigError, match="head.init is 'keep' and model.start .* has no head"):
         trainer_of(config.head(init="keep"))
-    with pytest.raises(ConfigError, match="model.start 'no/such-model': cannot be loaded"):
+    with pytest.raises(ConfigError, match="model.start: 'no/such-model' cannot be loaded"):
         trainer_of(config.model(start="no/such-model"))
 
 

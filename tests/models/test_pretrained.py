@@ -1,0 +1,191 @@
+"""Every model is loaded whole or refused, by the names of its weights, in every command."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import WORDS, save_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from r2m_async.errors import ConfigError
+from r2m_async.launch.workload import resolve
+from r2m_async.models.critic import load_critic
+from r2m_async.models.loading import load_policy
+from r2m_async.models.pretrained import pretrained_model
+from r2m_async.models.reward import load_classifier, load_reward_model
+
+pytestmark = pytest.mark.models
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def copy_of(tiny, tmp_path):
+    """`copy_of(family, classifier, change)`: a copy of a tiny model, whose weights `change` may change in place."""
+
+    def make(family: str, classifier: bool, change=lambda weights: None) -> str:
+        directory = tmp_path / f"{family}-{classifier}"
+        shutil.copytree(tiny(family, classifier), directory)
+        weights = load_file(directory / "model.safetensors")
+        change(weights)
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        return str(directory)
+
+    return make
+
+
+def without(name):
+    return lambda weights: weights.pop(name)
+
+
+def renamed(old, new):
+    def change(weights):
+        weights[new] = weights.pop(old)
+
+    return change
+
+
+def reshaped(name):
+    def change(weights):
+        weights[name] = weights[name][:-1].clone()
+
+    return change
+
+
+LAYER = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("weightless", [False, True])
+@pytest.mark.parametrize(
+    ("classifier", "change", "named"),
+    [
+        (False, without("lm_head.weight"), "lack lm_head.weight"),
+        (False, without(LAYER), f"lack {LAYER}"),
+        (False, renamed(LAYER, "model.layers.1.self_attn.query.weight"), "model.layers.1.self_attn.query.weight"),
+        (False, reshaped("model.norm.weight"), "in another shape model.norm.weight"),
+        (False, renamed("model.norm.weight", "model.final_norm.weight"), "lack model.norm.weight"),
+        (True, without("score.weight"), "lack score.weight"),
+        (True, renamed("score.weight", "value_head.weight"), "value_head.weight"),
+        (True, without(LAYER), f"lack {LAYER}"),
+    ],
+)
+def test_weights_that_files_lack_or_have_besides_are_named(copy_of, classifier, change, named, weightless):
+    kind = "classifier" if classifier else "language model"
+    with pytest.raises(ConfigError, match="is loaded as a Llama") as told:
+        pretrained_model("the key", copy_of("llama", classifier, change), kind, weightless=weightless)
+    assert named in str(told.value) and "the key" in str(told.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+def test_a_reward_model_is_no_policy_and_a_policy_no_reward_model(tiny, family):
+    with pytest.raises(ConfigError, match="these are the files of a reward model: name a causal language model"):
+        pretrained_model("model.policy", tiny(family, True))
+    with pytest.raises(ConfigError, match="without its trained head it is no reward model"):
+        load_classifier(tiny(family, False))
+
+
+def test_a_reward_model_is_no_policy_with_tied_embeddings_either(tiny, tmp_path):
+    """Then no weight is lacking: only the spare head tells."""
+    config = AutoConfig.from_pretrained(tiny("llama", True), tie_word_embeddings=True)
+    shutil.copytree(tiny("llama", True), tmp_path / "tied")
+    config.save_pretrained(tmp_path / "tied")
+    with pytest.raises(ConfigError, match="score.weight; these are the files of a reward model"):
+        pretrained_model("model.policy", tmp_path / "tied")
+
+
+@pytest.mark.parametrize("key", ["model.policy", "model.reference", "reward.model", "critic.model"])
+def test_every_model_of_a_run_is_refused_before_anything_starts(tiny_config, copy_of, key):
+    broken = copy_of("qwen2", key == "reward.model", without("model.norm.weight"))
+    section, _, name = key.partition(".")
+    config = tiny_config.advantage(name="gae").objective(ratio="token") if key == "critic.model" else tiny_config
+    with pytest.raises(ConfigError, match="lack model.norm.weight") as told:
+        resolve(getattr(config, section)(**{name: broken}))
+    assert key in str(told.value)
+
+
+def test_the_stages_refuse_the_same_models(tiny_config, copy_of):
+    policy = copy_of("qwen2", False, without("model.norm.weight"))
+    for load in (load_policy, load_critic):
+        with pytest.raises(ConfigError, match="lack model.norm.weight"):
+            load(policy, tiny_config)
+    with pytest.raises(ConfigError, match="lack score.weight"):
+        load_reward_model(copy_of("llama", True, without("score.weight")), tiny_config)
+
+
+def test_a_head_that_is_to_be_new_may_be_lacking_and_nothing_else(copy_of, tiny_config):
+    assert not pretrained_model("k", copy_of("llama", False), "classifier", head="either", num_labels=1).has_head
+    assert pretrained_model("k", copy_of("llama", True), "classifier", head="either", num_labels=1).has_head
+    with pytest.raises(ConfigError, match=f"lack {LAYER}"):
+        pretrained_model("k", copy_of("qwen2", True, without(LAYER)), "classifier", head="new", num_labels=1)
+
+
+def changed_config(directory: str, **keys) -> str:
+    path = Path(directory, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    return directory
+
+
+def test_what_cannot_be_trained_is_refused_by_what_it_is(copy_of, tmp_path):
+    quantised = changed_config(copy_of("llama", False), quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ConfigError, match="has quantised weights"):
+        pretrained_model("model.policy", quantised)
+    adapters = Path(copy_of("qwen2", False))
+    (adapters / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds adapters"):
+        pretrained_model("model.policy", adapters)
+    AutoConfig.for_model("t5", d_model=16, num_layers=1, num_heads=2, d_ff=16).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ConfigError, match="is an encoder-decoder"):
+        pretrained_model("model.policy", tmp_path / "t5")
+
+
+def test_a_model_that_reads_a_text_in_both_directions_is_no_policy(tiny, tiny_config, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama", False))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", vocab_size=len(tokenizer), **sizes))
+    model.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ConfigError, match="reads a text in both directions"):
+        load_policy(str(tmp_path / "bert"), tiny_config)
+
+
+@pytest.mark.parametrize("attention", ["no_such_attention", "flash_attention_2", "kernels-community/none"])
+def test_an_attention_that_is_not_there_is_refused_by_its_key(tiny_config, attention):
+    with pytest.raises(ConfigError, match="model.attention is"):
+        resolve(tiny_config.model(attention=attention))
+
+
+def test_a_model_without_a_tokenizer_is_refused(copy_of, tiny_config):
+    directory = copy_of("qwen2", False)
+    for file in Path(directory).glob("*token*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="has no tokenizer that can be loaded"):
+        resolve(tiny_config.model(policy=directory))
+
+
+def test_a_reference_that_reads_other_tokens_is_refused(tiny_config, tmp_path):
+    other = save_tiny_model(tmp_path / "other", "qwen2", False, WORDS[:6], seed=3)
+    with pytest.raises(ConfigError, match="model.reference is .* both must read the same tokens"):
+        resolve(tiny_config.model(reference=other))
+
+
+def test_loading_says_nothing_to_the_user(copy_of, capfd):
+    pretrained_model("k", copy_of("llama", False), "classifier", head="new", num_labels=1)
+    out, err = capfd.readouterr()
+    assert "LOAD REPORT" not in out + err and "Loading weights" not in out + err
+
+
+def test_no_other_file_loads_a_model_or_a_tokenizer():
+    """`from_scratch` makes its own, and loads none but those."""
+    loaders = set()
+    for package in ("r2m_async", "actors", "learners"):
+        for path in (ROOT / package).rglob("*.py"):
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            if any(ast.unparse(call.func).endswith(".from_pretrained") for call in calls):
+                loaders.add(path.relative_to(ROOT).as_posix())
+    assert "r2m_async/models/pretrained.py" in loaders
+    assert {one for one in loaders if "/from_scratch/" not in one} == {"r2m_async/models/pretrained.py"}

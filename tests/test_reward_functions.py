@@ -462,3 +462,18 @@ def test_in_a_process_of_its_own_an_annotator_embeds_a_group_while_another_waits
     with ThreadPoolExecutor(2) as threads:
         bonuses = [embeddings.bonus.tolist() for _, embeddings in threads.map(annotator.embed, groups)]
     assert bonuses == [[1.0, 1.0]] * 2
+
+
+@pytest.mark.ring
+@pytest.mark.usefixtures("ray_session")
+def test_over_ray_a_function_that_fails_for_one_record_costs_that_group_alone(tiny_config, tmp_path):
+    """`math_answer` runs in processes of the annotator's own, and cannot read one of the four answers."""
+    answers = {"the old river :": "4", "the warm river :": "", "the cold river :": 7, "the old wind :": "$x^2$"}
+    records = [{"prompt": prompt, "answer": answer} for prompt, answer in answers.items()]
+    right = {"function": "r2m_async.rewards:math_answer", "retries": 1}
+    config = tiny_config.data(prompts=written(tmp_path / "p.jsonl", *records)).reward(functions={"right": right})
+    with Ring.of(config.run(num_steps=2).checkpoint(at_end=False)) as ring:
+        steps = [ring.step() for _ in range(2)]
+    assert sorted(step["throughput/responses"] for step in steps) == [3, 6]
+    assert steps[1]["ledger/voided/reward.right"] == steps[1]["ledger/voided"] == 1
+    assert all(step["reward/right"] == 0 for step in steps)

@@ -242,6 +242,7 @@ class RayStage:
         from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 
         payloads: list[Any] = []
+        results: list[Any] = []
         packed = bytes(encode(without_payloads(list(args), payloads, ray.ObjectRef)))
         options: dict[str, Any] = {"num_returns": 1 + method.num_payloads}
         if method.beside:
@@ -262,6 +263,10 @@ class RayStage:
             raise StageLost(self.name, f"{self.name} was lost during {method.name}: {error}") from error
         # This comes before TimeoutError: Ray derives its error from the stage's own, so it may be of both classes.
         except RayTaskError as error:
+            # The payloads hold the same error. Ray prints errors that nobody has looked at, with all its own frames.
+            for payload in results:
+                with contextlib.suppress(RayTaskError):
+                    await payload
             if isinstance(error.cause, _USERS):
                 raise error.cause from None
             if isinstance(error.cause, WeightMismatch):

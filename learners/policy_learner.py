@@ -511,8 +511,10 @@ class PolicyLearner:
             )
             last = index == len(passes) - 1
             if not one.counts:
-                # Other ranks have more passes. A gradient of 0 takes part in their collectives and changes nothing.
-                self.backend.backward(0.0 * logprobs_BT.sum(), last)
+                # Other ranks have more passes. A gradient of 0 takes part in their collectives and changes nothing. It must
+                # come from all results that theirs comes from. Else the ranks of ZeRO stage 3 wait for each other.
+                results = [logprobs_BT] if entropies_BT is None else [logprobs_BT, entropies_BT]
+                self.backend.backward(0.0 * torch.stack([result.sum() for result in results]).sum(), last)
                 continue
             if keeps:
                 kept.keep(chosen, states)

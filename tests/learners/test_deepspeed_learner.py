@@ -271,6 +271,13 @@ def ppo(config) -> R2MConfig:
     return config.advantage(name="gae").objective(ratio="token").critic(lr=1e-4, clip=1e-3)
 
 
+@pytest.mark.parametrize(("stage", "every"), [(2, 1), (3, None)])
+def test_entropy_an_adapted_coefficient_and_a_moving_reference_are_the_torch_learners_too(config, ranks, stage, every):
+    config = config.objective(loss="cispo", ratio="token", entropy_coef=0.1, kl_target=0.01, kl_gain=1.0)
+    config = sharded(config, stage).model(reference_every=every, reference_mix=0.5 if every else 1.0)
+    assert_close(ranks.learn(config, steps(4)), with_torch(config, steps(4)))
+
+
 @pytest.mark.parametrize("stage", OUTER_STAGES)
 def test_ppo_on_two_ranks_and_its_critic_are_the_torch_learners_to_1e_5(ppo, ranks, stage):
     config = sharded(ppo, stage, packing=stage % 2 == 1)
@@ -461,6 +468,8 @@ def test_a_critic_restored_from_its_checkpoint_goes_on_bit_for_bit_beside_its_po
 )
 def test_a_learner_restored_from_its_checkpoint_goes_on_bit_for_bit(config, ranks, stage, lora, tmp_path):
     config = sharded(config, stage).model(lora=lora)
+    if stage == 0:
+        config = config.model(reference_every=1, reference_mix=0.5).objective(kl_target=0.01, kl_gain=1.0)
     (whole, resumed, *_), _ = both = ranks.run(interrupted, config, str(tmp_path))
     if lora:
         saved = sum(path.stat().st_size for path in tmp_path.rglob("*model_states.pt"))

@@ -433,6 +433,36 @@ def test_a_function_that_always_fails_ends_the_run_with_its_own_error(tiny_confi
 
 
 @pytest.mark.models
+def test_an_evaluation_has_a_gap_where_a_function_fails_and_the_run_goes_on(tiny_config, mine, caplog):
+    mine(fails=lambda prompt, response: 1.0)
+    config = tiny_config.reward(functions={"own": {"function": "mine:fails", "retries": 1}})
+    config = config.run(num_steps=1).evaluation(every=1, num_prompts=2)
+    held_out = resolve(config).eval_prompts[0].text
+
+    def fails(prompt, response):
+        if prompt == held_out:
+            raise ValueError("no verdict")
+        return 1.0
+
+    mine(fails)
+    with Ring.of(config, in_process=True) as ring:
+        assert ring.step()["reward/own"] == 1.0
+        first, last = ring.drain()
+    for one in (first, last):
+        assert math.isnan(one["reward/own"]) and math.isnan(one["reward"]) and math.isfinite(one["proxy"])
+    assert "evaluation prompt 0" in caplog.text and "ValueError: no verdict" in caplog.text
+
+
+def test_no_function_sees_what_another_did_to_its_arguments(mine):
+    def changes(response, messages):
+        messages.append("mine")
+        return len(messages)
+
+    mine(changes, alike=changes)
+    assert values(group_of("a", "b"), ["mine:changes", "mine:alike"]) == ((2.0, 2.0),) * 2
+
+
+@pytest.mark.models
 def test_a_slow_function_keeps_no_other_group_from_being_embedded(tiny_config, mine):
     """Both groups of a step wait for each other, so neither would ever come if one had to be embedded first."""
     both = threading.Barrier(2 * 3, timeout=60)

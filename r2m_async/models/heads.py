@@ -119,7 +119,9 @@ def score_group(
         (greedy_reward,) = head_rewards(head, embeddings.greedy_rte[None], greedy_states, omega).cpu()
         greedy = _clipped(greedy_reward, config) + embeddings.greedy_bonus
         of_all.append(greedy[None])
-    if bad := first_bad(torch.cat(of_all)):
+    # A reward function that failed for a held-out response leaves a gap in the evaluation. The log says so already.
+    gap = embeddings.group_id < 0 and bool(embeddings.bonus.isnan().any())
+    if (bad := first_bad(torch.cat(of_all))) and not gap:
         index, place = bad[0], group_place(step, embeddings.group_id)
         source = reward_source(embeddings, feedback, index, head, head_version, config)
         stop_or_log(f"{place}, {response_name(index, len(rewards))}: its reward is not finite: {source}", config)

@@ -19,6 +19,7 @@ import copy
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +254,13 @@ def embed_group(
     penalties = [_penalty(trajectory, config) for trajectory in both]
     bonus = torch.tensor(
         [
-            _bonus(own, penalty, f"{place}, {response_name(index, num)}", config)
+            _bonus(
+                own,
+                penalty,
+                f"{place}, {response_name(index, num)}",
+                group.ticket.group_id < 0 and isnan(sum(own)),
+                config,
+            )
             for index, (own, penalty) in enumerate(zip(values, penalties, strict=True))
         ]
     )
@@ -343,10 +350,13 @@ def overlong_penalty(length: int, config: R2MConfig) -> float:
     return overlong.penalty * min(1.0, max(0.0, (length - overlong.start) / (end - overlong.start)))
 
 
-def _bonus(values: tuple[float, ...], penalties: tuple[float, float, float], place: str, config: R2MConfig) -> float:
+def _bonus(
+    values: tuple[float, ...], penalties: tuple[float, float, float], place: str, gap: bool, config: R2MConfig
+) -> float:
     """Returns the bonus of one response: what the user's reward functions and the penalties add to the model's reward.
 
     values: what the functions returned. penalties: what `_penalty` returned. place: names the response in messages.
+    gap: whether the response is of an evaluation, and a function failed for it. Its bonus is then NaN.
 
     Raises NonFiniteStep if the bonus is not finite. Under `learner.on_nonfinite: skip` such a bonus is logged and
     returned.
@@ -356,7 +366,7 @@ def _bonus(values: tuple[float, ...], penalties: tuple[float, float, float], pla
     verified = sum(one.weight * value for one, value in zip(functions, values, strict=True))
     bonus = verified - length - missing_eos - overlong
     # Finite numbers may add up to one that float32 cannot hold. Written with `not`, so that NaN is caught as well.
-    if not abs(bonus) <= FLOAT32_MAX:
+    if not abs(bonus) <= FLOAT32_MAX and not gap:
         stop_or_log(
             f"{place}: {', '.join(('reward.functions', *(repr(one.function) for one in functions)))}, reward.length_penalty "
             f"{reward.length_penalty} and missing_eos_penalty {reward.missing_eos_penalty} add {bonus} together, which is "

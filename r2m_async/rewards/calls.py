@@ -106,13 +106,12 @@ async def _values(functions: list[_Function], group: TrajectoryGroup, strict: bo
     tasks = []
     for index, one in enumerate(responses):
         place = f"{group.ticket.place}, {response_name(index, len(group.trajectories))}"
-        known = known_arguments(group.ticket.prompt, one)
-        tasks.append(
-            [
-                asyncio.create_task(_value(function, known, place, group.ticket.group_id, strict))
-                for function in functions
-            ]
-        )
+        # Each function gets arguments of its own, because it may change them.
+        calls = [
+            _Call(function=function, known=known_arguments(group.ticket.prompt, one), place=place, strict=strict)
+            for function in functions
+        ]
+        tasks.append([asyncio.create_task(_value(call, group.ticket.group_id)) for call in calls])
     for task in (task for row in tasks for task in row):
         # asyncio logs a complaint about an exception that nobody has looked at.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
@@ -124,99 +123,126 @@ async def _values(functions: list[_Function], group: TrajectoryGroup, strict: bo
             task.cancel()
 
 
-async def _value(function: _Function, known: dict[str, Any], place: str, group_id: int, strict: bool) -> float:
+async def _value(call: _Call, group_id: int) -> float:
     """The number that one function returns for one response, tried as often as its setting says."""
-    setting = function.setting
-    finite = strict or setting.retries > 0
-    pause = _FIRST_PAUSE
-    for tries in range(1, setting.retries + 2):
+    retries, pause = call.function.setting.retries, _FIRST_PAUSE
+    for tries in range(1, retries + 2):
         try:
-            return await _call(function, known, place, finite)
+            return await call.made()
         except FunctionFailed as failure:
-            if not setting.retries:
+            if not retries:
                 raise
-            if tries <= setting.retries:
+            if tries <= retries:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
             message = f"{failure}\nIt was tried {tries} times."
             if group_id >= 0:
-                raise RewardFailed(f"reward.{function.name}", message) from None
+                raise RewardFailed(f"reward.{call.function.name}", message) from None
             log.warning("%s", message)
     return math.nan
 
 
-async def _call(function: _Function, known: dict[str, Any], place: str, finite: bool) -> float:
-    """Calls a function once. Raises FunctionFailed, also if it takes longer than its timeout."""
-    setting = function.setting
-    arguments, keywords = function.signature.arguments(known)
-    call = functools.partial(function.call, *arguments, **keywords, **setting.options)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """One call of a function for one response. It may be made several times."""
 
-    def number(value: Any) -> float:
-        return finite_number(value, function.key, setting.function, place, finite)
+    function: _Function
+    known: dict[str, Any]
+    """All that the function can be given."""
+    place: str
+    """The name of the response, for messages."""
+    strict: bool
+    """Whether NaN and infinity are failures of every function, and not only of those with retries."""
 
-    def failure(error: BaseException) -> FunctionFailed:
-        if isinstance(error, FunctionFailed):  # of `number`
-            return error
-        what, frames = own_failure(error)
-        return FunctionFailed(f"{place}: {function.key} {setting.function!r} raised {what}{frames}")
-
-    async def outcome(awaitable: Awaitable[Any]) -> float | FunctionFailed:
+    async def made(self) -> float:
+        """Makes the call, and returns its number. Raises FunctionFailed, also if it takes longer than its timeout."""
+        setting = self.function.setting
+        if self.function.is_async:
+            began = time.monotonic()
+            running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._in_loop(), _loops().coroutines))
+        else:
+            async with _loops().turn:
+                began = time.monotonic()
+                running = asyncio.wrap_future(_in_thread(self._in_thread, setting.function))
+                await asyncio.wait([running], timeout=min(_PATIENCE, setting.timeout))
         try:
-            return number(await awaitable)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # SystemExit would end the loop, and with it all other calls
-            return failure(error)
+            await asyncio.wait([running], timeout=max(0.0, began + setting.timeout - time.monotonic()))
+            if running.done() and not running.cancelled():
+                result = running.result()
+                if isinstance(result, FunctionFailed):
+                    raise result
+                return result
+            # The function's own code may cancel its task. Nobody else does before the deadline.
+            early = running.done() and time.monotonic() < began + setting.timeout
+        finally:
+            running.cancel()
+        why = "was cancelled by itself" if early else f"did not return within {setting.timeout:g} s, its timeout"
+        raise FunctionFailed(f"{self.place}: {self.function.key} {setting.function!r} {why}")
 
-    async def called() -> float | FunctionFailed:
+    # Errors are results here. Raised, SystemExit would end a thread or a loop without a word.
+
+    async def _in_loop(self) -> float | FunctionFailed:
+        """Makes the call of an `async def`, on the loop of all coroutines."""
         try:
-            awaitable = call()
+            awaitable = self._begun()
         except BaseException as error:  # of arguments that do not fit
-            return failure(error)
-        return await outcome(awaitable)
+            return self._failure(error)
+        return await self._outcome(awaitable)
 
-    def called_in_thread() -> float | FunctionFailed:
+    def _in_thread(self) -> float | FunctionFailed:
+        """Makes the call of a `def`, in a thread of its own."""
         pid = os.getpid()
         # A model that a function runs would else keep its graph, as if it were trained.
         torch.set_grad_enabled(False)
         try:
-            value = call()
+            value = self._begun()
             # A function may fork. Its child must not go on as a second run.
             if os.getpid() != pid:
                 raise SystemExit
         except BaseException as error:
             if os.getpid() != pid:
                 end_child(error)
-            return failure(error)
+            return self._failure(error)
         if inspect.isawaitable(value):  # a `def` that returns what an `async def` returned
-            return asyncio.run_coroutine_threadsafe(outcome(value), _loops().coroutines).result()
-        try:
-            return number(value)
-        except FunctionFailed as error:
-            return error
+            return asyncio.run_coroutine_threadsafe(self._outcome(value), _loops().coroutines).result()
+        return self._number(value)
 
-    began = time.monotonic()
-    if function.is_async:
-        running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(called(), _loops().coroutines))
-    else:
-        async with _loops().turn:
-            began = time.monotonic()
-            running = asyncio.wrap_future(_in_thread(called_in_thread, setting.function))
-            await asyncio.wait([running], timeout=min(_PATIENCE, setting.timeout))
-    try:
-        await asyncio.wait([running], timeout=max(0.0, began + setting.timeout - time.monotonic()))
-        if running.done() and not running.cancelled():
-            result = running.result()
-            if isinstance(result, FunctionFailed):
-                raise result
-            return result
-    finally:
-        running.cancel()
-    why = f"did not return within {setting.timeout:g} s, its timeout"
-    if running.done() and time.monotonic() < began + setting.timeout:
-        why = "was cancelled by itself"
-    raise FunctionFailed(f"{place}: {function.key} {setting.function!r} {why}")
+    def _begun(self) -> Any:
+        """What the function returns."""
+        arguments, keywords = self.function.signature.arguments(self.known)
+        return self.function.call(*arguments, **keywords, **self.function.setting.options)
+
+    async def _outcome(self, awaitable: Awaitable[Any]) -> float | FunctionFailed:
+        try:
+            value = await awaitable
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            return self._failure(error)
+        return self._number(value)
+
+    def _number(self, value: Any) -> float | FunctionFailed:
+        """The number that a function returned, or why it is none."""
+        setting = self.function.setting
+        try:
+            finite = self.strict or setting.retries > 0
+            return finite_number(value, self.function.key, setting.function, self.place, finite)
+        except FunctionFailed as failure:
+            return failure
+
+    def _failure(self, error: BaseException) -> FunctionFailed:
+        """What is told of an error that the function raised. Its traceback leaves out the frame that caught it."""
+        what, frames = own_failure(error)
+        # The next frame is that of `_begun`, where the function was called and not awaited.
+        if error.__traceback__ and (inner := error.__traceback__.tb_next) and inner.tb_frame.f_code is _BEGUN:
+            what, frames = own_failure(error.with_traceback(inner))
+        return FunctionFailed(
+            f"{self.place}: {self.function.key} {self.function.setting.function!r} raised {what}{frames}"
+        )
+
+
+_BEGUN = _Call._begun.__code__
 
 
 def _in_thread(work: Callable[[], T], name: str) -> Future[T]:

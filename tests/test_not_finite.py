@@ -676,8 +676,8 @@ def test_a_pair_whose_reward_is_not_finite_is_named_by_file_and_line(reward_mode
     line = int(pair.place.rsplit(" ", 1)[1])
     forward = trainer.model.forward
 
-    def broken(texts, with_logprobs=False):
-        rewards, logprobs = forward(texts, with_logprobs)
+    def broken(texts, *how):
+        rewards, logprobs = forward(texts, *how)
         return torch.where(torch.tensor([text is pair.rejected for text in texts]), NAN, rewards), logprobs
 
     trainer.model.forward = broken

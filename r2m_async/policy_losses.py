@@ -84,12 +84,12 @@ def get_loss(name: str) -> Loss:
         raise ConfigError(f"objective.loss = {name!r} is a class: name a function of LossInputs, which keeps no state")
     said = {"ratios": RATIOS, "reads": CLIPS}
     for attribute, known in said.items():
-        value = tuple(getattr(function, attribute, known))
-        if not set(value) <= set(known):
+        value = getattr(function, attribute, known)
+        if not isinstance(value, tuple | list) or not all(one in known for one in value):
             raise ConfigError(
-                f"objective.loss = {name!r} has {attribute} = {value}: they can only be {', '.join(known)}"
+                f"objective.loss = {name!r} has {attribute} = {value!r}: it must be a tuple of some of {', '.join(known)}"
             )
-        said[attribute] = value
+        said[attribute] = tuple(value)
     return Loss(name=name, function=function, **said)
 
 
@@ -101,14 +101,25 @@ def check_loss_options(loss: Loss, options: Mapping[str, Any]) -> None:
     check_options(loss.function, options, "objective.loss_options", loss.name, inputs=1)
     if ":" in loss.name:
         return
-    one = torch.ones(1, 1)
+    one = torch.ones(2, 1)
     inputs = LossInputs(
-        logprobs=-one, anchor_logprobs=-one, ratio=one, advantages=one, mask=one.bool(), clip_low=0.2, clip_high=0.2
+        logprobs=-one,
+        anchor_logprobs=-one,
+        ratio=one,
+        advantages=torch.tensor([[1.0], [-1.0]]),
+        mask=one.bool(),
+        clip_low=0.2,
+        clip_high=0.2,
     )
     try:
-        unit_losses(loss, inputs, options)
-    except (TypeError, ValueError, RuntimeError) as error:
+        losses, _ = unit_losses(loss, inputs, options)
+    except (TypeError, RuntimeError) as error:
         raise ConfigError(f"objective.loss_options = {dict(options)} does not suit {loss.name}: {error}") from None
+    if not losses.isfinite().all():
+        raise ConfigError(
+            f"objective.loss_options = {dict(options)} does not suit {loss.name}: the loss of a ratio of 1 would be "
+            f"{losses.flatten().tolist()} for advantages of 1 and -1; use numbers nearer to 1"
+        )
 
 
 def unit_losses(loss: Loss, inputs: LossInputs, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

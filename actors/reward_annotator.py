@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ from r2m_async.config import R2MConfig
 from r2m_async.models.heads import reward_spread, score_group
 from r2m_async.models.reward import embed_group
 from r2m_async.models.weights import load_weights, named_weights
-from r2m_async.plugins import called_for_number, named_function
 from r2m_async.reward_metrics import ranking_accuracy
-from r2m_async.rewards.calls import Values, start_calls
+from r2m_async.rewards.calls import Values, gold_of, start_calls
 from r2m_async.trajectories import (
     EvaluationReport,
     GroupRewards,
@@ -57,8 +57,7 @@ class RewardAnnotator:
         self._config = config
         self._calls: dict[tuple[int, int], Future[Values]] = {}
         """The calls of reward functions that `before_embed` has started, by group and attempt."""
-        gold = config.evaluation.gold
-        self._gold = named_function(gold, "evaluation.gold") if gold else None
+        self._gold = gold_of(config)
 
     def initial_head(self) -> tuple[StepReport, Weights]:
         """Returns a report and version 0 of the reward head.
@@ -202,16 +201,10 @@ class RewardAnnotator:
         Under `learner.on_nonfinite: skip` a gold reward may be NaN or infinite. Raises FunctionFailed if the gold
         function fails.
         """
-        gold, name, ticket = self._gold, self._config.evaluation.gold, group.ticket
-        if gold is None or name is None:
+        if self._gold is None:
             return []
-        finite = self._config.learner.on_nonfinite == "stop"
-        golds = []
-        for index, one in enumerate(group.trajectories):
-            arguments = (ticket.prompt.text, one.text, one.finish_reason == "stop")
-            place = f"{ticket.place}, response {index}"
-            golds.append(called_for_number(gold, arguments, "evaluation.gold", name, place, finite))
-        return golds
+        sampled = replace(group, greedy=None)
+        return [value for (value,) in start_calls(sampled, self._config, [self._gold]).result()]
 
 
 def _sample(group: TrajectoryGroup, rewards: Sequence[float], golds: Sequence[float]) -> Sample:

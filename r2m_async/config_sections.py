@@ -539,7 +539,8 @@ class EvaluationSection(Section):
     num_prompts: int = Field(16, gt=0)
     """Number of held-out prompts. Each evaluation generates one group for each of them."""
     gold: str | None = None
-    """The gold reward function of the user, as `module:attr`. f(prompt_text, response_text, finished) returns a number.
+    """The gold reward function of the user, as `module:attr`. It is given what it names, as a reward function is, and
+    returns a number. A function of three other parameters is called as f(prompt, response, finished).
     It is reported for steps and evaluations, and nothing is trained on it. It must be finite. Under
     `learner.on_nonfinite: skip` it may be NaN, and a step or evaluation with such a number reports no gold reward.
     None: no gold reward."""

@@ -131,11 +131,11 @@ def test_functions_of_two_other_names_are_called_with_prompt_and_response(mine):
 @pytest.mark.parametrize(
     ("function", "columns", "style", "unknown"),
     [
-        (lambda prompts, completions, **more: 0, (), "pair", ["prompts", "completions"]),
+        (lambda prompts, completions, **more: 0, (), "places", ["prompts", "completions"]),
         (lambda completions, **more: 0, (), None, ["completions"]),
         (lambda response, answer: 0, (), None, ["answer"]),
         (lambda response, answer: 0, ("answer",), "keywords", []),
-        (lambda question, response: 0, (), "pair", ["question"]),
+        (lambda question, response: 0, (), "places", ["question"]),
         (lambda question, response: 0, ("question",), "keywords", []),
         (lambda prompt, response, solution: 0, ("answer",), None, ["solution"]),
     ],
@@ -430,6 +430,22 @@ def test_a_function_that_always_fails_ends_the_run_with_its_own_error(tiny_confi
     assert "ValueError: no verdict" in told and "2 groups in a row" in told and "reward.max_voided is 1" in told
     with pytest.raises(FunctionFailed, match="no verdict"):
         reference.train(config)
+
+
+@pytest.mark.models
+def test_a_gold_function_is_given_what_it_names_or_its_three_places(tiny_config, tmp_path, mine):
+    async def named(response, answer):
+        return answer
+
+    mine(named, placed=lambda text, reply, ended: 10 * len(text) + ended, unknown=lambda response, solution: 0)
+    config = tiny_config.data(prompts=written(tmp_path / "p.jsonl", {"prompt": "the river", "answer": 0.25}))
+    for name, gold in (("named", {0.25}), ("placed", {90 + share / 6 for share in range(7)})):
+        with Ring.of(config.evaluation(gold=f"mine:{name}").run(num_steps=1), in_process=True) as ring:
+            assert any(ring.step()["reward/gold"] == pytest.approx(one) for one in gold)
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.gold 'mine:unknown' asks for 'solution', and p\.jsonl:1 has no"
+    ):
+        Ring.of(config.evaluation(gold="mine:unknown"), in_process=True)
 
 
 @pytest.mark.models

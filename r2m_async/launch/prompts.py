@@ -17,7 +17,7 @@ from r2m_async.from_scratch import language
 from r2m_async.launch.model_checks import Reader, prompt_check, shown
 from r2m_async.plugins import nearest
 from r2m_async.rewards.arguments import KNOWN
-from r2m_async.rewards.calls import functions_of
+from r2m_async.rewards.calls import functions_of, gold_of
 from r2m_async.trajectories import Prompt
 
 
@@ -104,7 +104,8 @@ def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str
     Raises ConfigError, naming the record and the parameter, if a record lacks a column without which a function cannot
     be called, or if some records have a column by which a function would be called in another way.
     """
-    functions, first = functions_of(config), dict[str, tuple[str | None, str]]()
+    gold = gold_of(config)
+    functions, first = [*functions_of(config), *([gold] if gold else [])], dict[str, tuple[str | None, str]]()
     for record, columns in records:
         for one in functions:
             style, asks = one.signature.style(columns), f"{one.key} {one.setting.function!r}"
@@ -115,7 +116,7 @@ def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str
                     f"of the record ({', '.join(columns) or 'none here'}) and its `options`; give the parameter a "
                     f"default, or take the function out"
                 )
-            known, since = first.setdefault(one.name, (style, record))
+            known, since = first.setdefault(one.key + one.name, (style, record))
             if style != known:
                 raise ConfigError(
                     f"{asks} would be called in two ways, because {since} and {record} have different columns: rename its "

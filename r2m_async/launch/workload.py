@@ -29,9 +29,8 @@ from r2m_async.launch.model_checks import (
 from r2m_async.launch.prompts import check_columns, column_bytes, read_prompts, record_options
 from r2m_async.models.pretrained import pretrained_config
 from r2m_async.models.weight_files import check_weight_files
-from r2m_async.plugins import named_function
 from r2m_async.policy_losses import CLIPS, check_loss_options, get_loss
-from r2m_async.rewards.calls import functions_of
+from r2m_async.rewards.calls import functions_of, gold_of
 from r2m_async.ring.simulator import plan_without_models
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket
@@ -346,10 +345,9 @@ def check_functions(config: R2MConfig) -> None:
     language has no columns, so with it everything is checked here.
     """
     functions_of(config)
+    gold_of(config)
     if config.data.prompts == "embedded":
         check_columns(config, [("the embedded language", ())])
-    if config.evaluation.gold:
-        named_function(config.evaluation.gold, "evaluation.gold")
 
 
 def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_size: int, greedy_twin: bool) -> int:

@@ -58,26 +58,35 @@ class Signature:
     """Those of both that cannot be given by name, in their order."""
     takes_all: bool
     """Whether it has `**kwargs`."""
-    pair: bool
-    """Whether it can be called as f(prompt, response): two values fit, and no name says that they mean something else."""
+    places: tuple[str, ...]
+    """What it is given by position, if it is not given what it names."""
+    fits_places: bool
+    """Whether it can be called in this way: as many values fit, and no name says that they mean something else."""
 
     @classmethod
-    def of(cls, function: Callable[..., Any], options: Collection[str] = ()) -> Signature:
-        """Reads the signature of a function. `options` are the names of the options that it is called with."""
+    def of(
+        cls,
+        function: Callable[..., Any],
+        options: Collection[str] = (),
+        places: tuple[str, ...] = ("prompt", "response"),
+    ) -> Signature:
+        """Reads the signature of a function.
+
+        options: the names of the options that it is called with.
+        places: the names of what functions of its kind were always given by position.
+        """
         try:
             signature = inspect.signature(function)
         except (ValueError, TypeError):  # some functions written in C have none
-            return cls(required=(), optional=(), by_position=(), takes_all=False, pair=True)
+            return cls(required=(), optional=(), by_position=(), takes_all=False, places=places, fits_places=True)
         kinds = signature.parameters.values()
         named = [one for one in kinds if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
         asked = [one for one in named if one.name not in options]
-        places = [one.name for one in asked if one.kind is not one.KEYWORD_ONLY][:2]
+        first = [one.name for one in asked if one.kind is not one.KEYWORD_ONLY][: len(places)]
         try:
-            signature.bind(None, None, **dict.fromkeys(options))
-            # A name of its own (`text`) may mean either, and `prompt` and `response` mean themselves.
-            meant = [
-                name == own or name not in KNOWN for name, own in zip(places, ("prompt", "response"), strict=False)
-            ]
+            signature.bind(*places, **dict.fromkeys(options))
+            # A name of its own (`text`) may mean any of them, and `prompt` and `response` mean themselves.
+            meant = [name == own or name not in KNOWN for name, own in zip(first, places, strict=False)]
         except TypeError:
             meant = [False]
         return cls(
@@ -85,11 +94,12 @@ class Signature:
             optional=tuple(one.name for one in asked if one.default is not one.empty),
             by_position=tuple(one.name for one in asked if one.kind is one.POSITIONAL_ONLY),
             takes_all=any(one.kind is one.VAR_KEYWORD for one in kinds),
-            pair=all(meant),
+            places=places,
+            fits_places=all(meant),
         )
 
-    def style(self, columns: Collection[str]) -> Literal["keywords", "pair"] | None:
-        """How the function is called if the data has these columns: by name, or as f(prompt, response).
+    def style(self, columns: Collection[str]) -> Literal["keywords", "places"] | None:
+        """How the function is called if the data has these columns: by name, or by position (`places`).
 
         None if it cannot be called: it asks for something that nobody knows.
 
@@ -101,7 +111,7 @@ class Signature:
         by_name = self.takes_all or not asks.isdisjoint(_ABOUT_THE_RESPONSE)
         if by_name and not self.unknown(columns):
             return "keywords"
-        return "pair" if self.pair or not self.unknown(columns) else None
+        return "places" if self.fits_places or not self.unknown(columns) else None
 
     def unknown(self, columns: Collection[str]) -> list[str]:
         """The required parameters that are neither known names nor columns."""
@@ -113,7 +123,7 @@ class Signature:
         known: all that `known_arguments` returned for it.
         """
         if self.style(known) != "keywords":
-            return (known["prompt"], known["response"]), {}
+            return tuple(known[name] for name in self.places), {}
         named = known if self.takes_all else (*self.required, *self.optional)
         positions = [name for name in self.by_position if name in known]
         return tuple(known[name] for name in positions), {

@@ -83,8 +83,20 @@ def functions_of(config: R2MConfig) -> list[_Function]:
     return found
 
 
-def start_calls(group: TrajectoryGroup, config: R2MConfig) -> Future[Values]:
-    """Starts the calls of all reward functions for all responses of a group, and returns at once.
+def gold_of(config: R2MConfig) -> _Function | None:
+    """Finds the gold function of a config, or returns None without one. Raises ConfigError if it cannot be found."""
+    if config.evaluation.gold is None:
+        return None
+    setting = RewardFunction(function=config.evaluation.gold)
+    call = find_function("evaluation.gold", setting)
+    signature = Signature.of(call, places=("prompt", "response", "finished"))
+    return _Function(key="evaluation.gold", name="gold", setting=setting, call=call, signature=signature)
+
+
+def start_calls(group: TrajectoryGroup, config: R2MConfig, functions: list[_Function] | None = None) -> Future[Values]:
+    """Starts the calls of functions for all responses of a group, and returns at once.
+
+    functions: what is called. None takes the reward functions of the config.
 
     The greedy twin, if the group has one, is the last response.
 
@@ -95,7 +107,7 @@ def start_calls(group: TrajectoryGroup, config: R2MConfig) -> Future[Values]:
     A call fails if the function raises anything, returns no number, or takes longer than its `timeout`. A number that
     is not finite is a failure unless `learner.on_nonfinite` is `skip` and the function has no retries.
     """
-    functions = functions_of(config)
+    functions = functions_of(config) if functions is None else functions
     strict = config.learner.on_nonfinite == "stop"
     return asyncio.run_coroutine_threadsafe(_values(functions, group, strict), _loops().supervisor)
 

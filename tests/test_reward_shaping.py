@@ -16,6 +16,7 @@ from r2m_async.launch.workload import check_estimator
 from r2m_async.models.policy_objective import loss_mask
 from r2m_async.models.reward import overlong_penalty
 from r2m_async.models.reward_scale import RewardScale
+from r2m_async.runs.checkpoints import checkpoint_path
 from r2m_async.trajectories import ScoredGroup
 
 # Penalties
@@ -203,3 +204,19 @@ def test_shaped_rewards_are_the_references_bit_for_bit_and_matter(shaped, change
         assert torch.equal(ours.tensors[name], tensor), name
     unmasked = reference.train(config.objective(mask_cut=False)).policy
     assert any(not torch.equal(unmasked.tensors[name], tensor) for name, tensor in theirs.tensors.items())
+
+
+@pytest.mark.models
+def test_a_resumed_run_goes_on_with_the_rewards_that_it_has_seen(tiny_config, tmp_path):
+    config = tiny_config.reward(normalize="running").advantage(name="reinforce_pp").objective(ratio="token")
+    expected = reference.train(config.run(num_steps=2)).policy
+    config = config.head(omega_horizon=2).run(num_steps=2)
+    with reference.one_thread():
+        with Ring.of(config, in_process=True) as ring:
+            ring.step()
+            ring.save(checkpoint_path(tmp_path, 1))
+        with Ring.of(config, in_process=True, resume=checkpoint_path(tmp_path, 1)) as ring:
+            ring.step()
+            ours = ring.policy_weights()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(ours.tensors[name], tensor), name

@@ -33,7 +33,7 @@ from learners.step_statistics import StepStatistics, batch_metrics
 from learners.weight_sender import WeightSender
 from r2m_async.advantages import Estimator
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, NonFiniteStep
+from r2m_async.errors import ConfigError, NonFiniteStep, WeightMismatch
 from r2m_async.finite import all_finite
 from r2m_async.models.policy import behaviour_logprobs, policy_pass, proximal_feedback, response_mask
 from r2m_async.models.policy_objective import (
@@ -42,6 +42,7 @@ from r2m_async.models.policy_objective import (
     loss_mask,
     microbatch_loss,
     minibatch_bounds,
+    row_place,
     step_advantages,
     step_place,
 )
@@ -109,6 +110,8 @@ class PolicyLearner:
         self._config = config
         self._version = 0
         self._estimator = estimator
+        self._compared = False
+        """Whether the learner's log-probabilities have been compared with the rollout engine's."""
         self._batch: LearnerBatch | None = None
         """What `proximal` left for `train`. None if the step has no trajectories."""
         self._kl_coef = config.objective.kl_coef
@@ -247,11 +250,40 @@ class PolicyLearner:
             reference=reference,
             values=self.critic.values(trajectories, passes, mask) if self.critic else None,
         )
+        self._compare_with_sampler(batch)
         # Under `skip`, `train` finds such numbers again and leaves the step out.
         if self._config.learner.on_nonfinite == "stop":
             check_passes(batch.groups, batch.old, batch.reference, batch.values, self._config)
         self._batch = batch
         return self._own_feedback(batch, states.taken()) if states else None
+
+    def _compare_with_sampler(self, batch: LearnerBatch) -> None:
+        """Compares the log-probabilities of learner and rollout engine, once, on tokens of the learner's own version.
+
+        Raises WeightMismatch if they differ by more than `learner.max_mismatch`.
+        """
+        if self._compared:
+            return
+        fresh = torch.zeros_like(batch.mask)
+        for row, one in enumerate(batch.trajectories):
+            fresh[row, : one.num_response_tokens] = one.policy_versions[one.prompt_len :] == self._version
+        if not fresh.any():
+            return
+        self._compared = True
+        distances = (batch.old - batch.behaviour).abs().masked_fill(~fresh, 0)
+        mean, limit = (distances.sum() / fresh.sum()).item(), self._config.max_mismatch
+        # Numbers that are not finite are told by `check_passes`, with their source.
+        if not math.isfinite(mean) or mean <= limit:
+            return
+        row, token = divmod(int(distances.argmax()), distances.shape[1])
+        raise WeightMismatch(
+            f"{step_place(batch.step, batch.groups)}: learner and rollout engine do not compute the same policy. Their "
+            f"log-probabilities of the {int(fresh.sum())} tokens that version {self._version} sampled differ by {mean:.3g} "
+            f"nats in the mean, and learner.max_mismatch is {limit:g}. Most at {row_place(batch.groups, row)}, token "
+            f"{token}: {batch.old[row, token].item():.4g} by the learner, {batch.behaviour[row, token].item():.4g} by "
+            f"rollouts.engine {self._config.rollouts.engine!r}. Use rollouts.engine 'transformers' to see which of them is "
+            f"wrong, or raise learner.max_mismatch if the engine rounds more coarsely on purpose"
+        )
 
     def train(self, step: int, rewards: Sequence[GroupRewards]) -> tuple[StepReport, tuple[PolicyFeedback, ...] | None]:
         """Makes all updates of a step, on the groups that `proximal` got.

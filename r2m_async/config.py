@@ -260,6 +260,13 @@ class R2MConfig(ConfigTree):
         return objective.aggregation or ("token" if by_token else "sequence")
 
     @property
+    def max_mismatch(self) -> float:
+        """The most that learner and rollout engine may differ in the first step (`learner.max_mismatch`), in nats."""
+        if self.learner.max_mismatch is not None:
+            return self.learner.max_mismatch
+        return {"float32": 0.01, "bfloat16": 0.1}[self.model.dtype]
+
+    @property
     def feedback_dtype(self) -> str:
         """The number format in which the policy's hidden states are sent and kept."""
         return self.model.dtype if self.feedback.dtype == "model" else self.feedback.dtype

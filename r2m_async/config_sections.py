@@ -485,6 +485,11 @@ class LearnerSection(Section):
     """If true, a forward pass is one row of trajectories without padding, each of which attends only to itself. It is
     meant for `model.attention: flash_attention_2`. Other attention computes all pairs of tokens in the row and masks
     most of them, which costs more than padding unless lengths differ widely."""
+    max_mismatch: float | None = Field(None, gt=0)
+    """The most that learner and rollout engine may differ in the first step, in nats: the mean, over the tokens that the
+    learner's own version of the policy sampled, of the difference between their log-probabilities. With a larger one
+    the run ends, because they do not compute the same model. None is 0.01 under `model.dtype: float32`, and 0.1 under
+    bfloat16."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens if a reward, an advantage, a gradient or the head's update is NaN or infinite. `stop`: the run ends,
     and the message names what made the number. `skip`: that update is left out. A step with such a reward or advantage

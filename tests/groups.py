@@ -21,7 +21,8 @@ def trajectory(prompt: int, response: int, seed: int) -> Trajectory:
         token_ids=tokens,
         prompt_len=prompt,
         behaviour_logprobs=logprobs,
-        policy_versions=torch.zeros(prompt + response, dtype=torch.int32),
+        # Of no version that the learner has: it would compare its log-probabilities with these random ones.
+        policy_versions=torch.full((prompt + response,), 1000, dtype=torch.int32),
         finish_reason="stop",
         text="",
     )

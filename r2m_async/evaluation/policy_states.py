@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 
 from r2m_async import reward_metrics
 from r2m_async.data.prompts import policy_reads
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, DataError
 from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 from r2m_async.evaluation.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
 from r2m_async.export import is_export
@@ -173,7 +174,12 @@ def _read(
 
     def ids(text: Text) -> list[int]:
         prompt, response, finished = text
-        prompt_text, prompt_ids = policy_reads(prompt, tokenizer)
+        try:
+            prompt_text, prompt_ids = policy_reads(prompt, tokenizer)
+        except jinja2.TemplateError as error:
+            raise DataError(
+                f"{name}: its chat template refuses the prompt {str(prompt)[:80]!r} ({error}); leave that pair out"
+            ) from None
         return [*prompt_ids, *response_ids(tokenizer, prompt_text, prompt_ids, response, finished)]
 
     whole = [ids(text) for text in texts]

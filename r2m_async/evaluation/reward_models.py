@@ -305,10 +305,10 @@ def _pairs(
 ) -> tuple[Sequence[ScoredPair], Sequence[ScoredPair]]:
     """(training pairs, held-out pairs). There are training pairs only for a run that is measured on its own data."""
     if sources.pairs is not None:
-        return (), given_pairs(sources.pairs, ensemble.config, sources.split)
+        return (), given_pairs(sources.pairs, ensemble.config, sources.split, ensemble.tokenizer)
     if not is_run:
         return (), ()
-    data = load_preference_data(ensemble.config.loss(preference="bt"))  # `bt` reads no margins, and none are needed
+    data = load_preference_data(ensemble.config.loss(preference="bt"), ensemble.tokenizer)  # `bt` needs no margins
     return data.training, data.held_out
 
 

@@ -99,8 +99,11 @@ EMBEDDED = ("embedded", "embedded_golden")
 """Values of `data.preferences` that stand for pairs of the embedded language."""
 
 
-def load_preference_data(config: RewardModelConfig) -> PreferenceData:
+def load_preference_data(config: RewardModelConfig, reader: Any = None) -> PreferenceData:
     """Reads the pairs that the section `data` names, separates the held-out pairs, and applies the label noise.
+
+    reader: the tokenizer of the model that will read the pairs. A pair that its chat template refuses is a bad record.
+        None leaves that to whoever reads them.
 
     Raises `DataError` for a source that cannot be read or has no usable record, and for a bad record unless
     `data.on_bad_record` is `skip`.
@@ -113,24 +116,27 @@ def load_preference_data(config: RewardModelConfig) -> PreferenceData:
         files = embedded_preferences()
         held_out_source = held_out_source or str(files.held_out)
         preferences = str(files.training if preferences == "embedded" else files.golden)
-    pairs, skipped = _load(preferences, data.split, config)
+    pairs, skipped = _load(preferences, data.split, config, reader)
     pairs = pairs[:: data.stride]
     if held_out_source is None:
         training, held_out = split_by_prompt(pairs, data.held_out, config.run.seed)
     else:
-        training, (held_out, more) = pairs, _load(held_out_source, data.eval_split or data.split, config)
+        training, (held_out, more) = pairs, _load(held_out_source, data.eval_split or data.split, config, reader)
         skipped = {reason: skipped.get(reason, 0) + more.get(reason, 0) for reason in {**skipped, **more}}
     return PreferenceData(
         training=with_label_noise(training, data.label_noise, config.run.seed), held_out=held_out, skipped=skipped
     )
 
 
-def given_pairs(source: str, config: RewardModelConfig, split: str | None = None) -> tuple[ScoredPair, ...]:
+def given_pairs(
+    source: str, config: RewardModelConfig, split: str | None = None, reader: Any = None
+) -> tuple[ScoredPair, ...]:
     """All pairs of a source, to measure a model on. None is held back, filtered or flipped.
 
     source: as `data.preferences`. For the embedded pairs the result is the pairs of held-out prompts.
     config: says how the source is read.
     split: split of a Hugging Face data set; None means the config's `data.split`.
+    reader: as in `load_preference_data`.
 
     Raises `DataError` as `load_preference_data` does.
     """
@@ -146,7 +152,7 @@ def given_pairs(source: str, config: RewardModelConfig, split: str | None = None
         stride=1,
         filters=Filters(),
     )
-    data = load_preference_data(whole)
+    data = load_preference_data(whole, reader)
     return data.held_out if source in EMBEDDED else data.training
 
 
@@ -211,10 +217,12 @@ def _tokenized_text(tokenizer: Any, prompt: Content, response: str, finished: bo
     return TokenizedText(token_ids=tuple(read), prompt_len=max(1, shared - (len(whole) - len(read))))
 
 
-def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[ScoredPair, ...], dict[str, int]]:
+def _load(
+    source: Source, split: str, config: RewardModelConfig, reader: Any
+) -> tuple[tuple[ScoredPair, ...], dict[str, int]]:
     """(the pairs of `source`, how many records were left out by reason)."""
     data, limits = config.data, config.data.filters.limits()
-    tokenizer = _tokenizer(config) if limits else None
+    tokenizer = start_tokenizer(config) if limits else None
 
     def parse(record: Record) -> ScoredPair:
         # Scores are demanded only by the loss that reads them; many data sets have none.
@@ -222,7 +230,7 @@ def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[
         if limits:
             num_prompt_tokens = len(policy_reads(pair.prompt, tokenizer)[1])
             check_lengths(record, limits, tokenizer, num_prompt_tokens)
-        return ScoredPair(
+        scored = ScoredPair(
             prompt=pair.prompt,
             chosen=pair.chosen,
             rejected=pair.rejected,
@@ -231,12 +239,29 @@ def _load(source: Source, split: str, config: RewardModelConfig) -> tuple[tuple[
             margin=margin,
             place=record.place,
         )
+        if reader is not None and not isinstance(pair.prompt, str):
+            _check_template(record, scored, reader)
+        return scored
 
     return load_records(source, split, parse, data.on_bad_record, names=data.names)
 
 
-def _tokenizer(config: RewardModelConfig) -> Any:
-    """The tokenizer of the model that training starts from, with which lengths are counted. Raises ConfigError."""
+def _check_template(record: Record, pair: ScoredPair, reader: Any) -> None:
+    """Raises BadRecord if the chat template of the tokenizer `reader` refuses a text of the pair."""
+    import jinja2
+
+    for response, finished in ((pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)):
+        try:
+            reward_input_ids(reader, pair.prompt, response, finished)
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            why = f"the chat template of the reward model's tokenizer refuses it ({error})"
+            raise record.refusal(
+                "chat_template", record.called("prompt"), pair.prompt, why, "reorder the turns"
+            ) from None
+
+
+def start_tokenizer(config: RewardModelConfig) -> Any:
+    """The tokenizer of the model that training starts from. Raises ConfigError."""
     start = config.model.start
     if start in ("embedded", "embedded_reward"):
         from r2m_async.from_scratch.embedded import embedded_models

@@ -129,8 +129,11 @@ class RewardTrainee(nn.Module):
         return self.classifier.score(scored_ND).squeeze(-1).float(), scored_ND
 
     @torch.no_grad()
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, masters: Mapping[str, Tensor] | None = None) -> None:
         """Writes the reward model and its tokenizer into `directory`, with adapters merged into the weights.
+
+        masters: the float32 masters of parameters, by the parameters' names. They are written in place of these, so that
+            nothing of the training is lost to rounding. None writes the parameters.
 
         `load_classifier` reads it. `AutoModelForSequenceClassification` does, too, if the head has one layer. The LM
         head is not saved.
@@ -139,6 +142,10 @@ class RewardTrainee(nn.Module):
         prefix = self.classifier.base_model_prefix
         weights = {f"{prefix}.{one.name}": one.whole() for one in publications(self.classifier.base_model)}
         weights |= {f"score.{name}": tensor for name, tensor in self.classifier.score.state_dict().items()}
+        for name, tensor in (masters or {}).items():
+            # The LM head, which may have masters too, is no part of the classifier.
+            if (own := name.removeprefix("classifier.")) in weights:
+                weights[own] = tensor
         save_classifier(self.classifier, directory, {name: tensor.detach().cpu() for name, tensor in weights.items()})
         self.tokenizer.save_pretrained(directory)
 

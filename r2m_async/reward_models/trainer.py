@@ -17,7 +17,9 @@ from r2m_async.data.seeds import Stream, sampling_seed
 from r2m_async.errors import ConfigError, NonFiniteStep
 from r2m_async.finite import all_finite, first_bad
 from r2m_async.from_scratch.cache import key_digest
+from r2m_async.models.adapters import TrainedPart
 from r2m_async.models.tokens import longest_text
+from r2m_async.models.weights import MasterWeights
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.frozen_states import OnTexts, frozen_states
 from r2m_async.reward_models.preferences import (
@@ -74,12 +76,13 @@ class RewardTrainer:
         # They belong to the model as it starts, so they are computed before any step and before `restore`.
         self._references = self._reference_logprobs() if config.loss.regularizer == "dpo" else None
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        parameters = list(self._parameters.values())
+        # A step of 1e-5 would vanish in bfloat16, so the optimizer moves float32 copies there.
+        self._masters = MasterWeights(TrainedPart(self.model))
         decay = config.optimizer.weight_decay
         self._optimizer = torch.optim.AdamW(
             [
-                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
-                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+                {"params": [p for p in self._masters.tensors if p.ndim >= 2], "weight_decay": decay},
+                {"params": [p for p in self._masters.tensors if p.ndim < 2], "weight_decay": 0.0},
             ]
         )
 
@@ -118,7 +121,8 @@ class RewardTrainer:
             # A rank without a micro-batch has no gradients, but must take part in each sum: the others wait for it.
             if num_ranks() > 1:
                 parameter.grad = summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), optimizer.max_grad_norm).item()
+        self._masters.take_gradients()
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self._masters.tensors, optimizer.max_grad_norm).item()
         lr = self.config.learning_rate(self.steps_done, self.num_steps)
         # Checked before the update, so that the weights stay finite. The test is written so that NaN fails it.
         if not gradient_norm < float("inf"):
@@ -129,6 +133,7 @@ class RewardTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
+        self._masters.write_back()
         if not all_finite(self._parameters.values()):
             raise NonFiniteStep(
                 f"step {self.steps_done + 1}: the weights are not finite after an update with learning rate {lr:g} and "
@@ -157,16 +162,27 @@ class RewardTrainer:
             record |= states.record(name)
         return record
 
+    def save_model(self, directory: Path) -> None:
+        """Writes the reward model as `RewardTrainee.save` does. All its weights are float32 if all of them are trained."""
+        # A file of two number formats would be read in one of them. With adapters or a frozen backbone the masters are
+        # of a part of the weights only.
+        model = self.config.model
+        whole = not model.frozen and model.lora is None
+        masters = dict(zip(self._parameters, self._masters.tensors, strict=True))
+        self.model.save(directory, masters if whole else None)
+
     def save(self, directory: Path) -> None:
         """Writes a checkpoint, whole or not at all.
 
-        It has the trained parameters, AdamW's moments, the number of steps taken, a digest of the training pairs, and
+        It has the trained parameters and their float32 masters, AdamW's moments, the number of steps taken, a digest of the training pairs, and
         the config. Raises DiskError.
         """
         tensors = {}
-        for name, parameter in self._parameters.items():
+        for (name, parameter), master in zip(self._parameters.items(), self._masters.tensors, strict=True):
             tensors[f"parameter/{name}"] = parameter.detach()
-            tensors |= {f"{key}/{name}": value for key, value in self._optimizer.state[parameter].items()}
+            if master is not parameter:
+                tensors[f"master/{name}"] = master.detach()
+            tensors |= {f"{key}/{name}": value for key, value in self._optimizer.state[master].items()}
         record = {"step": str(self.steps_done), "data": self._data_digest()}
         with whole_directory(directory, replace=True) as building:
             save_file(
@@ -193,14 +209,16 @@ class RewardTrainer:
                     f"{directory}: was trained on other pairs than data.preferences now gives; put those back, or train anew"
                 )
             names = set(file.keys())
-            for name, parameter in self._parameters.items():
-                # Copied into the parameter itself, since the optimizer holds this very object.
+            for (name, parameter), master in zip(self._parameters.items(), self._masters.tensors, strict=True):
+                # Copied into the tensors themselves, since the optimizer holds these very objects.
                 parameter.copy_(file.get_tensor(f"parameter/{name}"))
+                if master is not parameter:
+                    master.copy_(file.get_tensor(f"master/{name}"))
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in names]
                 state = {key: file.get_tensor(f"{key}/{name}") for key in keys}
                 # AdamW keeps `step` on the CPU, and the moments beside their parameter.
                 moments = {key: value.to(parameter.device) for key, value in state.items() if key != "step"}
-                self._optimizer.state[parameter] = {"step": state["step"], **moments} if state else {}
+                self._optimizer.state[master] = {"step": state["step"], **moments} if state else {}
         self.steps_done = int(record["step"])
 
     def _tokenized(self, pairs: Sequence[Any]) -> list[TokenizedPair]:

@@ -1,6 +1,7 @@
 """Offline reward-model training: what it saves is what it trained, whole, in parts, resumed, and in every set-up."""
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -36,6 +38,11 @@ pytestmark = pytest.mark.models
 @pytest.fixture
 def config(reward_model_config):
     return reward_model_config
+
+
+def make(directory):
+    directory.mkdir()
+    return directory
 
 
 def trainer_of(config):
@@ -115,6 +122,30 @@ def test_a_frozen_backbone_stays_as_it_came(config, tmp_path):
     assert same(start, dict(trainer.model.classifier.model.state_dict()))
     assert set(trainer._parameters) == {f"classifier.score.{n}" for n in ("0.weight", "0.bias", "2.weight", "2.bias")}
     assert not same(weights_of(trainer_of(config)), weights_of(trainer))
+
+
+def test_in_bfloat16_float32_masters_move_and_the_saved_model_has_what_they_learnt(config, tmp_path):
+    """Steps of this size vanish in bfloat16: without masters most weights would stay, and the norms' all."""
+    small = config.model(dtype="bfloat16").optimizer(lr=1e-5)
+    trainer, _ = trained(small, 3)
+    assert trainer.model.classifier.dtype == torch.bfloat16
+    trainer.save(tmp_path / "checkpoint")
+    trainer.save_model(make(tmp_path / "model"))
+    start = AutoModelForCausalLM.from_pretrained(config.model.start).to(torch.bfloat16).float().model.state_dict()
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    backbone = {name.removeprefix("model."): tensor for name, tensor in saved.items() if name.startswith("model.")}
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32} and backbone.keys() == start.keys()
+    for name, tensor in backbone.items():
+        if "embed_tokens" not in name:  # the texts have few of the tokens
+            assert (tensor != start[name]).float().mean() > 0.9, name
+    resumed = trainer_of(small)
+    resumed.restore(tmp_path / "checkpoint")
+    with one_thread():
+        for one in (trainer, resumed):
+            one.step()
+            one.save_model(make(tmp_path / f"{id(one)}"))
+    first, second = (load_file(tmp_path / f"{id(one)}" / "model.safetensors") for one in (trainer, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_kept_head_is_the_starts_and_a_new_one_has_norm_about_one(config, tiny):
@@ -561,6 +592,26 @@ def test_records_that_a_loss_cannot_use_are_refused_by_line(config, tmp_path, re
 
 
 # What is refused
+
+
+def test_a_pair_that_the_models_chat_template_refuses_is_a_bad_record(tiny, config, tmp_path):
+    start = shutil.copytree(tiny("llama", False), tmp_path / "start")
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusal + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(start)
+    user = {"role": "user", "content": "a river"}
+    prompts = [[user], [{"role": "system", "content": "the"}, user]]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": one, "chosen": "b", "rejected": "c"}) + "\n" for one in prompts))
+    config = config.data(preferences=str(pairs), held_out=0.0)
+    with pytest.raises(
+        DataError, match=r"line 2: .*the chat template of the reward model's tokenizer refuses it \(no system\)"
+    ):
+        load_preference_data(config, tokenizer)
+    assert load_preference_data(config.data(on_bad_record="skip"), tokenizer).skipped == {"chat_template": 1}
+    with pytest.raises(DataError, match="line 2"):
+        train(config.model(start=str(start)).run(output_dir=str(tmp_path / "runs")))
 
 
 def test_starts_that_lack_what_is_asked_for_are_refused(config, tiny):

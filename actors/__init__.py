@@ -9,5 +9,6 @@ vllm_drivers.py         two ways to run vLLM: step by step in this process, or i
 vllm_worker.py          the worker inside vLLM's processes, which copies hidden states out
 vllm_weights.py         how weights reach vLLM's workers, and how they are checked there
 state_slab.py           the shared memory through which hidden states leave vLLM's worker
+vllm_models.py          which models vLLM can run, and what it computes otherwise than transformers
 vllm_offline.py         vLLM's offline `LLM`, for `r2m eval generate`
 """

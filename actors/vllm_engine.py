@@ -23,9 +23,11 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput
+from vllm.platforms import current_platform
 
 from actors.state_slab import DIRECTORY, SlabShape, StateSlab, create_slab_file
 from actors.vllm_drivers import AsyncDriver, Completed, Driver, Request, SteppedDriver
+from actors.vllm_models import check_model, or_refused
 from actors.vllm_weights import BACKENDS, NOT_AS_SENT
 from actors.vllm_worker import SEQUENCE
 from r2m_async.config import R2MConfig
@@ -66,7 +68,7 @@ class VLLMEngine:
             config: the run's config.
             twin: whether every group gets one more response, which is decoded greedily.
 
-        Raises ConfigError for a vLLM option that is refused or unknown. Raises OSError if shared memory has no room for
+        Raises ConfigError for a vLLM option that is refused or unknown, and if vLLM does not start with the policy. Raises OSError if shared memory has no room for
         the hidden states.
         """
         began = time.perf_counter()
@@ -88,8 +90,11 @@ class VLLMEngine:
         if config.wants_rollout_states:
             slab = self._open_slab(hidden_size)
         try:
-            args = _engine_args(path, config, twin, slab)
-            self._driver: Driver = (AsyncDriver if config.asynchronous else SteppedDriver)(args, config.weights.timeout)
+            args = engine_args(path, config, twin, slab)
+            with or_refused(path):
+                self._driver: Driver = (AsyncDriver if config.asynchronous else SteppedDriver)(
+                    args, config.weights.timeout
+                )
         finally:
             # Either both sides have opened the file by now, or the engine did not start.
             if slab:
@@ -196,7 +201,7 @@ class VLLMEngine:
             raise WeightMismatch(
                 f"the vLLM engine at policy version {version}: every parameter arrived as it was sent, and the log-probability "
                 f"of a probe token differs from the learner's by {worst:.2g} nats, at most {tolerance} is expected in "
-                f"{self._config.model.dtype}: the engine does not compute with these weights"
+                f"{self._config.model.dtype}: the engine does not compute with these weights; use rollouts.engine 'transformers'"
             )
 
     # Groups
@@ -352,8 +357,22 @@ def _present(greedy: Trajectory | None) -> Iterable[Trajectory]:
     return () if greedy is None else (greedy,)
 
 
-def _engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any]) -> AsyncEngineArgs:
-    """vLLM's arguments: what the config decides, the user's `rollouts.engine_options`, and our defaults for the rest.
+def check_policy(path: str, config: R2MConfig) -> str | None:
+    """Checks what vLLM can say about a policy and the config before anything is loaded.
+
+    Returns why nothing could be checked, or None. Raises ConfigError for an option of vLLM that is refused or unknown, and
+    for a model that vLLM does not have.
+    """
+    if current_platform.is_unspecified():
+        return "vLLM finds no device on this machine that it is built for"
+    check_model(path, engine_args(path, config, twin=False, slab={}))
+    return None
+
+
+def engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any]) -> AsyncEngineArgs:
+    """Returns vLLM's arguments: what the config decides, `rollouts.engine_options`, and our defaults for the rest.
+
+    path, twin: as in `VLLMEngine`. slab: what vLLM's worker needs to open the slab; empty without one.
 
     Raises ConfigError for an option that is refused, that the config decides, or that vLLM does not have.
     """

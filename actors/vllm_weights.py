@@ -8,7 +8,8 @@ The engines for `shared_memory` and `gloo` are written here and run anywhere. (`
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,9 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
 from r2m_async.models.weights import tensor_digest
@@ -64,6 +66,11 @@ class Checked:
     model: Any
     """The model that takes the weights. vLLM's engine, which this is mixed into, sets it."""
 
+    def start_weight_update(self) -> None:
+        """Prepares the model for an update."""
+        with untouched(tied_heads(self.model)):
+            super().start_weight_update()  # type: ignore[misc]
+
     def receive_weights(self, update_info: Any) -> None:
         """Receives the weights of one update and hands them to the model.
 
@@ -93,6 +100,31 @@ def _checked(weights: Iterable[tuple[str, Tensor]], missing: dict[str, str]) -> 
         if tensor_digest(tensor) != missing.pop(name, ""):
             raise RuntimeError(f"{name} {NOT_AS_SENT}")
         yield name, tensor
+
+
+def tied_heads(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Returns the language-model heads whose weights are those of the token embeddings."""
+    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    embeddings = {id(layer.weight) for layer in layers if not isinstance(layer, ParallelLMHead)}
+    return [layer for layer in layers if isinstance(layer, ParallelLMHead) and id(layer.weight) in embeddings]
+
+
+@contextmanager
+def untouched(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Keeps vLLM from preparing these layers for an update that is begun within the block.
+
+    vLLM gives a layer that it has prepared new memory as soon as one of its weights comes. The weights of a tied head
+    never come. If the head has a bias of its own (Phi), which does come, the shared weights would be overwritten by what
+    the new memory happened to hold.
+    """
+    infos = [get_layerwise_info(layer) for layer in layers]
+    for info in infos:
+        info.load_numel_total = 0  # looks as if the layer had been prepared before
+    try:
+        yield
+    finally:
+        for info in infos:
+            info.reset()
 
 
 def repack_head(model: torch.nn.Module) -> None:

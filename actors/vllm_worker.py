@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from actors import vllm_weights
 from actors.state_slab import SlabShape, StateSlab
+from actors.vllm_models import mend
 from r2m_async.child_process import end_with_parent
 
 if current_platform.is_cpu():
@@ -38,11 +39,8 @@ Sequences are counted through all blocks. Response k of a request with several g
 NO_FAULT = {
     # A checkpoint has another number format than `model.dtype`: a line for every weight.
     "vllm.model_executor.models.utils": re.compile("Attempted to load weight .* with dtype"),
-    # New weights for layers that have none: the rotary embedding, and a head that is tied to the token embeddings. That
-    # a head of its own has arrived is checked by its digest.
-    "vllm.model_executor.model_loader.reload.layerwise": re.compile(
-        r"(\w*RotaryEmbedding|ParallelLMHead): Failed to load weights"
-    ),
+    # New weights for a layer that has none.
+    "vllm.model_executor.model_loader.reload.layerwise": re.compile(r"\w*RotaryEmbedding: Failed to load weights"),
 }
 """Warnings of vLLM about what is meant, by logger. They are not shown."""
 
@@ -85,6 +83,11 @@ class EngineWorker(PlatformWorker):
         slab = self.vllm_config.additional_config.get("slab")
         if slab and self.rank == 0:  # all ranks of a tensor-parallel engine have the same states
             self._slab = StateSlab(slab["path"], SlabShape(**slab["shape"]))
+
+    def load_model(self, **how: Any) -> None:
+        """Loads the model, and makes it compute what transformers does."""
+        super().load_model(**how)
+        mend(self.model_runner.get_model())
 
     def r2m_set_version(self, version: int) -> None:
         """Labels the states that are written from here on with this policy version."""

@@ -82,6 +82,7 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
 
     It downloads no model. A model that is not on this machine is named, and the rest is checked without it.
     """
+    from r2m_async.launch.makers import check_rollout_engine
     from r2m_async.launch.prompts import check_data
     from r2m_async.launch.workload import check_code, check_models, check_queue, worst_group_bytes
 
@@ -94,6 +95,8 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
     readers, notes = check_models(config, there)
     for note in notes:
         print(f"# {note}")
+    if "model.policy" in there and (reason := check_rollout_engine(config, there["model.policy"])):
+        print(f"# model.policy: whether rollouts.engine can run it was not checked: {reason}")
     in_columns = check_data(config, readers)
     if {"model.policy", "reward.model"} <= sizes.keys():
         group_bytes = worst_group_bytes(config, sizes["model.policy"], sizes["reward.model"], estimator.needs_greedy)

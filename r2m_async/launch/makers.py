@@ -171,6 +171,20 @@ def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
     return _stages(config, launch, {**ray_bytes(), "watch": processes.ray.watch})
 
 
+def check_rollout_engine(config: R2MConfig, policy: str) -> str | None:
+    """Checks, without loading anything, that the engine of the rollouts can run the policy.
+
+    policy: Hugging Face name or directory.
+
+    Returns why that could not be checked, or None. Raises ConfigError if the engine cannot run it.
+    """
+    if config.rollouts.engine != "vllm":
+        return None
+    from actors.vllm_engine import check_policy
+
+    return check_policy(policy, config)
+
+
 def check_packages() -> None:
     """Checks that `actors` and `learners` are the packages of this project, and not others of the same generic names.
 

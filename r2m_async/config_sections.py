@@ -66,7 +66,8 @@ class ModelSection(Section):
     attention: str = "sdpa"
     """Attention implementation of policy, reference and critic, by its name in transformers: `eager`, `sdpa`,
     `flash_attention_2`, `flex_attention`, or a kernel at Hugging Face such as `kernels-community/flash-attn2`. A vllm
-    engine uses its own."""
+    engine uses its own. `sdpa` is refused for models that cap the attention's logits (Gemma 2), because it leaves the
+    cap out."""
     lora: LoRA | None = None
     """If set, for example to `{rank: 16, alpha: 32}`, adapters (LoRA) are trained instead of the weights themselves.
     The reference policy is then the policy without its adapters. None trains all weights."""
@@ -484,7 +485,8 @@ class LearnerSection(Section):
     packing: bool = False
     """If true, a forward pass is one row of trajectories without padding, each of which attends only to itself. It is
     meant for `model.attention: flash_attention_2`. Other attention computes all pairs of tokens in the row and masks
-    most of them, which costs more than padding unless lengths differ widely."""
+    most of them, which costs more than padding unless lengths differ widely. Models that do not keep the trajectories
+    of a row apart (OPT, BLOOM, Falcon, Mamba) are refused."""
     max_mismatch: float | None = Field(None, gt=0)
     """The most that learner and rollout engine may differ in the first step, in nats: the mean, over the tokens that the
     learner's own version of the policy sampled, of the difference between their log-probabilities. With a larger one

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.finite import check_weights
-from r2m_async.models.loading import settled
+from r2m_async.models.loading import check_packing, settled
 from r2m_async.models.policy import PassInputs, by_response, microbatches, response_mask
 from r2m_async.models.pretrained import pretrained_model
 from r2m_async.models.reward import second_layer
@@ -120,7 +120,10 @@ def load_critic(path: str, config: R2MConfig) -> ValueModel:
         # hold rewards and no noise.
         nn.init.zeros_(head.weight)
     check_weights(classifier, "critic.model", path)
-    return ValueModel(settled(classifier, config.run.device))
+    settled(classifier, config.run.device)
+    if config.learner.packing:
+        check_packing(classifier, "critic.model", path)
+    return ValueModel(classifier)
 
 
 def response_values(model: Any, trajectories: Sequence[Trajectory], packed: bool = False) -> Tensor:

@@ -39,6 +39,8 @@ def load_policy(path: str, config: R2MConfig) -> Any:
     model.generation_config = GenerationConfig(**ends)
     settled(model, config.run.device)
     check_causal(model, key, path)
+    if config.learner.packing:
+        check_packing(model, key, path)
     return model
 
 
@@ -62,6 +64,34 @@ def check_causal(model: Any, key: str, path: str) -> None:
         raise ConfigError(
             f"{key}: {path!r} ({type(model).__name__}) reads a text in both directions, and a policy must read it from left "
             f"to right: name a causal language model"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: Any, key: str, path: str) -> None:
+    """Raises ConfigError if a text that follows another one in a packed row is not computed as it is alone.
+
+    `learner.packing` relies on transformers to see from the positions where a text begins. For some models (OPT, BLOOM,
+    Falcon, those with a recurrent state) it does not, and a response would attend to those before it.
+
+    model: a language model or a classifier, as it will compute.
+    """
+    ids_1S = torch.arange(2 * _CAUSAL_LENGTH, device=model.device)[None] % model.config.get_text_config().vocab_size
+    positions_1S = torch.arange(_CAUSAL_LENGTH, device=model.device).repeat(2)[None]
+    packed, alone = (
+        model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        .last_hidden_state[0, -_CAUSAL_LENGTH:]
+        .float()
+        for ids, positions in (
+            (ids_1S, positions_1S),
+            (ids_1S[:, _CAUSAL_LENGTH:], positions_1S[:, _CAUSAL_LENGTH:]),
+        )
+    )
+    # Other shapes are rounded otherwise. What another text does to the states is of the states' own size.
+    if (packed - alone).norm() > torch.finfo(model.dtype).eps ** 0.5 * alone.norm():
+        raise ConfigError(
+            f"learner.packing is true and {key} is {path!r} ({type(model).__name__}): with model.attention "
+            f"{model.config._attn_implementation!r} its texts in a packed row are not kept apart; use learner.packing false"
         )
 
 

@@ -178,7 +178,7 @@ def pretrained_model(
     import transformers
 
     check_weight_files(key, name)
-    pretrained_config(key, name)
+    attention = _attention(key, name, pretrained_config(key, name), attention)
     auto = {
         "language model": transformers.AutoModelForCausalLM,
         "classifier": transformers.AutoModelForSequenceClassification,
@@ -228,6 +228,24 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _attention(key: str, name: str | Path, config: Any, attention: str | None) -> str | None:
+    """Returns the attention to load a model with. Raises ConfigError for one that computes another model.
+
+    transformers' `sdpa` passes over a cap of the attention's logits (Gemma 2). It is also what transformers chooses by
+    itself.
+    """
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is None or attention not in (None, "sdpa"):
+        return attention
+    if attention is None:
+        return "eager"
+    raise ConfigError(
+        f"model.attention is 'sdpa' and {key} is {str(name)!r}, whose config.json caps the attention's logits "
+        f"(attn_logit_softcapping {cap}): transformers' sdpa leaves the cap out without a word; use model.attention 'eager', or "
+        f"flash_attention_2 on a GPU"
+    )
+
+
 def _names(keys: Iterable[Any]) -> set[str]:
     """The names of weights in transformers' report, where a name may stand in a tuple with its shapes."""
     return {str(one[0] if isinstance(one, tuple) else one) for one in keys}
@@ -272,9 +290,8 @@ def _loading_failure(key: str, name: str | Path, attention: str | None, error: B
     """The error for a model that transformers refuses to load. It names the attention if that is the reason."""
     said = str(error)
     if attention is not None and (isinstance(error, ImportError) or "attn_implementation" in said or attention in said):
-        return ConfigError(
-            f"model.attention is {attention!r} and {key} is {str(name)!r}: {_first_line(error)}; use sdpa or eager"
-        )
+        reason, others = _first_line(error).partition(". ")[0], "eager" if attention == "sdpa" else "sdpa or eager"
+        return ConfigError(f"model.attention is {attention!r} and {key} is {str(name)!r}: {reason}; use {others}")
     return _refusal(key, name, error)
 
 

@@ -157,33 +157,45 @@ class PolicyForward(nn.Module):
         )
         states_XD = outputs.last_hidden_state.flatten(0, 1)
         # Only positions that predict a response token: logits of the prompt and of padding would be for nothing.
-        states_ND = states_XD[places_N]
-        size = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
-        if len(states_ND) <= size:
-            logprobs_N, entropies_N = self._chosen(outputs, states_ND, targets_N, temperature, entropy)
-            return logprobs_N, states_XD, entropies_N
-        parts = []
-        for states, targets in zip(states_ND.split(size), targets_N.split(size), strict=True):
-            given = (outputs, states, targets, temperature, entropy)
-            # The backward pass computes the logits again, chunk by chunk, so that they are never all in memory.
-            parts.append(
-                checkpoint(self._chosen, *given, use_reentrant=False) if states.requires_grad else self._chosen(*given)
-            )
-        logprobs, entropies = zip(*parts, strict=True)
-        return torch.cat(logprobs), states_XD, torch.cat(entropies) if entropy else None
+        logprobs_N, entropies_N = chosen_logprobs(
+            self.model, states_XD[places_N], targets_N, outputs, temperature, entropy
+        )
+        return logprobs_N, states_XD, entropies_N
 
-    def _chosen(
-        self, outputs: Any, states_ND: Tensor, targets_N: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the log-probabilities [N] of the targets, and the entropies [N] if asked for, else None.
 
-        outputs: what the base model returned, for all that the model reads of it besides the states.
-        """
-        # In float32, because a log-probability rounded to bfloat16 is too coarse for the ratio of Eq. 2.
-        logits_NV = logits_of(self.model, states_ND, outputs).float() / temperature
-        logprobs_NV = logits_NV.log_softmax(-1)
-        entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1) if entropy else None
-        return logprobs_NV.gather(1, targets_N[:, None]).squeeze(1), entropies_N
+def chosen_logprobs(
+    model: Any, states_ND: Tensor, targets_N: Tensor, outputs: Any, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the log-probabilities [N] float32 of N tokens, and their entropies [N] if asked for, else None.
+
+    model, states_ND, outputs: as in `logits_of`. Token n is predicted from the state n.
+    targets_N: [N] int64, the tokens.
+    temperature: divides the logits before the softmax.
+    entropy: whether to compute the entropies of the distributions, in nats.
+
+    At most LOGITS_AT_ONCE logits are in memory at once, in the backward pass as well.
+    """
+    size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    if len(states_ND) <= size:
+        return _chosen(model, states_ND, targets_N, outputs, temperature, entropy)
+    parts = []
+    for states, targets in zip(states_ND.split(size), targets_N.split(size), strict=True):
+        given = (model, states, targets, outputs, temperature, entropy)
+        # The backward pass computes the logits again, chunk by chunk, so that they are never all in memory.
+        parts.append(checkpoint(_chosen, *given, use_reentrant=False) if states.requires_grad else _chosen(*given))
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+
+
+def _chosen(
+    model: Any, states_ND: Tensor, targets_N: Tensor, outputs: Any, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Does what `chosen_logprobs` does, with all logits at once."""
+    # In float32, because a log-probability rounded to bfloat16 is too coarse for the ratio of Eq. 2.
+    logits_NV = logits_of(model, states_ND, outputs).float() / temperature
+    logprobs_NV = logits_NV.log_softmax(-1)
+    entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1) if entropy else None
+    return logprobs_NV.gather(1, targets_N[:, None]).squeeze(1), entropies_N
 
 
 def logits_of(model: Any, states_ND: Tensor, outputs: Any) -> Tensor:

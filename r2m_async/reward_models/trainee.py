@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2m_async.errors import ConfigError
@@ -18,6 +17,7 @@ from r2m_async.finite import check_weights
 from r2m_async.models.adapters import add_adapters, publications
 from r2m_async.models.batches import right_padded
 from r2m_async.models.loading import settled
+from r2m_async.models.policy import chosen_logprobs
 from r2m_async.models.pretrained import pretrained_model, pretrained_tokenizer
 from r2m_async.models.reward import know_padding, save_classifier, scored_positions, two_layer_head
 from r2m_async.models.tokens import check_tokens
@@ -47,7 +47,8 @@ class RewardTrainee(nn.Module):
             )
         if config.head.init != "keep":
             self.classifier.score = _new_head(self.classifier, config)
-        self.lm_head = _lm_head(start, self.classifier, config) if config.loss.regularizer is not None else None
+        regularized = config.loss.regularizer is not None
+        self.language_model = _language_model(start, self.classifier, config) if regularized else None
         check_weights(self, "model.start", start)
         settled(self, config.run.device)
         if config.model.frozen:
@@ -55,8 +56,8 @@ class RewardTrainee(nn.Module):
         if config.model.lora is not None:
             add_adapters(self.classifier.base_model, config.model.lora, config.run.seed)
             # peft freezes the backbone's own weights. It does not see the LM head, which is no part of the backbone.
-            if self.lm_head is not None:
-                self.lm_head.requires_grad_(False)
+            if self.language_model is not None:
+                self.language_model.requires_grad_(False)
         self.classifier.score.requires_grad_(True)
         self._known_states: Mapping[tuple[int, ...], Tensor] | None = None
 
@@ -79,17 +80,17 @@ class RewardTrainee(nn.Module):
         """
         if not with_logprobs:
             return self._scored(self._head_states(texts), dropout)[0], None
-        assert self.lm_head is not None
-        ids_NS, lengths_N1, states_NSD = self._read(texts)
+        assert self.language_model is not None
+        ids_NS, lengths_N1, outputs = self._read(texts)
+        states_NSD = outputs.last_hidden_state
         rewards_N, _ = self._scored(self._scored_states(ids_NS, states_NSD), dropout)
         # The state at one token predicts the next token: the last state predicts nothing, and nothing predicts the
         # first token.
-        logits = self.lm_head(states_NSD[:, :-1]).float()
-        logprobs = -F.cross_entropy(logits.transpose(1, 2), ids_NS[:, 1:], reduction="none")
         prompt_lens_N1 = torch.tensor([[text.prompt_len] for text in texts], device=self.device)
         place_S = torch.arange(1, ids_NS.shape[1], device=self.device)
         response = (place_S >= prompt_lens_N1) & (place_S < lengths_N1)
-        return rewards_N, logprobs.masked_fill(~response, 0).sum(1)
+        chosen, _ = chosen_logprobs(self.language_model, states_NSD[:, :-1][response], ids_NS[:, 1:][response], outputs)
+        return rewards_N, torch.zeros(response.shape, device=self.device).masked_scatter(response, chosen).sum(1)
 
     def rewards_and_states(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
         """Rewards [N], float32, and the hidden states [N, D] from which the head computes them."""
@@ -106,17 +107,15 @@ class RewardTrainee(nn.Module):
         """The hidden states [N, D] that the head reads, known or computed."""
         if self._known_states is not None:
             return torch.stack([self._known_states[text.token_ids] for text in texts])
-        ids_NS, _, states_NSD = self._read(texts)
-        return self._scored_states(ids_NS, states_NSD)
+        ids_NS, _, outputs = self._read(texts)
+        return self._scored_states(ids_NS, outputs.last_hidden_state)
 
-    def _read(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs the backbone. Returns token ids [N, S], lengths [N, 1], and the last hidden states [N, S, D]."""
+    def _read(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor, Any]:
+        """Runs the backbone. Returns token ids [N, S], lengths [N, 1], and the backbone's outputs."""
         padding = self.classifier.config.get_text_config().pad_token_id
         ids_NS, mask_NS = right_padded([text.token_ids for text in texts], padding, self.device)
-        states_NSD = self.classifier.base_model(
-            input_ids=ids_NS, attention_mask=mask_NS.long(), use_cache=False
-        ).last_hidden_state
-        return ids_NS, mask_NS.sum(1, keepdim=True), states_NSD
+        outputs = self.classifier.base_model(input_ids=ids_NS, attention_mask=mask_NS.long(), use_cache=False)
+        return ids_NS, mask_NS.sum(1, keepdim=True), outputs
 
     def _scored_states(self, ids_NS: Tensor, states_NSD: Tensor) -> Tensor:
         """The hidden states [N, D] at the token that the head reads."""
@@ -191,16 +190,18 @@ def _new_head(classifier: Any, config: RewardModelConfig) -> nn.Module:
     return head.to(classifier.dtype)
 
 
-def _lm_head(start: str, classifier: Any, config: RewardModelConfig) -> nn.Module:
-    """The language-model head of `start`. Raises ConfigError if `start` has none.
+def _language_model(start: str, classifier: Any, config: RewardModelConfig) -> Any:
+    """The causal language model of `start` without its backbone: the head, and all that it does with its logits.
 
-    If the head shares its weight with the token embeddings, it shares that of the classifier's embeddings here.
+    If the head shares its weight with the token embeddings, it shares that of the classifier's embeddings here. Raises
+    ConfigError if `start` has no such head.
     """
     key = f"loss.regularizer is {config.loss.regularizer!r}, which keeps the language-model head of model.start; model.start"
     model = pretrained_model(key, start, dtype=classifier.dtype, spare=("score.",))
     head = model.get_output_embeddings()
-    tied = head.weight is model.get_input_embeddings().weight
-    # `model` is dropped after this. Its own embeddings would be a copy, and head and embeddings would train apart.
-    if tied:
+    # The model's own embeddings are a copy of the classifier's, and head and embeddings would train apart.
+    if head.weight is model.get_input_embeddings().weight:
         head.weight = classifier.get_input_embeddings().weight
-    return head
+    # The backbone that computes is the classifier's.
+    setattr(model, model.base_model_prefix, nn.Identity())
+    return model

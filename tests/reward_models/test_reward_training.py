@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
+from tiny import WORDS, save_tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -178,6 +179,19 @@ def test_the_log_probs_of_a_response_are_those_of_the_language_model(config, tin
         assert both[0].item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_log_probs_of_a_response_are_capped_as_the_language_model_caps_its_logits(config, tiny, tmp_path):
+    start = Path(save_tiny_model(tmp_path / "gemma2", "gemma2", False, WORDS, seed=2))
+    trainer = trainer_of(config.model(start=str(start)).loss(regularizer="sft"))
+    model = AutoModelForCausalLM.from_pretrained(start).eval()
+    model.config.final_logit_softcapping = trainer.model.language_model.config.final_logit_softcapping = 2.0
+    text = trainer.pairs[0].chosen
+    with torch.no_grad():
+        _, (logprob,) = trainer.model([text], with_logprobs=True)
+        ids = torch.tensor([text.token_ids])
+        own = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+    assert logprob.item() == pytest.approx(own[text.prompt_len - 1 :].sum().item(), rel=1e-4)
+
+
 def test_a_tied_lm_head_is_the_embeddings_that_the_classifier_trains(config, tmp_path):
     tied = AutoModelForCausalLM.from_pretrained(config.model.start)
     tied.config.tie_word_embeddings = True
@@ -185,7 +199,7 @@ def test_a_tied_lm_head_is_the_embeddings_that_the_classifier_trains(config, tmp
     tied.save_pretrained(tmp_path / "tied")
     AutoTokenizer.from_pretrained(config.model.start).save_pretrained(tmp_path / "tied")
     trainer, _ = trained(config.model(start=str(tmp_path / "tied")).loss(regularizer="sft"), steps=1)
-    assert trainer.model.lm_head.weight is trainer.model.classifier.get_input_embeddings().weight
+    assert trainer.model.language_model.lm_head.weight is trainer.model.classifier.get_input_embeddings().weight
     assert not any("lm_head" in name for name in trainer._parameters)
 
 
@@ -270,7 +284,8 @@ def test_dpo_starts_at_log_two_because_the_reference_is_the_start(config):
     assert metrics[0]["loss/regularizer"] == pytest.approx(0.6931472, abs=1e-4)
     assert abs(metrics[2]["loss/regularizer"] - 0.6931472) > 1e-3
     assert not torch.equal(
-        trainer.model.lm_head.weight, AutoModelForCausalLM.from_pretrained(trainer.config.model.start).lm_head.weight
+        trainer.model.language_model.lm_head.weight,
+        AutoModelForCausalLM.from_pretrained(trainer.config.model.start).lm_head.weight,
     )
 
 

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from r2m_async.config import R2MConfig
 from r2m_async.trajectories import PolicyFeedback, Trajectory, TrajectoryGroup
 
-LOGITS_AT_ONCE = 1 << 26
-"""The most logits, tokens times vocabulary, that a forward or backward pass holds at once: 256 MiB in float32."""
+LOGITS_AT_ONCE = 1 << 24
+"""The most logits, tokens times vocabulary, that a forward or backward pass holds at once: 64 MiB in float32."""
 
 
 def microbatches(trajectories: Sequence[Trajectory], max_tokens: int, packed: bool = False) -> list[slice]:

@@ -214,6 +214,26 @@ def rows(only: list[str], engines: list[str]) -> Iterator[tuple[str, dict[str, A
                     yield f"{name}, {'tied' if tied else 'untied'}, {engine}", result
 
 
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The measurements as a table in Markdown: the larger number of the two steps each, or how the run was refused."""
+
+    def told(result: dict[str, Any], what: str) -> str:
+        if "error" in result:
+            return "computes another model" if result["error"].startswith("WeightMismatch") else "does not start"
+        return f"{max(result[what]):.0e}"
+
+    lines = [
+        "| family | embeddings | transformers: log-probabilities | vLLM: log-probabilities | vLLM: states |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name in FAMILIES:
+        for tied in ("tied", "untied"):
+            plain, engine = (results[f"{name}, {tied}, {one}"] for one in ("transformers", "vllm"))
+            states = "" if "error" in engine else told(engine, "states")
+            lines.append(f"| {name} | {tied} | {told(plain, 'mismatch')} | {told(engine, 'mismatch')} | {states} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
@@ -224,6 +244,8 @@ def main() -> None:
     for name, result in rows(options.only, options.engines):
         results[name] = result
         print(name, json.dumps(result), flush=True)
+    if not options.only and len(options.engines) == 2:
+        print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

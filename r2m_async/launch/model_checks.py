@@ -13,6 +13,7 @@ from typing import Any
 from r2m_async.config import R2MConfig
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
+from r2m_async.models.loading import check_packing_unread
 from r2m_async.models.pretrained import (
     pretrained_config,
     pretrained_generation_config,
@@ -66,6 +67,8 @@ def check_policy(name: str, config: R2MConfig) -> tuple[Reader, list[str]]:
         f"rollouts.max_prompt_tokens is {rollouts.max_prompt_tokens} and max_new_tokens is {rollouts.max_new_tokens}",
     )
     _check_state_size(key, name, model)
+    if config.learner.packing:
+        check_packing_unread(model, key, name)
     if config.model.lora is not None:
         from r2m_async.models.adapters import add_adapters
 
@@ -80,6 +83,8 @@ def check_reference(name: str, policy: Reader, config: R2MConfig) -> None:
     """
     key = "model.reference"
     model = pretrained_model(key, name, dtype=config.model.dtype, attention=config.model.attention, weightless=True)
+    if config.learner.packing:
+        check_packing_unread(model, key, name)
     check_same_tokens(key, name, model.config, policy)
 
 
@@ -134,6 +139,8 @@ def check_critic(name: str, policy: Reader, config: R2MConfig) -> None:
     from r2m_async.models.critic import critic_classifier
 
     critic = critic_classifier(name, config, weightless=True)
+    if config.learner.packing:
+        check_packing_unread(critic, "critic.model", name)
     check_same_tokens("critic.model", name, critic.config, policy)
 
 

@@ -29,7 +29,8 @@ def add_adapters(model: Any, lora: LoRA | None, seed: int) -> None:
     lora: the config's `model.lora`, with rank, alpha and targets. It must not be None.
     seed: seeds the adapters' first weights. Every rank must pass the same seed, to start from the same weights.
 
-    Raises ConfigError if peft is not installed, or if peft refuses the targets because no module has such a name.
+    Raises ConfigError if peft is not installed, if peft refuses the targets because no module has such a name, and if an
+    adapter sits on something else than a linear layer, such as the experts of a mixture, which `publications` cannot merge.
     """
     try:
         from peft import LoraConfig
@@ -37,6 +38,7 @@ def add_adapters(model: Any, lora: LoRA | None, seed: int) -> None:
         raise ConfigError("model.lora is set and peft is not installed: pip install 'r2m-async[lora]'") from None
     assert lora is not None
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    names = [name for name, _ in model.named_parameters()]
     devices = [model.device] if model.device.type == "cuda" else []
     # The fork restores the caller's random state, so that training with LoRA draws the same numbers as without it.
     with torch.random.fork_rng(devices):
@@ -45,6 +47,11 @@ def add_adapters(model: Any, lora: LoRA | None, seed: int) -> None:
             model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
         except ValueError as error:
             raise ConfigError(f"model.lora.targets is {lora.targets!r}: {error}") from None
+    if stray := sorted({one.name for one in publications(model)}.symmetric_difference(names)):
+        raise ConfigError(
+            f"model.lora.targets is {lora.targets!r}: it reaches {stray[-1]!r}, which is no linear layer, and adapters are "
+            f"merged into linear layers alone; name such layers, for example [q_proj, k_proj, v_proj, o_proj]"
+        )
     model.eval()  # the modules that peft made are in training mode, and the rest of the model is not
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +15,10 @@ from r2m_async.errors import ConfigError
 from r2m_async.finite import check_weights
 from r2m_async.models.pretrained import pretrained_model
 
-_CAUSAL_LENGTH = 8
-"""Tokens of the text with which `check_causal` tries a model."""
+log = logging.getLogger(__name__)
+
+_TRIED_TOKENS = 8
+"""Tokens of a text with which `check_causal` and `check_packing` try a model."""
 
 
 def load_policy(path: str, config: R2MConfig) -> Any:
@@ -56,7 +60,7 @@ def check_causal(model: Any, key: str, path: str) -> None:
     transformers loads BERT and its kin as causal language models, too. They read a text in both directions, so their
     probability of a token that they have seen means nothing.
     """
-    ids_2S = torch.arange(_CAUSAL_LENGTH, device=model.device).repeat(2, 1) % model.config.get_text_config().vocab_size
+    ids_2S = torch.arange(_TRIED_TOKENS, device=model.device).repeat(2, 1) % model.config.get_text_config().vocab_size
     ids_2S[1, -1] = (ids_2S[1, -1] + 1) % model.config.get_text_config().vocab_size
     one, other = model.base_model(input_ids=ids_2S, use_cache=False).last_hidden_state[:, :-1].float()
     # Both rows are computed in one batch, so they differ by rounding at most.
@@ -76,15 +80,15 @@ def check_packing(model: Any, key: str, path: str) -> None:
 
     model: a language model or a classifier, as it will compute.
     """
-    ids_1S = torch.arange(2 * _CAUSAL_LENGTH, device=model.device)[None] % model.config.get_text_config().vocab_size
-    positions_1S = torch.arange(_CAUSAL_LENGTH, device=model.device).repeat(2)[None]
+    ids_1S = torch.arange(2 * _TRIED_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    positions_1S = torch.arange(_TRIED_TOKENS, device=model.device).repeat(2)[None]
     packed, alone = (
         model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-        .last_hidden_state[0, -_CAUSAL_LENGTH:]
+        .last_hidden_state[0, -_TRIED_TOKENS:]
         .float()
         for ids, positions in (
             (ids_1S, positions_1S),
-            (ids_1S[:, _CAUSAL_LENGTH:], positions_1S[:, _CAUSAL_LENGTH:]),
+            (ids_1S[:, _TRIED_TOKENS:], positions_1S[:, _TRIED_TOKENS:]),
         )
     )
     # Other shapes are rounded otherwise. What another text does to the states is of the states' own size.
@@ -93,6 +97,32 @@ def check_packing(model: Any, key: str, path: str) -> None:
             f"learner.packing is true and {key} is {path!r} ({type(model).__name__}): with model.attention "
             f"{model.config._attn_implementation!r} its texts in a packed row are not kept apart; use learner.packing false"
         )
+
+
+def check_packing_unread(model: Any, key: str, path: str) -> None:
+    """Does what `check_packing` does without reading weights: on two layers with random float32 weights.
+
+    model: as `pretrained_model` returns it with `weightless`. One that cannot be cut down to two layers passes:
+        `check_packing` sees it once it is loaded.
+    """
+    from transformers import AutoModel
+
+    config = copy.deepcopy(model.config)
+    text_config = config.get_text_config()
+    try:
+        layers = min(2, text_config.num_hidden_layers)
+        text_config.update({"num_hidden_layers": layers, "vocab_size": 2 * _TRIED_TOKENS, "pad_token_id": None})
+        if isinstance(kinds := vars(text_config).get("layer_types"), list):
+            text_config.layer_types = kinds[:layers]
+        with torch.random.fork_rng():
+            shallow = AutoModel.from_config(
+                config, dtype=torch.float32, attn_implementation=model.config._attn_implementation
+            )
+        check_packing(shallow.eval(), key, path)
+    except ConfigError:
+        raise
+    except Exception as error:
+        log.debug("%s: %r: packing is checked once the weights are loaded: %s", key, path, error)
 
 
 @torch.no_grad()

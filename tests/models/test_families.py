@@ -1,5 +1,8 @@
 """Every family of models trains, its numbers are those of its own code, and what would change them is refused."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from families import benchmark
@@ -126,12 +129,15 @@ def test_a_family_without_sdpa_is_told_what_to_use(family, inputs):
 @pytest.mark.parametrize("name", [*MIXED_IN_A_ROW, *KEPT_APART])
 def test_packing_is_refused_where_texts_in_a_row_would_see_each_other(family, inputs, and_more, name):
     config = benchmark.config_of(family(name), *inputs, "transformers", "eager").learner(packing=True)
-    if name in KEPT_APART:
-        load_policy(config.model.policy, config)
-        return
-    with pytest.raises(ConfigError, match="learner.packing is true and model.policy is .*use learner.packing false"):
-        load_policy(config.model.policy, config)
-    load_policy(config.model.policy, config.learner(packing=False))
+    for check in (resolve, lambda config: load_policy(config.model.policy, config)):
+        check(config.learner(packing=False))
+        if name in KEPT_APART:
+            check(config)
+            continue
+        with pytest.raises(
+            ConfigError, match="learner.packing is true and model.policy is .*use learner.packing false"
+        ):
+            check(config)
 
 
 def test_packing_is_refused_for_a_critic_as_for_a_policy(family, inputs):
@@ -139,3 +145,18 @@ def test_packing_is_refused_for_a_critic_as_for_a_policy(family, inputs):
     with pytest.raises(ConfigError, match="learner.packing is true and critic.model is"):
         load_critic(family("OPT", classifier=True), config)
     load_critic(family("Llama", classifier=True), config)
+
+
+def test_adapters_that_cannot_be_merged_are_refused_before_the_run(family, inputs):
+    config = benchmark.config_of(family("Qwen3-MoE"), *inputs, "transformers", "sdpa")
+    with pytest.raises(ConfigError, match="model.lora.targets is 'all-linear': it reaches .*experts.*name such layers"):
+        resolve(config.model(lora={"rank": 2}))
+    resolve(config.model(lora={"rank": 2, "targets": ["q_proj", "v_proj"]}))
+
+
+def test_the_table_in_the_documents_is_that_of_the_measurement():
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    results = json.loads((docs / "models.json").read_text())
+    assert benchmark.table(results) in (docs / "models.md").read_text()
+    measured = [result for result in results.values() if "error" not in result]
+    assert max(number for result in measured for number in result["mismatch"] + result["states"]) < 1e-4

@@ -233,7 +233,7 @@ class Ring:
 
         def annotator(name):
             one, share = stage(name), draw(st.sampled_from([0.0, 0.3, 1.0]))
-            result = one._result
+            result = one.result
 
             def with_spread(method, args):
                 report, *payloads = result(method, args)
@@ -241,7 +241,7 @@ class Ring:
                     report.metrics["spread"] = float(source.random() >= share)
                 return report, *payloads
 
-            one._result = with_spread
+            one.result = with_spread
             return one
 
         num_actors = self.config.rollouts.num_actors

@@ -25,6 +25,7 @@ from r2m_async.models.tokens import (
     check_tokens,
     end_of_text,
     end_of_text_by_source,
+    is_special,
     unknown_token,
 )
 from r2m_async.trajectories import Prompt
@@ -185,17 +186,25 @@ def _check_state_size(key: str, name: str, model: Any) -> None:
 
 
 def _ends_told(key: str, name: str, tokenizer: Any) -> list[str]:
-    """Says what ends a response, if the model's files disagree about it."""
+    """Says what ends a response, if the model's files disagree about it or name an ordinary token."""
     config, generation_config = pretrained_config(key, name), pretrained_generation_config(key, name)
     ends = end_of_text(tokenizer, config, generation_config)
     by_source = end_of_text_by_source(tokenizer, config, generation_config)
-    if all(set(named) in (set(), set(ends)) for named in by_source.values()):
-        return []
-    shown = {number: f"{tokenizer.convert_ids_to_tokens(number)!r} ({number})" for number in ends}
-    sources = "; ".join(f"{one}: {', '.join(shown[n] for n in named) or 'none'}" for one, named in by_source.items())
-    return [
-        f"{key}: its files name different end-of-text tokens ({sources}); each of {', '.join(shown.values())} ends a response"
-    ]
+    told = {number: f"{tokenizer.convert_ids_to_tokens(number)!r} ({number})" for number in ends}
+    sources = "; ".join(f"{one}: {', '.join(told[n] for n in named) or 'none'}" for one, named in by_source.items())
+    notes = []
+    if not all(set(named) in (set(), set(ends)) for named in by_source.values()):
+        notes.append(
+            f"{key}: its files name different end-of-text tokens ({sources}); each of {', '.join(told.values())} ends a "
+            f"response"
+        )
+    for number in ends:
+        if not is_special(tokenizer, number):
+            notes.append(
+                f"{key}: {told[number]} ends a response, and to the tokenizer it is an ordinary token ({sources}); if nobody "
+                f"meant that, correct eos_token_id in config.json and generation_config.json"
+            )
+    return notes
 
 
 def shown(prompt: Prompt, readers: Mapping[str, Reader]) -> list[str]:

@@ -109,6 +109,7 @@ def pretrained_tokenizer(key: str, name: str | Path) -> Any:
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
             raise ValueError("its files name no tokens but special ones")
     except _FAILURES as error:
+        pretrained_config(key, name)  # which tells of a model that is not there at all
         raise ConfigError(
             f"{key}: {str(name)!r} has no tokenizer that can be loaded: {_first_line(error)}; save the model's tokenizer "
             f"beside it"

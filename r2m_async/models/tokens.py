@@ -93,7 +93,10 @@ def end_of_text_by_source(tokenizer: Any, config: Any, generation_config: Any) -
         "generation_config": generation_config.eos_token_id,
     }
     return {
-        source: () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+        # Some old configs have -1 for none.
+        source: tuple(
+            int(one) for one in (ids if isinstance(ids, list | tuple) else [ids]) if one is not None and one >= 0
+        )
         for source, ids in named.items()
     }
 
@@ -101,25 +104,24 @@ def end_of_text_by_source(tokenizer: Any, config: Any, generation_config: Any) -
 def end_of_text(tokenizer: Any, config: Any, generation_config: Any) -> tuple[int, ...]:
     """Returns the ids of the tokens that end a response: those that any of the three sources names.
 
-    Raises ConfigError for an id that the model has no embedding for, and for one that is an ordinary token to the
-    tokenizer. A response would end in the middle there. It is usually a default that nobody set.
+    Raises ConfigError for an id that the model has no embedding for.
     """
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    rows = num_tokens_known(config)
     ids: dict[int, None] = {}  # a dict keeps the order
     for source, named in end_of_text_by_source(tokenizer, config, generation_config).items():
         for number in named:
-            if number >= num_tokens_known(config) or number not in special:
-                what = (
-                    f"the model has embeddings for {num_tokens_known(config)} tokens"
-                    if number >= num_tokens_known(config)
-                    else f"the tokenizer has it as the ordinary token {tokenizer.convert_ids_to_tokens(number)!r}"
-                )
+            if number >= rows:
                 raise ConfigError(
-                    f"{tokenizer.name_or_path}: its {source} names {number} as end of text (eos_token_id), and {what}; "
-                    f"correct eos_token_id in config.json and generation_config.json"
+                    f"{tokenizer.name_or_path}: its {source} names {number} as end of text (eos_token_id), and the model has "
+                    f"embeddings for {rows} tokens; correct eos_token_id in config.json and generation_config.json"
                 )
             ids[number] = None
     return tuple(ids)
+
+
+def is_special(tokenizer: Any, number: int) -> bool:
+    """Returns whether a token is a mark, such as an end of text, and no part of ordinary texts."""
+    return number in tokenizer.all_special_ids or number in tokenizer.added_tokens_decoder
 
 
 class ResponseText:

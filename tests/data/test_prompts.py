@@ -260,6 +260,7 @@ def numbered(count):
     return [Prompt(prompt_id=str(index), content="x", text="x", token_ids=(1,)) for index in range(count)]
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 50), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
 def test_each_pass_deals_every_prompt_once(count, seed, epoch):
     stream = PromptStream(numbered(count), seed)

@@ -391,7 +391,7 @@ def test_the_embedded_reward_model_is_evaluated_by_name(little_embedded):
 
 @pytest.mark.models
 def test_what_cannot_be_evaluated_is_refused(tiny, runs, tmp_path):
-    with pytest.raises(ConfigError, match="nothing to evaluate on; give --pairs, --rm-bench or --embedded"):
+    with pytest.raises(ConfigError, match="nothing to evaluate on; give --pairs, --ranked, --rm-bench or --embedded"):
         evaluate(tiny("llama", True))
     with pytest.raises(
         ConfigError, match="its files lack score.weight; without its trained head it is no reward model"

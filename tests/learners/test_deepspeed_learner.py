@@ -75,7 +75,8 @@ def batch_of(step: int, sizes=(3, 2, 5, 3), rewards_of_first=None) -> tuple[list
                     token_ids=torch.cat([prompt, response]),
                     prompt_len=PROMPT_LEN,
                     behaviour_logprobs=logprobs,
-                    policy_versions=torch.full((PROMPT_LEN + length,), step, dtype=torch.int32),
+                    # Of no version that a learner has: it would compare its log-probabilities with these random ones.
+                    policy_versions=torch.full((PROMPT_LEN + length,), 1000 + step, dtype=torch.int32),
                     finish_reason="stop",
                     text="",
                 )

@@ -109,15 +109,15 @@ def test_a_contradiction_is_told_and_agreement_is_not(tiny_config, copy_of):  # 
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize(
-    ("number", "why"), [(77, "has it as the ordinary token"), (100_000, "the model has embeddings")]
-)
-def test_an_end_of_text_that_is_none_is_refused(tiny_config, copy_of, file, number, why):  # noqa: F811
+def test_an_end_of_text_without_embedding_is_refused_and_an_ordinary_token_as_one_is_told(tiny_config, copy_of, file):  # noqa: F811
     directory = Path(copy_of("qwen2", False))
     (directory / "generation_config.json").write_text('{"eos_token_id": 1}')
     keys = json.loads((directory / file).read_text())
-    (directory / file).write_text(json.dumps(keys | {"eos_token_id": number}))
-    with pytest.raises(ConfigError, match=f"names {number} as end of text .*{why}"):
+    (directory / file).write_text(json.dumps(keys | {"eos_token_id": [1, 77]}))
+    notes = resolve(tiny_config.model(policy=str(directory))).notes
+    assert any("(77) ends a response, and to the tokenizer it is an ordinary token" in note for note in notes)
+    (directory / file).write_text(json.dumps(keys | {"eos_token_id": 100_000}))
+    with pytest.raises(ConfigError, match="names 100000 as end of text .*the model has embeddings"):
         resolve(tiny_config.model(policy=str(directory)))
 
 

@@ -204,7 +204,7 @@ def test_an_ensemble_is_no_runs_start_and_shares_no_member_with_that_of_another_
     with pytest.raises(ConfigError, match="'trained:further' has ensemble.size 3: a run starts from one reward model"):
         read_study(with_reward_models(seeds=[3, 6], reward_models=several), Path())
     alone = {"reward_models": several, "grid": {}}
-    with pytest.raises(ConfigError, match="seeds 3 and 5: .*ensemble.size 3, .*space the seeds by 3 or more"):
+    with pytest.raises(ConfigError, match="seeds 3 and 5: .*ensemble.size 3, .*use seeds that differ by 3 or more"):
         read_study(with_reward_models(seeds=[9, 5, 3], **alone), Path())
     assert len(read_study(with_reward_models(seeds=[9, 6, 3], **alone), Path())[1]) == 3
 

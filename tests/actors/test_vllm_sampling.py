@@ -11,6 +11,7 @@ import torch
 from engines import config_of, logprob_error, running, ticket_of
 
 from r2m_async.models.loading import load_policy
+from r2m_async.models.tokens import ResponseText
 
 
 @torch.no_grad()
@@ -84,7 +85,7 @@ def test_log_probs_are_transformers_and_responses_end_where_they_say(checkpoint)
                 assert not set(response[:-1]) & set(ends)
                 assert one.finish_reason == ("stop" if response[-1] in ends else "length")
                 assert one.finish_reason == "stop" or len(response) == 40
-                assert one.text == engine._tokenizer.decode(response, skip_special_tokens=True)
+                assert one.text == ResponseText(engine._tokenizer, one.token_ids[: one.prompt_len].tolist())(response)
                 assert one.behaviour_logprobs[: one.prompt_len].eq(0).all()
                 reasons[one.finish_reason] += 1
                 num_ends[response[-1]] += response[-1] in ends

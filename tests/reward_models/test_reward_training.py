@@ -181,7 +181,7 @@ def test_the_log_probs_of_a_response_are_those_of_the_language_model(config, tin
 
 def test_log_probs_of_a_response_are_capped_as_the_language_model_caps_its_logits(config, tiny, tmp_path):
     start = Path(save_tiny_model(tmp_path / "gemma2", "gemma2", False, WORDS, seed=2))
-    trainer = trainer_of(config.model(start=str(start)).loss(regularizer="sft"))
+    trainer = trainer_of(config.model(start=str(start), attention="eager").loss(regularizer="sft"))
     model = AutoModelForCausalLM.from_pretrained(start).eval()
     model.config.final_logit_softcapping = trainer.model.language_model.config.final_logit_softcapping = 2.0
     text = trainer.pairs[0].chosen

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r2m_async.config_records import Filters
+from r2m_async.data.chat import TemplateRefusal, templated
 from r2m_async.data.pairs import Preference, read_preference, read_prompt, read_response
 from r2m_async.data.records import Content, FilteredRecord, OnBadRecord, Record, load_records
 from r2m_async.data.seeds import prompt_order
@@ -152,15 +153,14 @@ def prompt_text(content: Content, tokenizer: Any) -> str:
     content: raw text, which is returned as it is, or (role, content) turns. Turns go through the tokenizer's chat
         template. If it has none, the contents of the turns are joined, with a newline after each.
 
-    Raises what the chat template raises, jinja2.TemplateError.
+    Raises TemplateRefusal if the chat template refuses the turns.
     """
     if isinstance(content, str):
         return content
     if getattr(tokenizer, "chat_template", None) is None:
         return "".join(text + "\n" for _, text in content)
     messages = [{"role": role, "content": text} for role, text in content]
-    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return rendered
+    return templated(tokenizer, messages, add_generation_prompt=True)
 
 
 def policy_reads(content: Content, tokenizer: Any) -> tuple[str, list[int]]:
@@ -168,14 +168,14 @@ def policy_reads(content: Content, tokenizer: Any) -> tuple[str, list[int]]:
 
     content: raw text, or (role, content) turns, see `prompt_text`.
 
-    Raises what the chat template raises, jinja2.TemplateError.
+    Raises TemplateRefusal if the chat template refuses the turns.
     """
     text = prompt_text(content, tokenizer)
-    templated = not isinstance(content, str) and getattr(tokenizer, "chat_template", None) is not None
+    through_template = not isinstance(content, str) and getattr(tokenizer, "chat_template", None) is not None
     # A chat template writes its own special tokens. The tokenizer must not add them a second time.
-    ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=not through_template)["input_ids"]
     # Some tokenizers end every text with the end-of-text token. A prompt goes on, so it must not end there.
-    if not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+    if not through_template and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids = ids[:-1]
     return text, ids
 
@@ -201,10 +201,8 @@ class PromptStream:
 
 def _as_policy_reads(content: Content, record: Record, tokenizer: Any, key: str) -> tuple[str, list[int]]:
     """Does what `policy_reads` does, but raises BadRecord if the chat template refuses the turns."""
-    import jinja2
-
     try:
         return policy_reads(content, tokenizer)
-    except jinja2.TemplateError as error:
-        why = f"the tokenizer's chat template refuses it ({error})"
+    except TemplateRefusal as error:
+        why = f"the tokenizer's chat template refuses it ({error.reason})"
         raise record.refusal("chat_template", key, content, why, "reorder the turns") from None

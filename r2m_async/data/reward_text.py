@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from r2m_async.data.chat import templated
+
 Message = dict[str, str] | tuple[str, str]
 """One turn of a conversation: {"role": ..., "content": ...} or (role, content)."""
 
@@ -35,7 +37,8 @@ def reward_input_ids(
     Text that went through no template ends with the tokenizer's end-of-text token if the response is finished, and
     never otherwise. In a template the closed turn says the same.
 
-    Raises ValueError if the tokenizer has no end-of-text token where it is needed, or if `max_tokens` is below 2.
+    Raises TemplateRefusal if the chat template refuses the turns, and ValueError if the tokenizer has no end-of-text
+    token where it is needed, or if `max_tokens` is below 2.
     """
     if isinstance(prompt, str):
         ids = _raw_ids(tokenizer, prompt + response_text, finished)
@@ -45,7 +48,7 @@ def reward_input_ids(
         if tokenizer.chat_template is None:
             ids = _raw_ids(tokenizer, "\n".join(message["content"] for message in chat), finished)
         else:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=not finished)
+            text = templated(tokenizer, chat, continue_final_message=not finished)
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids if max_tokens is None else _without_start(ids, max_tokens, tokenizer.bos_token_id)
 

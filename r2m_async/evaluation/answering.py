@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.prompts import policy_reads
 from r2m_async.data.records import Content
 from r2m_async.data.seeds import sampling_seed
@@ -29,7 +30,7 @@ from r2m_async.evaluation.questions import Format, Question, load_questions
 from r2m_async.from_scratch.cache import key_digest
 from r2m_async.models.generator import GenerationRequest, Generator, GeneratorOptions, TransformersGenerator
 from r2m_async.models.pretrained import pretrained_config, pretrained_tokenizer
-from r2m_async.models.tokens import ResponseText, check_tokens, num_positions
+from r2m_async.models.tokens import ResponseText, check_known, check_tokens, num_positions
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.runs.records import append_records, cut_partial_line, read_records
 from r2m_async.whole import disk_errors, write_file
@@ -118,15 +119,14 @@ def generate_answers(
     """
     _check_engine(settings.engine)
     path, model_name = _policy_of(model)
-    tokenizer, limit, own_dtype = _load_tokenizer(path)
+    tokenizer, model_config = _load_tokenizer(path)
     questions = load_questions(prompts, settings.format, chat=settings.chat, limit=settings.num)
     # Every sample is a question of its own, with a seed of its own.
     questions = tuple(question for question in questions for _ in range(settings.samples))
     target, generator = answer_file(out, settings.format, name, model_name)
     if target.exists():
         raise ConfigError(f"OUT {target}: is there already; name another or remove it")
-    dtype = own_dtype if settings.dtype == "auto" else settings.dtype
-    options = _options(path, tokenizer, questions, settings, limit, dtype)
+    options = _options(path, tokenizer, questions, settings, model_config)
     log = _AnswerLog(target, _fingerprint(model, generator, questions, settings), options.max_requests, len(questions))
     if len(log.answers) < len(questions):
         _answer_rest(questions, log, options, settings)
@@ -285,14 +285,13 @@ def _policy_of(model: str) -> tuple[str, str]:
     return model, Path(model).resolve().name if Path(model).exists() else model
 
 
-def _load_tokenizer(path: str) -> tuple[Any, int | None, str]:
-    """(tokenizer, number of the model's positions or None, the checkpoint's dtype). Raises ConfigError."""
+def _load_tokenizer(path: str) -> tuple[Any, Any]:
+    """(tokenizer, the config of the model's language part). Raises ConfigError."""
     check_weight_files("MODEL", path)
     config = pretrained_config("MODEL", path).get_text_config()
     tokenizer = pretrained_tokenizer("MODEL", path)
     check_tokens("MODEL", path, tokenizer, config)
-    dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return tokenizer, num_positions(config), dtype
+    return tokenizer, config
 
 
 def _options(
@@ -300,16 +299,18 @@ def _options(
     tokenizer: Any,
     questions: Sequence[Question],
     settings: GenerationSettings,
-    limit: int | None,
-    dtype: str,
+    config: Any,
 ) -> GeneratorOptions:
     """What the engine is made with.
 
     There is room for the longest prompt and its answers in all turns, as far as the model has positions.
 
-    Raises DataError for a first prompt that does not fit.
+    config: that of the model's language part.
+
+    Raises DataError for a first prompt that does not fit, and for a question that the model cannot read.
     """
-    lengths = [len(_read(one, tokenizer)) for one in questions]
+    limit = num_positions(config)
+    lengths = [len(_read(one, path, tokenizer, config)) for one in questions]
     for question, length in zip(questions, lengths, strict=True):
         _check_fits(question, length, settings, limit)
     new_tokens = settings.max_new_tokens or _default_new_tokens(settings.format, max(lengths), limit)
@@ -326,7 +327,7 @@ def _options(
         context=context,
         max_new_tokens=new_tokens,
         max_requests=settings.batch or DEFAULT_BATCH[settings.engine],
-        dtype=dtype,
+        dtype=str(config.dtype or "float32").removeprefix("torch.") if settings.dtype == "auto" else settings.dtype,
         tensor_parallel=settings.tensor_parallel,
     )
 
@@ -362,16 +363,28 @@ def _check_fits(question: Question, length: int, settings: GenerationSettings, l
         )
 
 
-def _read(question: Question, tokenizer: Any) -> list[int]:
-    """Token ids of the first prompt of a question. Raises DataError if the chat template refuses it."""
-    import jinja2
+def _read(question: Question, path: str, tokenizer: Any, config: Any) -> list[int]:
+    """Token ids of the first prompt of a question.
 
+    Raises DataError if the chat template refuses it or one of its later turns, or if the model has no embedding for a
+    token of what the user says.
+    """
+    conversation, read = question.content, []
     try:
-        return policy_reads(question.content, tokenizer)[1]
-    except jinja2.TemplateError as error:
+        for said in (None, *question.later_turns):
+            if said is not None:
+                assert not isinstance(conversation, str), "raw text has no later turns"
+                conversation = (*conversation, ("assistant", "answer"), ("user", said))
+            ids = policy_reads(conversation, tokenizer)[1]
+            check_known(path, tokenizer, ids, config, question.place)
+            read.append(ids)
+    except TemplateRefusal as error:
+        which = f"turn {1 + len(read)}" if read else "it"
         raise DataError(
-            f"{question.place}: the model's chat template refuses it ({error}); reorder the turns"
+            f"{question.place}: the model's chat template refuses {which} ({error.reason}); reorder the turns, take them out, "
+            f"or use another model"
         ) from None
+    return read[0]
 
 
 @contextmanager

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
 from r2m_async import reward_metrics
+from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.prompts import policy_reads
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
@@ -34,7 +34,7 @@ from r2m_async.export import is_export
 from r2m_async.finite import check_weights
 from r2m_async.models.loading import one_thread, settled
 from r2m_async.models.pretrained import pretrained_model, pretrained_tokenizer
-from r2m_async.models.tokens import check_tokens, longest_text, response_ids
+from r2m_async.models.tokens import check_known, check_tokens, longest_text, response_ids
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.preferences import ScoredPair, given_pairs, load_preference_data
 from r2m_async.runs.results import markdown_table, write_results
@@ -176,11 +176,13 @@ def _read(
         prompt, response, finished = text
         try:
             prompt_text, prompt_ids = policy_reads(prompt, tokenizer)
-        except jinja2.TemplateError as error:
+        except TemplateRefusal as error:
             raise DataError(
-                f"{name}: its chat template refuses the prompt {str(prompt)[:80]!r} ({error}); leave that pair out"
+                f"{name}: its chat template refuses the prompt {str(prompt)[:80]!r} ({error.reason}); leave that pair out"
             ) from None
-        return [*prompt_ids, *response_ids(tokenizer, prompt_text, prompt_ids, response, finished)]
+        read = [*prompt_ids, *response_ids(tokenizer, prompt_text, prompt_ids, response, finished)]
+        check_known(name, tokenizer, read, model.config)
+        return read
 
     whole = [ids(text) for text in texts]
     limit = longest_text(max_tokens, model.config)

@@ -52,7 +52,7 @@ from r2m_async.from_scratch.embedded import EmbeddedModels, embedded_models
 from r2m_async.from_scratch.language import check_held_out
 from r2m_async.models.loading import one_thread
 from r2m_async.reward_models.ensemble import RewardEnsemble
-from r2m_async.reward_models.preferences import ScoredPair, given_pairs, load_preference_data
+from r2m_async.reward_models.preferences import PairReader, ScoredPair, given_pairs, load_preference_data
 from r2m_async.runs.results import markdown_table, write_results
 
 NUM_STATES = 256
@@ -304,11 +304,12 @@ def _pairs(
     ensemble: RewardEnsemble, sources: EvaluationSources, is_run: bool
 ) -> tuple[Sequence[ScoredPair], Sequence[ScoredPair]]:
     """(training pairs, held-out pairs). There are training pairs only for a run that is measured on its own data."""
+    reader = PairReader(ensemble.tokenizer, ensemble.models[0].config)
     if sources.pairs is not None:
-        return (), given_pairs(sources.pairs, ensemble.config, sources.split, ensemble.tokenizer)
+        return (), given_pairs(sources.pairs, ensemble.config, sources.split, reader)
     if not is_run:
         return (), ()
-    data = load_preference_data(ensemble.config.loss(preference="bt"), ensemble.tokenizer)  # `bt` needs no margins
+    data = load_preference_data(ensemble.config.loss(preference="bt"), reader)  # `bt` needs no margins
     return data.training, data.held_out
 
 

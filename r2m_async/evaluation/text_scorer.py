@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.evaluation.text_states import (
     Text,
@@ -80,9 +79,9 @@ class TextScorer:
         """Token ids of a text, cut to the ensemble's `max_tokens`."""
         if text not in self._ids:
             limit = self._limit
-            whole = reward_input_ids(self._ensemble.tokenizer, *text)
+            whole = self._ensemble.ids(*text)
             self.num_cut += len(whole) > limit
-            self._ids[text] = reward_input_ids(self._ensemble.tokenizer, *text, limit)
+            self._ids[text] = self._ensemble.ids(*text, limit)
         return self._ids[text]
 
 

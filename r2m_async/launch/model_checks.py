@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r2m_async.config import R2MConfig
+from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.models.loading import check_packing_unread
@@ -150,8 +151,6 @@ def prompt_check(readers: Mapping[str, Reader]) -> Callable[[Prompt], str | None
 
     readers: the models that are there, by key: `model.policy`, `reward.model`.
     """
-    import jinja2
-
     policy, reward = readers.get("model.policy"), readers.get("reward.model")
 
     def problem(prompt: Prompt) -> str | None:
@@ -162,8 +161,8 @@ def prompt_check(readers: Mapping[str, Reader]) -> Callable[[Prompt], str | None
         for finished in (True, False):
             try:
                 ids = reward_input_ids(reward.tokenizer, prompt.content, "x", finished)
-            except (jinja2.TemplateError, ValueError, TypeError) as error:
-                return f"the chat template of reward.model's tokenizer refuses it ({error})"
+            except TemplateRefusal as error:
+                return f"the chat template of reward.model's tokenizer refuses it ({error.reason})"
             if (unknown := unknown_token(ids, reward.config)) is not None:
                 token = reward.tokenizer.convert_ids_to_tokens(unknown)
                 return f"its token {token!r} ({unknown}) has no embedding in reward.model"

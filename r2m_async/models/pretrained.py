@@ -85,13 +85,21 @@ def pretrained_config(key: str, name: str | Path, fetch: bool = True) -> Any:
 def pretrained_generation_config(key: str, name: str | Path) -> Any:
     """Returns the generation config that transformers would give the model, without loading the model.
 
-    A model without generation_config.json gets one made from its config.json. Raises ConfigError as `pretrained_config`.
+    A model without generation_config.json gets one made from its config.json. Raises ConfigError as `pretrained_config`,
+    and if generation_config.json cannot be read: transformers would pass over it, and over its end-of-text tokens.
     """
     from transformers import GenerationConfig
+    from transformers.utils import cached_file
 
     try:
         return GenerationConfig.from_pretrained(name)
-    except OSError:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        how = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        if cached_file(name, "generation_config.json", local_files_only=True, **how) is not None:
+            raise ConfigError(
+                f"{key}: {str(name)!r}: its generation_config.json cannot be read: {_first_line(error)}; correct it, or take "
+                f"it out"
+            ) from None
         return GenerationConfig.from_model_config(pretrained_config(key, name))
 
 

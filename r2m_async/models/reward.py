@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from r2m_async.config import R2MConfig
+from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError, StepFailed
 from r2m_async.finite import check_embeddings, check_weights, response_name, stop_or_log
@@ -308,16 +309,14 @@ def _read(tokenizer: Any, prompt: Prompt, response: Trajectory, limit: int | Non
 
     Raises StepFailed if the chat template refuses the response, or if the model has no embedding for a token.
     """
-    import jinja2
-
     finished = response.finish_reason == "stop"
     try:
         ids = reward_input_ids(tokenizer, prompt.content, response.text, finished, limit)
-    except (jinja2.TemplateError, ValueError) as error:
+    except TemplateRefusal as error:
         how = "finished" if finished else "unfinished"
         raise StepFailed(
             f"{place}: the chat template of reward.model's tokenizer refuses the {how} response {response.text[:60]!r} "
-            f"({error}); correct the template (chat_template)"
+            f"({error.reason}); correct the template (chat_template)"
         ) from None
     if (unknown := unknown_token(ids, model.config)) is not None:
         raise StepFailed(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -85,20 +85,41 @@ def unknown_token(token_ids: Sequence[int], config: Any) -> int | None:
     return next((number for number in token_ids if number >= rows), None)
 
 
+def check_known(name: str, tokenizer: Any, token_ids: Sequence[int], config: Any, place: str = "") -> None:
+    """Raises DataError for a text with a token that a model has no embedding for.
+
+    name: the model's, for the message. place: where the text is from. Empty shows the text's beginning.
+    """
+    if (unknown := unknown_token(token_ids, config)) is not None:
+        text = place or f"the text {tokenizer.decode(list(token_ids))[:80]!r}"
+        raise DataError(
+            f"{text}: its token {tokenizer.convert_ids_to_tokens(unknown)!r} ({unknown}) has no embedding in {name}, which has "
+            f"them for {num_tokens_known(config)} tokens; take the text out, or resize the model's embeddings "
+            f"(resize_token_embeddings) and save it anew"
+        )
+
+
 def end_of_text_by_source(tokenizer: Any, config: Any, generation_config: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the ids of the end-of-text tokens that each source names: `tokenizer`, `config`, `generation_config`."""
+    """Returns the ids of the end-of-text tokens that each source names: `tokenizer`, `config`, `generation_config`.
+
+    Raises ConfigError if what a source names is no id and no list of ids.
+    """
     named = {
         "tokenizer": tokenizer.eos_token_id,
         "config": getattr(config, "eos_token_id", None) or getattr(config.get_text_config(), "eos_token_id", None),
         "generation_config": generation_config.eos_token_id,
     }
-    return {
+    found: dict[str, tuple[int, ...]] = {}
+    for source, ids in named.items():
         # Some old configs have -1 for none.
-        source: tuple(
-            int(one) for one in (ids if isinstance(ids, list | tuple) else [ids]) if one is not None and one >= 0
-        )
-        for source, ids in named.items()
-    }
+        given = [one for one in (ids if isinstance(ids, list | tuple) else [ids]) if one is not None and one != -1]
+        if wrong := [one for one in given if isinstance(one, bool) or not isinstance(one, int) or one < 0]:
+            raise ConfigError(
+                f"{tokenizer.name_or_path}: its {source} names {wrong[0]!r} as end of text (eos_token_id), which is no "
+                f"token's id; correct eos_token_id in config.json and generation_config.json"
+            )
+        found[source] = tuple(given)
+    return found
 
 
 def end_of_text(tokenizer: Any, config: Any, generation_config: Any) -> tuple[int, ...]:

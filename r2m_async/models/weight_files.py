@@ -44,7 +44,7 @@ def weights_are_here(name: str | Path) -> bool:
 def _files(key: str, name: str | Path) -> Iterator[Path]:
     """Returns the model's weight files on this machine: those of its index if it has one, and the head's second part.
 
-    Raises ConfigError if the index cannot be read.
+    Raises ConfigError if the index cannot be read, or if a directory lacks a file that its index names.
     """
     if (index := _found(name, _INDEX)) is None:
         names = {_WEIGHTS}
@@ -53,7 +53,12 @@ def _files(key: str, name: str | Path) -> Iterator[Path]:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{key} {str(name)!r}: {index} cannot be read: {error!r}; {_REMEDY}") from None
-    return (path for path in (_found(name, one) for one in sorted({*names, SECOND_LAYER})) if path is not None)
+    found = {one: _found(name, one) for one in sorted({*names, SECOND_LAYER})}
+    if index is not None and Path(name).is_dir() and (gone := [one for one in sorted(names) if found[one] is None]):
+        raise ConfigError(
+            f"{key} {str(name)!r}: {index} names {len(names)} weight files, and {gone[0]} is not there; {_REMEDY}"
+        )
+    return (path for path in found.values() if path is not None)
 
 
 def _found(name: str | Path, file: str) -> Path | None:

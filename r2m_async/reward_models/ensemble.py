@@ -13,7 +13,7 @@ from r2m_async.errors import ConfigError
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.models.pretrained import pretrained_tokenizer
 from r2m_async.models.reward import load_classifier, scoring_head
-from r2m_async.models.tokens import longest_text
+from r2m_async.models.tokens import check_known, longest_text
 from r2m_async.reward_models.config import RewardModelConfig
 
 
@@ -56,8 +56,17 @@ class RewardEnsemble:
         responses: n texts.
         finished: whether the responses ended by themselves; false means that they were cut off.
         """
-        ids = [reward_input_ids(self.tokenizer, prompt, response, finished, self.max_tokens) for response in responses]
-        return self.score_ids(ids)
+        return self.score_ids([self.ids(prompt, response, finished, self.max_tokens) for response in responses])
+
+    def ids(
+        self, prompt: str | Sequence[Message], response: str, finished: bool, max_tokens: int | None = None
+    ) -> list[int]:
+        """The token ids of a text, as `reward_input_ids` returns them. Raises DataError for a text that cannot be read:
+        the chat template refuses it, or the models have no embedding for a token.
+        """
+        ids = reward_input_ids(self.tokenizer, prompt, response, finished, max_tokens)
+        check_known(self.source, self.tokenizer, ids, self.models[0].config)
+        return ids
 
     def score_ids(self, sequences: Sequence[list[int]]) -> Tensor:
         """Rewards [N], float32, of N texts that are given as token ids."""

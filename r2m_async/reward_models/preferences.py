@@ -12,16 +12,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from r2m_async.config_records import Filters
+from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.pairs import read_scored_preference
 from r2m_async.data.prompts import check_lengths, policy_reads
 from r2m_async.data.records import Content, Record, load_records
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.data.sources import Source
 from r2m_async.models.batches import by_length
-from r2m_async.models.pretrained import pretrained_tokenizer
+from r2m_async.models.pretrained import pretrained_config, pretrained_tokenizer
+from r2m_async.models.tokens import num_tokens_known, unknown_token
 from r2m_async.reward_models.config import RewardModelConfig
 
 
@@ -95,15 +97,28 @@ class PreferenceData:
     """How many records were left out, by reason."""
 
 
+class PairReader(NamedTuple):
+    """A model that reads pairs, as far as texts are concerned."""
+
+    tokenizer: Any
+    config: Any
+    """The model's config, as transformers has it."""
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether the tokenizer has tokens that the model has no embedding for."""
+        return len(self.tokenizer) > num_tokens_known(self.config)
+
+
 EMBEDDED = ("embedded", "embedded_golden")
 """Values of `data.preferences` that stand for pairs of the embedded language."""
 
 
-def load_preference_data(config: RewardModelConfig, reader: Any = None) -> PreferenceData:
+def load_preference_data(config: RewardModelConfig, reader: PairReader | None = None) -> PreferenceData:
     """Reads the pairs that the section `data` names, separates the held-out pairs, and applies the label noise.
 
-    reader: the tokenizer of the model that will read the pairs. A pair that its chat template refuses is a bad record.
-        None leaves that to whoever reads them.
+    reader: the model that will read the pairs. A pair that it cannot read is a bad record. None leaves that to whoever
+        reads them.
 
     Raises `DataError` for a source that cannot be read or has no usable record, and for a bad record unless
     `data.on_bad_record` is `skip`.
@@ -129,7 +144,7 @@ def load_preference_data(config: RewardModelConfig, reader: Any = None) -> Prefe
 
 
 def given_pairs(
-    source: str, config: RewardModelConfig, split: str | None = None, reader: Any = None
+    source: str, config: RewardModelConfig, split: str | None = None, reader: PairReader | None = None
 ) -> tuple[ScoredPair, ...]:
     """All pairs of a source, to measure a model on. None is held back, filtered or flipped.
 
@@ -218,11 +233,11 @@ def _tokenized_text(tokenizer: Any, prompt: Content, response: str, finished: bo
 
 
 def _load(
-    source: Source, split: str, config: RewardModelConfig, reader: Any
+    source: Source, split: str, config: RewardModelConfig, reader: PairReader | None
 ) -> tuple[tuple[ScoredPair, ...], dict[str, int]]:
     """(the pairs of `source`, how many records were left out by reason)."""
     data, limits = config.data, config.data.filters.limits()
-    tokenizer = start_tokenizer(config) if limits else None
+    tokenizer = pretrained_tokenizer("model.start", _start(config)) if limits else None
 
     def parse(record: Record) -> ScoredPair:
         # Scores are demanded only by the loss that reads them; many data sets have none.
@@ -239,32 +254,42 @@ def _load(
             margin=margin,
             place=record.place,
         )
-        if reader is not None and not isinstance(pair.prompt, str):
-            _check_template(record, scored, reader)
+        if reader is not None:
+            _check_readable(record, scored, reader)
         return scored
 
     return load_records(source, split, parse, data.on_bad_record, names=data.names)
 
 
-def _check_template(record: Record, pair: ScoredPair, reader: Any) -> None:
-    """Raises BadRecord if the chat template of the tokenizer `reader` refuses a text of the pair."""
-    import jinja2
-
+def _check_readable(record: Record, pair: ScoredPair, reader: PairReader) -> None:
+    """Raises BadRecord if a text of the pair is refused by the chat template, or has a token without embedding."""
+    if isinstance(pair.prompt, str) and not reader.has_unknown:
+        return
     for response, finished in ((pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)):
         try:
-            reward_input_ids(reader, pair.prompt, response, finished)
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            why = f"the chat template of the reward model's tokenizer refuses it ({error})"
+            ids = reward_input_ids(reader.tokenizer, pair.prompt, response, finished)
+        except TemplateRefusal as error:
+            why = f"the chat template of the reward model's tokenizer refuses it ({error.reason})"
             raise record.refusal(
                 "chat_template", record.called("prompt"), pair.prompt, why, "reorder the turns"
             ) from None
+        if (unknown := unknown_token(ids, reader.config)) is not None:
+            token = reader.tokenizer.convert_ids_to_tokens(unknown)
+            why = f"its token {token!r} ({unknown}) has no embedding in the reward model"
+            remedy = "resize the model's embeddings and save it anew, take the pair out"
+            raise record.refusal("unreadable", record.called("prompt"), pair.prompt, why, remedy)
 
 
-def start_tokenizer(config: RewardModelConfig) -> Any:
-    """The tokenizer of the model that training starts from. Raises ConfigError."""
-    start = config.model.start
-    if start in ("embedded", "embedded_reward"):
+def start_reader(config: RewardModelConfig) -> PairReader:
+    """The model that training starts from, as a reader of pairs. Raises ConfigError."""
+    start = _start(config)
+    return PairReader(pretrained_tokenizer("model.start", start), pretrained_config("model.start", start))
+
+
+def _start(config: RewardModelConfig) -> str:
+    """The name or directory of the model whose tokenizer reads the pairs."""
+    if config.model.start in ("embedded", "embedded_reward"):
         from r2m_async.from_scratch.embedded import embedded_models
 
-        start = str(embedded_models().policy)
-    return pretrained_tokenizer("model.start", start)
+        return str(embedded_models().policy)
+    return config.model.start

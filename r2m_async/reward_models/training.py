@@ -25,7 +25,7 @@ from r2m_async.reward_models.ensemble import seed_directory
 from r2m_async.reward_models.preferences import (
     PreferenceData,
     load_preference_data,
-    start_tokenizer,
+    start_reader,
 )
 from r2m_async.reward_models.process_group import first_rank_first, made_by_first, rank
 from r2m_async.reward_models.trainer import RewardTrainer
@@ -92,7 +92,7 @@ def _found(config: RewardModelConfig, progress: Any) -> tuple[str, PreferenceDat
 
         progress.message("the embedded language's models and preferences: found or built")
         start = str(embedded_preferences().start if start == "embedded" else embedded_models().reward_model)
-    return start, load_preference_data(config, start_tokenizer(config))
+    return start, load_preference_data(config, start_reader(config))
 
 
 def _train_one(config: RewardModelConfig, data: PreferenceData, start: str, directory: Path, progress: Any) -> None:

@@ -121,6 +121,22 @@ def test_an_end_of_text_without_embedding_is_refused_and_an_ordinary_token_as_on
         resolve(tiny_config.model(policy=str(directory)))
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"eos_token_id": "</s>"}', "names '</s>' as end of text .*which is no token's id"),
+        ('{"eos_token_id": [1, null]}', "names None as end of text"),
+        ('{"eos_token_id": 1', "generation_config.json cannot be read: .*; correct it, or take it out"),
+        ("[1]", "generation_config.json cannot be read"),
+    ],
+)
+def test_a_generation_config_that_says_nothing_usable_is_refused(tiny_config, copy_of, text, why):  # noqa: F811
+    directory = Path(copy_of("qwen2", False))
+    (directory / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=why):
+        resolve(tiny_config.model(policy=str(directory)))
+
+
 # Rows and positions
 
 

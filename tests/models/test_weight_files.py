@@ -115,6 +115,11 @@ def test_of_several_files_each_is_looked_at_and_their_index(tiny, tmp_path):
     (model / files[1]).write_bytes((model / files[1]).read_bytes()[:-1])
     with pytest.raises(ConfigError, match=f"model.policy .*: {model / files[1]} is not a complete weight file"):
         check_weight_files("model.policy", str(model))
+    (model / files[1]).unlink()
+    with pytest.raises(
+        ConfigError, match=f"names 2 weight files, and {files[1]} is not there; copy or download it again"
+    ):
+        check_weight_files("model.policy", str(model))
     (model / "model.safetensors.index.json").write_text("{")
     with pytest.raises(
         ConfigError, match=r"model.policy .*: .*index\.json cannot be read: .*; copy or download it again"

@@ -12,6 +12,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 from tiny import WORDS, save_tiny_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,7 +27,7 @@ from r2m_async.from_scratch.pretraining import score
 from r2m_async.models.loading import one_thread
 from r2m_async.models.reward import load_classifier, load_reward_model, save_classifier, scoring_head
 from r2m_async.reward_models.ensemble import RewardEnsemble
-from r2m_async.reward_models.preferences import given_pairs, load_preference_data, tokenized
+from r2m_async.reward_models.preferences import PairReader, given_pairs, load_preference_data, tokenized
 from r2m_async.reward_models.trainee import RewardTrainee
 from r2m_async.reward_models.trainer import RewardTrainer
 from r2m_async.reward_models.training import resume, train
@@ -620,11 +621,12 @@ def test_a_pair_that_the_models_chat_template_refuses_is_a_bad_record(tiny, conf
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": one, "chosen": "b", "rejected": "c"}) + "\n" for one in prompts))
     config = config.data(preferences=str(pairs), held_out=0.0)
+    reader = PairReader(tokenizer, AutoConfig.from_pretrained(start))
     with pytest.raises(
         DataError, match=r"line 2: .*the chat template of the reward model's tokenizer refuses it \(no system\)"
     ):
-        load_preference_data(config, tokenizer)
-    assert load_preference_data(config.data(on_bad_record="skip"), tokenizer).skipped == {"chat_template": 1}
+        load_preference_data(config, reader)
+    assert load_preference_data(config.data(on_bad_record="skip"), reader).skipped == {"chat_template": 1}
     with pytest.raises(DataError, match="line 2"):
         train(config.model(start=str(start)).run(output_dir=str(tmp_path / "runs")))
 

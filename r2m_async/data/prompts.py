@@ -175,7 +175,12 @@ def policy_reads(content: Content, tokenizer: Any) -> tuple[str, list[int]]:
     # A chat template writes its own special tokens. The tokenizer must not add them a second time.
     ids = tokenizer(text, add_special_tokens=not through_template)["input_ids"]
     # Some tokenizers end every text with the end-of-text token. A prompt goes on, so it must not end there.
-    if not through_template and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+    if (
+        not through_template
+        and len(ids) > 1
+        and ids[-1] == tokenizer.eos_token_id
+        and not text.endswith(tokenizer.eos_token)
+    ):
         ids = ids[:-1]
     return text, ids
 

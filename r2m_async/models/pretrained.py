@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r2m_async.errors import ConfigError, name_remedy
-from r2m_async.models.weight_files import check_weight_files
+from r2m_async.models.weight_files import check_tied_weights, check_weight_files
 
 Kind = Literal["language model", "classifier"]
 """A causal language model, or a sequence classifier: a decoder with a head `score`."""
@@ -188,6 +188,8 @@ def pretrained_model(
 
     check_weight_files(key, name)
     attention = _attention(key, name, pretrained_config(key, name), attention)
+    if kind == "language model":
+        pretrained_generation_config(key, name)  # transformers would pass over one that is damaged
     auto = {
         "language model": transformers.AutoModelForCausalLM,
         "classifier": transformers.AutoModelForSequenceClassification,
@@ -208,6 +210,13 @@ def pretrained_model(
             )
     except _FAILURES as error:
         raise _loading_failure(key, name, attention, error) from None
+    if kind == "language model" and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        tied = getattr(model, "_tied_weights_keys", None) or {}
+        # Files may have the head under an older name, which transformers translates.
+        older = {
+            f"{head}weight": tied[one] for one in tied for head in _LANGUAGE_MODEL_HEADS if one == "lm_head.weight"
+        }
+        check_tied_weights(key, name, tied | older)
     missing, unexpected, mismatched = (
         _names(report[f"{what}_keys"]) for what in ("missing", "unexpected", "mismatched")
     )

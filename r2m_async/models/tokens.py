@@ -112,7 +112,7 @@ def end_of_text_by_source(tokenizer: Any, config: Any, generation_config: Any) -
     found: dict[str, tuple[int, ...]] = {}
     for source, ids in named.items():
         # Some old configs have -1 for none.
-        given = [one for one in (ids if isinstance(ids, list | tuple) else [ids]) if one is not None and one != -1]
+        given = list(ids) if isinstance(ids, list | tuple) else [] if ids in (None, -1) else [ids]
         if wrong := [one for one in given if isinstance(one, bool) or not isinstance(one, int) or one < 0]:
             raise ConfigError(
                 f"{tokenizer.name_or_path}: its {source} names {wrong[0]!r} as end of text (eos_token_id), which is no "

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from r2m_async.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
@@ -34,6 +38,33 @@ def check_weight_files(key: str, name: str | Path) -> None:
             raise ConfigError(
                 f"{key} {str(name)!r}: {path} is not a complete weight file: {error}; {_REMEDY}"
             ) from None
+
+
+def check_tied_weights(key: str, name: str | Path, tied: Mapping[str, str]) -> None:
+    """Checks that weights which the config ties are not two different tensors in the files.
+
+    tied: the names of two weights that are one, usually those of the language-model head and of the token embeddings.
+
+    transformers would leave such weights apart, and an engine may tie them. Raises ConfigError, which names both.
+    """
+    import torch
+    from safetensors import safe_open
+
+    where: dict[str, Path] = {}
+    for path in _files(key, name):
+        with safe_open(path, framework="pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
+
+    def saved(tensor: str) -> Tensor:
+        with safe_open(where[tensor], framework="pt") as file:
+            return cast("Tensor", file.get_tensor(tensor))
+
+    for one, other in tied.items():
+        if one in where and other in where and not torch.equal(saved(one), saved(other)):
+            raise ConfigError(
+                f"{key} {str(name)!r}: its config.json ties {one} to {other} (tie_word_embeddings), and its files have two "
+                f"different tensors for them: set tie_word_embeddings to false, or take {one} out of the files"
+            )
 
 
 def weights_are_here(name: str | Path) -> bool:

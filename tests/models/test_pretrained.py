@@ -97,6 +97,27 @@ def test_a_reward_model_is_no_policy_with_tied_embeddings_either(tiny, tmp_path)
         pretrained_model("model.policy", tmp_path / "tied")
 
 
+@pytest.mark.parametrize("weightless", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
+def test_a_head_that_the_config_ties_to_other_embeddings_is_refused_and_an_equal_one_is_not(
+    copy_of, family, weightless
+):
+    """transformers would leave the two apart without a word, and vLLM would tie them."""
+    embeddings, head = {
+        "qwen2": ("model.embed_tokens.weight", "lm_head.weight"),
+        "gpt_neox": ("gpt_neox.embed_in.weight", "embed_out.weight"),
+    }[family]
+    different = changed_config(copy_of(family, False), tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match=f"ties {head} to {embeddings} .*two different tensors"):
+        pretrained_model("model.policy", different, weightless=weightless)
+    weights = load_file(Path(different, "model.safetensors"))
+    weights[head] = weights[embeddings].clone()
+    save_file(weights, Path(different, "model.safetensors"), metadata={"format": "pt"})
+    model = pretrained_model("model.policy", different, weightless=weightless)
+    if not weightless:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("key", ["model.policy", "model.reference", "reward.model", "critic.model"])
 def test_every_model_of_a_run_is_refused_before_anything_starts(tiny_config, copy_of, key):
     broken = copy_of("qwen2", key == "reward.model", without("model.norm.weight"))

@@ -115,8 +115,8 @@ class PolicyLearner:
         self._batch: LearnerBatch | None = None
         """What `proximal` left for `train`. None if the step has no trajectories."""
         self._kl_coef = config.objective.kl_coef
-        self._scale = RewardScale(config)
         """The KL coefficient of the present step. It changes under `objective.kl_target` alone."""
+        self._scale = RewardScale(config)
         self._moving: MovingReference | None = None
         if config.model.reference_every is not None:
             with backend.as_reference() as reference:

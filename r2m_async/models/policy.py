@@ -9,6 +9,7 @@ vocabulary, N response tokens of all trajectories, R rows of C input tokens, X =
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -206,20 +207,17 @@ def logits_of(model: Any, states_ND: Tensor, outputs: Any) -> Tensor:
     outputs: what the model's base model returned in the pass that made the states.
 
     Some models do more after the states than one linear layer: Gemma 2 caps its logits, Cohere and Granite scale them.
-    So the model's own code is run from the states on. For that its base model is replaced, for the time of the call, by
-    one that returns the states.
+    So the model's own code is run from the states on, with a base model that returns the states.
     """
     given = type(outputs)(**{**outputs, "last_hidden_state": states_ND[None]})
-    name = model.base_model_prefix
-    base_model = model._modules[name]
-    model._modules[name] = _Given(given)
-    try:
-        # The ids only say how long the text is. No layer reads them.
-        ids_1N = torch.zeros(1, len(states_ND), dtype=torch.int64, device=states_ND.device)
-        logits_NV: Tensor = model(input_ids=ids_1N, use_cache=False).logits[0]
-        return logits_NV
-    finally:
-        model._modules[name] = base_model
+    # A shallow copy: it has the same head, and the model itself stays as it is. Another thread may be computing with the
+    # model or copying its weights out (`config.publishes_beside_passes`).
+    headed = copy.copy(model)
+    headed._modules = model._modules | {model.base_model_prefix: _Given(given)}
+    # The ids only say how long the text is. No layer reads them.
+    ids_1N = torch.zeros(1, len(states_ND), dtype=torch.int64, device=states_ND.device)
+    logits_NV: Tensor = headed(input_ids=ids_1N, use_cache=False).logits[0]
+    return logits_NV
 
 
 class _Given(nn.Module):

@@ -78,9 +78,14 @@ def test_a_learner_of_several_ranks_needs_whole_gpus_and_a_load_that_can_be_take
 
 
 def test_direct_transports_are_refused_where_they_cannot_work(tiny_config):
-    with pytest.raises(ConfigError, match="weights.transport is 'gloo' and rollouts.engine is 'transformers': with this transport the learner sends weights to the engine itself, and only vLLM"):
+    with pytest.raises(
+        ConfigError,
+        match="weights.transport is 'gloo' and rollouts.engine is 'transformers': with this transport the learner sends weights to the engine itself, and only vLLM",
+    ):
         tiny_config.weights(transport="gloo")
-    with pytest.raises(ConfigError, match="scheduling.lag is 'exact': lag 'exact' generates with older versions, and with this"):
+    with pytest.raises(
+        ConfigError, match="scheduling.lag is 'exact': lag 'exact' generates with older versions, and with this"
+    ):
         config_of().scheduling(lag="exact").weights(transport="nccl")
 
 

@@ -1,5 +1,7 @@
 """Log-probabilities come from the model's own forward pass, and never from all logits at once."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -98,3 +100,31 @@ def test_no_tensor_of_all_tokens_and_the_whole_vocabulary_is_made(with_gradient,
             logprobs.sum().backward()
     # Twenty response tokens. With a gradient each chunk is computed a second time, in the backward pass.
     assert max(rows) == 3 and sum(rows) == (40 if with_gradient else 20)
+
+
+def test_while_logits_are_computed_the_model_is_whole_for_other_threads():
+    """A version is probed and copied out in another thread, beside a pass."""
+    model, seen = model_of("llama"), []
+    base_model, names = model.base_model, [name for name, _ in model.named_parameters()]
+
+    def look(*_):
+        seen.append((model.base_model is base_model, [name for name, _ in model.named_parameters()] == names))
+
+    model.lm_head.register_forward_hook(look)
+    policy_pass(model, BATCH, 0.7)[0].sum().backward()
+    assert seen == [(True, True)]
+
+
+def test_two_threads_compute_with_one_model_what_each_computes_alone():
+    model = model_of("gemma2")
+    batches = [BATCH, [trajectory(4, 9, 7), trajectory(6, 3, 8)]]
+    with torch.no_grad():
+        alone = [policy_pass(model, batch, 0.7)[0] for batch in batches]
+
+        def run(batch):
+            with torch.no_grad():
+                return [policy_pass(model, batch, 0.7)[0] for _ in range(40)]
+
+        with ThreadPoolExecutor(2) as threads:
+            for own, together in zip(alone, threads.map(run, batches), strict=True):
+                assert all(torch.allclose(own, one, atol=1e-4) for one in together)

@@ -126,47 +126,20 @@ def test_it_is_that_of_a_literal_transcription(rows, gamed, missing):
     assert controlled.win_rate == pytest.approx(literal_rate(rows, preferences, differences), abs=5e-4)
 
 
-@pytest.mark.parametrize("missing", [0, 7])
-def test_it_is_what_scikit_learn_gives_as_alpacaeval_calls_it(gamed, missing):
-    sklearn = pytest.importorskip("sklearn")
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.metrics import make_scorer
-    from sklearn.model_selection import GroupKFold
+SCIKIT_LEARN = {0: 0.67522, 7: 0.67542}
+"""By missing annotations: what scikit-learn 1.9.1 gave on these rows, once, as AlpacaEval calls it.
 
+LogisticRegressionCV(cv=GroupKFold(5), penalty="l1", solver="liblinear", fit_intercept=False, random_state=123), fitted on
+each row twice, as won and as lost, with the preferences as weights. scikit-learn is no dependency of the tests.
+"""
+
+
+@pytest.mark.parametrize("missing", SCIKIT_LEARN)
+def test_it_is_what_scikit_learn_gave_as_alpacaeval_calls_it(gamed, missing):
     preferences, differences = judged(gamed, 0.7)
     preferences[:missing] = [None] * missing
-    own = np.stack([np.tanh(differences / np.std(differences, ddof=1)), gamed.difficulties, np.ones(NUM)], axis=1)
-    features = np.concatenate([gamed.features_N3, own])
-    p = np.concatenate([gamed.preferences_N, [np.nan if one is None else one for one in preferences]])
-    weights = np.concatenate([np.full(2 * NUM, 0.1), np.ones(NUM)])
-    features, weights, p = features[~np.isnan(p)], weights[~np.isnan(p)], p[~np.isnan(p)]
-
-    def loss(y_true, y_pred, true_prob, true_weight):
-        y_true = np.where(y_true == 1, true_prob, 1 - true_prob)
-        return -np.mean(true_weight * (y_true * np.log(y_pred) + (1 - y_true) * np.log(1 - y_pred)))
-
-    twice = np.concatenate
-    with sklearn.config_context(enable_metadata_routing=True):
-        scorer = make_scorer(loss, response_method="predict_proba", greater_is_better=False)
-        model = LogisticRegressionCV(
-            cv=GroupKFold(5),
-            scoring=scorer.set_score_request(true_prob=True, true_weight=True),
-            penalty="l1",
-            solver="liblinear",
-            fit_intercept=False,
-            random_state=123,
-        ).set_fit_request(sample_weight=True)
-        model.fit(
-            twice([features, features]),
-            np.repeat([1, 0], len(p)),
-            sample_weight=twice([p, 1 - p]) * twice([weights, weights]),
-            groups=twice([np.arange(len(p))] * 2),
-            true_prob=twice([p, 1 - p]),
-            true_weight=twice([weights, weights]),
-        )
-    test = np.stack([np.zeros(NUM), gamed.difficulties, np.ones(NUM)], axis=1)
     controlled = alpaca_length_controlled(preferences, differences, BASELINE, gamed)
-    assert controlled.win_rate == pytest.approx(model.predict_proba(test)[:, 1].mean(), abs=5e-4)
+    assert controlled.win_rate == pytest.approx(SCIKIT_LEARN[missing], abs=5e-4)
 
 
 def test_the_command_tells_it_beside_the_other_rate(rows, gamed, tmp_path, capsys):

@@ -51,6 +51,7 @@ MAY_CHANGE = (
     "learner.max_grad_norm",
     "learner.tokens_per_microbatch",
     "learner.packing",
+    "learner.max_mismatch",
     "learner.on_nonfinite",
     "weights.*",
     "evaluation.*",

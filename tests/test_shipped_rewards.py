@@ -224,7 +224,7 @@ class Reply:
         self.server.server_close()
 
 
-def test_a_judge_is_told_prompt_and_response_and_its_last_number_is_the_rating(monkeypatch):
+def test_a_judge_is_told_prompt_and_response_and_its_number_is_the_rating(monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
     with Reply(content="Out of 10 I give it 7.5") as server:
         options = {"url": server.url, "model": "m", "template": "{response}|{prompt}|{low}", "api_key_env": "MY_KEY"}
@@ -239,8 +239,24 @@ def test_a_judge_is_told_prompt_and_response_and_its_last_number_is_the_rating(m
 
 
 @pytest.mark.parametrize(
+    "content", ["8", "8/10", " 8 / 10.", "8 out of 10", "8 Out  of 10!", "**8**", "8, yes: 8.0", "Rating: 8\n"]
+)
+def test_the_scale_beside_a_rating_is_not_the_rating(content):
+    with Reply(content=content) as server:
+        assert asyncio.run(judge([{"role": "user", "content": "q"}], "a", url=server.url, model="m")) == 0.8
+
+
+@pytest.mark.parametrize(
     ("status", "content", "told"),
-    [(200, "good", "no number"), (200, "11", "11 is not between 0 and 10"), (503, "7", "refused: status 503")],
+    [
+        (200, "good", "no number"),
+        (200, "11", "11 is not between 0 and 10"),
+        (200, "8 because it has 3 mistakes", "several numbers"),
+        (200, "8/5", "several numbers"),
+        (200, "8/100", "several numbers"),
+        (200, "7 out of 10.5", "several numbers"),
+        (503, "7", "refused: status 503"),
+    ],
 )
 def test_a_judge_without_a_verdict_has_failed(status, content, told):
     with Reply(status, content) as server, pytest.raises(ValueError, match=told):

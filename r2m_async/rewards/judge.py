@@ -57,7 +57,8 @@ async def judge(
         api_key_env: the name of the environment variable that holds the key of the server. None: the server needs none.
         body: further keys of the request.
 
-    The last number in the reply is the rating. Raises ValueError if there is none, or if it lies beyond `low` and
+    The number in the reply is the rating; `/10` and `out of 10` may stand beside it if `high` is 10. Raises ValueError if
+    there is no number or more than one, because which of them rates would be a guess, and if it lies beyond `low` and
     `high`. Raises httpx.HTTPError if the server cannot be reached or refuses.
     """
     question = messages[0]["content"] if len(messages) == 1 else _transcript(messages)
@@ -76,10 +77,12 @@ async def judge(
     if answer.is_error:
         raise ValueError(f"{url} refused: status {answer.status_code}, {answer.text[:500]!r}")
     reply = answer.json()["choices"][0]["message"]["content"] or ""
-    numbers = regex.findall(_NUMBER, reply)
-    if not numbers:
-        raise ValueError(f"the judge {model} replied {reply[:200]!r}, in which there is no number")
-    rating = float(numbers[-1])
+    of_scale = rf"(?:/|\bout\s+of)\s*{regex.escape(f'{high:g}')}(?![\d.]*\d)"
+    numbers = set(map(float, regex.findall(_NUMBER, regex.sub(of_scale, " ", reply, flags=regex.IGNORECASE))))
+    if len(numbers) != 1:
+        said = "several numbers, and which of them rates is not clear" if numbers else "no number"
+        raise ValueError(f"the judge {model} replied {reply[:200]!r}, in which there is {said}")
+    (rating,) = numbers
     if not low <= rating <= high:
         raise ValueError(
             f"the judge {model} replied {reply[:200]!r}, and {rating:g} is not between {low:g} and {high:g}"

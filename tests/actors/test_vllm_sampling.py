@@ -92,7 +92,7 @@ def test_log_probs_are_transformers_and_responses_end_where_they_say(checkpoint)
                 whole, start = (
                     decoded(engine._tokenizer, ids) for ids in (one.token_ids, one.token_ids[: one.prompt_len])
                 )
-                assert whole == commonprefix([whole, start]) + one.text  # noqa: RUF071 (by characters is meant)
+                assert read == commonprefix([read, start]) + one.text  # noqa: RUF071 (by characters is meant)
                 assert one.behaviour_logprobs[: one.prompt_len].eq(0).all()
                 reasons[one.finish_reason] += 1
                 num_ends[response[-1]] += response[-1] in ends

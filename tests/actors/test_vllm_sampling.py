@@ -89,7 +89,7 @@ def test_log_probs_are_transformers_and_responses_end_where_they_say(checkpoint)
                 assert not set(response[:-1]) & set(ends)
                 assert one.finish_reason == ("stop" if response[-1] in ends else "length")
                 assert one.finish_reason == "stop" or len(response) == 40
-                whole, start = (
+                read, start = (
                     decoded(engine._tokenizer, ids) for ids in (one.token_ids, one.token_ids[: one.prompt_len])
                 )
                 assert read == commonprefix([read, start]) + one.text  # noqa: RUF071 (by characters is meant)

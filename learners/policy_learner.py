@@ -13,11 +13,9 @@ is the policy at the start of the step, pi_ref is the reference policy.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,67 +26,37 @@ from learners.backend import Backend, PolicyBackend
 from learners.critic import Critic, CriticStep
 from learners.kept_states import KeptStates
 from learners.memory import memory_enough_for
-from learners.shares import MicroBatch, group_shares, rank_microbatches
+from learners.passes import Passes
+from learners.publication import Publication
+from learners.shares import MicroBatch
+from learners.step_batch import StepBatch, group_rows
 from learners.step_statistics import StepStatistics, batch_metrics
-from learners.weight_sender import WeightSender
 from r2m_async.advantages import Estimator
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, NonFiniteStep, WeightMismatch
-from r2m_async.finite import all_finite
-from r2m_async.models.policy import behaviour_logprobs, policy_pass, proximal_feedback, response_mask
+from r2m_async.errors import ConfigError, NonFiniteStep
+from r2m_async.models.policy import behaviour_logprobs, response_mask
 from r2m_async.models.policy_objective import (
     check_passes,
     denominators,
     loss_mask,
     microbatch_loss,
     minibatch_bounds,
-    row_place,
     step_advantages,
     step_place,
 )
 from r2m_async.models.reward_scale import RewardScale
-from r2m_async.models.weights import MovingReference, named_weights, weight_probe
+from r2m_async.models.weights import MovingReference
 from r2m_async.objectives import next_kl_coef
 from r2m_async.trajectories import (
     GroupRewards,
     PolicyFeedback,
     ScoredGroup,
     StepReport,
-    Trajectory,
     TrajectoryGroup,
     Weights,
 )
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnerBatch:
-    """The groups of exactly one step, with all that the proximal pass computed of them."""
-
-    step: int
-    """The policy step, from 0."""
-    groups: tuple[TrajectoryGroup, ...]
-    """All groups of the step, on every rank."""
-    trajectories: tuple[Trajectory, ...]
-    """The B trajectories of all groups, in group order."""
-    rows: tuple[range, ...]
-    """For each group, the rows of its trajectories among them."""
-    mask: Tensor
-    """[B, T] bool, True on response tokens."""
-    behaviour: Tensor
-    """[B, T] float32: log-probabilities under mu, 0 on padding."""
-    old: Tensor
-    """[B, T] float32: log-probabilities under pi_old, 0 on padding."""
-    reference: Tensor
-    """[B, T] float32: log-probabilities under pi_ref, 0 on padding."""
-    values: Tensor | None
-    """[B, T] float32: the critic's values at the start of the step, 0 on padding. None without a critic."""
-
-    @property
-    def ages(self) -> Tensor:
-        """[B] int64: the age of each trajectory, which is the step minus the oldest policy version that sampled it."""
-        return torch.tensor([max(0, self.step - trajectory.oldest_version) for trajectory in self.trajectories])
 
 
 class PolicyLearner:
@@ -112,7 +80,7 @@ class PolicyLearner:
         self._estimator = estimator
         self._compared = False
         """Whether the learner's log-probabilities have been compared with the rollout engine's."""
-        self._batch: LearnerBatch | None = None
+        self._batch: StepBatch | None = None
         """What `proximal` left for `train`. None if the step has no trajectories."""
         self._kl_coef = config.objective.kl_coef
         """The KL coefficient of the present step. It changes under `objective.kl_target` alone."""
@@ -121,7 +89,8 @@ class PolicyLearner:
         if config.model.reference_every is not None:
             with backend.as_reference() as reference:
                 self._moving = MovingReference(reference, config.model.reference_mix)
-        self._sender = WeightSender(config) if config.weights.direct and backend.rank == 0 else None
+        self._publication = Publication(backend, config)
+        self._passes = Passes(backend, config)
 
     def weights(self, whole: bool = False) -> tuple[StepReport, Weights | None]:
         """Publishes the present policy version.
@@ -138,57 +107,23 @@ class PolicyLearner:
         finite. Raises LearnerOutOfMemory.
         """
         with memory_enough_for(f"policy version {self._version}, being copied out"):
-            return StepReport(version=self._version, metrics={}), self._weights(whole)
+            return StepReport(version=self._version, metrics={}), self._publication.weights(self._version, whole)
 
-    def _weights(self, whole: bool) -> Weights | None:
-        """The present version as `weights` returns it. All ranks take part if they share the parameters out."""
-        backend = self.backend
-        weights = Weights(version=self._version, tensors={})
-        tensors: dict[str, Tensor] = {}
-        if backend.rank > 0:
-            # Rank 0 cannot gather the parameters alone. This rank helps and keeps nothing.
-            for _ in backend.named_parameters():
-                pass
-        elif whole or self._sender is None:
-            weights = named_weights(backend, self._version)
-            tensors = weights.tensors
-        else:
-            layout = self._sender.stage(backend, self._version)
-            weights = dataclasses.replace(weights, layout=layout)
-            tensors = self._sender.staged(self._version)
-        if self._config.probes_weights and not whole:
-            probe = weight_probe(backend.probed, tensors)
-            # Without this check, an engine would be blamed for not computing the same numbers.
-            if not all_finite([probe.logprobs]):
-                raise NonFiniteStep(
-                    f"policy version {self._version}: its log-probabilities of the probe text are not finite, although its "
-                    f"weights are: they have grown too large for its arithmetic; lower learner.lr"
-                )
-            weights = dataclasses.replace(weights, probe=probe)
-        return weights if backend.rank == 0 else None
-
-    # Direct transports: the learner sends weights itself. These calls run while another thread trains. A failure is
-    # returned and not raised, because it is the engine that is lost and not the learner.
+    # Direct transports: the learner sends weights itself. These calls run while another thread trains.
 
     def open_channel(self, engine: int) -> tuple[dict[str, Any]]:
         """Opens a new channel to an engine, given by its number, in the place of an old one.
 
         Returns what the engine needs to join the channel.
         """
-        assert self._sender is not None
-        return (self._sender.open(engine),)
+        return (self._publication.open_channel(engine),)
 
     def connect(self, engine: int) -> tuple[dict[str, str]]:
         """Waits for an engine to join its channel.
 
         Returns an empty dict, or the reason under `failed` if the engine did not join.
         """
-        assert self._sender is not None
-        try:
-            self._sender.connect(engine)
-        except RuntimeError as error:  # torch and NCCL raise it
-            return ({"failed": str(error)},)
-        return ({},)
+        return (self._publication.connect(engine),)
 
     def send(self, engine: int, version: int) -> tuple[dict[str, str]]:
         """Sends a staged version to an engine, over its channel.
@@ -199,11 +134,7 @@ class PolicyLearner:
 
         Returns what the engine must know besides to load it, or the reason under `failed` if the version was not sent.
         """
-        assert self._sender is not None
-        try:
-            return (self._sender.send(engine, version),)
-        except RuntimeError as error:
-            return ({"failed": str(error)},)
+        return (self._publication.send(engine, version),)
 
     def proximal(
         self, step: int, groups: list[TrajectoryGroup]
@@ -229,61 +160,30 @@ class PolicyLearner:
         if not trajectories:
             self._batch = None
             return ()
-        rows, start = [], 0
-        for group in groups:
-            rows.append(range(start, start + len(group.trajectories)))
-            start += len(group.trajectories)
-        mask, passes = response_mask(trajectories), self._passes(trajectories, rows)
+        rows = group_rows(groups)
+        mask, passes = response_mask(trajectories), self._passes.of_groups(trajectories, rows)
         reads_own = self._config.reads_feedback and self._config.feedback.source == "learner"
         states = KeptStates(self.backend.policy.device, self._config) if reads_own else None
-        old = self._logprobs(self.backend.policy, trajectories, passes, mask, states)
+        old = self._passes.logprobs(self.backend.policy, trajectories, passes, mask, states)
         with self.backend.as_reference() as model:
-            reference = self._logprobs(model, trajectories, passes, mask)
-        batch = LearnerBatch(
+            reference = self._passes.logprobs(model, trajectories, passes, mask)
+        batch = StepBatch(
             step=step,
             groups=tuple(groups),
             trajectories=trajectories,
-            rows=tuple(rows),
+            rows=rows,
             mask=mask,
             behaviour=behaviour_logprobs(trajectories),
             old=old,
             reference=reference,
             values=self.critic.values(trajectories, passes, mask) if self.critic else None,
         )
-        self._compare_with_sampler(batch)
+        self._compared = self._compared or batch.compared_with_sampler(self._version, self._config)
         # Under `skip`, `train` finds such numbers again and leaves the step out.
         if self._config.learner.on_nonfinite == "stop":
             check_passes(batch.groups, batch.old, batch.reference, batch.values, self._config)
         self._batch = batch
-        return self._own_feedback(batch, states.taken()) if states else None
-
-    def _compare_with_sampler(self, batch: LearnerBatch) -> None:
-        """Compares the log-probabilities of learner and rollout engine, once, on tokens of the learner's own version.
-
-        Raises WeightMismatch if they differ by more than `learner.max_mismatch`.
-        """
-        if self._compared:
-            return
-        fresh = torch.zeros_like(batch.mask)
-        for row, one in enumerate(batch.trajectories):
-            fresh[row, : one.num_response_tokens] = one.policy_versions[one.prompt_len :] == self._version
-        if not fresh.any():
-            return
-        self._compared = True
-        distances = (batch.old - batch.behaviour).abs().masked_fill(~fresh, 0)
-        mean, limit = (distances.sum() / fresh.sum()).item(), self._config.max_mismatch
-        # Numbers that are not finite are told by `check_passes`, with their source.
-        if not math.isfinite(mean) or mean <= limit:
-            return
-        row, token = divmod(int(distances.argmax()), distances.shape[1])
-        raise WeightMismatch(
-            f"{step_place(batch.step, batch.groups)}: learner and rollout engine do not compute the same policy. Their "
-            f"log-probabilities of the {int(fresh.sum())} tokens that version {self._version} sampled differ by {mean:.3g} "
-            f"nats in the mean, and learner.max_mismatch is {limit:g}. Most at {row_place(batch.groups, row)}, token "
-            f"{token}: {batch.old[row, token].item():.4g} by the learner, {batch.behaviour[row, token].item():.4g} by "
-            f"rollouts.engine {self._config.rollouts.engine!r}. Use rollouts.engine 'transformers' to see which of them is "
-            f"wrong, or raise learner.max_mismatch if the engine rounds more coarsely on purpose"
-        )
+        return self._passes.own_feedback(batch, states.taken()) if states else None
 
     def train(self, step: int, rewards: Sequence[GroupRewards]) -> tuple[StepReport, tuple[PolicyFeedback, ...] | None]:
         """Makes all updates of a step, on the groups that `proximal` got.
@@ -322,7 +222,7 @@ class PolicyLearner:
             self._moving.move(self.backend.named_parameters())
 
     def _train(
-        self, batch: LearnerBatch, rewards: Sequence[GroupRewards]
+        self, batch: StepBatch, rewards: Sequence[GroupRewards]
     ) -> tuple[dict[str, float], tuple[PolicyFeedback, ...] | None]:
         """Makes all updates of a step. Returns the metrics and the refreshed feedback."""
         scored = [ScoredGroup(group=g, rewards=r) for g, r in zip(batch.groups, rewards, strict=True)]
@@ -343,7 +243,7 @@ class PolicyLearner:
         for epoch in range(objective.epochs):
             for first, last in minibatch_bounds(scored, objective.num_minibatches):
                 rows = slice(first, last)
-                passes = self._minibatch_passes(batch, rows)
+                passes = self._passes.of_minibatch(batch, rows)
                 self._minibatch(batch, advantages, rows, passes, epoch, states, statistics)
                 self._count(backend.step(lr), statistics, batch, "the gradient norm", lr)
                 self._check_weights(backend, batch, "policy", "learner.lr", lr)
@@ -362,7 +262,7 @@ class PolicyLearner:
             self._kl_coef = next_kl_coef(self._kl_coef, metrics["kl/sequence"], objective.kl_target, objective.kl_gain)
         if not self._config.reads_feedback:
             return metrics, None
-        refreshed = _refreshed(batch, states.taken())
+        refreshed = batch.refreshed(states.taken())
         # In float64, because float32 does not count bytes exactly.
         kept_bytes = backend.total(torch.tensor(float(states.num_bytes), dtype=torch.float64))
         return metrics | {"memory/refreshed_states_bytes": kept_bytes.item()}, refreshed
@@ -374,7 +274,7 @@ class PolicyLearner:
             return self._config
         return self._config.objective(kl_coef=self._kl_coef)
 
-    def _critic_step(self, batch: LearnerBatch, returns: Tensor | None) -> CriticStep | None:
+    def _critic_step(self, batch: StepBatch, returns: Tensor | None) -> CriticStep | None:
         """The critic's side of the step, or None without a critic."""
         if self.critic is None:
             return None
@@ -382,9 +282,7 @@ class PolicyLearner:
         lr = self._config.learning_rate(batch.step, self._config.critic.lr)
         return CriticStep(self.critic, batch.trajectories, batch.mask, batch.values, returns, lr)
 
-    def _count(
-        self, norm: float, counts: StepStatistics | CriticStep, batch: LearnerBatch, what: str, lr: float
-    ) -> None:
+    def _count(self, norm: float, counts: StepStatistics | CriticStep, batch: StepBatch, what: str, lr: float) -> None:
         """Counts an update by the norm of its gradient. If the norm is not finite, the update was not applied.
 
         Then it counts as skipped under `learner.on_nonfinite: skip`, and otherwise NonFiniteStep is raised.
@@ -396,9 +294,9 @@ class PolicyLearner:
         else:
             done = len(counts.grad_norms)
             after = f" after {done} updates of this step with learning rate {lr:g}: lower it" if done else ""
-            raise NonFiniteStep(f"{step_place(batch.step, batch.groups)}: {what} is {norm}{after}")
+            raise NonFiniteStep(f"{batch.place}: {what} is {norm}{after}")
 
-    def _check_weights(self, backend: Backend, batch: LearnerBatch, model: str, key: str, lr: float) -> None:
+    def _check_weights(self, backend: Backend, batch: StepBatch, model: str, key: str, lr: float) -> None:
         """Raises NonFiniteStep if a weight is not finite.
 
         It is called after every update, so such weights never become a version that is published.
@@ -406,7 +304,7 @@ class PolicyLearner:
         if backend.finite():
             return
         raise NonFiniteStep(
-            f"{step_place(batch.step, batch.groups)}: the {model}'s weights are not finite after an update whose gradient was "
+            f"{batch.place}: the {model}'s weights are not finite after an update whose gradient was "
             f"finite, with learning rate {lr:g} ({key}) and learner.weight_decay {self._config.learner.weight_decay:g}; lower them. "
             f"This update has changed the weights already, so learner.on_nonfinite 'skip' cannot leave it out"
         )
@@ -458,68 +356,9 @@ class PolicyLearner:
         self._version, self._kl_coef = state["version"], state.get("kl_coef", self._kl_coef)
         return (self._version,)
 
-    def _passes(self, trajectories: Sequence[Trajectory], groups: Sequence[range]) -> list[MicroBatch]:
-        """This rank's micro-batches of some groups, given by the rows of their trajectories."""
-        backend = self.backend
-        max_tokens, packed = self._config.learner.tokens_per_microbatch, self._config.learner.packing
-        return rank_microbatches(trajectories, groups, backend.rank, backend.num_ranks, max_tokens, packed)
-
-    def _minibatch_passes(self, batch: LearnerBatch, rows: slice) -> list[MicroBatch]:
-        """This rank's micro-batches of a minibatch, which is the groups whose rows lie within `rows`."""
-        groups = [group for group in batch.rows if rows.start <= group.start and group.stop <= rows.stop]
-        return self._passes(batch.trajectories, groups)
-
-    @torch.no_grad()
-    def _logprobs(
-        self,
-        model: Any,
-        trajectories: Sequence[Trajectory],
-        passes: Sequence[MicroBatch],
-        mask: Tensor,
-        kept: KeptStates | None = None,
-    ) -> Tensor:
-        """Log-probabilities of all ranks' trajectories under `model`, [B, T] float32 on the CPU, 0 on padding.
-
-        If `kept` is given, the hidden states of this rank's trajectories go there.
-        """
-        logprobs_BT = torch.zeros(mask.shape)
-        for one in passes:
-            chosen = [trajectories[row] for row in one.rows]
-            part_BT, states, _ = self._pass(model, chosen)
-            if one.counts and kept:
-                kept.keep(one.rows, states)
-            if one.counts:
-                logprobs_BT[list(one.rows), : part_BT.shape[1]] = part_BT.cpu()
-        # Every row is 0 but on the rank that computed it, so the sum over ranks puts all rows together.
-        return self.backend.total(logprobs_BT)
-
-    def _pass(
-        self, model: Any, trajectories: Sequence[Trajectory], entropy: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """One forward pass: the log-probabilities, the hidden states and, if asked for, the entropies (`policy_pass`)."""
-        config = self._config
-        return policy_pass(model, trajectories, config.rollouts.temperature, config.learner.packing, entropy)
-
-    def _own_feedback(self, batch: LearnerBatch, states: dict[int, Tensor]) -> tuple[PolicyFeedback, ...]:
-        """pi_old's feedback on this rank's groups, from the states of the proximal pass by row.
-
-        Greedy twins are not trained and have no such states, so each twin takes a forward pass of its own.
-        """
-        owned = group_shares(batch.trajectories, batch.rows, self.backend.num_ranks)
-        mine = owned[self.backend.rank]
-        # Every rank must make equally many passes. A rank with fewer groups repeats group 0 and drops the results.
-        pace = mine + [0] * (max(map(len, owned)) - len(mine))
-        policy, groups, rows = self.backend.policy, batch.groups, batch.rows
-        return tuple(
-            proximal_feedback(
-                policy, groups[g], [states[row] for row in rows[g] if row in states], self._config, batch.step
-            )
-            for g in pace
-        )[: len(mine)]
-
     def _minibatch(
         self,
-        batch: LearnerBatch,
+        batch: StepBatch,
         advantages: Tensor,
         rows: slice,
         passes: Sequence[MicroBatch],
@@ -535,10 +374,10 @@ class PolicyLearner:
         keeps = self._config.reads_feedback and epoch == self._config.objective.epochs - 1
         # Counts of the whole minibatch divide the loss. So the losses of all passes and ranks add up to its loss.
         denominator, responses = denominators(loss_mask(batch.trajectories[rows], self._config), self._config)
-        config, place = self._config_now, step_place(batch.step, batch.groups)
+        config, place = self._config_now, batch.place
         for index, one in enumerate(passes):
             chosen, trajectories = list(one.rows), [batch.trajectories[row] for row in one.rows]
-            logprobs_BT, states, entropies_BT = self._pass(
+            logprobs_BT, states, entropies_BT = self._passes.forward(
                 self.backend.policy, trajectories, config.objective.entropy_coef > 0
             )
             last = index == len(passes) - 1
@@ -566,17 +405,3 @@ class PolicyLearner:
             )
             self.backend.backward(loss, last)
             statistics.add(epoch, chosen, loss, surrogate)
-
-
-def _refreshed(batch: LearnerBatch, states: dict[int, Tensor]) -> tuple[PolicyFeedback, ...]:
-    """The refreshed feedback on those groups whose states are on this rank."""
-    return tuple(
-        PolicyFeedback(
-            group_id=group.ticket.group_id,
-            hidden_states=tuple(states[row] for row in rows),
-            greedy=None,  # the twin is not trained on, and the head learner does not read it
-            policy_version=batch.step,
-        )
-        for group, rows in zip(batch.groups, batch.rows, strict=True)
-        if all(row in states for row in rows)
-    )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from learners import policy_learner
+from learners import passes, policy_learner
 from r2m_async import reference
 from r2m_async.cli import main
 from r2m_async.errors import LearnerOutOfMemory, NonFiniteStep
@@ -34,8 +34,8 @@ def too_large_for_cuda_itself(*_, **__):
 @pytest.mark.parametrize("during", ["proximal", "train"])
 def test_out_of_memory_names_the_step_its_groups_and_what_would_help(ring, monkeypatch, fails, during):
     ring.step()
-    name = "policy_pass" if during == "proximal" else "microbatch_loss"
-    monkeypatch.setattr(policy_learner, name, fails)
+    where, name = (passes, "policy_pass") if during == "proximal" else (policy_learner, "microbatch_loss")
+    monkeypatch.setattr(where, name, fails)
     with pytest.raises(LearnerOutOfMemory) as caught:
         ring.step()
     assert str(caught.value).startswith("step 1 (groups [2, 3]): the policy learner is out of memory. Lower ")
@@ -46,7 +46,7 @@ def test_another_error_stays_what_it_is(ring, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("a shape is wrong")
 
-    monkeypatch.setattr(policy_learner, "policy_pass", broken)
+    monkeypatch.setattr(passes, "policy_pass", broken)
     with pytest.raises(RuntimeError, match="a shape is wrong") as caught:
         ring.step()
     assert not isinstance(caught.value, LearnerOutOfMemory)

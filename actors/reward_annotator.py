@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from r2m_async.config import R2MConfig
-from r2m_async.models.heads import reward_spread, score_group
+from r2m_async.models.heads import frozen_whole_rewards, reward_spread, score_group
 from r2m_async.models.reward import embed_group
 from r2m_async.models.weights import load_weights, named_weights
 from r2m_async.reward_metrics import ranking_accuracy
@@ -146,8 +146,8 @@ class RewardAnnotator:
 
         The report's metrics are:
 
-        - `reward`: the mean whole reward, as training takes it: by the given head, with reward functions, clipping and
-          penalties.
+        - `reward`: the mean whole reward by the reward model as it came, with reward functions, clipping and penalties.
+          It means the same in every evaluation; heads change, and so does omega.
         - `proxy`: the mean reward by the given head. Without a reward model it is `reward`.
         - `frozen`: the mean reward by the reward model as it came. `frozen/<prompt index>` is that of one prompt. Both are
           left out without a reward model.
@@ -169,13 +169,13 @@ class RewardAnnotator:
             score_group(self._head, one, states, horizon, head.version, self._config)
             for one, states in zip(embeddings, feedback, strict=True)
         ]
-        whole = [one.rewards.tolist() for one in scored]
+        whole = [frozen_whole_rewards(one, self._config).tolist() for one in embeddings]
         by_model = {
             "proxy": [one.model_rewards.tolist() for one in scored],
             "frozen": [one.frozen_rewards.tolist() for one in embeddings],
         }
         if self._model is None:
-            by_model = {"proxy": whole}
+            by_model = {"proxy": [one.rewards.tolist() for one in scored]}
         gold = [self._gold_rewards(group) for group in groups]
         lengths = [t.num_response_tokens for group in groups for t in group.trajectories]
         metrics = {"length": statistics.fmean(lengths)}

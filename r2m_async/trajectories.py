@@ -278,7 +278,7 @@ class Sample:
     finished: bool
     """Whether the policy ended the response itself."""
     reward: float
-    """The whole reward, as training would take it."""
+    """The whole reward by the reward model as it came, with reward functions and penalties."""
     gold: float | None
     """The gold reward. None if `evaluation.gold` is not set."""
 

@@ -142,8 +142,13 @@ def reward_spread(embeddings: RewardEmbeddings, config: R2MConfig) -> float:
     It is meant for `head.variant: vanilla`, whose rewards are those of the original reward model, if there is one, and the
     bonuses. It is NaN if a reward is not finite.
     """
-    rewards = _clipped(embeddings.frozen_rewards, config) + embeddings.bonus
+    rewards = frozen_whole_rewards(embeddings, config)
     return (rewards.max() - rewards.min()).item()
+
+
+def frozen_whole_rewards(embeddings: RewardEmbeddings, config: R2MConfig) -> Tensor:
+    """Returns the rewards [K] of a group by the reward model as it came, clipped to `reward.clip`, plus the bonuses."""
+    return _clipped(embeddings.frozen_rewards, config) + embeddings.bonus
 
 
 def _parts(clipped: Tensor, embeddings: RewardEmbeddings, config: R2MConfig) -> Tensor:

@@ -146,8 +146,9 @@ def _with_bar(text: str, done: int, total: int, after: str = "") -> RenderableTy
 def _evaluation_line(evaluation: Mapping[str, float]) -> str:
     parts = [f"evaluation of policy {evaluation.get('step', 0):.0f}"]
     for judge in JUDGES:
-        # Without reward functions, clipping and penalties the whole reward is that of the head.
-        if judge in evaluation and (judge != "reward" or evaluation[judge] != evaluation.get("proxy")):
+        # Without reward functions, clipping and penalties the whole reward is that of the model.
+        same = judge == "reward" and evaluation.get(judge) in (evaluation.get("proxy"), evaluation.get("frozen"))
+        if judge in evaluation and not same:
             parts.append(f"{judge} {evaluation[judge]:.3f} ± {evaluation.get(f'{judge}_se', 0):.3f}")
     if "length" in evaluation:
         parts.append(f"length {evaluation['length']:.1f}")

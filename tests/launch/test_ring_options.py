@@ -359,7 +359,7 @@ def test_the_shares_of_pairs_ranked_as_gold_ranks_them_are_the_heads_and_the_fro
     first, second = report.samples
     for sample in (first, second):
         assert (sample.prompt, sample.response, sample.finished) == (group.ticket.prompt.content, "four", True)
-    assert [(sample.reward, sample.gold) for sample in (first, second)] == [(3.5, 1004.5), (1.5, 1004.5)]
+    assert [(sample.reward, sample.gold) for sample in (first, second)] == [(1.5, 1004.5), (0.5, 1004.5)]
     assert told["proxy_accuracy"] == pytest.approx(4 / 6)
     assert told["frozen_accuracy"] == pytest.approx(1 / 6)
 

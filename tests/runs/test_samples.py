@@ -28,7 +28,7 @@ def test_each_evaluation_leaves_the_first_response_to_every_held_out_prompt(run,
         # At a temperature next to 0 all responses of a group are the same, so the first one stands for their mean.
         rewards = [one["reward"] for one in samples if one["step"] == step]
         assert evaluation["reward"] == pytest.approx(sum(rewards) / 2, abs=1e-4)
-        assert evaluation["reward"] < evaluation["proxy"] - 0.1  # the penalties
+        assert evaluation["reward"] < evaluation["frozen"] - 0.1  # the penalties
 
 
 def test_the_command_shows_rewards_of_all_evaluations_and_the_first_and_the_last_answer(run, capsys):

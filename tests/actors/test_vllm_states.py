@@ -83,7 +83,7 @@ def test_states_are_exact_when_requests_are_preempted_for_want_of_cache(checkpoi
 
 
 @pytest.mark.ring
-@pytest.mark.parametrize("prompt_tokens", [BLOCK, 2 * BLOCK + 6])
+@pytest.mark.parametrize("prompt_tokens", [pytest.param(BLOCK, marks=pytest.mark.cross), 2 * BLOCK + 6])
 def test_states_are_exact_where_the_prefix_cache_spared_siblings_the_prompt(checkpoint, prompt_tokens):
     config = config_of(checkpoint(), max_prompt_tokens=80)
     model = load_policy(config.model.policy, config)

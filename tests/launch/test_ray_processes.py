@@ -246,7 +246,7 @@ def test_a_head_that_dies_ends_the_watch_with_a_message_long_before_ray_ends_the
         assert gone(children), "orphans"
 
 
-@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("seen", [True, pytest.param(False, marks=pytest.mark.cross)])
 def test_what_a_stage_prints_is_seen_under_its_name_unless_told_otherwise(seen):
     told = script("""
         async def speak():

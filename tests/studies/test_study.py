@@ -210,7 +210,7 @@ def test_an_ensemble_is_no_runs_start_and_shares_no_member_with_that_of_another_
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("by", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.cross)])
 def test_a_study_that_is_killed_takes_its_runs_with_it(study_file, tmp_path, by):
     (tmp_path / "bell.py").write_text(
         "from pathlib import Path\n"

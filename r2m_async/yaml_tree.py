@@ -1,7 +1,8 @@
 """Reads and writes YAML. Every config, base file, override and study goes through these functions.
 
 They use PyYAML's safe YAML 1.1, with these differences:
-- `1e-6` is a number, as in YAML 1.2 and in JSON.
+- Numbers are those of YAML 1.2 and of JSON: `1e-6` is a number, `017` is 17, `0o17` is 15, and `1:30` is text. An
+  underscore between digits is allowed, as in `1_000`.
 - A date is read as text.
 - A key that occurs twice in one mapping is refused.
 - Only plain values are allowed: all other tags are refused.
@@ -27,8 +28,21 @@ MAX_VALUES = 100_000
 """The largest number of values in one file, keys included. An alias counts as much as what it stands for."""
 
 _PREFIX = "tag:yaml.org,2002:"
-_EXPONENT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+|[-+]\.[0-9]+)\Z")
-"""The floats of YAML 1.2 that YAML 1.1 reads as text: `1e-6`, and those with a sign before a point, as `-.5`."""
+_NUMBERS = {
+    "int": re.compile(r"[-+]?(?:[0-9][0-9_]*|0o[0-7_]+|0x[0-9a-fA-F_]+|0b[01_]+)\Z"),
+    "float": re.compile(
+        r"(?:[-+]?(?:\.[0-9][0-9_]*|[0-9][0-9_]*(?:\.[0-9_]*)?)[eE][-+]?[0-9]+"
+        r"|[-+]?(?:\.[0-9][0-9_]*|[0-9][0-9_]*\.[0-9_]*)|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+    ),
+}
+"""The numbers of YAML 1.2. YAML 1.1 reads `1e-6` as text, `017` as 15, and `1:30` as 90."""
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """Converts the text of an integer. Raises ValueError if it is none."""
+    text = loader.construct_scalar(node).replace("_", "")
+    # Base 0 reads the prefixes, and refuses `017`.
+    return int(text, 0 if text.lstrip("-+")[:2] in ("0o", "0x", "0b") else 10)
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,10 +50,10 @@ class _Loader(yaml.SafeLoader):
 
     yaml_constructors: ClassVar = {
         _PREFIX + kind: yaml.SafeLoader.yaml_constructors[_PREFIX + kind]
-        for kind in ("null", "bool", "int", "float", "str", "seq", "map")
+        for kind in ("null", "bool", "float", "str", "seq", "map")
     } | {None: yaml.SafeLoader.yaml_constructors[None]}
     yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]  # a class attribute; PyYAML's stubs say the instance's
-        first: [(tag, form) for tag, form in resolvers if tag != _PREFIX + "timestamp"]
+        first: [(tag, form) for tag, form in resolvers if tag.removeprefix(_PREFIX) not in ("timestamp", *_NUMBERS)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -54,7 +68,7 @@ class _Loader(yaml.SafeLoader):
         Each alias counts as much as what it stands for. Otherwise a short file of ten aliases of ten aliases, and so
         on, would fill any memory once it is copied or printed.
         """
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # in the stubs
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise ConstructorError(None, None, f"is nested deeper than {MAX_DEPTH} levels", event.start_mark)
@@ -108,8 +122,10 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+_Loader.add_constructor(_PREFIX + "int", _integer)
 for _one in (_Loader, _Dumper):
-    _one.add_implicit_resolver(_PREFIX + "float", _EXPONENT, list("-+.0123456789"))
+    for _kind, _form in _NUMBERS.items():
+        _one.add_implicit_resolver(_PREFIX + _kind, _form, list("-+.0123456789"))
 
 
 def read_yaml(path: Path) -> Any:

@@ -37,7 +37,24 @@ FLOATS = {
     "1.0e-6": 1e-6,
     "0.5": 0.5,
 }
-TEXTS = ["1e", "e6", "1e-", "1e6x", "0x1e-6", "1.2.3e4", "2026-01-01", "2026-01-01 10:00:00", "v1e6", "-e5", "."]
+TEXTS = [
+    "1e",
+    "e6",
+    "1e-",
+    "1e6x",
+    "0x1e-6",
+    "1.2.3e4",
+    "2026-01-01",
+    "2026-01-01 10:00:00",
+    "v1e6",
+    "-e5",
+    ".",
+    "1:30",
+    "-1:30.5",
+    "0o8",
+    "0b2",
+    "_1",
+]
 
 
 @pytest.mark.parametrize("number", FLOATS)
@@ -60,6 +77,28 @@ def test_a_float_of_yaml_12_is_a_number_in_every_open_dict_of_every_file(tmp_pat
     (tmp_path / "base.yaml").write_text(whole)
     config = read_study(written(tmp_path / "study.yaml", of_study), tmp_path)[2][0].config
     assert config.advantage.options == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        ("017", 17),
+        ("-09", -9),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("-0b11", -3),
+        ("1_000", 1000),
+        ("1_0.5_0", 10.5),
+        ("08.5", 8.5),
+    ],
+)
+def test_digits_are_decimal_whatever_they_begin_with_and_prefixes_are_those_of_yaml_12(tmp_path, number, expected):
+    text = f"advantage: {{options: {{x: {number}, y: '{number}'}}}}"
+    config = R2MConfig.from_yaml(written(tmp_path / "config.yaml", text), [f"advantage.options.z={number}"])
+    assert config.advantage.options == {"x": expected, "y": number, "z": expected}
+    # A text that looks like a number is quoted, for us and for readers of YAML 1.1.
+    assert R2MConfig.from_yaml(written(tmp_path / "again.yaml", config.to_yaml())) == config
+    assert yaml.safe_load(config.to_yaml())["advantage"]["options"] == {"x": expected, "y": number, "z": expected}
 
 
 def test_a_float_is_a_number_in_the_configs_of_reward_models(tmp_path):

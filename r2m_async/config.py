@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec
 
-from pydantic import model_validator
-
-from r2m_async.config_rules import broken_rules
+from r2m_async.config_rules import RULES
 from r2m_async.config_sections import (
     REWARD_METRICS as REWARD_METRICS,
 )
@@ -177,6 +175,8 @@ class R2MConfig(ConfigTree):
     breaks, and what would be valid.
     """
 
+    rules: ClassVar = RULES
+
     run: _Run = _Run()
     model: _Model = _Model()
     reward: _Reward = _Reward()
@@ -287,10 +287,3 @@ class R2MConfig(ConfigTree):
         progress = (step - learner.warmup) / (self.run.num_steps - learner.warmup)
         share = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
         return lr * share[learner.schedule]
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        """Checks all rules between keys. All messages come at once, so the user can correct everything at once."""
-        if broken := broken_rules(self):
-            raise ValueError("\n".join(broken))
-        return self

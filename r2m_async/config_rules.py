@@ -1,8 +1,8 @@
 """The rules that must hold between keys of a config. Each rule is a function.
 
 The arguments of a rule are sections of the config, and have the names of the sections. A rule returns None if it holds.
-Otherwise it returns a message with both keys, both values, the reason and a remedy. `broken_rules` asks all rules, so
-the user learns of all mistakes at once.
+Otherwise it returns a message with both keys, both values, the reason and a remedy, and a line for each key that breaks
+it. All rules are asked, so the user learns of all mistakes at once.
 
 Rules about models, data sets and advantage estimators are not here but in `launch.workload`, because these must first
 be looked up.
@@ -10,8 +10,6 @@ be looked up.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +26,7 @@ from r2m_async.config_sections import (
     SchedulingSection,
     WeightsSection,
 )
-from r2m_async.config_tree import Section
-
-Rule = Callable[..., str | None]
-"""A function that takes sections and returns None, or a message if the rule is broken."""
-
-
-def broken_rules(config: Any) -> list[str]:
-    """Returns the messages of all rules that a config breaks. `config` is an `R2MConfig`."""
-    found = (rule(*(getattr(config, name) for name in inspect.signature(rule).parameters)) for rule in RULES)
-    return [message for message in found if message]
+from r2m_async.config_tree import Rule, Section, one_per_line
 
 
 def changed(section: Section, *keys: str) -> list[str]:
@@ -61,14 +50,14 @@ def exact_lag_cuts_nothing_off(scheduling: SchedulingSection) -> str | None:
 
 def exact_lag_takes_one_group_at_a_time(rollouts: RolloutsSection, scheduling: SchedulingSection) -> str | None:
     """Under `lag: exact` an actor generates one group at a time, with one version. A batch would round differently."""
-    if scheduling.lag == "exact":
-        for key in changed(rollouts, "concurrent_groups", "in_flight_updates"):
-            return (
-                f"rollouts.{key} is {getattr(rollouts, key)} and scheduling.lag is 'exact': a run gives the same bits "
-                f"again only if an actor generates one group at a time, with one version; leave rollouts.{key} out, or use "
-                f"lag 'bounded'"
-            )
-    return None
+    if scheduling.lag != "exact":
+        return None
+    return one_per_line(
+        f"rollouts.{key} is {getattr(rollouts, key)} and scheduling.lag is 'exact': a run gives the same bits "
+        f"again only if an actor generates one group at a time, with one version; leave rollouts.{key} out, or use "
+        f"lag 'bounded'"
+        for key in changed(rollouts, "concurrent_groups", "in_flight_updates")
+    )
 
 
 def exact_lag_needs_one_rank(learner: LearnerSection, scheduling: SchedulingSection) -> str | None:
@@ -86,13 +75,13 @@ def exact_lag_needs_one_rank(learner: LearnerSection, scheduling: SchedulingSect
 
 def options_of_vllm_need_vllm(rollouts: RolloutsSection) -> str | None:
     """Keys that only a vllm engine reads need `engine: vllm`."""
-    if rollouts.engine != "vllm":
-        for key in changed(rollouts, "tensor_parallel", "in_flight_updates", "engine_options"):
-            return (
-                f"rollouts.{key} is {getattr(rollouts, key)} and rollouts.engine is {rollouts.engine!r}: only engine 'vllm' "
-                f"reads this key; use that engine, or leave rollouts.{key} out"
-            )
-    return None
+    if rollouts.engine == "vllm":
+        return None
+    return one_per_line(
+        f"rollouts.{key} is {getattr(rollouts, key)} and rollouts.engine is {rollouts.engine!r}: only engine 'vllm' "
+        f"reads this key; use that engine, or leave rollouts.{key} out"
+        for key in changed(rollouts, "tensor_parallel", "in_flight_updates", "engine_options")
+    )
 
 
 def direct_transports_need_an_engine_that_receives(weights: WeightsSection, rollouts: RolloutsSection) -> str | None:
@@ -161,13 +150,13 @@ def a_moving_reference_is_a_model_of_its_own(model: ModelSection, learner: Learn
 
 def options_of_deepspeed_need_deepspeed(learner: LearnerSection) -> str | None:
     """Keys that only DeepSpeed reads need `backend: deepspeed`."""
-    if learner.backend != "deepspeed":
-        for key in changed(learner, "num_ranks", "zero_stage", "zero_options", "offload"):
-            return (
-                f"learner.{key} is {getattr(learner, key)!r} and learner.backend is {learner.backend!r}: only backend "
-                f"'deepspeed' reads this key; use that backend, or leave learner.{key} out"
-            )
-    return None
+    if learner.backend == "deepspeed":
+        return None
+    return one_per_line(
+        f"learner.{key} is {getattr(learner, key)!r} and learner.backend is {learner.backend!r}: only backend "
+        f"'deepspeed' reads this key; use that backend, or leave learner.{key} out"
+        for key in changed(learner, "num_ranks", "zero_stage", "zero_options", "offload")
+    )
 
 
 def bfloat16_needs_a_zero_stage(learner: LearnerSection, model: ModelSection) -> str | None:
@@ -182,13 +171,15 @@ def bfloat16_needs_a_zero_stage(learner: LearnerSection, model: ModelSection) ->
 
 def zero_options_leave_out_what_has_a_key(learner: LearnerSection) -> str | None:
     """`zero_options` must not set what has a key of its own in the config, where it is checked."""
-    for key, own in (("stage", "zero_stage"), ("offload_optimizer", "offload"), ("offload_param", "offload")):
-        if learner.backend == "deepspeed" and key in learner.zero_options:
-            return (
-                f"learner.zero_options has {key!r}, and learner.{own} is {getattr(learner, own)!r}: set learner.{own} "
-                f"instead, which is checked against the rest of the config"
-            )
-    return None
+    if learner.backend != "deepspeed":
+        return None
+    own_keys = {"stage": "zero_stage", "offload_optimizer": "offload", "offload_param": "offload"}
+    return one_per_line(
+        f"learner.zero_options has {key!r}, and learner.{own} is {getattr(learner, own)!r}: set learner.{own} "
+        f"instead, which is checked against the rest of the config"
+        for key, own in own_keys.items()
+        if key in learner.zero_options
+    )
 
 
 def offload_needs_its_zero_stage(learner: LearnerSection) -> str | None:
@@ -216,24 +207,23 @@ def options_of_the_weight_need_a_weight(objective: ObjectiveSection) -> str | No
     """Keys about the off-policy weight need an `off_policy` that reads them."""
     weighs = ("full", "clamp", "mask")
     readers = {"off_policy_low": ("clamp", "mask"), "off_policy_level": weighs, "off_policy_mask": ("ignore", *weighs)}
-    for key, of in readers.items():
-        if changed(objective, key) and objective.off_policy not in of:
-            return (
-                f"objective.{key} is {getattr(objective, key)} and objective.off_policy is {objective.off_policy!r}: it is "
-                f"an option of off_policy {', '.join(map(repr, of))}; use one of them, or leave it out"
-            )
-    return None
+    return one_per_line(
+        f"objective.{key} is {getattr(objective, key)} and objective.off_policy is {objective.off_policy!r}: it is "
+        f"an option of off_policy {', '.join(map(repr, of))}; use one of them, or leave it out"
+        for key, of in readers.items()
+        if changed(objective, key) and objective.off_policy not in of
+    )
 
 
 def options_of_the_kl_need_a_kl(objective: ObjectiveSection) -> str | None:
     """Keys about the KL to the reference need a coefficient above 0. An adapted one stays 0, too."""
-    if objective.kl_coef == 0:
-        for key in changed(objective, "kl_estimator", "kl_cap", "kl_target"):
-            return (
-                f"objective.{key} is {getattr(objective, key)!r} and objective.kl_coef is 0: there is no KL term; use a "
-                f"kl_coef above 0, or leave it out"
-            )
-    return None
+    if objective.kl_coef != 0:
+        return None
+    return one_per_line(
+        f"objective.{key} is {getattr(objective, key)!r} and objective.kl_coef is 0: there is no KL term; use a "
+        f"kl_coef above 0, or leave it out"
+        for key in changed(objective, "kl_estimator", "kl_cap", "kl_target")
+    )
 
 
 def a_gain_needs_a_target(objective: ObjectiveSection) -> str | None:
@@ -292,24 +282,24 @@ def refills_need_rewards_that_are_known(rollouts: RolloutsSection, head: HeadSec
 
 def a_head_that_does_not_move_needs_no_hold(head: HeadSection) -> str | None:
     """Keys about the training of the head need a variant whose head is trained."""
-    if not head.trains:
-        for key in changed(head, "hold", "pair_source"):
-            return (
-                f"head.{key} is {getattr(head, key)!r} and head.variant is {head.variant!r}: the head of this "
-                f"variant is not trained; leave head.{key} out, or use variant 'r2m'"
-            )
-    return None
+    if head.trains:
+        return None
+    return one_per_line(
+        f"head.{key} is {getattr(head, key)!r} and head.variant is {head.variant!r}: the head of this "
+        f"variant is not trained; leave head.{key} out, or use variant 'r2m'"
+        for key in changed(head, "hold", "pair_source")
+    )
 
 
 def options_of_a_hold_need_that_hold(head: HeadSection) -> str | None:
     """`hold_weight` and `hold_decay` need the `hold` that reads them."""
-    for key, of in (("hold_weight", ("divergence", "bsr")), ("hold_decay", ("average",))):
-        if changed(head, key) and head.hold not in of:
-            return (
-                f"head.{key} is {getattr(head, key)} and head.hold is {head.hold!r}: only hold "
-                f"{' or '.join(map(repr, of))} reads this key; use that hold, or leave head.{key} out"
-            )
-    return None
+    readers = {"hold_weight": ("divergence", "bsr"), "hold_decay": ("average",)}
+    return one_per_line(
+        f"head.{key} is {getattr(head, key)} and head.hold is {head.hold!r}: only hold "
+        f"{' or '.join(map(repr, of))} reads this key; use that hold, or leave head.{key} out"
+        for key, of in readers.items()
+        if changed(head, key) and head.hold not in of
+    )
 
 
 def a_head_needs_a_reward_model(reward: RewardSection, head: HeadSection) -> str | None:
@@ -359,13 +349,13 @@ def a_clip_of_normalized_rewards_needs_them(reward: RewardSection) -> str | None
 
 def options_of_a_reward_model_need_one(reward: RewardSection) -> str | None:
     """Keys that only the reward model reads need a reward model."""
-    if reward.model is None:
-        for key in changed(reward, "dtype", "max_tokens", "clip"):
-            return (
-                f"reward.{key} is {getattr(reward, key)!r} and reward.model is null: it is about the reward model, and there "
-                f"is none; leave it out"
-            )
-    return None
+    if reward.model is not None:
+        return None
+    return one_per_line(
+        f"reward.{key} is {getattr(reward, key)!r} and reward.model is null: it is about the reward model, and there "
+        f"is none; leave it out"
+        for key in changed(reward, "dtype", "max_tokens", "clip")
+    )
 
 
 # The data
@@ -403,13 +393,13 @@ def the_prompt_has_one_name(data: DataSection) -> str | None:
 
 def options_of_records_need_records(data: DataSection) -> str | None:
     """Keys that say how records are read need a source of records."""
-    if data.prompts == "embedded":
-        for key in changed(data, "filters", *(["chat", "columns"] if data.preferences is None else [])):
-            return (
-                f"data.{key} is {getattr(data, key)!r} and data.prompts is 'embedded': these prompts are no records; name "
-                f"a source, or leave it out"
-            )
-    return None
+    if data.prompts != "embedded":
+        return None
+    return one_per_line(
+        f"data.{key} is {getattr(data, key)!r} and data.prompts is 'embedded': these prompts are no records; name "
+        f"a source, or leave it out"
+        for key in changed(data, "filters", *(["chat", "columns"] if data.preferences is None else []))
+    )
 
 
 def evaluation_prompts_are_held_out(data: DataSection) -> str | None:

@@ -7,12 +7,15 @@ with the reason.
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, JsonValue, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
 
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, all_at_once
 from r2m_async.yaml_tree import check_plain, cut_repr, parse_yaml, read_yaml, write_yaml
 
 
@@ -40,11 +43,41 @@ def _keys_below(tree: dict[str, Any], above: list[str], path: str | Path) -> dic
     return tree
 
 
+def _replace_key(tree: dict[str, Any], override: str, path: str | Path) -> None:
+    """Replaces one key in a tree, as an override of the form section.key=value says.
+
+    Args:
+        tree: the tree of a config. It is changed in place.
+        override: the override.
+        path: the file of the config, for messages.
+
+    Raises ConfigError for an override of another form, and for a value that is not YAML.
+    """
+    key, equals, value = override.partition("=")
+    *above, field = key.split(".")
+    if not (equals and above and all(above) and field):
+        raise ConfigError(f"{override!r} is not of the form section.key=value, e.g. run.num_steps=20")
+    keys = _keys_below(tree, above, path)
+    keys[field] = parse_yaml(value, cut_repr(override))
+
+
 def _as_lists(value: Any) -> Any:
     """A copy of a value in which all tuples are lists. YAML and JSON have no tuples, but Python's users pass some."""
     if isinstance(value, dict):
         return {key: _as_lists(item) for key, item in value.items()}
     return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+Rule = Callable[..., str | None]
+"""A function of sections, each under its name in the config: None, or a message if the rule is broken.
+
+A rule that is broken by several keys has a line for each.
+"""
+
+
+def one_per_line(messages: Iterable[str]) -> str | None:
+    """Returns the messages of a rule in a line each, or None if there are none."""
+    return "\n".join(messages) or None
 
 
 Options = dict[str, JsonValue]
@@ -118,6 +151,8 @@ class ConfigTree(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    """The rules that must hold between keys, in the order in which their messages are shown."""
 
     def __init__(self, /, **sections: Any) -> None:
         """Makes a config of sections. A section may be given as an object or as a dict, and is optional."""
@@ -125,11 +160,48 @@ class ConfigTree(BaseModel):
             check_plain(sections)
             super().__init__(**sections)
         except ValidationError as error:
-            raise ConfigError(
-                "\n".join(_explain(problem, type(self).model_fields) for problem in error.errors())
-            ) from None
+            problems = error.errors()
+            told = [_explain(problem, type(self).model_fields) for problem in problems]
+            wrong = {str(problem["loc"][0]) for problem in problems if problem["loc"]}
+            if wrong:  # then pydantic has not come to the rules
+                told += self.broken_rules(self._valid_sections(sections, wrong))
+            raise ConfigError("\n".join(told)) from None
         except ValueError as error:
             raise ConfigError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _rules_hold(self) -> Self:
+        """Checks all rules between keys. All messages come at once, so the user can correct everything at once."""
+        if broken := self.broken_rules({name: getattr(self, name) for name in type(self).model_fields}):
+            raise ValueError("\n".join(broken))
+        return self
+
+    @classmethod
+    def broken_rules(cls, sections: dict[str, Any]) -> list[str]:
+        """Returns the messages of all rules that some sections break, given by their names.
+
+        A rule about a section that is not given is left out.
+        """
+        asked = ((rule, inspect.signature(rule).parameters) for rule in cls.rules)
+        told = (
+            rule(**{name: sections[name] for name in names}) for rule, names in asked if names.keys() <= sections.keys()
+        )
+        return [message for message in told if message]
+
+    @classmethod
+    def _valid_sections(cls, sections: dict[str, Any], wrong: set[str]) -> dict[str, Any]:
+        """Returns the sections of a config that could not be made, but for those named in `wrong`.
+
+        Args:
+            sections: the arguments of the constructor.
+            wrong: the names of the sections that are not valid.
+        """
+        valid = {}
+        for name, field in cls.model_fields.items():
+            if name not in wrong:
+                given = sections.get(name, field.default)
+                valid[name] = given if isinstance(given, Section) else cast(Any, field.annotation).model_validate(given)
+        return valid
 
     def model_post_init(self, _: Any) -> None:
         """Tells every section to which config it belongs. pydantic calls this at the end of construction."""
@@ -159,13 +231,7 @@ class ConfigTree(BaseModel):
         Raises ConfigError for whatever is wrong, with the file or the override in the message.
         """
         tree = _read_yaml(Path(path))
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            *above, field = key.split(".")
-            if not (equals and above and all(above) and field):
-                raise ConfigError(f"{override!r} is not of the form section.key=value, e.g. run.num_steps=20")
-            keys = _keys_below(tree, above, path)
-            keys[field] = parse_yaml(value, cut_repr(override))
+        all_at_once(*(functools.partial(_replace_key, tree, override, path) for override in overrides))
         try:
             return cls.from_dict(tree)
         except ConfigError as error:

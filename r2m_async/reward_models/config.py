@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Self
+from typing import TYPE_CHECKING, ClassVar, Concatenate, Literal, ParamSpec
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from r2m_async.config_records import RecordsSection, one_name_for_the_prompt
 from r2m_async.config_rules import held_out
 from r2m_async.config_sections import LoRA
-from r2m_async.config_tree import ConfigTree, Section
+from r2m_async.config_tree import ConfigTree, Rule, Section
 
 
 class RunSection(Section):
@@ -171,6 +171,50 @@ class LoggingSection(Section):
     """Whether to show a progress bar. Without it, or where the output is no terminal, plain lines are printed."""
 
 
+def _evaluation_pairs_are_held_out(data: DataSection) -> str | None:
+    """The pairs of evaluations must not be those that are trained on."""
+    return held_out(data, "preferences")
+
+
+def _the_prompt_has_one_name(data: DataSection) -> str | None:
+    """`data.prompt_field` and `data.columns` may both name the field of the prompt, if they agree."""
+    return one_name_for_the_prompt(data)
+
+
+def _a_frozen_backbone_has_no_adapters(model: ModelSection) -> str | None:
+    """Adapters train the backbone."""
+    if not model.frozen or model.lora is None:
+        return None
+    return "model.frozen is True and model.lora is set: a frozen backbone has no adapters; use one"
+
+
+def _frozen_states_need_no_regularizer(model: ModelSection, loss: LossSection) -> str | None:
+    """A regularizer holds hidden states, which only move if the backbone is trained."""
+    if not model.frozen or loss.regularizer is None:
+        return None
+    return (
+        f"model.frozen is True and loss.regularizer is {loss.regularizer!r}: it holds hidden states, and frozen ones "
+        f"do not move; leave one of them out"
+    )
+
+
+def _a_head_that_is_kept_has_one_layer(head: HeadSection) -> str | None:
+    """The head of a model to start from is one layer."""
+    if head.init != "keep" or head.layers != 2:
+        return None
+    return "head.init is 'keep' and head.layers is 2: a start has one layer; use init 'normal'"
+
+
+RULES: tuple[Rule, ...] = (
+    _evaluation_pairs_are_held_out,
+    _the_prompt_has_one_name,
+    _a_frozen_backbone_has_no_adapters,
+    _frozen_states_need_no_regularizer,
+    _a_head_that_is_kept_has_one_layer,
+)
+"""The rules between keys, as those of `config_rules`."""
+
+
 if TYPE_CHECKING:  # as in `config.py`: calling a section takes its keys and returns the whole config
     P = ParamSpec("P")
 
@@ -225,6 +269,8 @@ class RewardModelConfig(ConfigTree):
     Raises `ConfigError` for a key or value that is not valid, and for keys that contradict each other.
     """
 
+    rules: ClassVar = RULES
+
     run: _Run = _Run()
     model: _Model = _Model()
     head: _Head = _Head()
@@ -253,48 +299,3 @@ class RewardModelConfig(ConfigTree):
             return self.optimizer.lr * (step + 1) / (warmup + 1)
         left = (num_steps - step) / (num_steps - warmup)
         return self.optimizer.lr * (left if self.optimizer.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        """Refuses keys that contradict each other."""
-        if broken := [message for message in (rule(self) for rule in _RULES) if message]:
-            raise ValueError("\n".join(broken))
-        return self
-
-
-def _evaluation_pairs_are_held_out(config: RewardModelConfig) -> str | None:
-    return held_out(config.data, "preferences")
-
-
-def _one_name_for_the_prompt(config: RewardModelConfig) -> str | None:
-    return one_name_for_the_prompt(config.data)
-
-
-def _a_frozen_backbone_has_no_adapters(config: RewardModelConfig) -> str | None:
-    if not config.model.frozen or config.model.lora is None:
-        return None
-    return "model.frozen is True and model.lora is set: a frozen backbone has no adapters; use one"
-
-
-def _frozen_states_need_no_regularizer(config: RewardModelConfig) -> str | None:
-    if not config.model.frozen or config.loss.regularizer is None:
-        return None
-    return (
-        f"model.frozen is True and loss.regularizer is {config.loss.regularizer!r}: it holds hidden states, and frozen ones "
-        f"do not move; leave one of them out"
-    )
-
-
-def _a_head_that_is_kept_has_one_layer(config: RewardModelConfig) -> str | None:
-    if config.head.init != "keep" or config.head.layers != 2:
-        return None
-    return "head.init is 'keep' and head.layers is 2: a start has one layer; use init 'normal'"
-
-
-_RULES = (
-    _evaluation_pairs_are_held_out,
-    _one_name_for_the_prompt,
-    _a_frozen_backbone_has_no_adapters,
-    _frozen_states_need_no_regularizer,
-    _a_head_that_is_kept_has_one_layer,
-)

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import torch
 
 from r2m_async.config import R2MConfig, RewardFunction
-from r2m_async.errors import FunctionFailed, RewardFailed
+from r2m_async.errors import FunctionFailed, RewardFailed, all_at_once
 from r2m_async.finite import response_name
 from r2m_async.plugins import end_child, finite_number, own_failure
 from r2m_async.rewards.arguments import Signature, find_function, known_arguments
@@ -72,14 +72,20 @@ class _Function:
 
 
 def functions_of(config: R2MConfig) -> list[_Function]:
-    """Finds the reward functions of a config. Raises ConfigError if one cannot be found, or an option does not fit."""
+    """Finds the reward functions of a config.
+
+    Raises ConfigError if functions cannot be found, or options do not fit, with a line for each function.
+    """
     listed = isinstance(config.reward.functions, tuple)
     found = []
-    for name, setting in config.reward.named_functions.items():
+
+    def find(name: str, setting: RewardFunction) -> None:
         key = "reward.functions" if listed else f"reward.functions.{name}"
         call = find_function(key, setting)
         signature = Signature.of(call, setting.options)
         found.append(_Function(key=key, name=name, setting=setting, call=call, signature=signature))
+
+    all_at_once(*(functools.partial(find, *item) for item in config.reward.named_functions.items()))
     return found
 
 

@@ -76,8 +76,8 @@ class VLLMEngine:
         self._eos_ids = list(
             end_of_text(
                 tokenizer,
-                pretrained_config("model.policy", path),
-                pretrained_generation_config("model.policy", path),
+                pretrained_config("model.policy", path, trust=config.model.trust_remote_code),
+                pretrained_generation_config("model.policy", path, config.model.trust_remote_code),
             )
         )
         self._version = 0
@@ -328,7 +328,7 @@ def _shared_file(tensors: dict[str, Tensor]) -> Iterator[str]:
         os.unlink(path)
 
 
-def cpu_options(path: str, dtype: str, num_tokens: int, num_sequences: int) -> dict[str, Any]:
+def cpu_options(path: str, dtype: str, num_tokens: int, num_sequences: int, trust: bool) -> dict[str, Any]:
     """The arguments of vLLM that differ on a CPU.
 
     Args:
@@ -336,17 +336,18 @@ def cpu_options(path: str, dtype: str, num_tokens: int, num_sequences: int) -> d
         dtype: name of the model's dtype.
         num_tokens: the most tokens of one sequence, prompt and response together.
         num_sequences: the most sequences at once.
+        trust: whether Python code in the model's files may be run.
 
     Returns vLLM's arguments by name. Among them is a key-value cache for that many sequences, within _CPU_CACHE_BYTES.
     """
     least, most = _CPU_CACHE_BYTES
-    cache = min(max(least, num_sequences * _cache_bytes(path, dtype, num_tokens)), most)
+    cache = min(max(least, num_sequences * _cache_bytes(path, dtype, num_tokens, trust)), most)
     return {"enforce_eager": True, "block_size": _BLOCK, "kv_cache_memory_bytes": cache}
 
 
-def _cache_bytes(path: str, dtype: str, num_tokens: int) -> int:
+def _cache_bytes(path: str, dtype: str, num_tokens: int, trust: bool) -> int:
     """Bytes of one sequence's keys and values: 2 x layers x heads x head size x item size x tokens, in whole blocks."""
-    model = pretrained_config("model.policy", path).get_text_config()
+    model = pretrained_config("model.policy", path, trust=trust).get_text_config()
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     per_token = 2 * model.num_hidden_layers * heads * size * getattr(torch, dtype).itemsize
@@ -381,6 +382,7 @@ def engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any]) 
     ours: dict[str, Any] = {
         "model": path,
         "dtype": config.model.dtype,
+        "trust_remote_code": config.model.trust_remote_code,
         "seed": config.run.seed % 2**31,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # a checkpoint's own settings would be sampled with and not trained with
@@ -400,7 +402,9 @@ def engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any]) 
         ours["enable_prefix_caching"] = False
         log.warning("prefix caching is off: after an in-flight update a sequence must recompute its own prompt states")
     if cpu:
-        defaults |= cpu_options(path, config.model.dtype, num_tokens, ours["max_num_seqs"])
+        defaults |= cpu_options(
+            path, config.model.dtype, num_tokens, ours["max_num_seqs"], config.model.trust_remote_code
+        )
     if slab:
         ours["async_scheduling"] = False  # a step launched ahead would write states of a response that has ended
     if rollouts.tensor_parallel > 1:

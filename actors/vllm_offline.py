@@ -32,16 +32,20 @@ class OfflineVLLM:
         if options.tensor_parallel == 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self._max_new_tokens = options.max_new_tokens
-        configs = (load("MODEL", options.path) for load in (pretrained_config, pretrained_generation_config))
+        configs = (
+            load("MODEL", options.path, trust=options.trust)
+            for load in (pretrained_config, pretrained_generation_config)
+        )
         self._eos = list(end_of_text(options.tokenizer, *configs))
         num_sequences = min(options.max_requests, _MAX_SEQUENCES)
         on_cpu = {}
         if not torch.cuda.is_available():
-            on_cpu = cpu_options(options.path, options.dtype, options.context, num_sequences)
+            on_cpu = cpu_options(options.path, options.dtype, options.context, num_sequences, options.trust)
             leave_transformers_alone()
         self._llm = LLM(
             model=options.path,
             dtype=options.dtype,
+            trust_remote_code=options.trust,
             generation_config="vllm",  # leaves the checkpoint's own sampling settings out
             max_model_len=options.context,
             max_num_seqs=num_sequences,

@@ -68,6 +68,10 @@ class ModelSection(Section):
     `flash_attention_2`, `flex_attention`, or a kernel at Hugging Face such as `kernels-community/flash-attn2`. A vllm
     engine uses its own. `sdpa` is refused for models that cap the attention's logits (Gemma 2), because it leaves the
     cap out."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the files of policy, reference or critic may be run. It is run in every process
+    that loads them, with all that you may do on the machine. Some models cannot be loaded otherwise. If false, they are
+    refused."""
     lora: LoRA | None = None
     """If set, for example to `{rank: 16, alpha: 32}`, adapters (LoRA) are trained instead of the weights themselves.
     The reference policy is then the policy without its adapters. None trains all weights."""
@@ -119,6 +123,8 @@ class RewardSection(Section):
     None: there is no reward model. The reward is that of `functions` alone, and `head.variant` must be `vanilla`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the frozen backbone's weights. The head computes in float32."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the files of the reward model may be run, as in `model.trust_remote_code`."""
     replicas: int = Field(1, gt=0)
     """Number of processes that hold the frozen backbone and embed responses. The head scores in one of them."""
     max_tokens: int | None = Field(None, gt=1)

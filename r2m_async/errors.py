@@ -3,9 +3,7 @@
 Each message gives the key of the config (or file and line), the value, the reason and the remedy.
 """
 
-import contextlib
 from collections.abc import Callable
-from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -25,24 +23,6 @@ def all_at_once(*checks: Callable[[], object]) -> None:
             messages.append(str(error))
     if messages:
         raise ConfigError("\n".join(messages))
-
-
-def name_remedy(name: str | Path) -> str:
-    """The advice that ends the message about a model that could not be loaded.
-
-    `name` is the directory of the model, or its name at Hugging Face. Only files on this machine are read.
-    """
-    from transformers import PreTrainedConfig
-
-    with contextlib.suppress(OSError, ValueError):
-        if "auto_map" in PreTrainedConfig.get_config_dict(name, local_files_only=True)[0]:
-            return (
-                "the model comes with Python code of its own, which would have to be run to load it (trust_remote_code). "
-                "This version runs no such code and supports no such models; name one whose architecture transformers has"
-            )
-    if Path(name).exists():
-        return "correct the name"
-    return f"there is no such directory either (now in {Path.cwd()}); correct the name"
 
 
 class DataError(ValueError):

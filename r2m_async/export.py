@@ -55,12 +55,13 @@ _REWARD_KEYS = {
 """The keys of the config, by section, on which the reward of a response depends, apart from the models."""
 
 
-def export(source: Path, out: Path) -> Path:
+def export(source: Path, out: Path, trust_remote_code: bool = False) -> Path:
     """Exports the policy and the reward model of a checkpoint into the directory `out`.
 
     Args:
         source: the directory of a run, whose newest checkpoint is taken, or of a checkpoint.
         out: a directory that is empty or does not exist. It is written whole or not at all.
+        trust_remote_code: whether Python code that comes with the models' files may be run. It is then exported, too.
 
     Returns the checkpoint that was exported.
 
@@ -79,15 +80,17 @@ def export(source: Path, out: Path) -> Path:
             raise ConfigError(
                 f"{checkpoint}: its {name} has weights that are NaN or infinite; export another checkpoint"
             )
-    config = saved_config(checkpoint, R2MConfig)
+    # A checkpoint may come from somebody else. What its own config trusts does not count.
+    config = _trusting(saved_config(checkpoint, R2MConfig), trust_remote_code)
     models, keys = find_models(config), _reward_keys(config)
+    used = _trusting(_config_of(keys, "cpu"), trust_remote_code)
     try:
         with whole_directory(out) as building:
-            _write_policy(building / "policy", policy, models, _config_of(keys, "cpu"))
+            _write_policy(building / "policy", policy, models, used)
             if models.reward_model is None:
                 seal(building)
                 return checkpoint
-            _write_reward_model(building / "reward_model", head, models, _config_of(keys, "cpu"))
+            _write_reward_model(building / "reward_model", head, models, used)
             record = {"step": step, "config": keys, "initial_policy": _portable(config.model.policy)}
             write_file(building / "reward_model" / "r2m_head.json", json.dumps(record, indent=2) + "\n")
             seal(building)
@@ -116,7 +119,12 @@ class RewardScorer:
     """
 
     def __init__(
-        self, path: str | Path, device: str = "auto", at_horizon: bool = False, initial_policy: str | None = None
+        self,
+        path: str | Path,
+        device: str = "auto",
+        at_horizon: bool = False,
+        initial_policy: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         """Loads the models.
 
@@ -128,6 +136,7 @@ class RewardScorer:
             initial_policy: the policy that the run started from, by its name at Hugging Face or its directory. If
                 given, the scorer works as before the first update: it reads the states of that policy, and its head is
                 untrained. Its matrices are drawn with `run.seed`, and phi is the reward model's own scoring head.
+            trust_remote_code: whether Python code that comes with the files of these models may be run.
 
         Raises ConfigError if the export or a model cannot be loaded, if weights have changed since the export, and if
         `initial_policy` does not fit the head.
@@ -146,14 +155,15 @@ class RewardScorer:
             ) from None
         # Only the weights are compared with the manifest. A user may edit the other files, r2m_head.json among them.
         verified(path, strays=lambda name: True, checked=lambda name: name.endswith(".safetensors"))
-        self._step, self._config = record["step"], _config_of(record["config"], device)
+        self._step = record["step"]
+        self._config = _trusting(_config_of(record["config"], device), trust_remote_code)
         # Steps count from 0, and t in Eq. 4 counts from 1. Version v was made in step v - 1, whose omega is used here.
         self._omega_step = (self._config.omega_horizon if at_horizon else max(1, self._step)) - 1
         name = str(policy) if initial_policy is None else initial_policy
         self._policy = load_policy(name, self._config) if self._config.reads_feedback else None
-        self._policy_tokenizer = pretrained_tokenizer("policy", policy)
+        self._policy_tokenizer = pretrained_tokenizer("model.policy", policy, trust_remote_code)
         self._reward_model = load_reward_model(str(reward), self._config)
-        self._reward_tokenizer = pretrained_tokenizer("reward_model", reward)
+        self._reward_tokenizer = pretrained_tokenizer("reward.model", reward, trust_remote_code)
         models = (self._reward_model, self._policy)
         rm_hidden_size, policy_hidden_size = (_hidden_size(model) if model else 0 for model in models)
         head = build_head(scoring_head(self._reward_model), rm_hidden_size, policy_hidden_size, self._config)
@@ -263,6 +273,11 @@ def _config_of(keys: dict[str, dict[str, Any]], device: str) -> R2MConfig:
     return R2MConfig.from_dict(keys | {"run": keys["run"] | {"device": device}})
 
 
+def _trusting(config: R2MConfig, trust: bool) -> R2MConfig:
+    """A config that runs the Python code in the files of all its models, or of none."""
+    return config.model(trust_remote_code=trust).reward(trust_remote_code=trust)
+
+
 def _write_policy(directory: Path, weights: Weights, models: Models, config: R2MConfig) -> None:
     """Writes the policy with its tokenizer and generation config."""
     model = load_policy(models.policy, config)
@@ -271,8 +286,10 @@ def _write_policy(directory: Path, weights: Weights, models: Models, config: R2M
         model.save_pretrained(directory)
     # The generation config is copied as it is. Many published models contradict themselves in it, and a model's
     # `save_pretrained` would refuse that.
-    pretrained_generation_config("model.policy", models.policy).to_json_file(directory / "generation_config.json")
-    pretrained_tokenizer("model.policy", models.policy).save_pretrained(directory)
+    trust = config.model.trust_remote_code
+    generation_config = pretrained_generation_config("model.policy", models.policy, trust)
+    generation_config.to_json_file(directory / "generation_config.json")
+    pretrained_tokenizer("model.policy", models.policy, trust).save_pretrained(directory)
 
 
 def _write_reward_model(directory: Path, weights: Weights, models: Models, config: R2MConfig) -> None:
@@ -287,7 +304,7 @@ def _write_reward_model(directory: Path, weights: Weights, models: Models, confi
         phi.load_state_dict(head.scoring_head.state_dict())
     save_classifier(model, directory)
     save_file(weights.tensors, directory / "r2m_head.safetensors")
-    pretrained_tokenizer("reward.model", name).save_pretrained(directory)
+    pretrained_tokenizer("reward.model", name, config.reward.trust_remote_code).save_pretrained(directory)
 
 
 def _fill(module: nn.Module, weights: Weights, key: str, name: str) -> None:

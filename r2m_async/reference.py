@@ -139,9 +139,13 @@ class _Algorithm1:
             workload.policy_hidden_size,
             config,
         ).to(self._policy.device)
-        self._policy_tokenizer = pretrained_tokenizer("model.policy", workload.policy)
+        self._policy_tokenizer = pretrained_tokenizer("model.policy", workload.policy, config.model.trust_remote_code)
         reward_model = workload.reward_model
-        self._reward_tokenizer = pretrained_tokenizer("reward.model", reward_model) if reward_model else None
+        self._reward_tokenizer = (
+            pretrained_tokenizer("reward.model", reward_model, config.reward.trust_remote_code)
+            if reward_model
+            else None
+        )
         self._tickets = TicketOffice(config, workload)
         self._policy_optimizer = _Optimizer(self._policy, config)
         self._critic = load_critic(workload.critic, config) if workload.critic else None

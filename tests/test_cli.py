@@ -237,7 +237,7 @@ def test_a_model_that_comes_with_code_of_its_own_is_refused_and_the_code_not_run
     }[command]  # fmt: skip
     assert main(words) == 2
     err = capsys.readouterr().err
-    assert str(model) in err and "Python code of its own" in err and "supports no such models" in err
+    assert str(model) in err and "Python code of its own" in err and "--trust-remote-code" in err
     assert not (tmp_path / "ran").exists()
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from r2m_async.commands.arguments import directory
+from r2m_async.commands.arguments import add_trust, directory
 
 
 def add_eval(commands: Any) -> None:
@@ -40,6 +40,7 @@ def add_eval(commands: Any) -> None:
     dtypes = ("auto", "float32", "bfloat16", "float16")
     generate.add_argument("--dtype", choices=dtypes, default="auto", help="(default: the checkpoint's)")
     generate.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of the vLLM engine")
+    add_trust(generate)
     generate.set_defaults(command=_generate_answers)
     text = "Score answers by a reward model, and against other answers: rewards and win rates."
     judge = verbs.add_parser("judge", help=text, description=text)
@@ -51,6 +52,7 @@ def add_eval(commands: Any) -> None:
     judge.add_argument("--prompts", type=Path, metavar="FILE", help="MT-Bench's questions")
     judge.add_argument("--max-tokens", type=int, metavar="N", help="longer texts lose the beginning of their prompt")
     judge.add_argument("--out", type=directory, metavar="DIR", help="(default: OUTPUTS without suffix, -judged)")
+    add_trust(judge)
     judge.set_defaults(command=_judge)
     text = "Win rate and length-controlled win rate of a judge's annotations, as AlpacaEval writes them."
     rate = verbs.add_parser("win-rate", help=text, description=text)
@@ -74,7 +76,9 @@ def _judge(parsed: argparse.Namespace) -> int:
     from r2m_async.evaluation.judging import judge, write_judgement
 
     out = parsed.out or parsed.outputs.with_name(f"{parsed.outputs.stem}-judged")
-    judged = judge(parsed.outputs, parsed.judge, parsed.against, parsed.prompts, parsed.max_tokens)
+    judged = judge(
+        parsed.outputs, parsed.judge, parsed.against, parsed.prompts, parsed.max_tokens, parsed.trust_remote_code
+    )
     print(write_judgement(judged, out), end="")
     print(f"results: {out}")
     return 0

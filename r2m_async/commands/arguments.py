@@ -20,6 +20,12 @@ def directory(value: str) -> Path:
     return path
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--trust-remote-code` of commands that load models without a config."""
+    text = "run Python code that comes with a model's files (default: refuse a model that needs it)"
+    parser.add_argument("--trust-remote-code", action="store_true", help=text)
+
+
 def check_split(parsed: argparse.Namespace) -> None:
     """Raises ConfigError if `--split` is given without the `--pairs`, or `--ranked`, that it is a split of."""
     if parsed.split is not None and parsed.pairs is None and getattr(parsed, "ranked", None) is None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from r2m_async.commands.arguments import directory
+from r2m_async.commands.arguments import add_trust, directory
 from r2m_async.errors import ConfigError
 
 
@@ -28,6 +28,7 @@ def add_best_of_n(commands: Any) -> None:
     bon.add_argument("--samples", type=int, metavar="N", help="per prompt of the embedded pool (default: n)")
     bon.add_argument("--max-tokens", type=int, metavar="N", help="longer texts lose the beginning of their prompt")
     bon.add_argument("--seed", type=int, default=0, metavar="N", help="of the embedded pool (default 0)")
+    add_trust(bon)
     bon.set_defaults(command=_best_of_n)
 
 
@@ -50,7 +51,7 @@ def _best_of_n(parsed: argparse.Namespace) -> int:
         with one_thread():
             pool = embedded_pool(embedded_models(), parsed.seed, parsed.prompts, parsed.samples or parsed.n)
         write_pool(pool, parsed.out / "pool.jsonl")
-    results = measure_best_of_n(parsed.models, pool, parsed.gold, parsed.n, parsed.max_tokens)
+    results = measure_best_of_n(parsed.models, pool, parsed.gold, parsed.n, parsed.max_tokens, parsed.trust_remote_code)
     print(write_best_of_n(results, parsed.out), end="")
     print(f"results: {parsed.out}")
     return 0

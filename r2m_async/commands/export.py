@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from r2m_async.commands.arguments import directory
+from r2m_async.commands.arguments import add_trust, directory
 
 
 def add_export(commands: Any) -> None:
@@ -17,13 +17,14 @@ def add_export(commands: Any) -> None:
         "source", metavar="RUN", type=Path, help="a run directory (its newest checkpoint) or a checkpoint"
     )
     export.add_argument("out", metavar="OUT", type=directory, help="the directory to write, new or empty")
+    add_trust(export)
     export.set_defaults(command=_export)
 
 
 def _export(parsed: argparse.Namespace) -> int:
     from r2m_async.export import export
 
-    checkpoint = export(parsed.source, parsed.out)
+    checkpoint = export(parsed.source, parsed.out, parsed.trust_remote_code)
     print(f"checkpoint    {checkpoint}")
     print(f"policy        {parsed.out / 'policy'}")
     reward_model = parsed.out / "reward_model"

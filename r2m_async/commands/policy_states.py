@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from r2m_async.commands.arguments import check_split, directory
+from r2m_async.commands.arguments import add_trust, check_split, directory
 
 
 def add_policy_states(commands: Any) -> None:
@@ -25,6 +25,7 @@ def add_policy_states(commands: Any) -> None:
     states.add_argument("--out", type=directory, metavar="DIR", help="(default policy_states/POLICY)")
     states.add_argument("--max-tokens", type=int, metavar="N", help="longer texts lose their beginning (default 1024)")
     states.add_argument("--seed", type=int, default=0, metavar="N", help="of all drawing (default 0)")
+    add_trust(states)
     states.set_defaults(command=_policy_states)
 
 
@@ -40,6 +41,7 @@ def _policy_states(parsed: argparse.Namespace) -> int:
         reward_model=parsed.reward_model,
         max_tokens=parsed.max_tokens,
         seed=parsed.seed,
+        trust_remote_code=parsed.trust_remote_code,
     )
     out = parsed.out or Path("policy_states") / Path(parsed.policy).name
     print(write_policy_states(policy_states(sources), out), end="")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from r2m_async.commands.arguments import check_split, directory
+from r2m_async.commands.arguments import add_trust, check_split, directory
 
 
 def add_reward_model(commands: Any) -> None:
@@ -60,6 +60,7 @@ def add_reward_model(commands: Any) -> None:
     evaluate.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the splits and of all drawing (default 0)"
     )
+    add_trust(evaluate)
     evaluate.set_defaults(command=_evaluate_reward_model)
 
 
@@ -101,6 +102,7 @@ def _evaluate_reward_model(parsed: argparse.Namespace) -> int:
         num_prompts=parsed.prompts,
         max_tokens=parsed.max_tokens,
         seed=parsed.seed,
+        trust_remote_code=parsed.trust_remote_code,
     )
     model = Path(parsed.model)
     is_run = (model / "config.yaml").is_file()

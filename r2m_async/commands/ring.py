@@ -116,7 +116,7 @@ def _models_on_this_machine(config: R2MConfig) -> tuple[dict[str, str], dict[str
     """
     from r2m_async.from_scratch.cache import NotCached, only_cached
     from r2m_async.launch.prompts import sources_are_here
-    from r2m_async.launch.workload import BUILT_HERE, built_models, hidden_size
+    from r2m_async.launch.workload import BUILT_HERE, built_models, hidden_size, trusted
     from r2m_async.models.weight_files import weights_are_here
 
     named = {
@@ -141,7 +141,7 @@ def _models_on_this_machine(config: R2MConfig) -> tuple[dict[str, str], dict[str
             if key not in built:
                 continue
             name = built[key]
-        size = hidden_size(key, name, fetch=False)
+        size = hidden_size(key, name, fetch=False, trust=trusted(config, key))
         if size is not None:
             sizes[key] = size
         if size is not None and weights_are_here(name):

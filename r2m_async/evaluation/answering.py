@@ -74,6 +74,8 @@ class GenerationSettings:
     """Number format of the weights: float32, bfloat16 or float16. `auto` takes the checkpoint's."""
     tensor_parallel: int = 1
     """Number of GPUs that one vLLM engine uses."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model's files may be run."""
 
     def __post_init__(self) -> None:
         at_least = {
@@ -119,7 +121,7 @@ def generate_answers(
     """
     _check_engine(settings.engine)
     path, model_name = _policy_of(model)
-    tokenizer, model_config = _load_tokenizer(path)
+    tokenizer, model_config = _load_tokenizer(path, settings.trust_remote_code)
     questions = load_questions(prompts, settings.format, chat=settings.chat, limit=settings.num)
     # Every sample is a question of its own, with a seed of its own.
     questions = tuple(question for question in questions for _ in range(settings.samples))
@@ -285,11 +287,11 @@ def _policy_of(model: str) -> tuple[str, str]:
     return model, Path(model).resolve().name if Path(model).exists() else model
 
 
-def _load_tokenizer(path: str) -> tuple[Any, Any]:
+def _load_tokenizer(path: str, trust: bool) -> tuple[Any, Any]:
     """(tokenizer, the config of the model's language part). Raises ConfigError."""
     check_weight_files("MODEL", path)
-    config = pretrained_config("MODEL", path).get_text_config()
-    tokenizer = pretrained_tokenizer("MODEL", path)
+    config = pretrained_config("MODEL", path, trust=trust).get_text_config()
+    tokenizer = pretrained_tokenizer("MODEL", path, trust)
     check_tokens("MODEL", path, tokenizer, config)
     return tokenizer, config
 
@@ -329,6 +331,7 @@ def _options(
         max_requests=settings.batch or DEFAULT_BATCH[settings.engine],
         dtype=str(config.dtype or "float32").removeprefix("torch.") if settings.dtype == "auto" else settings.dtype,
         tensor_parallel=settings.tensor_parallel,
+        trust=settings.trust_remote_code,
     )
 
 

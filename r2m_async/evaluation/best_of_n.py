@@ -202,6 +202,7 @@ def measure_best_of_n(
     gold: str | None = None,
     max_n: int = MAX_N,
     max_tokens: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The gains of the best of n by each of several reward models.
 
@@ -209,6 +210,7 @@ def measure_best_of_n(
     gold: a reward model, named in the same way, that gives gold rewards in place of the pool's own; None keeps those.
     max_n: the largest n.
     max_tokens: longest text that is read, in tokens; None means what a model's config says.
+    trust_remote_code: whether Python code that comes with the models' files may be run.
 
     Returns results by name: `ns`, their `kl` in nats, and under `models` the `curves` of each model. Raises ConfigError
     for a model that cannot be loaded, for a pool with fewer than `max_n` samples to a prompt, and for a pool without
@@ -228,8 +230,8 @@ def measure_best_of_n(
         )
     ns = sizes(max_n)
     with one_thread():
-        golds = [one.golds for one in pool] if gold is None else _rewards(gold, pool, max_tokens)
-        results = {model: curves(_rewards(model, pool, max_tokens), golds, ns) for model in models}
+        golds = [one.golds for one in pool] if gold is None else _rewards(gold, pool, max_tokens, trust_remote_code)
+        results = {model: curves(_rewards(model, pool, max_tokens, trust_remote_code), golds, ns) for model in models}
     return {
         "ns": ns,
         "kl": [best_of_n_kl(n) for n in ns],
@@ -265,10 +267,10 @@ def table(results: Mapping[str, Any]) -> str:
     return markdown_table(head, rows)
 
 
-def _rewards(model: str, pool: Sequence[RankedPrompt], max_tokens: int | None) -> list[Array]:
+def _rewards(model: str, pool: Sequence[RankedPrompt], max_tokens: int | None, trust: bool) -> list[Array]:
     """For each prompt of the pool, the rewards [N] of its samples by the reward model `model`."""
     from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 
     texts = [(one.prompt, response.text, response.finished) for one in pool for response in one.responses]
-    rewards = TextScorer(load_ensemble(model, max_tokens)).rewards(texts)
+    rewards = TextScorer(load_ensemble(model, max_tokens, trust_remote_code=trust)).rewards(texts)
     return np.split(rewards, np.cumsum([len(one.responses) for one in pool])[:-1])

@@ -154,6 +154,7 @@ def judge(
     against: str | None = None,
     prompts: str | Path | None = None,
     max_tokens: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Scores an answer file with a reward model, and compares it with another answer file.
 
@@ -165,6 +166,7 @@ def judge(
         compares nothing.
     prompts: the file of MT-Bench's questions.
     max_tokens: longest text that the judge reads, in tokens; None means what its config says.
+    trust_remote_code: whether Python code that comes with the judge's files may be run.
 
     Returns (results by name, a record per answer, a record per comparison). Raises DataError for files that cannot be
     read or compared, and ConfigError for a judge that cannot be loaded, fails, or gives a reward that is not finite.
@@ -172,7 +174,7 @@ def judge(
     ours = read_outputs(outputs, prompts)
     if not ours.texts:
         raise DataError(f"{outputs}: no answer; give another file")
-    scorer = _Judge(judge, max_tokens)
+    scorer = _Judge(judge, max_tokens, trust_remote_code)
     rewards = scorer.rewards(ours.texts)
     results: dict[str, Any] = {
         "judge": judge,
@@ -216,7 +218,7 @@ def judge(
 class _Judge:
     """The judge: a reward model, or a function of the user's own."""
 
-    def __init__(self, judge: str, max_tokens: int | None) -> None:
+    def __init__(self, judge: str, max_tokens: int | None, trust_remote_code: bool) -> None:
         """Loads the judge. A name with a colon is a function, unless there is a path of that name."""
         self._name = judge
         self._gold = self._model = None
@@ -225,7 +227,7 @@ class _Judge:
         else:
             from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 
-            self._model = TextScorer(load_ensemble(judge, max_tokens))
+            self._model = TextScorer(load_ensemble(judge, max_tokens, trust_remote_code=trust_remote_code))
 
     @property
     def num_cut(self) -> int:

@@ -67,6 +67,8 @@ class PolicySources:
     `data.max_tokens`."""
     seed: int = 0
     """Seed of all drawing of texts."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the files of these models may be run."""
 
 
 def policy_states(sources: PolicySources, embedded: EmbeddedModels | None = None) -> dict[str, Any]:
@@ -87,16 +89,16 @@ def policy_states(sources: PolicySources, embedded: EmbeddedModels | None = None
     if reward_model is None and (sources.policy == "embedded" or is_export(sources.policy)):
         reward_model = sources.policy
     with one_thread():
-        ids, means_LND = _read(sources.policy, texts, config.data.max_tokens, embedded)
+        ids, means_LND = _read(sources.policy, texts, config.data.max_tokens, embedded, sources.trust_remote_code)
         rewards_N = None
         if reward_model is not None:
-            ensemble = load_ensemble(reward_model, sources.max_tokens, embedded)
+            ensemble = load_ensemble(reward_model, sources.max_tokens, embedded, sources.trust_remote_code)
             rewards_N = TextScorer(ensemble).rewards(texts)
         # Layer 0 of the means is the embeddings.
         deep = round(DEEP * (len(means_LND) - 1))
         last = {sources.policy: means_LND[-1]}
         for name in sources.later:
-            own_ids, own_LND = _read(name, texts, config.data.max_tokens, embedded)
+            own_ids, own_LND = _read(name, texts, config.data.max_tokens, embedded, sources.trust_remote_code)
             # Means over tokens can be compared only if both policies read the same tokens.
             _check_comparable(sources.policy, name, ids == own_ids, means_LND[-1].shape == own_LND[-1].shape)
             last[name] = own_LND[-1]
@@ -155,7 +157,7 @@ def _pairs(sources: PolicySources, config: RewardModelConfig) -> Sequence[Scored
 
 
 def _read(
-    name: str, texts: Sequence[Text], max_tokens: int, embedded: EmbeddedModels | None
+    name: str, texts: Sequence[Text], max_tokens: int, embedded: EmbeddedModels | None, trust: bool
 ) -> tuple[list[list[int]], np.ndarray]:
     """Loads a policy and reads the texts with it.
 
@@ -167,7 +169,8 @@ def _read(
         from r2m_async.from_scratch.embedded import embedded_models
 
         directory = str((embedded or embedded_models()).policy)
-    model, tokenizer = pretrained_model("policy", directory), pretrained_tokenizer("policy", directory)
+    model = pretrained_model("policy", directory, trust=trust)
+    tokenizer = pretrained_tokenizer("policy", directory, trust)
     check_weights(model, "the policy", name)
     settled(model)
     check_tokens("policy", name, tokenizer, model.config)

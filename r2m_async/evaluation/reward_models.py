@@ -87,6 +87,8 @@ class EvaluationSources:
     or the default of that key."""
     seed: int = 0
     """Seed of the splits' responses, and of all drawing of texts."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the files of these models may be run."""
 
 
 def evaluate(
@@ -103,7 +105,7 @@ def evaluate(
     evaluate on, and DataError for files that cannot be read.
     """
     sources = sources or EvaluationSources()
-    ensemble = load_ensemble(model, sources.max_tokens, embedded)
+    ensemble = load_ensemble(model, sources.max_tokens, embedded, sources.trust_remote_code)
     is_run = (Path(model) / "config.yaml").is_file()
     of_language = model == "embedded" or (is_run and ensemble.config.data.preferences.startswith("embedded"))
     training, pairs = _pairs(ensemble, sources, is_run)
@@ -203,13 +205,15 @@ def _feedback_results(
 
     Returns None if the head reads no feedback.
     """
-    after = RewardScorer(export, at_horizon=True)
+    trust = sources.trust_remote_code
+    after = RewardScorer(export, at_horizon=True, trust_remote_code=trust)
     if not after.reads_feedback:
         return None
     name, before = sources.initial_policy or initial_policy_of(export), None
     if name is not None:
         directory = str((embedded or embedded_models()).policy) if name == "embedded" else name
-        before = _accuracy_of(RewardScorer(export, at_horizon=True, initial_policy=directory), pairs)
+        initial = RewardScorer(export, at_horizon=True, initial_policy=directory, trust_remote_code=trust)
+        before = _accuracy_of(initial, pairs)
     return {"initial_policy": name, "before": before, "after": _accuracy_of(after, pairs)}
 
 

@@ -85,20 +85,26 @@ class TextScorer:
         return self._ids[text]
 
 
-def load_ensemble(model: str, max_tokens: int | None = None, embedded: EmbeddedModels | None = None) -> RewardEnsemble:
+def load_ensemble(
+    model: str,
+    max_tokens: int | None = None,
+    embedded: EmbeddedModels | None = None,
+    trust_remote_code: bool = False,
+) -> RewardEnsemble:
     """Loads the reward model or models that `model` names.
 
     model: a run directory of `r2m reward-model train`, a sequence classifier (Hugging Face name or directory), an OUT
         of `r2m export`, or `embedded`.
     max_tokens: longest text that is read, in tokens; None means what the model's config says.
     embedded: the models that the name `embedded` stands for; None means the default ones.
+    trust_remote_code: whether Python code that comes with the model's files may be run.
 
     Raises ConfigError as `RewardEnsemble` does.
     """
     if model == "embedded":
         ensemble = RewardEnsemble((embedded or embedded_models()).reward_model)
     else:
-        ensemble = RewardEnsemble(Path(model, "reward_model") if is_export(model) else model)
+        ensemble = RewardEnsemble(Path(model, "reward_model") if is_export(model) else model, trust_remote_code)
     if max_tokens is not None:
         ensemble.config = ensemble.config.data(max_tokens=max_tokens)
     return ensemble

@@ -54,7 +54,10 @@ def _rollout_actor(config: R2MConfig, workload: Workload) -> RolloutActor:
 
     from r2m_async.models.pretrained import pretrained_tokenizer
 
-    tokenizer, twin = pretrained_tokenizer("model.policy", workload.policy), workload.estimator.needs_greedy
+    tokenizer, twin = (
+        pretrained_tokenizer("model.policy", workload.policy, config.model.trust_remote_code),
+        workload.estimator.needs_greedy,
+    )
     if config.rollouts.engine == "vllm":
         from actors.vllm_engine import VLLMEngine
 
@@ -78,7 +81,8 @@ def _reward_annotator(config: R2MConfig, workload: Workload) -> RewardAnnotator:
         return RewardAnnotator(None, None, build_head(None, 0, workload.policy_hidden_size, config), config)
     model = load_reward_model(workload.reward_model, config)
     head = build_head(scoring_head(model), workload.reward_hidden_size, workload.policy_hidden_size, config)
-    return RewardAnnotator(model, pretrained_tokenizer("reward.model", workload.reward_model), head, config)
+    tokenizer = pretrained_tokenizer("reward.model", workload.reward_model, config.reward.trust_remote_code)
+    return RewardAnnotator(model, tokenizer, head, config)
 
 
 def _policy_learner(config: R2MConfig, workload: Workload) -> PolicyLearner:
@@ -126,7 +130,10 @@ def _head_learner(config: R2MConfig, workload: Workload) -> HeadLearner:
     from r2m_async.models.reward import classifier_skeleton, scoring_head
 
     reward_model = workload.reward_model
-    phi = scoring_head(classifier_skeleton(reward_model)).to_empty(device="cpu") if reward_model else None
+    phi = None
+    if reward_model:
+        skeleton = classifier_skeleton(reward_model, config.reward.trust_remote_code)
+        phi = scoring_head(skeleton).to_empty(device="cpu")
     head = build_head(phi, workload.reward_hidden_size, workload.policy_hidden_size, config)
     # It stays on the CPU: it makes one small update per step, and must take no GPU memory from other stages.
     return HeadLearner(head, config)

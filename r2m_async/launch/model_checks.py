@@ -16,8 +16,6 @@ from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.models.loading import check_packing_unread
 from r2m_async.models.pretrained import (
-    pretrained_config,
-    pretrained_generation_config,
     pretrained_model,
     pretrained_tokenizer,
 )
@@ -57,9 +55,11 @@ def check_policy(name: str, config: R2MConfig) -> tuple[Reader, list[str]]:
     and its end-of-text tokens contradict each other; if texts may become longer than it has positions; and if
     `model.lora` does not fit it.
     """
-    key, rollouts = "model.policy", config.rollouts
-    model = pretrained_model(key, name, dtype=config.model.dtype, attention=config.model.attention, weightless=True)
-    tokenizer = pretrained_tokenizer(key, name)
+    key, rollouts, trust = "model.policy", config.rollouts, config.model.trust_remote_code
+    model = pretrained_model(
+        key, name, dtype=config.model.dtype, attention=config.model.attention, weightless=True, trust=trust
+    )
+    tokenizer = pretrained_tokenizer(key, name, trust)
     check_tokens(key, name, tokenizer, model.config)
     check_positions(
         key,
@@ -70,12 +70,12 @@ def check_policy(name: str, config: R2MConfig) -> tuple[Reader, list[str]]:
     )
     _check_state_size(key, name, model)
     if config.learner.packing:
-        check_packing_unread(model, key, name)
+        check_packing_unread(model, key, name, trust)
     if config.model.lora is not None:
         from r2m_async.models.adapters import add_adapters
 
         add_adapters(model, config.model.lora, config.run.seed)
-    return Reader(key=key, name=name, config=model.config, tokenizer=tokenizer), _ends_told(key, name, tokenizer)
+    return Reader(key=key, name=name, config=model.config, tokenizer=tokenizer), _ends_told(key, name, tokenizer, model)
 
 
 def check_reference(name: str, policy: Reader, config: R2MConfig) -> None:
@@ -83,20 +83,23 @@ def check_reference(name: str, policy: Reader, config: R2MConfig) -> None:
 
     Both must read the same tokens: the reference is asked for the probabilities of the policy's tokens.
     """
-    key = "model.reference"
-    model = pretrained_model(key, name, dtype=config.model.dtype, attention=config.model.attention, weightless=True)
+    key, trust = "model.reference", config.model.trust_remote_code
+    model = pretrained_model(
+        key, name, dtype=config.model.dtype, attention=config.model.attention, weightless=True, trust=trust
+    )
     if config.learner.packing:
-        check_packing_unread(model, key, name)
-    check_same_tokens(key, name, model.config, policy)
+        check_packing_unread(model, key, name, trust)
+    check_same_tokens(key, name, model.config, policy, trust)
 
 
-def check_same_tokens(key: str, name: str, config: Any, policy: Reader) -> None:
+def check_same_tokens(key: str, name: str, config: Any, policy: Reader, trust: bool) -> None:
     """Raises ConfigError unless a model reads the policy's tokens, and has an embedding for each.
 
     config: the model's config. The two tokenizers must agree on the tokens that both have. One may have tokens that the
         other lacks, as models of one family do.
+    trust: whether Python code in the model's files may be run.
     """
-    own = pretrained_tokenizer(key, name).get_vocab()
+    own = pretrained_tokenizer(key, name, trust).get_vocab()
     token_of = {number: token for token, number in own.items()}
     size, needed = (one.get_text_config().vocab_size for one in (config, policy.config))
     # An embedding may be padded beyond the tokens of the tokenizer. The other model need not have the padding.
@@ -120,10 +123,10 @@ def check_reward_model(name: str, config: R2MConfig) -> Reader:
     """
     from r2m_async.models.reward import know_padding, load_classifier, scoring_head
 
-    key = "reward.model"
-    model = load_classifier(name, key, dtype=config.reward.dtype, weightless=True)
+    key, trust = "reward.model", config.reward.trust_remote_code
+    model = load_classifier(name, key, dtype=config.reward.dtype, weightless=True, trust=trust)
     scoring_head(model)
-    tokenizer = pretrained_tokenizer(key, name)
+    tokenizer = pretrained_tokenizer(key, name, trust)
     check_tokens(key, name, tokenizer, model.config)
     know_padding(model, tokenizer, key, name)
     if config.reward.max_tokens is not None:
@@ -140,10 +143,11 @@ def check_critic(name: str, policy: Reader, config: R2MConfig) -> None:
     """
     from r2m_async.models.critic import critic_classifier
 
+    trust = config.model.trust_remote_code
     critic = critic_classifier(name, config, weightless=True)
     if config.learner.packing:
-        check_packing_unread(critic, "critic.model", name)
-    check_same_tokens("critic.model", name, critic.config, policy)
+        check_packing_unread(critic, "critic.model", name, trust)
+    check_same_tokens("critic.model", name, critic.config, policy, trust)
 
 
 def prompt_check(readers: Mapping[str, Reader]) -> Callable[[Prompt], str | None]:
@@ -184,9 +188,9 @@ def _check_state_size(key: str, name: str, model: Any) -> None:
         )
 
 
-def _ends_told(key: str, name: str, tokenizer: Any) -> list[str]:
+def _ends_told(key: str, name: str, tokenizer: Any, model: Any) -> list[str]:
     """Says what ends a response, if the model's files disagree about it or name an ordinary token."""
-    config, generation_config = pretrained_config(key, name), pretrained_generation_config(key, name)
+    config, generation_config = model.config, model.generation_config
     ends = end_of_text(tokenizer, config, generation_config)
     by_source = end_of_text_by_source(tokenizer, config, generation_config)
     told = {number: f"{tokenizer.convert_ids_to_tokens(number)!r} ({number})" for number in ends}

@@ -27,7 +27,7 @@ from r2m_async.launch.model_checks import (
     prompt_check,
 )
 from r2m_async.launch.prompts import check_columns, column_bytes, read_prompts, record_options
-from r2m_async.models.pretrained import pretrained_config
+from r2m_async.models.pretrained import brings_code, pretrained_config
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.policy_losses import CLIPS, Loss, check_loss_options, get_loss
 from r2m_async.rewards.calls import functions_of, gold_of
@@ -131,6 +131,7 @@ def check_models(config: R2MConfig, there: Mapping[str, str]) -> tuple[dict[str,
     """
     readers: dict[str, Reader] = {}
     notes: list[str] = []
+    unread = [key for key, name in there.items() if not trusted(config, key) and brings_code(name)]
     if "reward.model" in there:
         readers["reward.model"] = check_reward_model(there["reward.model"], config)
     if "model.policy" in there:
@@ -139,6 +140,11 @@ def check_models(config: R2MConfig, there: Mapping[str, str]) -> tuple[dict[str,
             check_reference(there["model.reference"], readers["model.policy"], config)
         if "critic.model" in there:
             check_critic(there["critic.model"], readers["model.policy"], config)
+    notes += [
+        f"{key}: the Python code that comes with {there[key]!r} (auto_map) is not run: transformers has an architecture of the "
+        f"same name, which computes in its place"
+        for key in unread
+    ]
     return readers, notes
 
 
@@ -177,8 +183,8 @@ def find_models(config: R2MConfig, on_progress: Callable[[str, int, int], None] 
     return Models(
         policy=policy,
         reward_model=reward_model,
-        policy_hidden_size=_hidden_size("model.policy", policy),
-        reward_hidden_size=0 if reward_model is None else _hidden_size("reward.model", reward_model),
+        policy_hidden_size=_hidden_size(config, "model.policy", policy),
+        reward_hidden_size=0 if reward_model is None else _hidden_size(config, "reward.model", reward_model),
     )
 
 
@@ -210,14 +216,14 @@ def built_models(config: R2MConfig, on_progress: Callable[[str, int, int], None]
     return built
 
 
-def _hidden_size(key: str, name: str) -> int:
+def _hidden_size(config: R2MConfig, key: str, name: str) -> int:
     """Does what `hidden_size` does for a model that may be downloaded."""
-    size = hidden_size(key, name)
+    size = hidden_size(key, name, trust=trusted(config, key))
     assert size is not None
     return size
 
 
-def hidden_size(key: str, name: str, fetch: bool = True) -> int | None:
+def hidden_size(key: str, name: str, fetch: bool = True, trust: bool = False) -> int | None:
     """Returns the number of values in one hidden state of a language model. Its weights are not loaded.
 
     Args:
@@ -225,12 +231,13 @@ def hidden_size(key: str, name: str, fetch: bool = True) -> int | None:
         name: Hugging Face name or directory of the model.
         fetch: whether a model that is not on this machine may be looked up at Hugging Face. If not, the result for such
             a model is None.
+        trust: whether Python code in the model's files may be run.
 
     Raises ConfigError if the model cannot be loaded, or if one of its weight files is damaged.
     """
     # A damaged file is found here. Later, a stage's process would die of it.
     check_weight_files(key, name)
-    config = pretrained_config(key, name, fetch)
+    config = pretrained_config(key, name, fetch, trust)
     if config is None:
         return None
     # Of the part that reads text: a model that also sees images has another size for these.
@@ -238,6 +245,11 @@ def hidden_size(key: str, name: str, fetch: bool = True) -> int | None:
     if size is None:
         raise ConfigError(f"{key}: {name!r} is no language model: its config names no hidden_size; name another model")
     return int(size)
+
+
+def trusted(config: R2MConfig, key: str) -> bool:
+    """Returns whether Python code in the files of a model may be run. key: the key of the config that names the model."""
+    return (config.reward if key == "reward.model" else config.model).trust_remote_code
 
 
 def check_estimator(estimator: Estimator, config: R2MConfig) -> None:

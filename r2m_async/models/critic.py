@@ -96,6 +96,7 @@ def critic_classifier(path: str, config: R2MConfig, weightless: bool = False) ->
         dtype=getattr(torch, config.model.dtype),
         attention=config.model.attention,
         weightless=weightless,
+        trust=config.model.trust_remote_code,
     )
     if not isinstance(getattr(classifier, "score", None), nn.Linear):
         raise ConfigError(

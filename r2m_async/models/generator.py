@@ -63,6 +63,8 @@ class GeneratorOptions:
     """The dtype of the weights, by its name in torch or `auto`."""
     tensor_parallel: int
     """The number of GPUs that share the policy."""
+    trust: bool = False
+    """Whether Python code in the policy's files may be run."""
 
 
 class TransformersGenerator:
@@ -84,7 +86,7 @@ class TransformersGenerator:
         from r2m_async.models.tokens import end_of_text
 
         self._max_new_tokens = options.max_new_tokens
-        model = pretrained_model("MODEL", options.path, dtype=options.dtype)
+        model = pretrained_model("MODEL", options.path, dtype=options.dtype, trust=options.trust)
         check_weights(model, "MODEL", options.path)
         self._eos = list(end_of_text(options.tokenizer, model.config, model.generation_config))
         model.generation_config = GenerationConfig()  # drops the sampling settings that came with the model

@@ -35,7 +35,9 @@ def load_policy(path: str, config: R2MConfig) -> Any:
     from transformers import GenerationConfig
 
     key, dtype = policy_key(path, config), getattr(torch, config.model.dtype)
-    model = pretrained_model(key, path, dtype=dtype, attention=config.model.attention)
+    model = pretrained_model(
+        key, path, dtype=dtype, attention=config.model.attention, trust=config.model.trust_remote_code
+    )
     check_weights(model, key, path)
     # Sampling would apply the model's own penalties and bans, and training would not. Their log-probabilities differ.
     own = model.generation_config
@@ -99,11 +101,12 @@ def check_packing(model: Any, key: str, path: str) -> None:
         )
 
 
-def check_packing_unread(model: Any, key: str, path: str) -> None:
+def check_packing_unread(model: Any, key: str, path: str, trust: bool) -> None:
     """Does what `check_packing` does without reading weights: on two layers with random float32 weights.
 
     model: as `pretrained_model` returns it with `weightless`. One that cannot be cut down to two layers passes:
         `check_packing` sees it once it is loaded.
+    trust: whether Python code in the model's files may be run.
     """
     from transformers import AutoModel
 
@@ -116,7 +119,10 @@ def check_packing_unread(model: Any, key: str, path: str) -> None:
             text_config.layer_types = kinds[:layers]
         with torch.random.fork_rng():
             shallow = AutoModel.from_config(
-                config, dtype=torch.float32, attn_implementation=model.config._attn_implementation
+                config,
+                dtype=torch.float32,
+                attn_implementation=model.config._attn_implementation,
+                trust_remote_code=trust,
             )
         check_packing(shallow.eval(), key, path)
     except ConfigError:

@@ -4,17 +4,19 @@ transformers forgives what a run cannot use. It draws weights at random that the
 does not know, and says so in a report that nobody reads. Here such a model is refused, and the weights are named.
 
 `key` is what the user calls the model in the config or on the command line, such as `model.policy`. `name` is what he
-gave for it: a name at Hugging Face, or a directory.
+gave for it: a name at Hugging Face, or a directory. `trust` is whether Python code in the model's files may be run: the
+user has then set `trust_remote_code`. Without it such a model is refused.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from r2m_async.errors import ConfigError, name_remedy
+from r2m_async.errors import ConfigError
 from r2m_async.models.weight_files import check_tied_weights, check_weight_files
 
 Kind = Literal["language model", "classifier"]
@@ -40,14 +42,15 @@ _SHOWN = 6
 """The most weights that a message names."""
 
 
-def pretrained_config(key: str, name: str | Path, fetch: bool = True) -> Any:
+def pretrained_config(key: str, name: str | Path, fetch: bool = True, trust: bool = False) -> Any:
     """Returns the config of a model, as transformers has it. Weights are not read.
 
     fetch: whether a model that is not on this machine may be looked up at Hugging Face. If not, the result for such a
         model is None.
 
     Raises ConfigError if there is no such model, or if it is of a sort that cannot be used here: quantised weights,
-    adapters without their model, an encoder-decoder, an architecture that transformers does not have.
+    adapters without their model, an encoder-decoder, an architecture that transformers does not have, or one whose code
+    comes with it if that is not trusted.
     """
     from transformers import AutoConfig
 
@@ -57,11 +60,11 @@ def pretrained_config(key: str, name: str | Path, fetch: bool = True) -> Any:
             f"base model (peft's merge_and_unload), and name what you save then"
         )
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=not fetch, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, local_files_only=not fetch, trust_remote_code=trust)
     except _FAILURES as error:
         if isinstance(error, OSError) and not fetch and not Path(name).exists():
             return None
-        raise _refusal(key, name, error) from None
+        raise _refusal(key, name, trust, error) from None
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(
             f"{key}: {str(name)!r} has quantised weights (quantization_config in its config.json), which cannot be trained "
@@ -82,7 +85,7 @@ def pretrained_config(key: str, name: str | Path, fetch: bool = True) -> Any:
     return config
 
 
-def pretrained_generation_config(key: str, name: str | Path) -> Any:
+def pretrained_generation_config(key: str, name: str | Path, trust: bool = False) -> Any:
     """Returns the generation config that transformers would give the model, without loading the model.
 
     A model without generation_config.json gets one made from its config.json. Raises ConfigError as `pretrained_config`,
@@ -100,10 +103,10 @@ def pretrained_generation_config(key: str, name: str | Path) -> Any:
                 f"{key}: {str(name)!r}: its generation_config.json cannot be read: {_first_line(error)}; correct it, or take "
                 f"it out"
             ) from None
-        return GenerationConfig.from_model_config(pretrained_config(key, name))
+        return GenerationConfig.from_model_config(pretrained_config(key, name, trust=trust))
 
 
-def pretrained_tokenizer(key: str, name: str | Path) -> Any:
+def pretrained_tokenizer(key: str, name: str | Path, trust: bool = False) -> Any:
     """Returns the tokenizer of a model.
 
     Raises ConfigError if there is none, if it cannot be loaded, or if transformers makes another of its files than they
@@ -112,12 +115,14 @@ def pretrained_tokenizer(key: str, name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
         # For some kinds of models transformers returns a tokenizer without tokens if there are no files.
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
             raise ValueError("its files name no tokens but special ones")
     except _FAILURES as error:
-        pretrained_config(key, name)  # which tells of a model that is not there at all
+        pretrained_config(key, name, trust=trust)  # which tells of a model that is not there at all
+        if _wants_trust(error, trust):
+            raise _refusal(key, name, trust, error) from None
         raise ConfigError(
             f"{key}: {str(name)!r} has no tokenizer that can be loaded: {_first_line(error)}; save the model's tokenizer "
             f"beside it"
@@ -166,6 +171,7 @@ def pretrained_model(
     head: Head = "kept",
     spare: tuple[str, ...] = (),
     weightless: bool = False,
+    trust: bool = False,
     **how: Any,
 ) -> Any:
     """Loads a model, and makes sure that all its weights come from the files.
@@ -176,6 +182,7 @@ def pretrained_model(
     head: what is expected of a classifier's head. A language model's head is always kept.
     spare: beginnings of the names of weights that the files may have besides. For a classifier, those of the head of a
         language model always are.
+    trust: as in the module's text. The result then has a class of the model's own.
     weightless: True checks all that loading checks, but reads no weights: the parameters are on torch's device `meta`.
     how: further arguments of transformers' `from_pretrained`.
 
@@ -187,9 +194,9 @@ def pretrained_model(
     import transformers
 
     check_weight_files(key, name)
-    attention = _attention(key, name, pretrained_config(key, name), attention)
+    attention = _attention(key, name, pretrained_config(key, name, trust=trust), attention)
     if kind == "language model":
-        pretrained_generation_config(key, name)  # transformers would pass over one that is damaged
+        pretrained_generation_config(key, name, trust)  # transformers would pass over one that is damaged
     auto = {
         "language model": transformers.AutoModelForCausalLM,
         "classifier": transformers.AutoModelForSequenceClassification,
@@ -205,11 +212,11 @@ def pretrained_model(
                 dtype=dtype,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
-                trust_remote_code=False,
+                trust_remote_code=trust,
                 **how,
             )
     except _FAILURES as error:
-        raise _loading_failure(key, name, attention, error) from None
+        raise _loading_failure(key, name, attention, trust, error) from None
     if kind == "language model" and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         tied = getattr(model, "_tied_weights_keys", None) or {}
         # Files may have the head under an older name, which transformers translates.
@@ -304,17 +311,55 @@ def _listed(names: set[str]) -> str:
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more weights"
 
 
-def _loading_failure(key: str, name: str | Path, attention: str | None, error: BaseException) -> ConfigError:
+def _loading_failure(
+    key: str, name: str | Path, attention: str | None, trust: bool, error: BaseException
+) -> ConfigError:
     """The error for a model that transformers refuses to load. It names the attention if that is the reason."""
     said = str(error)
     if attention is not None and (isinstance(error, ImportError) or "attn_implementation" in said or attention in said):
         reason, others = _first_line(error).partition(". ")[0], "eager" if attention == "sdpa" else "sdpa or eager"
         return ConfigError(f"model.attention is {attention!r} and {key} is {str(name)!r}: {reason}; use {others}")
-    return _refusal(key, name, error)
+    return _refusal(key, name, trust, error)
 
 
-def _refusal(key: str, name: str | Path, error: BaseException) -> ConfigError:
-    return ConfigError(f"{key}: {str(name)!r} cannot be loaded: {_first_line(error)}; {name_remedy(name)}")
+def _refusal(key: str, name: str | Path, trust: bool, error: BaseException) -> ConfigError:
+    if _wants_trust(error, trust):
+        switch = f"{'reward' if key.startswith('reward.') else 'model'}.trust_remote_code"
+        return ConfigError(
+            f"{key}: {str(name)!r} comes with Python code of its own (auto_map), and cannot be loaded without it. That code "
+            f"can do here all that you can. Read it; if you trust it, set {switch} true in the config, or give a command "
+            f"without config --trust-remote-code (in Python: trust_remote_code=True)"
+        )
+    if trust and brings_code(name):
+        remedy = (
+            "its own Python code (auto_map) may not fit this version of transformers, or lack a package; ask its author"
+        )
+    elif Path(name).exists():
+        remedy = "correct the name"
+    else:
+        remedy = f"there is no such directory either (now in {Path.cwd()}); correct the name"
+    return ConfigError(f"{key}: {str(name)!r} cannot be loaded: {_first_line(error)}; {remedy}")
+
+
+def brings_code(name: str | Path, file: str = "config.json") -> bool:
+    """Returns whether a file of a model names Python code (`auto_map`) that comes with the model.
+
+    file: `config.json`, or `tokenizer_config.json` for the tokenizer. Only files on this machine are read.
+    """
+    from transformers.utils import cached_file
+
+    how = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    try:
+        path = cached_file(name, file, local_files_only=True, **how)
+        return path is not None and "auto_map" in json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _wants_trust(error: BaseException, trust: bool) -> bool:
+    """Whether transformers refuses a model or a tokenizer because the code that comes with it is not trusted."""
+    # Code that is trusted may itself load a model, and forget to say so.
+    return not trust and "trust_remote_code" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -142,15 +142,18 @@ def load_classifier(path: str | Path, key: str = "reward model", **how: Any) -> 
     return model
 
 
-def classifier_skeleton(path: str | Path) -> PreTrainedModel:
+def classifier_skeleton(path: str | Path, trust: bool = False) -> PreTrainedModel:
     """Returns the module that `load_classifier` would return, but on the meta device: shapes without weights.
 
     path: HF name or directory. Only the config is read.
+    trust: whether Python code in the model's files may be run.
     """
     from transformers import AutoModelForSequenceClassification
 
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(pretrained_config("reward model", path))
+        model = AutoModelForSequenceClassification.from_config(
+            pretrained_config("reward.model", path, trust=trust), trust_remote_code=trust
+        )
         if second_layer(path):
             _give_two_layers(model)
     return model
@@ -208,9 +211,10 @@ def load_reward_model(path: str, config: R2MConfig) -> PreTrainedModel:
     Raises ConfigError as `load_classifier` and `know_padding` do, and if the model has more labels than one or a weight
     is not finite.
     """
-    model = load_classifier(path, "reward.model", dtype=getattr(torch, config.reward.dtype))
+    trust = config.reward.trust_remote_code
+    model = load_classifier(path, "reward.model", dtype=getattr(torch, config.reward.dtype), trust=trust)
     scoring_head(model)  # raises unless the model can be one
-    know_padding(model, pretrained_tokenizer("reward.model", path), "reward.model", path)
+    know_padding(model, pretrained_tokenizer("reward.model", path, trust), "reward.model", path)
     check_weights(model, "reward.model", path)
     return settled(model, config.run.device).requires_grad_(False)
 

@@ -45,6 +45,8 @@ class ModelSection(Section):
     """Number format of the model's weights."""
     attention: str = "sdpa"
     """Attention implementation of the model, by its name in transformers."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model's files may be run. If false, a model that needs it is refused."""
     frozen: bool = False
     """If true, the head alone is trained and the backbone stays as it is. Each text is then read once, and its hidden
     state is kept in the cache for later runs."""

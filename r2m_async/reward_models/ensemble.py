@@ -20,11 +20,12 @@ from r2m_async.reward_models.config import RewardModelConfig
 class RewardEnsemble:
     """Scores texts with the models of a finished run, whose `ensemble.combine` says how rewards are combined."""
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: str | Path, trust_remote_code: bool = False) -> None:
         """Loads the models and their tokenizer.
 
         source: a run directory of `r2m reward-model train`; or a single model with its tokenizer, as a Hugging Face
             name or a directory. A single model gets the default configuration.
+        trust_remote_code: whether Python code that comes with the models' files may be run.
 
         Raises ConfigError if the run lacks a model that it has yet to train, and if `source` is not a reward model.
         """
@@ -38,9 +39,9 @@ class RewardEnsemble:
                     raise ConfigError(f"{directory}: is not there yet; finish with `r2m reward-model resume {run}`")
         else:
             self.config, directories = RewardModelConfig(), [source]
-        self.models = [load_classifier(directory) for directory in directories]
+        self.models = [load_classifier(directory, trust=trust_remote_code) for directory in directories]
         # All models of a run start from one model, so one tokenizer serves them all.
-        self.tokenizer = pretrained_tokenizer("reward model", directories[0])
+        self.tokenizer = pretrained_tokenizer("reward model", directories[0], trust_remote_code)
         for model in self.models:
             scoring_head(model)
 

@@ -237,7 +237,7 @@ def _load(
 ) -> tuple[tuple[ScoredPair, ...], dict[str, int]]:
     """(the pairs of `source`, how many records were left out by reason)."""
     data, limits = config.data, config.data.filters.limits()
-    tokenizer = pretrained_tokenizer("model.start", _start(config)) if limits else None
+    tokenizer = pretrained_tokenizer("model.start", _start(config), config.model.trust_remote_code) if limits else None
 
     def parse(record: Record) -> ScoredPair:
         # Scores are demanded only by the loss that reads them; many data sets have none.
@@ -282,8 +282,10 @@ def _check_readable(record: Record, pair: ScoredPair, reader: PairReader) -> Non
 
 def start_reader(config: RewardModelConfig) -> PairReader:
     """The model that training starts from, as a reader of pairs. Raises ConfigError."""
-    start = _start(config)
-    return PairReader(pretrained_tokenizer("model.start", start), pretrained_config("model.start", start))
+    start, trust = _start(config), config.model.trust_remote_code
+    return PairReader(
+        pretrained_tokenizer("model.start", start, trust), pretrained_config("model.start", start, trust=trust)
+    )
 
 
 def _start(config: RewardModelConfig) -> str:

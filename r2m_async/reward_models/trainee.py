@@ -162,8 +162,9 @@ def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
         num_labels=1,
         dtype=getattr(torch, config.model.dtype),
         attention=config.model.attention,
+        trust=config.model.trust_remote_code,
     )
-    tokenizer = pretrained_tokenizer("model.start", start)
+    tokenizer = pretrained_tokenizer("model.start", start, config.model.trust_remote_code)
     if not isinstance(getattr(classifier, "score", None), nn.Linear):
         raise ConfigError(
             f"model.start {start!r}: {type(classifier).__name__} has no linear head `score`; start with a decoder model"
@@ -197,7 +198,9 @@ def _language_model(start: str, classifier: Any, config: RewardModelConfig) -> A
     ConfigError if `start` has no such head.
     """
     key = f"loss.regularizer is {config.loss.regularizer!r}, which keeps the language-model head of model.start; model.start"
-    model = pretrained_model(key, start, dtype=classifier.dtype, spare=("score.",))
+    model = pretrained_model(
+        key, start, dtype=classifier.dtype, spare=("score.",), trust=config.model.trust_remote_code
+    )
     head = model.get_output_embeddings()
     # The model's own embeddings are a copy of the classifier's, and head and embeddings would train apart.
     if head.weight is model.get_input_embeddings().weight:

@@ -38,7 +38,8 @@ def train_and_measure(config: str, directory: Path, parts: Parts, pool: Path, ma
     max_n: the largest n.
     """
     from r2m_async.evaluation.best_of_n import load_pool, measure_best_of_n, write_best_of_n
-    from r2m_async.evaluation.reward_models import evaluate, write_evaluation
+    from r2m_async.evaluation.reward_models import EvaluationSources, evaluate, write_evaluation
+    from r2m_async.reward_models.config import RewardModelConfig
     from r2m_async.reward_models.training import resume
 
     began = time.monotonic()
@@ -46,11 +47,14 @@ def train_and_measure(config: str, directory: Path, parts: Parts, pool: Path, ma
         directory.mkdir(parents=True, exist_ok=True)
     write_file(directory / "config.yaml", config)
     resume(directory)
+    trust = RewardModelConfig.from_yaml(directory / "config.yaml").model.trust_remote_code
     missing = {part: folder for part, folder in parts.items() if not is_measured(directory, {part: folder})}
     if "evaluation" in missing:
-        write_evaluation(evaluate(str(directory)), directory / parts["evaluation"])
+        write_evaluation(
+            evaluate(str(directory), EvaluationSources(trust_remote_code=trust)), directory / parts["evaluation"]
+        )
     if "best_of_n" in missing:
-        results = measure_best_of_n([str(directory)], load_pool(pool), max_n=max_n)
+        results = measure_best_of_n([str(directory)], load_pool(pool), max_n=max_n, trust_remote_code=trust)
         write_best_of_n(results, directory / parts["best_of_n"])
     return time.monotonic() - began
 

@@ -14,6 +14,7 @@ from r2m_async.errors import ConfigError
         ({"max_model_len": 99}, "rollouts.engine_options: max_model_len"),
         ({"block_size": 16, "dtype": "float16"}, "rollouts.engine_options: dtype"),
         ({"logprobs_mode": "raw_logprobs"}, "rollouts.engine_options: logprobs_mode"),
+        ({"trust_remote_code": True}, "rollouts.engine_options: trust_remote_code"),
         ({"gpu_memory_utilisation": 0.5}, "gpu_memory_utilisation"),
     ],
 )

@@ -156,7 +156,7 @@ class RewardAnnotator:
         - `proxy_accuracy`, `frozen_accuracy`: of the pairs of responses to one prompt, the share that is ranked as
           gold ranks it. They are left out if gold ranks no pair or is not finite.
         - `reward/<name>`: the mean of what each reward function returned.
-        - `length`: the mean number of response tokens.
+        - `length`: the mean number of tokens that the policy wrote for a response.
 
         The report's samples are the first response to each prompt.
 
@@ -177,7 +177,7 @@ class RewardAnnotator:
         if self._model is None:
             by_model = {"proxy": [one.rewards.tolist() for one in scored]}
         gold = [self._gold_rewards(group) for group in groups]
-        lengths = [t.num_response_tokens for group in groups for t in group.trajectories]
+        lengths = [t.num_policy_tokens for group in groups for t in group.trajectories]
         metrics = {"length": statistics.fmean(lengths)}
         judges = {"reward": whole} | by_model | ({"gold": gold} if self._gold else {})
         for name, rewards in judges.items():

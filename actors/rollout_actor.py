@@ -116,7 +116,7 @@ class RolloutActor:
             attempt=ticket.attempt,
             oldest_version=group.oldest_version,
             num_responses=len(group.trajectories),
-            num_tokens=sum(trajectory.num_response_tokens for trajectory in whole.trajectories),
+            num_tokens=sum(trajectory.num_policy_tokens for trajectory in whole.trajectories),
             num_bytes=encoded_size(group) + 2 * self._state_bytes * num_states,
         )
         return report, group, feedback

@@ -19,7 +19,7 @@ from r2m_async.trajectories import PolicyFeedback, Trajectory, TrajectoryGroup
 class StepBatch:
     """The groups of exactly one step, with all that the proximal pass computed of them.
 
-    Shapes: B trajectories in group order, T response tokens (padded).
+    Shapes: B trajectories in group order, T response tokens that the policy wrote (padded).
     """
 
     step: int
@@ -80,7 +80,7 @@ class StepBatch:
         """
         fresh = torch.zeros_like(self.mask)
         for row, one in enumerate(self.trajectories):
-            fresh[row, : one.num_response_tokens] = one.policy_versions[one.prompt_len :] == version
+            fresh[row, : one.num_policy_tokens] = one.of_policy(one.policy_versions) == version
         if not fresh.any():
             return False
         distances = (self.old - self.behaviour).abs().masked_fill(~fresh, 0)

@@ -157,19 +157,32 @@ def batch_metrics(
     - `kl/k3`: the mean over tokens of the estimator k3 (http://joschu.net/blog/kl-approx.html).
     - `kl/behaviour`: as `kl/sequence`, but of mu instead of pi_old. It belongs to the step's rewards if the responses
       are older than pi_old, because samples of one policy do not measure the KL of another.
+
+    Lengths are numbers of tokens that the policy wrote. If responses come from the user's `rollouts.function`,
+    `length/environment` is the mean number of tokens that an environment wrote, and `length/turns` the mean number of the
+    policy's turns.
     """
     difference = (old - reference).masked_fill(~mask, 0)
     k3 = ((-difference).expm1() + difference).masked_fill(~mask, 0)
     lengths = mask.sum(1).float()
     finished = [trajectory.finish_reason == "stop" for trajectory in trajectories]
+    played = [trajectory for trajectory in trajectories if trajectory.written is not None]
+    others = [trajectory.num_response_tokens - trajectory.num_policy_tokens for trajectory in played]
+    of_play = {
+        "length/environment": sum(others) / max(1, len(played)),
+        "length/turns": sum(trajectory.num_turns for trajectory in played) / max(1, len(played)),
+    }
+    # A step in which the policy wrote nothing at all has means of 0.
+    num_tokens = mask.sum().clamp(min=1)
     return {
         "kl/sequence": sequence_kl(old, reference, mask),
         "kl/behaviour": sequence_kl(behaviour, reference, mask),
-        "kl/token": (difference.sum() / mask.sum()).item(),
-        "kl/k3": (k3.sum() / mask.sum()).item(),
-        "policy/entropy_estimate": (-old.sum() / mask.sum()).item(),
+        "kl/token": (difference.sum() / num_tokens).item(),
+        "kl/k3": (k3.sum() / num_tokens).item(),
+        "policy/entropy_estimate": (-old.sum() / num_tokens).item(),
         "advantage/std": advantages.std(correction=0).item(),
         "length/mean": lengths.mean().item(),
         "length/finished": sum(finished) / len(finished),
         "length/trained_tokens": lengths.sum().item(),
+        **(of_play if played else {}),
     }

@@ -5,7 +5,8 @@ An object becomes one buffer. Its structure is stored as msgpack, and its tensor
     magic "R2MC" | schema u32 | header length u64 | msgpack header | 64-byte aligned little-endian tensor data
 
 The header is `[packed tree, [[dtype, shape, offset], ...]]`. In the tree, a tensor is an index into that list. Tensors,
-tuples and records are msgpack extension types. A record is a dataclass of `trajectories`.
+tuples and records are msgpack extension types. A record is a dataclass of `trajectories`. A field that is None, as it is
+by default, is left out.
 
 `decode` checks the size of every tensor against the buffer before it makes the tensor. The tensors share the memory of
 the buffer. Nothing is ever unpickled, so a buffer cannot run code.
@@ -25,10 +26,12 @@ import msgpack
 from r2m_async import trajectories
 from r2m_async.errors import CodecError
 
-SCHEMA = 6
-"""The version of the format. Increase it with any change of the layout or of a record's fields.
+SCHEMA = 7
+"""The version of the format. Increase it with any change of the layout or of a record's fields."""
+READABLE = (6, SCHEMA)
+"""The schemas that `decode` reads. It refuses all others.
 
-`decode` refuses buffers with another schema.
+Schema 6 had all fields but those that `trajectories` has had a default of None for since.
 """
 
 _MAGIC = b"R2MC"
@@ -87,8 +90,9 @@ def decode(buffer: Any) -> Any:
     magic, schema, header_len = _PREFIX.unpack_from(view)
     if magic != _MAGIC:
         raise CodecError(f"starts with {bytes(magic)!r}, not {_MAGIC!r}: not written by r2m_async.codec")
-    if schema != SCHEMA:
-        raise CodecError(f"has schema {schema}; this version reads {SCHEMA}: use the same r2m-async on both sides")
+    if schema not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise CodecError(f"has schema {schema}; this version reads {known}: use the same r2m-async on both sides")
     if header_len > len(view) - _PREFIX.size:
         raise CodecError(f"announces a header of {header_len} bytes and has {len(view) - _PREFIX.size}: cut off")
     try:
@@ -134,7 +138,11 @@ def _pack(obj: Any, tensors: list) -> bytes:
         if isinstance(value, tuple):
             return msgpack.ExtType(_TUPLE, _pack(list(value), tensors))
         if type(value) is _RECORDS.get(type(value).__name__):
-            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            fields = {
+                field.name: own
+                for field in dataclasses.fields(value)
+                if (own := getattr(value, field.name)) is not None or field.default is not None
+            }
             return msgpack.ExtType(_RECORD, _pack([type(value).__name__, fields], tensors))
         if str(getattr(value, "dtype", "")).removeprefix("torch.") in _DTYPES and hasattr(value, "detach"):
             tensors.append(value)
@@ -176,7 +184,8 @@ def _unpack(tree: Any, tensors: list) -> Any:
     if record is None:
         raise CodecError(f"has a record {name!r}; known are {', '.join(sorted(_RECORDS))}")
     expected = {field.name for field in dataclasses.fields(record)}
-    if set(fields) != expected:
+    needed = {field.name for field in dataclasses.fields(record) if field.default is not None}
+    if not needed <= set(fields) <= expected:
         raise CodecError(f"has a {name} with fields {sorted(fields)}; expected {sorted(expected)}")
     values = _unpack(fields, tensors)
     try:

@@ -80,13 +80,21 @@ class Trajectory:
     prompt_len: int
     """The number of prompt tokens, at least 1."""
     behaviour_logprobs: Tensor
-    """[S] float32: log-probability of each token under the distribution that it was sampled from; 0 on the prompt."""
+    """[S] float32: log-probability of each token under the distribution that it was sampled from; 0 on all others."""
     policy_versions: Tensor
-    """[S] int32: the version of the policy that sampled each token; -1 on the prompt."""
+    """[S] int32: the version of the policy that sampled each token; -1 on all others."""
     finish_reason: str
     """What ended the response: `stop` (the policy), `length` (the length limit) or `abort` (the schedule)."""
     text: str
     """The response as text, without special tokens. The reward model reads this text and not the tokens."""
+    written: Tensor | None = None
+    """[S] bool: True on the tokens that the policy wrote. False on the prompt, and on what an environment wrote.
+
+    None: the policy wrote the whole response, as it does without `rollouts.function`. Only tokens that the policy wrote
+    are trained. Hidden states are kept for all.
+    """
+    info: Mapping[str, Any] | None = None
+    """What the user's `rollouts.function` noted about the response, as JSON values. None without such a function."""
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -97,16 +105,42 @@ class Trajectory:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {length} token_ids")
         if self.finish_reason not in ("stop", "length", "abort"):
             raise ValueError(f"finish_reason {self.finish_reason!r} is none of stop, length, abort")
+        if self.written is not None:
+            if str(self.written.dtype) != "torch.bool" or tuple(self.written.shape) != (length,):
+                raise ValueError(
+                    f"written is {self.written.dtype} {list(self.written.shape)}, and must be bool [{length}] as token_ids"
+                )
+            if self.written[: self.prompt_len].any():
+                raise ValueError(
+                    f"written is True within the prompt of {self.prompt_len} tokens: nobody trains a prompt"
+                )
+
+    def of_policy(self, values: Tensor) -> Tensor:
+        """Returns those of values [S, ...] that stand at tokens which the policy wrote, in their order."""
+        return values[self.prompt_len :] if self.written is None else values[self.written]
 
     @property
     def num_response_tokens(self) -> int:
-        """The number of tokens in the response. It may be 0."""
+        """The number of tokens in the response, whoever wrote them. It may be 0."""
         return len(self.token_ids) - self.prompt_len
 
     @property
+    def num_policy_tokens(self) -> int:
+        """The number of tokens in the response that the policy wrote. It may be 0."""
+        return self.num_response_tokens if self.written is None else int(self.written.sum())
+
+    @property
+    def num_turns(self) -> int:
+        """The number of the policy's turns: runs of tokens that it wrote, with tokens of an environment between them."""
+        if self.written is None:
+            return int(self.num_response_tokens > 0)
+        # The first token is the prompt's. So each turn begins where False is followed by True.
+        return int((self.written[1:] & ~self.written[:-1]).sum())
+
+    @property
     def oldest_version(self) -> int:
-        """The oldest policy version that sampled a token of the response. An empty response gives the largest int32."""
-        versions = self.policy_versions[self.prompt_len :]
+        """The oldest policy version that sampled a token. A response without such tokens gives the largest int32."""
+        versions = self.of_policy(self.policy_versions)
         return int(versions.min()) if len(versions) else 2**31 - 1
 
 
@@ -307,6 +341,6 @@ class GroupReport:
     num_responses: int
     """The number of finished responses: K, or fewer if the schedule aborted some."""
     num_tokens: int
-    """The number of response tokens generated for the K trajectories, aborted ones included."""
+    """The number of tokens that the policy wrote for the K trajectories, aborted ones included."""
     num_bytes: int
     """The bytes of the group and of its hidden states, which are counted twice: as sampled and as refreshed."""

@@ -1,10 +1,10 @@
 """The critic: a decoder with a linear head that predicts one value for each response token.
 
 The value of response token t is read at the position where the policy chooses t. So it depends on the prompt and on the
-response tokens before t, but not on t itself. PPO, arXiv 1707.06347.
+response tokens before t, but not on t itself. Tokens that an environment wrote have no value. PPO, arXiv 1707.06347.
 
-Shapes: B trajectories, T response tokens (padded), N response tokens of all trajectories, R rows of C input tokens,
-X = R C input tokens flattened, D hidden size.
+Shapes: B trajectories, T response tokens that the policy wrote (padded), N such tokens of all trajectories, R rows of C
+input tokens, X = R C input tokens flattened, D hidden size.
 """
 
 from __future__ import annotations

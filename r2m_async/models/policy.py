@@ -3,8 +3,12 @@
 The learner trains on the log-probabilities. The reward head reads the hidden states, which
 are called feedback there.
 
-Shapes: B trajectories, T response tokens (padded), S prompt + response tokens of one trajectory, D hidden size, V
-vocabulary, N response tokens of all trajectories, R rows of C input tokens, X = R C input tokens flattened.
+What an environment wrote into a response (`Trajectory.written`) is read by the policy like its prompt. So it has hidden
+states. But it is no data: all tensors with the dimension T hold the tokens that the policy wrote, one after the other.
+Losses and estimators so see a response without holes.
+
+Shapes: B trajectories, T response tokens that the policy wrote (padded), S prompt + response tokens of one trajectory, D
+hidden size, V vocabulary, N such tokens of all trajectories, R rows of C input tokens, X = R C input tokens flattened.
 """
 
 from __future__ import annotations
@@ -45,18 +49,18 @@ def microbatches(trajectories: Sequence[Trajectory], max_tokens: int, packed: bo
 
 
 def response_mask(trajectories: Sequence[Trajectory], length: int | None = None) -> Tensor:
-    """Returns [B, T] bool, True on the response tokens of each trajectory and False on padding.
+    """Returns [B, T] bool, True on the tokens that the policy wrote for each trajectory and False on padding.
 
-    length: T. None makes T the number of tokens of the longest response.
+    length: T. None makes T the largest number of such tokens.
     """
-    counts = torch.tensor([trajectory.num_response_tokens for trajectory in trajectories])
+    counts = torch.tensor([trajectory.num_policy_tokens for trajectory in trajectories])
     width = int(counts.max()) if length is None else length
     return torch.arange(width) < counts[:, None]
 
 
 def behaviour_logprobs(trajectories: Sequence[Trajectory]) -> Tensor:
     """Returns [B, T] float32: the log-probability of each response token when it was sampled. Padding has 0."""
-    return _stacked([trajectory.behaviour_logprobs[trajectory.prompt_len :] for trajectory in trajectories], 0.0)
+    return _stacked([trajectory.of_policy(trajectory.behaviour_logprobs) for trajectory in trajectories], 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,8 @@ class PassInputs:
     positions_RC: Tensor | None
     """[R, C] int64: each token's position in its own trajectory. None if the trajectories are padded."""
     places_N: Tensor
-    """[N] int64, for each response token, the flat position (of R C) of the token before it, where it is chosen."""
+    """[N] int64, for each token that the policy wrote, the flat position (of R C) of the token before it, where it is
+    chosen."""
     rows: tuple[slice, ...]
     """For each trajectory, the range of flat positions that it takes."""
 
@@ -96,12 +101,13 @@ class PassInputs:
             inputs_RC = _stacked(inputs, 0)
             attention_RC = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
             starts = [row * max(lengths) for row in range(len(lengths))]
-        begun = zip(trajectories, starts, strict=True)
+        # Where each token of a trajectory is chosen, were it the only one of the pass.
+        chosen = [one.of_policy(torch.arange(len(one.token_ids))) - 1 for one in trajectories]
         return cls(
             inputs_RC=inputs_RC,
             attention_RC=attention_RC,
             positions_RC=positions_RC,
-            places_N=torch.cat([start + torch.arange(t.prompt_len - 1, len(t.token_ids) - 1) for t, start in begun]),
+            places_N=torch.cat([start + places for start, places in zip(starts, chosen, strict=True)]),
             rows=tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True)),
         )
 
@@ -263,7 +269,7 @@ def policy_pass(
     """
     forward = model if isinstance(getattr(model, "module", None), PolicyForward) else PolicyForward(model)
     inputs = PassInputs.of(trajectories, packed)
-    targets_N = torch.cat([trajectory.token_ids[trajectory.prompt_len :] for trajectory in trajectories])
+    targets_N = torch.cat([trajectory.of_policy(trajectory.token_ids) for trajectory in trajectories])
     chosen_N, states_XD, entropies_N = forward(
         *inputs.on(model.device), targets_N.to(model.device), temperature, entropy
     )

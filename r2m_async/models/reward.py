@@ -332,8 +332,11 @@ def _read(tokenizer: Any, prompt: Prompt, response: Trajectory, limit: int | Non
 
 
 def _penalty(trajectory: Trajectory, config: R2MConfig) -> tuple[float, float, float]:
-    """The penalties of one response, 0 or more: for its length, for a missing end, and for being overlong."""
-    reward, length = config.reward, trajectory.num_response_tokens
+    """The penalties of one response, 0 or more: for its length, for a missing end, and for being overlong.
+
+    Its length is the number of tokens that the policy wrote. What an environment wrote is not the policy's fault.
+    """
+    reward, length = config.reward, trajectory.num_policy_tokens
     return (
         reward.length_penalty * length,
         reward.missing_eos_penalty * (trajectory.finish_reason != "stop"),

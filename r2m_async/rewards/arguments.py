@@ -27,7 +27,7 @@ def known_arguments(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
     - `prompt`: the text that the policy read.
     - `response`: the text of the response, without special tokens.
     - `messages`: the prompt as a list of turns, each a dict with `role` and `content`. Raw text is one turn of the user.
-    - `tokens`: the tokens of the response, a list of integers.
+    - `tokens`: the tokens of the response, a list of integers; those alone that the policy wrote.
     - `finished`: whether the policy ended the response itself.
 
     The columns of the data record come besides. A column with one of the names above is not given.
@@ -38,7 +38,7 @@ def known_arguments(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
         "prompt": prompt.text,
         "response": trajectory.text,
         "messages": [{"role": role, "content": content} for role, content in turns],
-        "tokens": trajectory.token_ids[trajectory.prompt_len :].tolist(),
+        "tokens": trajectory.of_policy(trajectory.token_ids).tolist(),
         "finished": trajectory.finish_reason == "stop",
     }
 

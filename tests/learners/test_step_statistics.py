@@ -112,6 +112,8 @@ def test_the_kl_of_what_was_sampled_is_that_of_the_policies_that_sampled_it():
             [[-2.0, -2.0], [-5.0, 7.0]],
         )
     )
-    told = batch_metrics(mask, behaviour, old, reference, torch.zeros(2), [SimpleNamespace(finish_reason="stop")] * 2)
+    told = batch_metrics(
+        mask, behaviour, old, reference, torch.zeros(2), [SimpleNamespace(finish_reason="stop", written=None)] * 2
+    )
     assert told["kl/behaviour"] == pytest.approx((1.0 + 0.0 + 2.0) / 2)
     assert told["kl/sequence"] == pytest.approx((0.5 - 0.5 + 3.0) / 2)

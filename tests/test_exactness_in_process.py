@@ -142,16 +142,16 @@ def test_an_adapted_coefficient_and_a_moving_reference_are_the_references_bit_fo
 
 def test_the_learners_feedback_costs_no_pass_but_its_twins(tiny_config, monkeypatch):
     """The proximal pass yields log-probabilities and states at once, within the token budget."""
-    from learners import policy_learner
+    from learners import passes
 
     sizes = []
-    real = policy_learner.policy_pass
-    monkeypatch.setattr(policy_learner, "policy_pass", lambda *a: sizes.append(len(a[1])) or real(*a))
+    real = passes.policy_pass
+    monkeypatch.setattr(passes, "policy_pass", lambda *a: sizes.append(len(a[1])) or real(*a))
     config = tiny_config.feedback(source="learner").learner(tokens_per_microbatch=30).objective(epochs=1)
     with reference.one_thread(), Ring.of(config, in_process=True) as ring:
         ring.step()
-    passes = len(sizes) // 3  # the proximal pass, pi_ref's and one epoch's
-    assert sizes == sizes[:passes] * 3 and sum(sizes[:passes]) == 6 and max(sizes) < 6
+    num_passes = len(sizes) // 3  # the proximal pass, pi_ref's and one epoch's
+    assert sizes == sizes[:num_passes] * 3 and sum(sizes[:num_passes]) == 6 and max(sizes) < 6
 
 
 def test_feedback_from_the_learner_and_small_microbatches_are_the_references_bit_for_bit(tiny_config):

@@ -423,7 +423,7 @@ def test_under_stage_3_weights_are_gathered_piece_by_piece_and_published_whole(c
 def staged(config: R2MConfig):
     learner = rank_learner(config)
     weights = learner.weights()[1]
-    return weights and (weights.layout, weights.probe.digests, learner._sender.staged(0))
+    return weights and (weights.layout, weights.probe.digests, learner._publication._sender.staged(0))
 
 
 def test_direct_transports_stage_whole_weights_on_rank_0_alone(config, ranks):

@@ -65,8 +65,9 @@ class ModelSection(Section):
     the trained weights."""
     attention: str = "sdpa"
     """Attention implementation of policy, reference and critic, by its name in transformers: `eager`, `sdpa`,
-    `flash_attention_2`, `flex_attention`, or a kernel at Hugging Face such as `kernels-community/flash-attn2`. A vllm
-    engine uses its own. `sdpa` is refused for models that cap the attention's logits (Gemma 2), because it leaves the
+    `flash_attention_2`, `flex_attention`, or a kernel at Hugging Face such as `kernels-community/flash-attn2`. `flash_attention_2`
+    and `flex_attention` need a GPU. The first and a kernel of Hugging Face need a package of their own (docs/models.md). A
+    vllm engine uses its own attention. `sdpa` is refused for models that cap the attention's logits (Gemma 2), because it leaves the
     cap out."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the files of policy, reference or critic may be run. It is run in every process

@@ -27,6 +27,7 @@ from r2m_async.launch.model_checks import (
     prompt_check,
 )
 from r2m_async.launch.prompts import check_columns, column_bytes, read_prompts, record_options
+from r2m_async.models.attention import check_attention
 from r2m_async.models.pretrained import brings_code, pretrained_config
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.policy_losses import CLIPS, Loss, check_loss_options, get_loss
@@ -163,7 +164,11 @@ def check_code(config: R2MConfig) -> Estimator:
         )
 
     all_at_once(
-        find_estimator, lambda: check_loss(config), lambda: check_functions(config), lambda: check_engine(config)
+        find_estimator,
+        lambda: check_loss(config),
+        lambda: check_functions(config),
+        lambda: check_engine(config),
+        lambda: check_attention(config.model.attention, config.run.device, config.model.dtype),
     )
     return found[0]
 

@@ -1,6 +1,6 @@
 """The reward annotator embeds responses with the frozen reward model and scores them with a given reward head.
 
-Responses are embedded as they arrive, because the frozen reward model never changes. They are scored one whole step
+Reward token embeddings are computed as responses arrive, because the frozen reward model never changes. They are scored one whole step
 at a time. No call depends on an earlier one: the weights of the reward head and the embeddings come with each call.
 So any replica can serve any call, and a caller chooses the head version by passing its weights.
 """
@@ -37,7 +37,7 @@ from r2m_async.trajectories import (
 
 
 class RewardAnnotator:
-    """Embeds and scores groups of responses for training, and judges held-out groups for an evaluation."""
+    """Embeds and scores groups of responses for training, and scores held-out groups for an evaluation."""
 
     def __init__(self, model: Any, tokenizer: Any, head: nn.Module, config: R2MConfig) -> None:
         """Keeps the models and finds the gold reward function.
@@ -67,7 +67,7 @@ class RewardAnnotator:
         return StepReport(version=0, metrics={}), self._initial
 
     async def before_embed(self, group: TrajectoryGroup) -> None:
-        """Calls the reward functions for a group that will be embedded, and waits until they have ended.
+        """Calls the reward functions for a group before its embeddings are computed, and waits until they have ended.
 
         It is for a ring in one process, which goes on meanwhile. In a process of its own, `embed` waits in a thread.
         """
@@ -179,8 +179,8 @@ class RewardAnnotator:
         gold = [self._gold_rewards(group) for group in groups]
         lengths = [t.num_policy_tokens for group in groups for t in group.trajectories]
         metrics = {"length": statistics.fmean(lengths)}
-        judges = {"reward": whole} | by_model | ({"gold": gold} if self._gold else {})
-        for name, rewards in judges.items():
+        of_kind = {"reward": whole} | by_model | ({"gold": gold} if self._gold else {})
+        for name, rewards in of_kind.items():
             values = [_mean(of_prompt) for of_prompt in rewards]
             metrics[name] = _mean(values)
             metrics[f"{name}_se"] = 0.0

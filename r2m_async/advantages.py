@@ -231,13 +231,6 @@ def check_options(estimator: Estimator, options: Mapping[str, Any]) -> None:
     plugins.check_options(estimator.function, options, "advantage.options", estimator.name, taken)
 
 
-def compute_advantages(
-    estimator: Estimator, inputs: AdvantageInputs, options: Mapping[str, Any] | None = None
-) -> Tensor:
-    """Computes the advantages of one step: the first result of `advantages_and_returns`, without the returns."""
-    return advantages_and_returns(estimator, inputs, options)[0]
-
-
 def _plainly(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Calls a function and lets its errors through."""
     return function(*arguments)

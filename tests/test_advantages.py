@@ -16,7 +16,6 @@ from r2m_async.advantages import (
     Estimator,
     advantages_and_returns,
     check_options,
-    compute_advantages,
     gae,
     get_advantage,
     grpo,
@@ -190,7 +189,7 @@ def test_at_lambda_one_without_values_gae_is_reinforce_pp():
 def test_what_needs_values_returns_returns_that_are_checked_like_advantages():
     inputs = make_inputs()
     advantages, returns = advantages_and_returns(get_advantage("gae"), inputs)
-    assert torch.equal(compute_advantages(get_advantage("gae"), inputs), advantages)
+    assert all(map(torch.equal, get_advantage("gae")(inputs), (advantages, returns)))
     assert torch.allclose(returns, slow_gae(inputs, 1.0, 0.95, 0.05, 1e-6)[1])
     assert advantages_and_returns(get_advantage("rloo"), inputs)[1] is None
     both = replace(bare(lambda i: (i.rewards, i.logprobs / 0)), needs_values=True)
@@ -216,7 +215,7 @@ def test_a_batch_without_any_token_gets_zeros_from_every_estimator():
     inputs = replace(inputs, values=torch.randn(2, 3, 4))
     for name in ("rloo", "grpo", "remax", "reinforce_pp", "reinforce_pp_baseline", "gae"):
         options = {"beta": 0.0} if name.startswith(("reinforce", "gae")) else {}
-        assert not compute_advantages(get_advantage(name), inputs, options).any()
+        assert not advantages_and_returns(get_advantage(name), inputs, options)[0].any()
 
 
 @settings(max_examples=50, deadline=None)
@@ -285,9 +284,9 @@ def test_an_unknown_option_lists_the_accepted_ones_and_a_missing_one_is_named():
     with pytest.raises(ConfigError, match=r"options\.epsilon is unknown to grpo.*It accepts: unbiased, eps"):
         check_options(get_advantage("grpo"), {"epsilon": 1})
     with pytest.raises(ConfigError, match="It accepts: none"):
-        compute_advantages(get_advantage("rloo"), of_rewards([[1.0, 2.0]]), {"inputs": 1})
+        check_options(get_advantage("rloo"), {"inputs": 1})
     with pytest.raises(ConfigError, match="lacks scale, which mine requires"):
-        compute_advantages(bare(lambda inputs, *, scale: inputs.rewards * scale), of_rewards([[1.0, 2.0]]))
+        bare(lambda inputs, *, scale: inputs.rewards * scale)(of_rewards([[1.0, 2.0]]))
 
 
 def test_a_type_error_inside_an_estimator_is_its_own():
@@ -295,7 +294,7 @@ def test_a_type_error_inside_an_estimator_is_its_own():
         return inputs.rewards + "one"
 
     with pytest.raises(TypeError, match="str"):
-        compute_advantages(bare(broken), of_rewards([[1.0, 2.0]]))
+        bare(broken)(of_rewards([[1.0, 2.0]]))
 
 
 def bare(function):
@@ -319,22 +318,22 @@ def test_a_result_of_the_wrong_kind_is_refused_in_the_estimators_name(returned, 
         rewards=torch.ones(2, 2, dtype=torch.float64), response_mask=torch.ones(2, 2, 3, dtype=torch.bool)
     )
     with pytest.raises(ConfigError, match=message):
-        compute_advantages(bare(returned), inputs)
+        bare(returned)(inputs)
 
 
 def test_what_stands_on_masked_tokens_is_zeroed_and_may_be_nan():
     inputs = make_inputs()
-    tokens = compute_advantages(bare(lambda i: i.logprobs), inputs)
+    tokens = bare(lambda i: i.logprobs)(inputs)
     assert torch.equal(tokens, inputs.logprobs.nan_to_num(0.0))
     lost = torch.zeros(3, 4, dtype=torch.float64)
     lost[-1, -1] = math.nan
-    assert not compute_advantages(bare(lambda i: lost), inputs).any()
+    assert not bare(lambda i: lost)(inputs).any()
 
 
 def test_a_result_comes_back_without_gradient():
     inputs = of_rewards([[1.0, 2.0]])
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
-    assert not compute_advantages(bare(lambda i: i.rewards * weight), inputs).requires_grad
+    assert not bare(lambda i: i.rewards * weight)(inputs).requires_grad
 
 
 def test_a_class_is_made_once_and_keeps_what_it_remembers():
@@ -349,11 +348,11 @@ def test_a_class_is_made_once_and_keeps_what_it_remembers():
 
     estimator = get_advantage("test_running_mean")
     inputs = of_rewards([[8.0, 8.0]])
-    values = [compute_advantages(estimator, inputs, {"decay": 0.5})[0, 0].item() for _ in range(3)]
+    values = [estimator(inputs, decay=0.5)[0, 0].item() for _ in range(3)]
     assert values == [4.0, 2.0, 1.0]
-    assert compute_advantages(get_advantage("test_running_mean"), inputs, {"decay": 0.5})[0, 0] == 4.0
+    assert get_advantage("test_running_mean")(inputs, decay=0.5)[0, 0] == 4.0
     with pytest.raises(ConfigError, match="made with options"):
-        compute_advantages(estimator, inputs, {"decay": 0.9})
+        estimator(inputs, decay=0.9)
 
 
 def test_a_name_belongs_to_one_estimator():
@@ -391,8 +390,8 @@ def test_the_example_in_the_docs_runs_by_module_attr_and_by_its_registered_name(
     for name in ("my_advantages:greedy_margin", "greedy_margin"):
         estimator = get_advantage(name)
         assert estimator.needs_greedy and not estimator.kl_in_reward
-        assert compute_advantages(estimator, inputs).tolist() == [[-1.0, 1.0, 2.0]]
-        assert compute_advantages(estimator, inputs, {"limit": 1.5}).tolist() == [[-1.0, 1.0, 1.5]]
+        assert estimator(inputs).tolist() == [[-1.0, 1.0, 2.0]]
+        assert estimator(inputs, limit=1.5).tolist() == [[-1.0, 1.0, 1.5]]
 
 
 FLAGGED = """

@@ -709,10 +709,10 @@ def test_an_evaluation_that_is_not_finite_names_the_pair(reward_model_config, pa
 
 def test_texts_whose_reward_is_not_finite_are_named_with_the_model(tiny):
     ensemble = RewardEnsemble(tiny("llama", True))
-    judge = TextScorer(ensemble)
+    scorer = TextScorer(ensemble)
     texts = [("the river :", " warm", True), ("a stone :", " cold", True)]
-    assert all(map(math.isfinite, judge.rewards(texts)))
+    assert all(map(math.isfinite, scorer.rewards(texts)))
     poke(ensemble.models[0].score)
     named = rf"^{tiny('llama', True)}: its reward for the response ' warm' to 'the river :' is nan, and so are 2 of 2: "
     with pytest.raises(ConfigError, match=named):
-        judge.rewards(texts)
+        scorer.rewards(texts)

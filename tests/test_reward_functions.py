@@ -479,8 +479,8 @@ def test_no_function_sees_what_another_did_to_its_arguments(mine):
 
 
 @pytest.mark.models
-def test_a_slow_function_keeps_no_other_group_from_being_embedded(tiny_config, mine):
-    """Both groups of a step wait for each other, so neither would ever come if one had to be embedded first."""
+def test_a_slow_function_keeps_the_reward_model_from_no_other_group(tiny_config, mine):
+    """Both groups of a step wait for each other, so neither would ever come if the embeddings of one had to come first."""
     both = threading.Barrier(2 * 3, timeout=60)
     mine(waits=lambda prompt, response: both.wait() >= 0)
     config = tiny_config.reward(functions=["mine:waits"]).run(num_steps=1)

@@ -21,7 +21,7 @@ def add_best_of_n(commands: Any) -> None:
         metavar="FILE",
         help="samples as JSONL: prompt, responses, golds, finished (default: the embedded policy's)",
     )
-    bon.add_argument("--gold", metavar="MODEL", help="a reward model as judge in place of the pool's golds")
+    bon.add_argument("--gold", metavar="MODEL", help="a reward model whose rewards replace the pool's golds")
     bon.add_argument("--out", type=directory, default=Path("best_of_n"), metavar="DIR", help="(default best_of_n)")
     bon.add_argument("--n", type=int, default=405, metavar="N", help="the largest n (default 405)")
     bon.add_argument("--prompts", type=int, default=40, metavar="N", help="of the embedded pool (default 40)")

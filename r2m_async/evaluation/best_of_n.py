@@ -226,7 +226,7 @@ def measure_best_of_n(
         )
     if gold is None and not all(map(math.isfinite, (value for one in pool for value in one.golds))):
         raise ConfigError(
-            "golds: the pool has samples without a gold reward; add it to the file, or name a judge as --gold"
+            "golds: the pool has samples without a gold reward; add it to the file, or name a reward model as --gold"
         )
     ns = sizes(max_n)
     with one_thread():

@@ -14,14 +14,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from r2m_async.data.pairs import read_prompt
 from r2m_async.data.records import Content, Record, read_file
 from r2m_async.errors import ConfigError, DataError
 
 Format: TypeAlias = Literal["alpaca_eval", "mt_bench", "tldr", "pool"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 """The forms of files that can be read: three benchmarks, and pools of samples."""
 
 MT_BENCH_TEMPERATURES = {

@@ -254,7 +254,7 @@ def embed_group(
     rte, frozen = torch.zeros(len(both), 0), torch.zeros(num)
     if model is not None:
         with _ONE_PASS:
-            rte, frozen = _embedded(model, tokenizer, group.ticket.prompt, both, num, place, config)
+            rte, frozen = _embed_responses(model, tokenizer, group.ticket.prompt, both, num, place, config)
     values = calls.result() if calls else ((),) * len(both)
     penalties = [_penalty(trajectory, config) for trajectory in both]
     bonus = torch.tensor(
@@ -284,7 +284,7 @@ def embed_group(
     return embeddings
 
 
-def _embedded(
+def _embed_responses(
     model: PreTrainedModel,
     tokenizer: Any,
     prompt: Prompt,

@@ -1,7 +1,7 @@
 """This folder holds the loops of a run, which call the stages as the schedule decides; it knows neither torch nor Ray.
 
 controller.py    the whole ring, and the loops that train policy and head
-rollouts.py      the loops of rollout actors: from a ticket to a group that is embedded
+rollouts.py      the loops of rollout actors: from a ticket to a group with its embeddings
 overage.py       the loop that ends groups which are late
 evaluations.py   evaluates versions of the policy during a run
 delivery.py      brings versions of the policy into the engines of rollout actors

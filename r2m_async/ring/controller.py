@@ -324,7 +324,7 @@ class Controller:
         where the pass yields the feedback.
         """
         step, group_ids = assembly.step, assembly.group_ids
-        await self._rollouts.embedded(group_ids)
+        await self._rollouts.wait_for_embeddings(group_ids)
         embeddings = await self._parts(group_ids, "embeddings")
         feedback: Sequence[Payload | None] | Payload
         if not self.config.reads_feedback:

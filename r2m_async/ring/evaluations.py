@@ -1,7 +1,7 @@
 """Evaluates versions of the policy during a run: how well it answers held-out prompts.
 
 The policy version that is evaluated is one that rollout actors can load. The last rollout actor generates its responses
-before it takes another ticket, and a reward annotator judges them with a head version of that time.
+before it takes another ticket, and a reward annotator scores them with a head version of that time.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Evaluations:
         return age <= self._state.config.scheduling.max_policy_age
 
     async def evaluate(self, actor: RolloutStage, evaluation: Evaluation) -> None:
-        """Generates and judges responses to all held-out prompts, and adds the metrics to `results`.
+        """Generates and scores responses to all held-out prompts, and adds the metrics to `results`.
 
         The actor must have loaded the policy version, and must not be generating anything else. It generates up to
         `rollouts.concurrent_groups` prompts at once.

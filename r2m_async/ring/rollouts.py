@@ -1,4 +1,4 @@
-"""Keeps rollout actors busy: this is the way of a ticket to a group in the queue that is embedded.
+"""Keeps rollout actors busy: this is the way of a ticket to a group in the queue with its reward token embeddings.
 
     ticket -> load its policy version -> generate -> queue -> embed
 
@@ -48,12 +48,12 @@ class Rollouts:
         self._embedding: dict[int, asyncio.Task[Any]] = {}
         """For each group that has arrived, the task that embeds it, until the group's step has waited for it."""
         self._voided_in_a_row = 0
-        """The groups that were given up because a reward function failed, since the last that was embedded."""
+        """The groups that were given up because a reward function failed, since the last whose embeddings came."""
         self._deaths: Counter[str] = Counter()
         """For each rollout actor, its deaths since it last finished a group."""
 
-    async def embedded(self, group_ids: tuple[int, ...]) -> None:
-        """Waits until groups that have arrived are embedded. It is called once for each group."""
+    async def wait_for_embeddings(self, group_ids: tuple[int, ...]) -> None:
+        """Waits for the reward token embeddings of groups that have arrived. It is called once for each group."""
         await asyncio.gather(*(self._embedding[group_id] for group_id in group_ids))
         for group_id in group_ids:
             del self._embedding[group_id]

@@ -205,7 +205,7 @@ class AnnotatorStage(Stage):
     def embed(self, group: Payload) -> Call[tuple[StepReport, Payload]]:
         """Runs the frozen backbone on a group. The payload is the group's reward token embeddings.
 
-        Several groups may be embedded at once, because reward functions may take their time. Raises RewardFailed if the
+        Several such calls may run at once, because reward functions may take their time. Raises RewardFailed if the
         group must be given up.
         """
 
@@ -232,7 +232,7 @@ class AnnotatorStage(Stage):
         embeddings: list[Payload],
         feedback: list[Payload],
     ) -> Call[EvaluationReport]:
-        """Judges the groups of an evaluation. Returns a report with the metrics, and with responses to read.
+        """Scores the groups of an evaluation. Returns a report with the metrics, and with responses to read.
 
         Args:
             step: the policy version that generated the groups.

@@ -114,7 +114,7 @@ class StepMetrics:
         self._reports[group_id] = report
 
     def annotated(self, group_id: int, gold: float) -> None:
-        """Keeps the mean gold reward of a group that was embedded, for the metrics of its step.
+        """Keeps the mean gold reward of a group, which comes with its embeddings, for the metrics of its step.
 
         Args:
             group_id: the group.

@@ -39,8 +39,9 @@ COLUMNS = {
     "head": ("idle/head_learner", "{:.0%}"),
 }
 """For each heading, the metric in its column and how the metric is printed. The ages are in steps."""
-JUDGES = ("reward", "proxy", "frozen", "gold")
-"""Who scores the responses of an evaluation: the present head, the reward model as it came, the gold reward."""
+EVALUATION_REWARDS = ("reward", "proxy", "frozen", "gold")
+"""The rewards of an evaluation: the whole reward, that of the present head, that of the reward model as it came, and the
+gold reward."""
 
 
 class LiveTable:
@@ -145,11 +146,11 @@ def _with_bar(text: str, done: int, total: int, after: str = "") -> RenderableTy
 
 def _evaluation_line(evaluation: Mapping[str, float]) -> str:
     parts = [f"evaluation of policy {evaluation.get('step', 0):.0f}"]
-    for judge in JUDGES:
+    for name in EVALUATION_REWARDS:
         # Without reward functions, clipping and penalties the whole reward is that of the model.
-        same = judge == "reward" and evaluation.get(judge) in (evaluation.get("proxy"), evaluation.get("frozen"))
-        if judge in evaluation and not same:
-            parts.append(f"{judge} {evaluation[judge]:.3f} ± {evaluation.get(f'{judge}_se', 0):.3f}")
+        same = name == "reward" and evaluation.get(name) in (evaluation.get("proxy"), evaluation.get("frozen"))
+        if name in evaluation and not same:
+            parts.append(f"{name} {evaluation[name]:.3f} ± {evaluation.get(f'{name}_se', 0):.3f}")
     if "length" in evaluation:
         parts.append(f"length {evaluation['length']:.1f}")
     return "  ".join(parts)

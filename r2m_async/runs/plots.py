@@ -79,15 +79,15 @@ def reward_figure(steps: Records, evaluations: Records) -> Figure:
     for (by_step, by_kl), (key, name, label) in zip(axes, rows, strict=True):
         line(by_step, steps, key, COLORS[0], label="training rollouts")
         by_kl.plot(samples_kl(steps), column(steps, key), "o", color=COLORS[0], ms=3, alpha=0.5, mew=0)
-        judges = {name: (COLORS[1], "held-out prompts")}
+        held_out = {name: (COLORS[1], "held-out prompts")}
         if name == "proxy":
-            judges["frozen"] = (GREY, "held-out prompts, reward model as it came")
-        for judge, (color, judged) in judges.items():
-            if _has(evaluations, judge):
+            held_out["frozen"] = (GREY, "held-out prompts, reward model as it came")
+        for reward, (color, label_of_it) in held_out.items():
+            if _has(evaluations, reward):
                 points = {"fmt": "o", "color": color, "ms": 4.5, "elinewidth": 1, "capsize": 2}
                 # Reward functions come without an error.
-                values, errors = column(evaluations, judge), np.nan_to_num(column(evaluations, f"{judge}_se"))
-                by_step.errorbar(evaluated, values, errors, label=judged, **points)
+                values, errors = column(evaluations, reward), np.nan_to_num(column(evaluations, f"{reward}_se"))
+                by_step.errorbar(evaluated, values, errors, label=label_of_it, **points)
                 by_kl.errorbar(_kl_of(evaluated, step, kl), values, errors, **points)
         by_step.set_ylabel(label)
     _label_bottom(axes)

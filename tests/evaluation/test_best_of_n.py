@@ -186,12 +186,14 @@ def test_a_pool_is_written_whole_or_not_at_all(pool_file, tmp_path, monkeypatch)
 
 
 @pytest.mark.models
-def test_any_models_favourites_are_judged_by_the_pools_golds_or_by_another_model(tiny, pool_file):
-    proxy, judge = tiny("llama", True), tiny("gpt_neox", True)
+def test_any_models_favourites_are_scored_by_the_pools_golds_or_by_another_model(tiny, pool_file):
+    proxy, gold_model = tiny("llama", True), tiny("gpt_neox", True)
     pool = load_pool(pool_file)
     rewards = [RewardEnsemble(proxy).score(one.prompt, [r.text for r in one.responses]).tolist() for one in pool]
-    judged = [RewardEnsemble(judge).score(one.prompt, [r.text for r in one.responses]).tolist() for one in pool]
-    for gold, golds in ((None, [one.golds for one in pool]), (judge, judged)):
+    other_golds = [
+        RewardEnsemble(gold_model).score(one.prompt, [r.text for r in one.responses]).tolist() for one in pool
+    ]
+    for gold, golds in ((None, [one.golds for one in pool]), (gold_model, other_golds)):
         results = measure_best_of_n([proxy], pool, gold, max_n=4)
         expected = [
             np.mean([by_all_subsets(*both, n) - np.mean(both[1]) for both in zip(rewards, golds, strict=True)])
@@ -205,7 +207,7 @@ def test_pools_that_cannot_serve_are_refused(tmp_path, pool_file):
         measure_best_of_n([], load_pool(pool_file), max_n=6)
     path = tmp_path / "other.jsonl"
     path.write_text(json.dumps({"prompt": "a", "responses": ["b", "c"]}))
-    with pytest.raises(ConfigError, match="samples without a gold reward; add it to the file, or name a judge"):
+    with pytest.raises(ConfigError, match="samples without a gold reward; add it to the file, or name a reward model"):
         measure_best_of_n([], load_pool(path), max_n=2)
     for wrong in ({"golds": [1.0]}, {"finished": [1, 0]}, {"responses": []}, {"responses": "b"}):
         path.write_text(json.dumps({"prompt": "a", "responses": ["b", "c"]} | wrong))

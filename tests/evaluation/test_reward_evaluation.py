@@ -81,9 +81,9 @@ def written(path, records):
 def test_states_in_batches_are_those_of_one_text_at_a_time(tiny, family):
     """And the head on the scored state gives the reward, so it is the state that the reward is read from."""
     directory = tiny(family, True)
-    judge = TextScorer(RewardEnsemble(directory))
+    scorer = TextScorer(RewardEnsemble(directory))
     texts = [("the river :", " warm" * number, number % 2 == 0) for number in (1, 9, 2, 5)]
-    scored, means = judge.states(texts)
+    scored, means = scorer.states(texts)
     model, tokenizer = (
         AutoModelForSequenceClassification.from_pretrained(directory),
         AutoTokenizer.from_pretrained(directory),
@@ -96,18 +96,18 @@ def test_states_in_batches_are_those_of_one_text_at_a_time(tiny, family):
         assert np.allclose(means[:, number], expected, atol=1e-5)
         assert np.allclose(scored[number], output.hidden_states[-1][0, -1], atol=1e-5)
         assert model.score(torch.tensor(scored[number])).item() == pytest.approx(output.logits.item(), abs=1e-4)
-        assert judge.rewards(texts)[number] == pytest.approx(output.logits.item(), abs=1e-4)
+        assert scorer.rewards(texts)[number] == pytest.approx(output.logits.item(), abs=1e-4)
 
 
 @pytest.mark.models
 def test_texts_that_are_cut_are_counted_once(tiny):
     ensemble = RewardEnsemble(tiny("llama", True))
     ensemble.config = ensemble.config.data(max_tokens=6)
-    judge = TextScorer(ensemble)
+    scorer = TextScorer(ensemble)
     texts = [("the river :", " warm", True), ("the river :", " warm" * 9, True)]
-    judge.rewards(texts)
-    judge.states(texts)
-    assert judge.num_cut == 1 and len(judge._read(texts[1])) == 6
+    scorer.rewards(texts)
+    scorer.states(texts)
+    assert scorer.num_cut == 1 and len(scorer._read(texts[1])) == 6
 
 
 # RM-Bench
@@ -250,7 +250,7 @@ def test_no_other_writer_is_always_the_best_or_the_worst():
 
 
 @pytest.mark.models
-def test_a_judge_that_knows_gold_ranks_every_split_right(little_embedded):
+def test_a_reward_model_that_knows_gold_ranks_every_split_right(little_embedded):
     class Gold:
         def __init__(self, sign):
             self.sign = sign
@@ -298,7 +298,7 @@ def test_a_run_is_evaluated_on_all_that_belongs_to_it(runs, tmp_path, capsys):
 
 
 @pytest.mark.models
-def test_an_ensemble_of_heads_of_two_layers_is_judged_by_its_combined_rewards(runs):
+def test_an_ensemble_of_heads_of_two_layers_is_evaluated_by_its_combined_rewards(runs):
     run = runs["min"]
     results = evaluate(str(run), EvaluationSources(embedded=False))
     ensemble = RewardEnsemble(run)

@@ -263,10 +263,10 @@ def test_the_same_weights_are_evaluated_to_the_same_numbers(tiny_config):
     assert evaluations == [evaluations[0]] * 5
 
 
-def test_an_evaluation_judges_its_own_version_while_others_are_trained_beside_it(tiny_config):
-    """Every evaluation asked for: its groups are all of the reported policy, judged by the reported head."""
+def test_an_evaluation_scores_its_own_version_while_others_are_trained_beside_it(tiny_config):
+    """Every evaluation asked for: its groups are all of the reported policy, scored by the reported head."""
     config = tiny_config.run(num_steps=6).rollouts(num_actors=2).evaluation(every=1, num_prompts=12)
-    judged, moved_on = [], 0
+    scored, moved_on = [], 0
     with Ring.of(config.scheduling(max_policy_age=3, max_head_age=3), in_process=True) as ring:
         annotator, schedule = ring.controller.stages.annotators[0], ring.controller.schedule
         call = annotator.carrier.call
@@ -276,7 +276,7 @@ def test_an_evaluation_judges_its_own_version_while_others_are_trained_beside_it
             if method.name == "evaluate":
                 step, head, groups, *_ = args
                 versions = {t.oldest_version for group in groups for t in group.trajectories}
-                judged.append(({float(step)}, {float(one) for one in versions}, float(head.version)))
+                scored.append(({float(step)}, {float(one) for one in versions}, float(head.version)))
                 moved_on += schedule.head_version > head.version and schedule.policy_version > step
             return await call(method, *args)
 
@@ -284,7 +284,7 @@ def test_an_evaluation_judges_its_own_version_while_others_are_trained_beside_it
         while not ring.finished:
             ring.step()
         evaluations = ring.drain()
-    assert judged == [({one["step"]}, {one["step"]}, one["head_version"]) for one in evaluations]
+    assert scored == [({one["step"]}, {one["step"]}, one["head_version"]) for one in evaluations]
     assert [one["step"] for one in evaluations] == [0, 1, 2, 3, 4, 5, 6]
     assert moved_on > 0, "nothing was trained beside any evaluation"
 

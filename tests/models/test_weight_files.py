@@ -50,7 +50,7 @@ def trained(model: Path, config: R2MConfig) -> None:
     RewardTrainee(str(model), RewardModelConfig())
 
 
-def judged(model: Path, config: R2MConfig) -> None:
+def scored(model: Path, config: R2MConfig) -> None:
     from r2m_async.reward_models.ensemble import RewardEnsemble
 
     RewardEnsemble(model)
@@ -74,7 +74,7 @@ USES = [
     ("reward.model", True, loaded_reward_model),
     ("critic.model", False, loaded_critic),
     ("model.start", False, trained),
-    ("reward model", True, judged),
+    ("reward model", True, scored),
     ("MODEL", False, asked),
 ]
 

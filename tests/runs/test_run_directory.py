@@ -76,7 +76,7 @@ def trace(num_steps):
             interval("annotator-0", "embed", step, start + 1.9, start + 2),
             interval("policy-learner", "train", step, start + 2, start + 4),
         ]
-    return [*intervals, interval("annotator-0", "judge", -1, 2.0 * num_steps, 2.0 * num_steps + 1)]
+    return [*intervals, interval("annotator-0", "evaluate", -1, 2.0 * num_steps, 2.0 * num_steps + 1)]
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_the_gantt_chart_shows_the_last_steps_with_one_row_per_stage_in_the_orde
     ]
     [axes] = stages_figure(records, num_steps=2).axes
     rows = [label.get_text() for label in axes.get_yticklabels()]
-    assert rows == ["rollout-2", "rollout-10", "annotator-0: embed", "policy-learner: train", "annotator-0: judge"]
+    assert rows == ["rollout-2", "rollout-10", "annotator-0: embed", "policy-learner: train", "annotator-0: evaluate"]
     assert axes.get_xlim() == (0, 4)  # steps 4 and 5 were trained from 10 s to 14 s
 
     def bars(row):
@@ -279,7 +279,7 @@ def test_the_gantt_chart_shows_the_last_steps_with_one_row_per_stage_in_the_orde
     (first_start, first_width, first), (second_start, second_width, second) = bars("policy-learner: train")
     assert (first_start, first_width, second_start, second_width) == (0, 2, 2, 2) and first != second
     assert bars("rollout-10") == [(0, 1.9, second)]  # generated step 5 while step 4 was trained
-    assert [bar[2] for bar in bars("annotator-0: judge")] == ["#c8c8c8"]
+    assert [bar[2] for bar in bars("annotator-0: evaluate")] == ["#c8c8c8"]
 
 
 def test_the_comparison_draws_every_seed_and_their_mean_over_the_steps_they_share():

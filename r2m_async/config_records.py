@@ -37,9 +37,10 @@ class RecordsSection(Section):
     """Name of the field of a record that holds the prompt. A prompt is a text, or a list of turns with role and
     content. It is the short form of `columns: {prompt: NAME}`; the two must not disagree."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """What the data call a field, by the name that it has here: `{chosen: better}`. Fields that are read are prompt,
-    chosen, rejected, chosen_score, rejected_score, chosen_finished, rejected_finished and reference_summary. Any other
-    name is one under which reward functions get a field. A field hides one that has its name by itself."""
+    """For each field, the name that it has in the data: with `{chosen: better}` the field `better` is read as `chosen`.
+    The fields prompt, chosen, rejected, chosen_score, rejected_score, chosen_finished, rejected_finished and
+    reference_summary are read. A field of any other name is given to the reward functions that ask for it. If the data
+    also have a field `chosen`, `better` hides it."""
     chat: bool = False
     """Whether a prompt that is a text is a turn of the user, which goes through the chat template. If not, the model
     reads the text as it is."""
@@ -52,7 +53,7 @@ class RecordsSection(Section):
 
     @property
     def names(self) -> dict[str, str]:
-        """What the data call a field, by the name that it has here."""
+        """For each field, the name that it has in the data."""
         return {"prompt": self.prompt_field, **self.columns}
 
 

@@ -669,7 +669,7 @@ def trainer_of(config: RewardModelConfig) -> RewardTrainer:
 
 def test_a_pair_whose_reward_is_not_finite_is_named_by_file_and_line(reward_model_config, pairs_file):
     trainer = trainer_of(reward_model_config)
-    index = trainer._batch(0)[2]
+    index = trainer.batch(0)[2]
     pair = trainer.pairs[index]
     lines = [json.loads(line) for line in pairs_file.read_text().splitlines()]
     assert re.fullmatch(rf"{pairs_file}, line \d+", pair.place)

@@ -46,7 +46,10 @@ def add_eval(commands: Any) -> None:
     judge = verbs.add_parser("judge", help=text, description=text)
     judge.add_argument("outputs", metavar="OUTPUTS", type=Path, help="answers in any of the formats")
     judge.add_argument(
-        "--judge", required=True, metavar="RUN_OR_MODEL", help="as of `reward-model eval`, or module:attr of a program"
+        "--judge",
+        required=True,
+        metavar="RUN_OR_MODEL",
+        help="named as for `reward-model eval`, or module:attr of a function",
     )
     judge.add_argument("--against", metavar="OUTPUTS", help="answers to the same prompts; `reference`: TL;DR's authors")
     judge.add_argument("--prompts", type=Path, metavar="FILE", help="MT-Bench's questions")

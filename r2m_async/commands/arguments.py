@@ -27,6 +27,6 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def check_split(parsed: argparse.Namespace) -> None:
-    """Raises ConfigError if `--split` is given without the `--pairs`, or `--ranked`, that it is a split of."""
+    """Raises ConfigError if `--split` is given, but neither `--pairs` nor `--ranked`, whose split it would be."""
     if parsed.split is not None and parsed.pairs is None and getattr(parsed, "ranked", None) is None:
         raise ConfigError(f"--split {parsed.split}: is a split of --pairs, which is not given; give both or neither")

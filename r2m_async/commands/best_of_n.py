@@ -14,7 +14,7 @@ def add_best_of_n(commands: Any) -> None:
     """Adds the command."""
     text = "Best-of-n by reward models: proxy and gold against KL. A table, results.json and a plot."
     bon = commands.add_parser("bon", help=text, description=text)
-    bon.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="as of `reward-model eval`")
+    bon.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="named as for `reward-model eval`")
     bon.add_argument(
         "--pool",
         type=Path,
@@ -24,10 +24,12 @@ def add_best_of_n(commands: Any) -> None:
     bon.add_argument("--gold", metavar="MODEL", help="a reward model whose rewards replace the pool's golds")
     bon.add_argument("--out", type=directory, default=Path("best_of_n"), metavar="DIR", help="(default best_of_n)")
     bon.add_argument("--n", type=int, default=405, metavar="N", help="the largest n (default 405)")
-    bon.add_argument("--prompts", type=int, default=40, metavar="N", help="of the embedded pool (default 40)")
-    bon.add_argument("--samples", type=int, metavar="N", help="per prompt of the embedded pool (default: n)")
+    bon.add_argument(
+        "--prompts", type=int, default=40, metavar="N", help="number of prompts of the embedded pool (default 40)"
+    )
+    bon.add_argument("--samples", type=int, metavar="N", help="samples per prompt of the embedded pool (default: n)")
     bon.add_argument("--max-tokens", type=int, metavar="N", help="longer texts lose the beginning of their prompt")
-    bon.add_argument("--seed", type=int, default=0, metavar="N", help="of the embedded pool (default 0)")
+    bon.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the embedded pool (default 0)")
     add_trust(bon)
     bon.set_defaults(command=_best_of_n)
 

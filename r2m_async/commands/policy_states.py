@@ -16,15 +16,17 @@ def add_policy_states(commands: Any) -> None:
     )
     states = commands.add_parser("policy-states", help=text, description=text)
     states.add_argument("policy", metavar="POLICY", help="an HF name or directory, an OUT of `export`, or `embedded`")
-    states.add_argument("--pairs", metavar="FILE", help="as `data.preferences` (default for `embedded`: its own)")
-    states.add_argument("--split", metavar="NAME", help="of --pairs that are an HF data set (default train)")
     states.add_argument(
-        "--reward-model", metavar="RUN_OR_MODEL", help="as of `reward-model eval` (default: an export's own)"
+        "--pairs", metavar="FILE", help="named as in `data.preferences` (default for `embedded`: its own)"
+    )
+    states.add_argument("--split", metavar="NAME", help="split of --pairs that are an HF data set (default train)")
+    states.add_argument(
+        "--reward-model", metavar="RUN_OR_MODEL", help="named as for `reward-model eval` (default: an export's own)"
     )
     states.add_argument("--later", nargs="+", default=(), metavar="POLICY", help="policies that POLICY became")
     states.add_argument("--out", type=directory, metavar="DIR", help="(default policy_states/POLICY)")
     states.add_argument("--max-tokens", type=int, metavar="N", help="longer texts lose their beginning (default 1024)")
-    states.add_argument("--seed", type=int, default=0, metavar="N", help="of all drawing (default 0)")
+    states.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all drawing (default 0)")
     add_trust(states)
     states.set_defaults(command=_policy_states)
 

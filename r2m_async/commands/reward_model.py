@@ -43,7 +43,9 @@ def add_reward_model(commands: Any) -> None:
     evaluate.add_argument(
         "--ranked", metavar="FILE", help="prompts with ranked responses, as BSR publishes them, commas between files"
     )
-    evaluate.add_argument("--split", metavar="NAME", help="of --pairs, --ranked in an HF data set (default: the run's)")
+    evaluate.add_argument(
+        "--split", metavar="NAME", help="split of --pairs or --ranked, in an HF data set (default: the run's)"
+    )
     evaluate.add_argument(
         "--initial-policy", metavar="NAME", help="that an export's run started from, where the export does not name it"
     )
@@ -58,7 +60,7 @@ def add_reward_model(commands: Any) -> None:
     evaluate.add_argument("--prompts", type=int, default=200, metavar="N", help="prompts per split (default 200)")
     evaluate.add_argument("--max-tokens", type=int, metavar="N", help="longer texts lose the beginning of their prompt")
     evaluate.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the splits and of all drawing (default 0)"
+        "--seed", type=int, default=0, metavar="N", help="seed of the splits and of all drawing (default 0)"
     )
     add_trust(evaluate)
     evaluate.set_defaults(command=_evaluate_reward_model)

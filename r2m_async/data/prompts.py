@@ -66,7 +66,7 @@ def load_prompts(
     prompt_field: the field of a record that holds the prompt. A prompt is raw text, which the policy reads as it is,
         or a list of {"role", "content"} turns that ends with a user turn. A record without it may be a pair of whole
         conversations (`pairs.py`), whose prompt is taken.
-    columns: what the source calls a field, by the name that it has here. None renames nothing.
+    columns: for each field, the name that it has in the source. None renames nothing.
     chat: whether a prompt that is a text is a turn of the user.
     filters: the lengths beyond which a record is left out. None leaves none out.
     split: the split of a data set. Single files have none.

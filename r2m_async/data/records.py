@@ -73,7 +73,7 @@ class Record:
     or_else: str = ""
     """A second remedy that messages offer at their end. Empty if there is none."""
     names: Mapping[str, str] | None = None
-    """What the source calls a field, by the name that it has here. None for a user who cannot say so in a config."""
+    """For each field, the name that it has in the source. None if the user cannot say so in a config."""
 
     def refusal(self, reason: str, key: str, value: Any, why: str, remedy: str) -> BadRecord:
         """Returns the error to raise for this record.

@@ -324,7 +324,7 @@ def _by_key(outputs: Outputs, name: str) -> dict[tuple[Hashable, int], JudgedTex
     for text in outputs.texts:
         if (text.key, text.turn) in found:
             raise DataError(
-                f"{name}: two answers to the prompt {text.instruction[:60]!r}, which of them to compare is open; keep one"
+                f"{name}: two answers to the prompt {text.instruction[:60]!r}, and only one can be compared; keep one"
             )
         found[text.key, text.turn] = text
     return found

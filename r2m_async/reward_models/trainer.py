@@ -69,13 +69,15 @@ class RewardTrainer:
             self.model.know_states(frozen_states(self.model, texts, limit, on_texts))
         num_sampled = min(NUM_SAMPLED, len(self.pairs))
         # Always the same pairs, so that evaluations of different steps can be compared.
-        self._sample = random.Random(f"{config.run.seed}/sample").sample(self.pairs, num_sampled)
+        self.sample = random.Random(f"{config.run.seed}/sample").sample(self.pairs, num_sampled)
+        """The training pairs whose hidden states are measured in evaluations."""
         self._hidden_size = self.model.classifier.config.get_text_config().hidden_size
         self.num_steps = config.num_steps(len(self.pairs))
         self.steps_done = 0
         # They belong to the model as it starts, so they are computed before any step and before `restore`.
         self._references = self._reference_logprobs() if config.loss.regularizer == "dpo" else None
-        self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """The parameters that are trained, by name. After a step their gradients are those of the step."""
         # A step of 1e-5 would vanish in bfloat16, so the optimizer moves float32 copies there.
         self._masters = MasterWeights(TrainedPart(self.model))
         decay = config.optimizer.weight_decay
@@ -101,8 +103,8 @@ class RewardTrainer:
         pair whose reward or loss was not finite, if there was one.
         """
         optimizer = self.config.optimizer
-        batch = self._batch(self.steps_done)
-        parts = self._microbatches(batch)
+        batch = self.batch(self.steps_done)
+        parts = self.microbatches(batch)
         own_parts = parts[rank() :: num_ranks()]
         # The square of the batch's mean reward is no sum over micro-batches: each needs the mean of the whole batch.
         in_parts = self.config.loss.bsr == "squared_mean" and len(parts) > 1
@@ -117,7 +119,7 @@ class RewardTrainer:
             # batch.
             (terms.loss * (len(part) / len(batch))).backward()
             sums += torch.tensor(_metrics(terms, *rewards), dtype=torch.float64) * (len(part) / len(batch))
-        for parameter in self._parameters.values():
+        for parameter in self.parameters.values():
             # A rank without a micro-batch has no gradients, but must take part in each sum: the others wait for it.
             if num_ranks() > 1:
                 parameter.grad = summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -134,7 +136,7 @@ class RewardTrainer:
             group["lr"] = lr
         self._optimizer.step()
         self._masters.write_back()
-        if not all_finite(self._parameters.values()):
+        if not all_finite(self.parameters.values()):
             raise NonFiniteStep(
                 f"step {self.steps_done + 1}: the weights are not finite after an update with learning rate {lr:g} and "
                 f"optimizer.weight_decay {optimizer.weight_decay:g}; lower them"
@@ -154,7 +156,7 @@ class RewardTrainer:
         Raises NonFiniteStep naming a pair whose reward is not finite.
         """
         record = {"step": self.steps_done, "head/weight_norm": head_norm(self.model.classifier.score)}
-        for name, pairs in (("held_out", self.held_out), ("training", self._sample)):
+        for name, pairs in (("held_out", self.held_out), ("training", self.sample)):
             states = pair_states(self.model, pairs, self.config.optimizer.tokens_per_microbatch)
             if bad := first_bad(states.rewards):
                 reward = _reward_of(pairs[bad[1]], bad[0], states.rewards[tuple(bad)])
@@ -168,7 +170,7 @@ class RewardTrainer:
         # of a part of the weights only.
         model = self.config.model
         whole = not model.frozen and model.lora is None
-        masters = dict(zip(self._parameters, self._masters.tensors, strict=True))
+        masters = dict(zip(self.parameters, self._masters.tensors, strict=True))
         self.model.save(directory, masters if whole else None)
 
     def save(self, directory: Path) -> None:
@@ -178,7 +180,7 @@ class RewardTrainer:
         the config. Raises DiskError.
         """
         tensors = {}
-        for (name, parameter), master in zip(self._parameters.items(), self._masters.tensors, strict=True):
+        for (name, parameter), master in zip(self.parameters.items(), self._masters.tensors, strict=True):
             tensors[f"parameter/{name}"] = parameter.detach()
             if master is not parameter:
                 tensors[f"master/{name}"] = master.detach()
@@ -209,7 +211,7 @@ class RewardTrainer:
                     f"{directory}: was trained on other pairs than data.preferences now gives; put those back, or train anew"
                 )
             names = set(file.keys())
-            for (name, parameter), master in zip(self._parameters.items(), self._masters.tensors, strict=True):
+            for (name, parameter), master in zip(self.parameters.items(), self._masters.tensors, strict=True):
                 # Copied into the tensors themselves, since the optimizer holds these very objects.
                 parameter.copy_(file.get_tensor(f"parameter/{name}"))
                 if master is not parameter:
@@ -226,7 +228,7 @@ class RewardTrainer:
         limit = longest_text(self.config.data.max_tokens, self.model.classifier.config)
         return [tokenized(pair, self.model.tokenizer, limit) for pair in pairs]
 
-    def _batch(self, step: int) -> list[int]:
+    def batch(self, step: int) -> list[int]:
         """Indices of the pairs of a step's batch.
 
         They depend on run.seed and the step alone, so a resumed run gets the same batches. Each pass over the data has
@@ -242,7 +244,7 @@ class RewardTrainer:
             batch.append(orders[epoch][at])
         return batch
 
-    def _microbatches(self, batch: Sequence[int]) -> list[list[int]]:
+    def microbatches(self, batch: Sequence[int]) -> list[list[int]]:
         """The batch in parts of at most `optimizer.tokens_per_microbatch` tokens."""
         return microbatches(self.pairs, batch, self.config.optimizer.tokens_per_microbatch)
 
@@ -321,7 +323,7 @@ class RewardTrainer:
         Row 0 is the chosen responses. They are on the CPU.
         """
         references = torch.zeros(2, len(self.pairs))
-        for part in self._microbatches(range(len(self.pairs)))[rank() :: num_ranks()]:
+        for part in self.microbatches(range(len(self.pairs)))[rank() :: num_ranks()]:
             _, logprobs = self._forward(part, with_logprobs=True)
             assert logprobs is not None
             references[:, part] = logprobs.cpu()

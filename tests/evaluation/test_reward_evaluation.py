@@ -107,7 +107,7 @@ def test_texts_that_are_cut_are_counted_once(tiny):
     texts = [("the river :", " warm", True), ("the river :", " warm" * 9, True)]
     scorer.rewards(texts)
     scorer.states(texts)
-    assert scorer.num_cut == 1 and len(scorer._read(texts[1])) == 6
+    assert scorer.num_cut == 1 and len(ensemble.ids(*texts[1], ensemble.max_tokens)) == 6
 
 
 # RM-Bench

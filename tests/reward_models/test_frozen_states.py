@@ -54,7 +54,7 @@ def run_of(config) -> tuple[list[dict], dict]:
     """Metrics of two steps, an evaluation, and the trained parameters."""
     trainer = RewardTrainer(config, load_preference_data(config), config.model.start)
     records = [trainer.step(), trainer.step(), trainer.evaluate()]
-    return records, {name: parameter.detach() for name, parameter in trainer._parameters.items()}
+    return records, {name: parameter.detach() for name, parameter in trainer.parameters.items()}
 
 
 @pytest.mark.parametrize("change", [{}, {"bsr": "squared_mean"}])

@@ -103,7 +103,7 @@ def test_a_run_evaluates_before_its_first_step_on_the_way_and_at_the_end(reward_
 
 def test_the_sample_of_training_pairs_is_the_runs_and_within_them(reward_model_config):
     data = load_preference_data(reward_model_config)
-    samples = [RewardTrainer(reward_model_config, data, reward_model_config.model.start)._sample for _ in range(2)]
+    samples = [RewardTrainer(reward_model_config, data, reward_model_config.model.start).sample for _ in range(2)]
     assert samples[0] == samples[1] and len(samples[0]) == len(data.training) < NUM_SAMPLED
 
 

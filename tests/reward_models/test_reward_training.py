@@ -107,8 +107,8 @@ def test_a_head_of_two_layers_is_whole_for_us_and_no_reward_for_transformers(con
 def test_lora_trains_adapters_and_head_and_is_saved_merged(config, tmp_path):
     config = config.model(lora={"rank": 2, "alpha": 4})
     trainer, _ = trained(config, steps=2)
-    names = {name.rsplit(".", 2)[-2] if "lora" not in name else "lora" for name in trainer._parameters}
-    assert names == {"lora", "score"} and any("lora" in name for name in trainer._parameters)
+    names = {name.rsplit(".", 2)[-2] if "lora" not in name else "lora" for name in trainer.parameters}
+    assert names == {"lora", "score"} and any("lora" in name for name in trainer.parameters)
     trainer.model.save(tmp_path / "model")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert torch.allclose(score(loaded, ids_of(trainer)), score(trainer.model.classifier, ids_of(trainer)), atol=1e-4)
@@ -122,7 +122,7 @@ def test_a_frozen_backbone_stays_as_it_came(config, tmp_path):
     trainer, _ = trained(config, steps=2)
     start = AutoModelForCausalLM.from_pretrained(config.model.start).model.state_dict()
     assert same(start, dict(trainer.model.classifier.model.state_dict()))
-    assert set(trainer._parameters) == {f"classifier.score.{n}" for n in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    assert set(trainer.parameters) == {f"classifier.score.{n}" for n in ("0.weight", "0.bias", "2.weight", "2.bias")}
     assert not same(weights_of(trainer_of(config)), weights_of(trainer))
 
 
@@ -201,7 +201,7 @@ def test_a_tied_lm_head_is_the_embeddings_that_the_classifier_trains(config, tmp
     AutoTokenizer.from_pretrained(config.model.start).save_pretrained(tmp_path / "tied")
     trainer, _ = trained(config.model(start=str(tmp_path / "tied")).loss(regularizer="sft"), steps=1)
     assert trainer.model.language_model.lm_head.weight is trainer.model.classifier.get_input_embeddings().weight
-    assert not any("lm_head" in name for name in trainer._parameters)
+    assert not any("lm_head" in name for name in trainer.parameters)
 
 
 def test_a_prompt_that_is_cut_counts_fewer_tokens(config, tiny):
@@ -230,16 +230,16 @@ def test_micro_batches_give_the_step_of_the_whole_batch(config, loss):
     config = config.loss(**loss)
     whole, [metrics] = trained(config.optimizer(tokens_per_microbatch=10_000), steps=1)
     parts, [same_metrics] = trained(config.optimizer(tokens_per_microbatch=60), steps=1)
-    assert len(parts._microbatches(parts._batch(0))) > 3 and len(whole._microbatches(whole._batch(0))) == 1
+    assert len(parts.microbatches(parts.batch(0))) > 3 and len(whole.microbatches(whole.batch(0))) == 1
     assert metrics == pytest.approx(same_metrics, rel=1e-3, abs=1e-4, nan_ok=True)
-    for (name, a), b in zip(whole._parameters.items(), parts._parameters.values(), strict=True):
+    for (name, a), b in zip(whole.parameters.items(), parts.parameters.values(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5), name
 
 
 def test_the_parts_of_a_batch_are_within_the_limit_and_pairs_of_like_length(config):
     trainer = trainer_of(config.optimizer(tokens_per_microbatch=80, batch_size=30))
-    batch = trainer._batch(0)
-    parts = trainer._microbatches(batch)
+    batch = trainer.batch(0)
+    parts = trainer.microbatches(batch)
     assert sorted(index for part in parts for index in part) == sorted(batch)
     lengths = [[trainer.pairs[index].length for index in part] for part in parts]
     assert all(2 * max(part) * len(part) <= 80 or len(part) == 1 for part in lengths)
@@ -250,7 +250,7 @@ def test_the_parts_of_a_batch_are_within_the_limit_and_pairs_of_like_length(conf
 def two_steps(config):
     """(metrics of both, gradients of the first, weights after the second)."""
     trainer, metrics = trained(config, steps=1)
-    gradients = {name: parameter.grad.clone() for name, parameter in trainer._parameters.items()}
+    gradients = {name: parameter.grad.clone() for name, parameter in trainer.parameters.items()}
     with one_thread():
         metrics.append(trainer.step())
     return metrics, gradients, weights_of(trainer)
@@ -308,7 +308,7 @@ def test_a_cosine_falls_as_that_of_transformers_does(config):
 def test_dropout_is_on_what_the_head_reads_and_in_training_alone(config):
     config = config.head(dropout=0.25)
     trainer, plain = trainer_of(config), trainer_of(config.head(dropout=0.0))
-    part = trainer._batch(0)
+    part = trainer.batch(0)
     pairs = [trainer.pairs[index] for index in part]
     texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     factors = trainer._dropout(part)
@@ -325,10 +325,8 @@ def test_dropout_is_on_what_the_head_reads_and_in_training_alone(config):
 def test_dropout_depends_on_neither_the_microbatches_nor_an_interruption(config, tmp_path):
     config = config.head(dropout=0.5).loss(bsr="squared_mean")
     trainer, other = trainer_of(config), trainer_of(config.optimizer(tokens_per_microbatch=40))
-    assert len(other._microbatches(other._batch(0))) > 1 and trainer.step()["loss"] == pytest.approx(
-        other.step()["loss"]
-    )
-    for (name, one), two in zip(trainer._parameters.items(), other._parameters.values(), strict=True):
+    assert len(other.microbatches(other.batch(0))) > 1 and trainer.step()["loss"] == pytest.approx(other.step()["loss"])
+    for (name, one), two in zip(trainer.parameters.items(), other.parameters.values(), strict=True):
         assert torch.allclose(one.grad, two.grad, atol=1e-5 * one.grad.abs().max().item()), name
     trainer.save(tmp_path / "checkpoint")
     resumed = trainer_of(config)
@@ -353,7 +351,7 @@ def test_a_uniform_head_is_drawn_as_a_linear_layer_of_pytorch_is(config):
 def test_the_margins_of_the_data_enter_the_loss_of_their_own_pairs(config):
     config = config.loss(preference="bt_margin").optimizer(tokens_per_microbatch=60)
     trainer = trainer_of(config)
-    batch = [trainer.pairs[index] for index in trainer._batch(0)]
+    batch = [trainer.pairs[index] for index in trainer.batch(0)]
     with torch.no_grad():
         chosen, rejected = (trainer.model([getattr(pair, of) for pair in batch])[0] for of in ("chosen", "rejected"))
     losses = torch.log1p(torch.exp(rejected - chosen + torch.tensor([pair.margin for pair in batch])))
@@ -361,14 +359,14 @@ def test_the_margins_of_the_data_enter_the_loss_of_their_own_pairs(config):
 
 
 def test_the_order_of_pairs_is_the_seeds(config):
-    batches = [trainer_of(config.data(held_out=0.0).run(seed=seed))._batch(0) for seed in (1, 1, 2)]
+    batches = [trainer_of(config.data(held_out=0.0).run(seed=seed)).batch(0) for seed in (1, 1, 2)]
     assert batches[0] == batches[1] != batches[2]
 
 
 def test_every_pair_has_its_turn_once_per_pass(config):
     trainer = trainer_of(config)
     num = len(trainer.pairs)
-    seen = [index for step in range(num) for index in trainer._batch(step)]  # batch_size passes
+    seen = [index for step in range(num) for index in trainer.batch(step)]  # batch_size passes
     passes = [seen[start : start + num] for start in range(0, len(seen), num)]
     assert all(sorted(one) == list(range(num)) for one in passes) and passes[0] != passes[1]
 

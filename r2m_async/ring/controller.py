@@ -16,7 +16,7 @@ payloads on without reading them. The training loop and the head loop are in thi
 to `embed`, is in rollouts.py: a loop for each rollout actor. A loop of its own ends groups that are late (overage.py).
 Between its groups the last rollout actor answers held-out prompts (evaluations.py).
 
-The same controller runs over Ray (launch/ray_stages.py), in one process (tests) and
+The same controller runs over Ray (launch/ray_stages.py), in one process (`r2m train --in-process`) and
 on a virtual clock (simulator.py).
 """
 

@@ -166,6 +166,8 @@ def dual_clip(inputs: LossInputs, *, c: float = 3.0) -> tuple[Tensor, Tensor]:
 
     Args:
         c: the largest ratio that counts against a response. More than 1.
+
+    Raises ConfigError for another `c`.
     """
     if not c > 1:
         raise ConfigError(f"objective.loss_options.c = {c} would cut into a ratio of 1; use more than 1")
@@ -181,7 +183,9 @@ def cispo(inputs: LossInputs, *, lower: float = 0.0) -> tuple[Tensor, Tensor]:
     sg stops the gradient: the ratio is a weight, and every token keeps a gradient.
 
     Args:
-        lower: the smallest weight, at most 1. The paper has none, which is 0. verl has 1 - clip_low.
+        lower: the smallest weight, from 0 to 1. The paper has none, which is 0. verl has 1 - clip_low.
+
+    Raises ConfigError for another `lower`.
     """
     if not 0 <= lower <= 1:
         raise ConfigError(f"objective.loss_options.lower = {lower} would change a ratio of 1; use 0 to 1")
@@ -209,7 +213,10 @@ def sapo(inputs: LossInputs, *, tau_positive: float = 1.0, tau_negative: float =
     """SAPO: -4 / tau sigmoid(tau (rho - 1)) A, a clip that is soft. arXiv 2511.20347.
 
     Args:
-        tau_positive, tau_negative: tau where A > 0, and elsewhere. The larger, the sooner the gradient fades.
+        tau_positive, tau_negative: tau where A > 0, and elsewhere. Both are above 0. The larger, the sooner the gradient
+            fades.
+
+    Raises ConfigError for another tau.
     """
     if not min(tau_positive, tau_negative) > 0:
         raise ConfigError(

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from r2m_async.data.records import Record, load_records
 from r2m_async.errors import DataError
+from r2m_async.evaluation.win_rate import sigmoid
 
 Array = NDArray[np.float64]
 
@@ -137,7 +138,7 @@ def alpaca_length_controlled(
     judged = ~np.isnan(preferences_M)
     fitted = _cross_validated(features_M3[judged], preferences_M[judged], weights_M[judged])
     return AlpacaLengthControlled(
-        win_rate=float(_sigmoid(gamed.difficulties * fitted[1] + fitted[2]).mean()),
+        win_rate=float(sigmoid(gamed.difficulties * fitted[1] + fitted[2]).mean()),
         length_weight=float(fitted[0]),
         difficulty_weight=float(fitted[1]),
         model_weight=float(fitted[2]),
@@ -165,7 +166,7 @@ def _fit(features_N3: Array, preferences_N: Array, weights_N: Array, c: float) -
 
     theta_3 = np.zeros(3)
     for _ in range(100):
-        p_N = _sigmoid(features_N3 @ theta_3)
+        p_N = sigmoid(features_N3 @ theta_3)
         slope_3 = c * (weights_N * (p_N - preferences_N)) @ features_N3
         curvature_33 = c * (features_N3 * (weights_N * p_N * (1 - p_N))[:, None]).T @ features_N3
         step_3 = _penalised_newton_step(theta_3, slope_3, curvature_33 + 1e-10 * np.eye(3))
@@ -197,9 +198,3 @@ def _losses(z_N: Array, preferences_N: Array) -> Array:
     """[N], the log losses -y log p - (1 - y) log(1 - p) of p = sigmoid(z), in a form that does not overflow."""
     losses: Array = np.logaddexp(0, z_N) - preferences_N * z_N
     return losses
-
-
-def _sigmoid(z_N: Array) -> Array:
-    """[N], 1 / (1 + exp(-z))."""
-    values: Array = np.exp(-np.logaddexp(0, -z_N))
-    return values

@@ -108,20 +108,20 @@ def length_controlled_win_rate(
         return float((np.logaddexp(0, z_N) - y_N * z_N).sum() + weights @ weights / (2 * C))
 
     def gradient(weights: Array) -> Array:
-        return x_N2.T @ (_sigmoid(x_N2 @ weights) - y_N) + weights / C
+        return x_N2.T @ (sigmoid(x_N2 @ weights) - y_N) + weights / C
 
     def hessian(weights: Array) -> Array:
-        p_N = _sigmoid(x_N2 @ weights)
+        p_N = sigmoid(x_N2 @ weights)
         return (x_N2 * (p_N * (1 - p_N))[:, None]).T @ x_N2 + np.eye(2) / C
 
     fit = minimize(loss, np.zeros(2), jac=gradient, hess=hessian, method="trust-exact", options={"gtol": 1e-8})
-    p_N = _sigmoid(x_N2 @ fit.x)
+    p_N = sigmoid(x_N2 @ fit.x)
     # The sandwich estimator: the inverse Hessian on either side of the squared gradients of the groups. It stays valid
     # for groups whose comparisons are correlated, and for preferences between 0 and 1.
     scores_G2 = np.stack([_sums(x_N2[:, k] * (y_N - p_N), groups) for k in range(2)], axis=1)
     bread = np.linalg.inv(hessian(fit.x))
     covariance = bread @ (scores_G2.T @ scores_G2) @ bread * _correction(len(scores_G2))
-    rate = float(_sigmoid(fit.x[0]))
+    rate = float(sigmoid(fit.x[0]))
     return LengthControlled(
         win_rate=Estimate(
             value=rate,
@@ -147,6 +147,6 @@ def _correction(num_groups: int) -> float:
     return num_groups / (num_groups - 1) if num_groups > 1 else math.nan
 
 
-def _sigmoid(z: ArrayLike) -> Array:
-    """1 / (1 + exp(-z)), in a form that does not overflow."""
+def sigmoid(z: ArrayLike) -> Array:
+    """1 / (1 + exp(-z)) of each number of `z`, float64, in a form that does not overflow."""
     return np.exp(-np.logaddexp(0, -np.asarray(z, dtype=np.float64)))

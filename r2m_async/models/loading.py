@@ -136,6 +136,8 @@ def settled(model: Any, device: str = "auto") -> Any:
     """Copies a loaded model's parameters into torch's own memory, moves it to a device, and returns it in eval mode.
 
     device: one of torch's device names, or `auto` for the GPU if there is one and the CPU if not.
+
+    Raises ConfigError for `cuda` where there is no GPU.
     """
     # A loader may leave parameters in a mapped file at odd addresses, and CPU kernels round differently by alignment.
     # Two copies of the same weights would then not compute the same bits.

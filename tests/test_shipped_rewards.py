@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,6 +19,7 @@ from r2m_async.rewards import (
     matches_regex,
     math_answer,
     mathematics,
+    remote_reward,
     tagged,
 )
 
@@ -174,6 +176,12 @@ def test_keywords_are_whole_words():
         ("judge", {"url": "http://h/v1", "model": "m", "low": 5, "high": 5}, "low is 5 and high is 5"),
         ("judge", {"url": "http://h/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}, "has no such variable"),
         ("judge", {"url": "http://h/v1"}, "asks for 'model'"),
+        ("remote_reward", {"url": "http://h"}, "asks for 'reward_model'"),
+        ("remote_reward", {"url": "h", "reward_model": "m"}, "url is 'h'; give the root"),
+        ("remote_reward", {"url": "http://h", "reward_model": 3}, "reward_model is 3; name the model"),
+        ("remote_reward", {"url": "http://h", "reward_model": "no/such"}, "reward_model: 'no/such' cannot be loaded"),
+        ("remote_reward", {"url": "http://h", "reward_model": "m", "endpoint": "score"}, "give classify or pooling"),
+        ("remote_reward", {"url": "http://h", "reward_model": "m", "max_tokens": 1}, "max_tokens is 1; give"),
     ],
 )
 def test_wrong_options_are_refused_before_a_run(function, options, told):
@@ -198,8 +206,9 @@ def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch, functi
 class Reply:
     """An HTTP server that gives every request the same reply, and keeps what it was asked."""
 
-    def __init__(self, status=200, content=""):
-        self.asked, reply = [], json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+    def __init__(self, status=200, content="", reply=None):
+        reply = {"choices": [{"message": {"content": content}}]} if reply is None else reply
+        self.asked, reply = [], (reply if isinstance(reply, str) else json.dumps(reply)).encode()
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(handler):
@@ -261,3 +270,38 @@ def test_the_scale_beside_a_rating_is_not_the_rating(content):
 def test_a_judge_without_a_verdict_has_failed(status, content, told):
     with Reply(status, content) as server, pytest.raises(ValueError, match=told):
         asyncio.run(judge([{"role": "user", "content": "q"}], "a", url=server.url, model="m"))
+
+
+# A reward model on a server
+
+
+def scored(*rewards):
+    return {"data": [{"probs": list(rewards)}]}
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    ("status", "reply", "told"),
+    [
+        (200, scored(0.25, 0.75), "has 2 labels, and a reward model has one"),
+        (200, scored(None), "replied None as the reward of the response ' warm', which is no number"),
+        (200, scored(), "has 0 labels"),
+        (200, {"data": []}, "which has no classifier's numbers"),
+        (200, {"object": "list"}, "which has no classifier's numbers"),
+        (200, "<html>", "replied no JSON: '<html>'; is it the right URL"),
+        (500, "the engine is dead", "refused: status 500, 'the engine is dead'"),
+        (422, {"detail": "Field required"}, "refused: status 422, .*Field required"),
+    ],
+)
+def test_a_reply_without_one_number_is_a_failure(tiny, status, reply, told):
+    turns, model = [{"role": "user", "content": "the river :"}], tiny("llama", True)
+    with Reply(status, reply=reply) as server, pytest.raises(ValueError, match=told):
+        asyncio.run(remote_reward("the river :", turns, " warm", True, url=server.url, reward_model=model))
+
+
+@pytest.mark.models
+def test_a_reward_that_is_not_finite_is_passed_on_to_the_check_of_all_functions(tiny):
+    turns, model = [{"role": "user", "content": "the river :"}], tiny("llama", True)
+    with Reply(reply=scored(math.nan)) as server:
+        reward = asyncio.run(remote_reward("the river :", turns, " warm", True, url=server.url, reward_model=model))
+    assert math.isnan(reward)

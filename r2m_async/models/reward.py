@@ -36,7 +36,7 @@ from r2m_async.finite import check_embeddings, check_weights, response_name, sto
 from r2m_async.models.batches import right_padded
 from r2m_async.models.loading import settled
 from r2m_async.models.pretrained import pretrained_config, pretrained_model, pretrained_tokenizer, quiet
-from r2m_async.models.tokens import num_positions, num_tokens_known, unknown_token
+from r2m_async.models.tokens import num_positions, num_tokens_known, padding_token, unknown_token
 from r2m_async.models.weight_files import SECOND_LAYER
 from r2m_async.plugins import FLOAT32_MAX
 from r2m_async.rewards.calls import Values, start_calls
@@ -102,9 +102,8 @@ def know_padding(model: Any, tokenizer: Any, key: str, name: str | Path) -> None
     embedding for it.
     """
     text_config = model.config.get_text_config()
-    if text_config.pad_token_id is None or text_config.pad_token_id < 0:
-        text_config.pad_token_id = tokenizer.pad_token_id
-    if (pad := text_config.pad_token_id) is None:
+    text_config.pad_token_id = pad = padding_token(tokenizer, model.config)
+    if pad is None:
         raise ConfigError(
             f"{key} {str(name)!r}: neither its config (pad_token_id) nor its tokenizer (pad_token) names a padding token, so "
             f"texts of several lengths cannot be scored together; save it with one"

@@ -79,6 +79,13 @@ def check_tokens(key: str, name: str | Path, tokenizer: Any, config: Any, pads: 
             )
 
 
+def padding_token(tokenizer: Any, config: Any) -> int | None:
+    """Returns the id of the token that pads the texts of a classifier: its config's, or else its tokenizer's."""
+    named = config.get_text_config().pad_token_id
+    padding = tokenizer.pad_token_id if named is None or named < 0 else named
+    return None if padding is None else int(padding)
+
+
 def unknown_token(token_ids: Sequence[int], config: Any) -> int | None:
     """Returns the first token id that a model has no embedding for, or None if it has one for each."""
     rows = num_tokens_known(config)

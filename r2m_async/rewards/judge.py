@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import os
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import regex
 
 from r2m_async.errors import ConfigError
 from r2m_async.rewards.packages import needs
-
-if TYPE_CHECKING:
-    from httpx import AsyncClient
+from r2m_async.rewards.servers import check_server, reply_of
 
 TEMPLATE = """Rate the answer to the question from {low} (useless) to {high} (could not be better). Reply with the number alone.
 
@@ -26,7 +21,6 @@ Answer:
 {response}"""
 """What the judge is told if `template` says nothing else."""
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_MOST_CONNECTIONS = 64
 
 
 async def judge(
@@ -59,7 +53,7 @@ async def judge(
 
     The number in the reply is the rating; `/10` and `out of 10` may stand beside it if `high` is 10. Raises ValueError if
     there is no number or more than one, because which of them rates would be a guess, and if it lies beyond `low` and
-    `high`. Raises httpx.HTTPError if the server cannot be reached or refuses.
+    `high`. Raises ConnectionError if the server cannot be reached, and ValueError if it refuses.
     """
     question = messages[0]["content"] if len(messages) == 1 else _transcript(messages)
     filled = {"prompt": question, "response": response, "low": f"{low:g}", "high": f"{high:g}"}
@@ -72,11 +66,14 @@ async def judge(
         "temperature": temperature,
         **(body or {}),
     }
-    headers = {"Authorization": f"Bearer {os.environ[api_key_env]}"} if api_key_env else {}
-    answer = await _client().post(f"{url.rstrip('/')}/chat/completions", json=request, headers=headers)
-    if answer.is_error:
-        raise ValueError(f"{url} refused: status {answer.status_code}, {answer.text[:500]!r}")
-    reply = answer.json()["choices"][0]["message"]["content"] or ""
+    address = f"{url.rstrip('/')}/chat/completions"
+    replied = await reply_of(address, request, api_key_env)
+    try:
+        reply = replied["choices"][0]["message"]["content"] or ""
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(
+            f"{address} replied {str(replied)[:200]}, which has no message; is it the right URL?"
+        ) from None
     of_scale = rf"(?:/|\bout\s+of)\s*{regex.escape(f'{high:g}')}(?![\d.]*\d)"
     numbers = set(map(float, regex.findall(_NUMBER, regex.sub(of_scale, " ", reply, flags=regex.IGNORECASE))))
     if len(numbers) != 1:
@@ -107,8 +104,7 @@ def _check(
     body: Mapping[str, Any] | None = None,
 ) -> None:
     needs("httpx", "httpx")
-    if not (isinstance(url, str) and url.startswith(("http://", "https://"))):
-        raise ConfigError(f"url is {url!r}; give the root of the server's API, for example http://localhost:8000/v1")
+    check_server(url, api_key_env)
     if not (isinstance(model, str) and model):
         raise ConfigError(f"model is {model!r}; give the name that the server has for its model")
     if not isinstance(template, str) or "{response}" not in template:
@@ -119,23 +115,8 @@ def _check(
         raise ConfigError(f"max_tokens is {max_tokens!r}; give a number of tokens, 1 or more")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature < 0:
         raise ConfigError(f"temperature is {temperature!r}; give a number, 0 or more")
-    if api_key_env is not None and api_key_env not in os.environ:
-        raise ConfigError(f"api_key_env is {api_key_env!r}, and the environment has no such variable; set it")
     if body is not None and not isinstance(body, Mapping):
         raise ConfigError(f"body is {body!r}; give a mapping of further keys of the request")
 
 
 judge.check_options = _check  # type: ignore[attr-defined]
-
-_of_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncClient] = weakref.WeakKeyDictionary()
-
-
-def _client() -> AsyncClient:
-    """The client of the running event loop. It has no deadline: that of the reward function holds."""
-    import httpx
-
-    loop = asyncio.get_running_loop()
-    if loop not in _of_loop:
-        limits = httpx.Limits(max_connections=_MOST_CONNECTIONS)
-        _of_loop[loop] = httpx.AsyncClient(timeout=None, limits=limits)
-    return _of_loop[loop]

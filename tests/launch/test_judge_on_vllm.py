@@ -1,15 +1,9 @@
 """A language model that a real vLLM server on this machine serves judges the responses of a ring."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-
 import pytest
 from tiny import WORDS, save_tiny_model
 from transformers import AutoTokenizer
+from vllm_servers import vllm_server
 
 from r2m_async.launch.ring import Ring
 
@@ -23,35 +17,8 @@ def server(tmp_path_factory):
     directory = tmp_path_factory.mktemp("judge")
     save_tiny_model(directory / "model", "qwen2", False, WORDS, seed=7, width=128)
     (directory / "template.jinja").write_text(TEMPLATE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = (directory / "log").open("w")
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory / "model")]
-    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    command += ["--chat-template", str(directory / "template.jinja"), "--max-model-len", "256", "--dtype", "float32"]
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    process = subprocess.Popen(command, stdout=told, stderr=told, env=environment, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            assert process.poll() is None, (directory / "log").read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.2)
+    with vllm_server(directory / "model", "tiny", "--chat-template", str(directory / "template.jinja")) as url:
         yield f"{url}/v1", "tiny", AutoTokenizer.from_pretrained(directory / "model")
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 def test_a_judge_on_a_vllm_server_rates_every_response_of_a_ring(server, tiny_config):

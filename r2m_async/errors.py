@@ -75,6 +75,10 @@ class FunctionFailed(StepFailed):
     """
 
 
+class FunctionsHang(FunctionFailed):
+    """Too many calls of the user's functions have missed their deadline and still run. More are not begun."""
+
+
 class RewardFailed(FunctionFailed):
     """A reward function failed for a group in every try. The group is given up.
 

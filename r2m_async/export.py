@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from r2m_async.config import R2MConfig
 from r2m_async.data.prompts import policy_reads
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, DataError
 from r2m_async.finite import all_finite
 from r2m_async.launch.prompts import check_columns
 from r2m_async.launch.workload import Models, find_models
@@ -39,7 +39,7 @@ from r2m_async.models.loading import load_policy
 from r2m_async.models.policy import group_feedback
 from r2m_async.models.pretrained import pretrained_generation_config, pretrained_tokenizer, quiet
 from r2m_async.models.reward import embed_group, load_reward_model, save_classifier, scoring_head
-from r2m_async.models.tokens import response_ids
+from r2m_async.models.tokens import check_known, check_tokens, num_positions, response_ids
 from r2m_async.models.weights import load_weights
 from r2m_async.runs.checkpoints import MANIFEST, checkpoints, newest_weights, saved_config, seal, verified
 from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup, Weights
@@ -164,6 +164,9 @@ class RewardScorer:
         self._policy_tokenizer = pretrained_tokenizer("model.policy", policy, trust_remote_code)
         self._reward_model = load_reward_model(str(reward), self._config)
         self._reward_tokenizer = pretrained_tokenizer("reward.model", reward, trust_remote_code)
+        check_tokens("reward.model", reward, self._reward_tokenizer, self._reward_model.config)
+        if self._policy:
+            check_tokens("model.policy", name, self._policy_tokenizer, self._policy.config)
         models = (self._reward_model, self._policy)
         rm_hidden_size, policy_hidden_size = (_hidden_size(model) if model else 0 for model in models)
         head = build_head(scoring_head(self._reward_model), rm_hidden_size, policy_hidden_size, self._config)
@@ -196,7 +199,7 @@ class RewardScorer:
             columns: the columns of a data record that reward functions of the run ask for, for example `answer`.
 
         Returns [n] float32. Raises ValueError if `responses` is a single text, ConfigError if a reward function asks for
-        a column that is not given, and FunctionFailed if one fails.
+        a column that is not given, FunctionFailed if one fails, and DataError for a text that the policy cannot read.
         """
         if isinstance(responses, str):
             raise ValueError(f"responses is one text, {responses[:40]!r}: pass a list of texts")
@@ -222,6 +225,8 @@ class RewardScorer:
 
         def trajectory(response: str) -> Trajectory:
             ids = [*prompt_ids, *response_ids(self._policy_tokenizer, text, prompt_ids, response, finished)]
+            if self._policy:
+                self._check_readable(ids, response)
             return Trajectory(
                 token_ids=torch.tensor(ids),
                 prompt_len=len(prompt_ids),
@@ -234,6 +239,17 @@ class RewardScorer:
         asked = Prompt(prompt_id="score", content=content, text=text, token_ids=tuple(prompt_ids), columns=columns)
         ticket = Ticket(group_id=0, due_step=-1, seed=0, attempt=0, prompt=asked)
         return TrajectoryGroup(ticket=ticket, trajectories=tuple(map(trajectory, responses)), greedy=None)
+
+    def _check_readable(self, ids: Sequence[int], response: str) -> None:
+        """Raises DataError for a text that the policy cannot read: too long, or with a token without embedding."""
+        assert self._policy is not None
+        check_known("the policy", self._policy_tokenizer, ids, self._policy.config)
+        limit = num_positions(self._policy.config)
+        if limit is not None and len(ids) > limit:
+            raise DataError(
+                f"the prompt and the response {response[:60]!r} have {len(ids)} tokens together, and the policy {limit} "
+                f"positions: its states of the rest would mean nothing; shorten them"
+            )
 
 
 def _newest_checkpoint(source: Path) -> Path:

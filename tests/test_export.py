@@ -21,7 +21,7 @@ from r2m_async.cli import main
 from r2m_async.codec import decode
 from r2m_async.config import R2MConfig
 from r2m_async.data.reward_text import reward_input_ids
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, DataError
 from r2m_async.export import RewardScorer, _portable, export
 from r2m_async.launch import ring as launch
 from r2m_async.launch import training
@@ -260,6 +260,10 @@ def test_the_scorer_refuses_what_is_no_export_and_a_text_in_place_of_texts(plain
     ):
         RewardScorer(tmp_path / "out/policy")
     scorer = RewardScorer(str(tmp_path / "out"), device="cpu")
+    with pytest.raises(
+        DataError, match=r"the response ' stone stone.* have 30\d tokens .* and the policy 256 positions"
+    ):
+        scorer.score("the river :", [" warm", " stone" * 300])
     with pytest.raises(ValueError, match="responses is one text, 'the wind': pass a list of texts"):
         scorer.score(TEXT, "the wind")
     assert scorer.score(TEXT, []).shape == (0,)

@@ -17,12 +17,13 @@ from actors.reward_annotator import RewardAnnotator
 from r2m_async import reference
 from r2m_async.cli import main
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, FunctionFailed, RewardFailed
+from r2m_async.errors import ConfigError, FunctionFailed, FunctionsHang, RewardFailed
 from r2m_async.launch.ray_stages import embeds_at_once
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import TicketOffice, resolve
 from r2m_async.models.heads import build_head
 from r2m_async.models.reward import load_reward_model, scoring_head
+from r2m_async.rewards import calls
 from r2m_async.rewards.arguments import Signature, known_arguments
 from r2m_async.rewards.calls import start_calls
 from r2m_async.ring.stages import AnnotatorStage
@@ -265,6 +266,32 @@ def test_a_function_that_never_returns_misses_its_deadline(mine):
     with pytest.raises(FunctionFailed, match="did not return within 0.05 s"):
         values(group_of("a"), {"own": {"function": "mine:blocks", "timeout": 0.05}})
     forever.set()
+
+
+def test_calls_that_never_return_end_the_run_before_their_threads_take_everything(mine, monkeypatch):
+    monkeypatch.setattr(calls, "MOST_LEFT", 2)
+    forever = threading.Event()
+    mine(blocks=lambda response: forever.wait() and 1.0, quick=lambda response: 2.0)
+    # The pauses between tries grow, and the third try is not begun.
+    blocks = {"function": "mine:blocks", "timeout": 0.05, "retries": 9}
+    with pytest.raises(FunctionsHang, match=r"reward.functions.own 'mine:blocks' was not called: 2 calls .* still run"):
+        values(group_of("a"), {"own": blocks})
+    with pytest.raises(FunctionsHang, match="'mine:quick' was not called"):
+        values(group_of("a"), ["mine:quick"])
+    forever.set()
+    for thread in calls._loops().left:
+        thread.join(30)
+    assert values(group_of("a"), ["mine:quick"]) == ((2.0,),)
+
+
+def test_a_column_that_a_function_of_all_misses_is_told_with_those_that_there_are(mine):
+    mine(exact=lambda **given: given["awnser"] == given["response"], own=lambda response, **given: {}["x"])
+    with pytest.raises(
+        FunctionFailed, match=r"KeyError: 'awnser'[\s\S]*is given 'answer', 'prompt', .*for this record"
+    ):
+        values(group_of("a", answer="4"), ["mine:exact"])
+    with pytest.raises(FunctionFailed, match=r"KeyError: 'x'"):
+        values(group_of("a", answer="4"), ["mine:own"])
 
 
 def test_the_first_failure_in_the_order_of_responses_is_told(mine):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from r2m_async import codec
-from r2m_async.data.sources import BrokenRow, Source, decoded, items_of, rows
+from r2m_async.data.sources import BrokenRow, Source, bare, decoded, is_frayed, items_of, rows
 from r2m_async.errors import CodecError, ConfigError, DataError
 
 Content: TypeAlias = str | tuple[tuple[str, str], ...]
@@ -217,6 +217,9 @@ class Record:
             # A field that was given a name hides one that has this name by itself.
             if key == without or (key == called and self.called(key) != called and self.has(key)):
                 continue
+            if is_frayed(key):
+                why = f"the name of the column has white space at an end, so it is not the column {bare(key)!r}"
+                raise self.refusal("column", repr(called), value, why, "rename it, take the field out")
             try:
                 columns[key] = _plain(value)
                 codec.encoded_size({key: columns[key]})

@@ -98,6 +98,7 @@ _PACKED: Mapping[bytes, Callable[..., Any]] = {
 _COLUMNAR = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 """How Parquet files, Arrow files, and streams of Arrow begin."""
 
+_FROM_CR = "convert the ends of its lines, `tr '\\r' '\\n'`"
 _TO_JSONL = "write the records as JSONL, a JSON list, CSV or Parquet"
 _FOREIGN: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xff\xfe", "UTF-16 text", "convert the file, `iconv -f UTF-16 -t UTF-8`"),
@@ -217,6 +218,8 @@ def _refuse_no_lines_of_json(item: str, file: IO[bytes]) -> None:
     """Raises DataError if a file is JSON over several lines, CSV under another name, or other text."""
     first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
     begins = first.lstrip()[:1]
+    if re.match(rb"[^\n]*?\}\s*\r(?!\n)\s*\{", first):
+        raise DataError(f"{item}: its lines end in CR alone, so all of it is one line; {_FROM_CR}")
     if begins == b"{":
         _refuse_several_lines(item, first, file)
     elif re.fullmatch(rb'"?\w+"?([,;\t|]"?\w+"?)+\s*', first):
@@ -266,6 +269,16 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def bare(name: str) -> str:
+    """Returns the name of a column without white space and marks of no width at its ends."""
+    return name.strip(" \t\r\n\v\f\u00a0\u200b\u3000\ufeff")
+
+
+def is_frayed(name: str) -> bool:
+    """Returns whether the name of a column has something at an end that nobody sees."""
+    return bare(name) != name
+
+
 def _csv_rows(item: str, short: str, file: IO[bytes], delimiter: str) -> Iterator[Row]:
     """Yields the rows of a CSV file, whose first line has the names of the columns. Raises DataError."""
     csv.field_size_limit(sys.maxsize)  # the module's own limit is 128 KiB
@@ -295,7 +308,10 @@ def _csv_rows(item: str, short: str, file: IO[bytes], delimiter: str) -> Iterato
             f"{item}, line {reader.line_num + 1}: not UTF-8 at byte {error.start + 1} of the line; convert the file to UTF-8"
         ) from None
     except csv.Error as error:
-        raise DataError(f"{item}, line {begin}: not CSV ({error}); correct the quotes") from None
+        remedy = "correct the quotes"
+        if "new-line character" in str(error):
+            error, remedy = csv.Error("a line ends in CR alone"), f"{_FROM_CR}, or quote the cell that has a CR in it"
+        raise DataError(f"{item}, line {begin}: not CSV ({error}); {remedy}") from None
 
 
 def _check_head(item: str, names: list[str], delimiter: str) -> None:
@@ -305,6 +321,11 @@ def _check_head(item: str, names: list[str], delimiter: str) -> None:
         raise DataError(
             f"{item}, line 1: {names[0]!r} has no {delimiter!r} and has {others[0]!r}: the file has another delimiter; write "
             f"a .csv with commas, or a .tsv with tabs"
+        )
+    if frayed := [name for name in names if is_frayed(name)]:
+        raise DataError(
+            f"{item}, line 1: the name of the column {frayed[0]!r} has white space at an end, so it is not the column "
+            f"{bare(frayed[0])!r}; take it out, and the spaces after the other delimiters, too"
         )
     if twins := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{item}, line 1: two columns are called {twins[0]!r}; rename one")
@@ -330,6 +351,8 @@ def _columnar_rows(item: str, file: IO[bytes], head: bytes) -> Iterator[Mapping[
         else:
             batches = pyarrow.ipc.open_stream(file)
         for batch in batches:
+            if twins := [name for name, count in Counter(batch.schema.names).items() if count > 1]:
+                raise DataError(f"{item}: two columns are called {twins[0]!r}; rename one")
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]

@@ -167,7 +167,9 @@ def write_pool(pool: Sequence[RankedPrompt], path: Path) -> None:
     """Writes a pool as JSONL that `load_pool` reads. Raises DiskError."""
     records = [
         {
-            "prompt": one.prompt,
+            "prompt": one.prompt
+            if isinstance(one.prompt, str)
+            else [{"role": role, "content": said} for role, said in one.prompt],
             "responses": [response.text for response in one.responses],
             "finished": [response.finished for response in one.responses],
             "golds": list(one.golds),

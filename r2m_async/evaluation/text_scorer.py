@@ -17,7 +17,7 @@ from r2m_async.export import is_export
 from r2m_async.from_scratch.embedded import EmbeddedModels, embedded_models
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.models.loading import settled
-from r2m_async.models.reward import know_padding, scored_positions
+from r2m_async.models.reward import scored_positions
 from r2m_async.reward_models.ensemble import RewardEnsemble
 
 
@@ -28,14 +28,13 @@ class TextScorer:
     """
 
     def __init__(self, ensemble: RewardEnsemble) -> None:
-        """Moves the models to their device. Raises ConfigError if there is no padding token."""
+        """Moves the models to their device."""
         self._ensemble = ensemble
         self._ids: dict[Text, list[int]] = {}
         self._limit = ensemble.max_tokens
         self.num_cut = 0
         for model in ensemble.models:
             settled(model, ensemble.config.run.device)
-            know_padding(model, ensemble.tokenizer, "reward model", ensemble.source)
 
     def rewards(self, texts: Sequence[Text]) -> np.ndarray:
         """Rewards [N] of N texts, all finite. Raises ConfigError naming the first text whose reward is not finite."""

@@ -12,8 +12,8 @@ from r2m_async.data.reward_text import Message, reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.models.pretrained import pretrained_tokenizer
-from r2m_async.models.reward import load_classifier, scoring_head
-from r2m_async.models.tokens import check_known, longest_text
+from r2m_async.models.reward import know_padding, load_classifier, scoring_head
+from r2m_async.models.tokens import check_known, check_tokens, longest_text
 from r2m_async.reward_models.config import RewardModelConfig
 
 
@@ -27,7 +27,8 @@ class RewardEnsemble:
             name or a directory. A single model gets the default configuration.
         trust_remote_code: whether Python code that comes with the models' files may be run.
 
-        Raises ConfigError if the run lacks a model that it has yet to train, and if `source` is not a reward model.
+        Raises ConfigError if the run lacks a model that it has yet to train, if `source` is not a reward model, and if it cannot
+        read the special tokens of its tokenizer or no padding token is known.
         """
         self.source = str(source)
         run = Path(source)
@@ -44,6 +45,8 @@ class RewardEnsemble:
         self.tokenizer = pretrained_tokenizer("reward model", directories[0], trust_remote_code)
         for model in self.models:
             scoring_head(model)
+            check_tokens("reward model", self.source, self.tokenizer, model.config)
+            know_padding(model, self.tokenizer, "reward model", self.source)
 
     @property
     def max_tokens(self) -> int:

@@ -10,7 +10,8 @@ A quick `def` is called for one response after the other, in order, as all funct
 returned after `_PATIENCE` is slow, and the next one begins beside it. So functions that wait for something wait
 together, and functions that only compute need not be safe against themselves in other threads.
 
-A thread cannot be stopped. If a `def` misses its deadline, its thread is left behind, and ends with the process.
+A thread cannot be stopped. If a `def` misses its deadline, its thread is left behind, and ends with the process. Once
+`MOST_LEFT` of them still run, no more is begun, and the run ends: they would take all memory or all threads one day.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any, TypeVar
 import torch
 
 from r2m_async.config import R2MConfig, RewardFunction
-from r2m_async.errors import FunctionFailed, RewardFailed, all_at_once
+from r2m_async.errors import FunctionFailed, FunctionsHang, RewardFailed, all_at_once
 from r2m_async.finite import response_name
 from r2m_async.plugins import end_child, finite_number, own_failure
 from r2m_async.rewards.arguments import Signature, find_function, known_arguments
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = 0.02
 """Seconds after which a call counts as slow."""
+MOST_LEFT = 64
+"""The most threads of calls that have missed their deadline and still run."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 30.0
 """Seconds before the first retry, and the most before any. Each pause is twice the one before."""
 
@@ -147,6 +150,8 @@ async def _value(call: _Call, group_id: int) -> float:
     for tries in range(1, retries + 2):
         try:
             return await call.made()
+        except FunctionsHang:
+            raise
         except FunctionFailed as failure:
             if not retries:
                 raise
@@ -175,14 +180,16 @@ class _Call:
 
     async def made(self) -> float:
         """Makes the call, and returns its number. Raises FunctionFailed, also if it takes longer than its timeout."""
-        setting = self.function.setting
+        setting, thread = self.function.setting, None
         if self.function.is_async:
             began = time.monotonic()
             running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._in_loop(), _loops().coroutines))
         else:
             async with _loops().turn:
+                self._check_room()
                 began = time.monotonic()
-                running = asyncio.wrap_future(_in_thread(self._in_thread, setting.function))
+                ended, thread = _in_thread(self._in_thread, setting.function)
+                running = asyncio.wrap_future(ended)
                 await asyncio.wait([running], timeout=min(_PATIENCE, setting.timeout))
         try:
             await asyncio.wait([running], timeout=max(0.0, began + setting.timeout - time.monotonic()))
@@ -194,9 +201,22 @@ class _Call:
             # The function's own code may cancel its task. Nobody else does before the deadline.
             early = running.done() and time.monotonic() < began + setting.timeout
         finally:
+            if thread is not None and not running.done():
+                _loops().left.append(thread)
             running.cancel()
         why = "was cancelled by itself" if early else f"did not return within {setting.timeout:g} s, its timeout"
         raise FunctionFailed(f"{self.place}: {self.function.key} {setting.function!r} {why}")
+
+    def _check_room(self) -> None:
+        """Raises FunctionsHang if too many threads were left behind and still run."""
+        loops = _loops()
+        loops.left = [thread for thread in loops.left if thread.is_alive()]
+        if len(loops.left) >= MOST_LEFT:
+            raise FunctionsHang(
+                f"{self.place}: {self.function.key} {self.function.setting.function!r} was not called: {len(loops.left)} calls "
+                f"of reward functions were given up, most for their timeout, and still run in threads that nobody can stop; "
+                f"give what the functions wait for a deadline of its own, or make them `async def`"
+            )
 
     # Errors are results here. Raised, SystemExit would end a thread or a loop without a word.
 
@@ -255,16 +275,24 @@ class _Call:
         # The next frame is that of `_begun`, where the function was called and not awaited.
         if error.__traceback__ and (inner := error.__traceback__.tb_next) and inner.tb_frame.f_code is _BEGUN:
             what, frames = own_failure(error.with_traceback(inner))
+        given = ""
+        if (
+            isinstance(error, KeyError)
+            and error.args
+            and self.function.signature.takes_all
+            and error.args[0] not in self.known
+        ):
+            given = f"\n(the function is given {', '.join(map(repr, self.known))} for this record, and its options)"
         return FunctionFailed(
-            f"{self.place}: {self.function.key} {self.function.setting.function!r} raised {what}{frames}"
+            f"{self.place}: {self.function.key} {self.function.setting.function!r} raised {what}{frames}{given}"
         )
 
 
 _BEGUN = _Call._begun.__code__
 
 
-def _in_thread(work: Callable[[], T], name: str) -> Future[T]:
-    """Runs something in a new thread, which does not keep the process from ending."""
+def _in_thread(work: Callable[[], T], name: str) -> tuple[Future[T], threading.Thread]:
+    """Runs something in a new thread, which does not keep the process from ending. Returns its result, and the thread."""
     ended: Future[T] = Future()
 
     def run() -> None:
@@ -272,8 +300,9 @@ def _in_thread(work: Callable[[], T], name: str) -> Future[T]:
         if ended.set_running_or_notify_cancel():  # else its deadline has passed, and nobody waits for it
             ended.set_result(result)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return ended
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return ended, thread
 
 
 class _Loops:
@@ -285,6 +314,8 @@ class _Loops:
         self.supervisor = self._turning("reward-supervisor")
         self.coroutines = self._turning("reward-coroutines")
         """Where the `async def` functions run. One that blocks holds up the others, but not their deadlines."""
+        self.left: list[threading.Thread] = []
+        """The threads whose calls were given up. Some may have ended since. The supervisor's loop alone changes it."""
         self.turn = asyncio.Lock()
         """Whoever holds it may start a call of a `def`. It is given in the order in which it is asked for."""
 

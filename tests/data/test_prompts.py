@@ -336,3 +336,10 @@ def test_a_folder_of_empty_files_is_told_as_one(tmp_path):
     (tmp_path / "folder" / "a.jsonl").touch()
     with pytest.raises(DataError, match="neither a file nor a data set that can be read"):
         list(read_records(str(tmp_path / "folder")))
+
+
+@pytest.mark.parametrize("name", [" answer", "answer\u200b", "\ufeffanswer", "answer\n"])
+def test_a_column_whose_name_has_something_at_an_end_that_nobody_sees_is_refused(tmp_path, name):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", name: "4"}) + "\n")
+    with pytest.raises(DataError, match="line 1: .*white space at an end, so it is not the column 'answer'; rename it"):
+        load_prompts(tmp_path / "a.jsonl", tokenizer=byte_tokenizer(), max_prompt_tokens=9)

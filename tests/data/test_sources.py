@@ -34,6 +34,16 @@ def delimited(records=PAIRS, delimiter=","):
     return text.getvalue().encode()
 
 
+def twins():
+    import pyarrow
+    import pyarrow.parquet
+
+    column, out = pyarrow.array(["a"]), io.BytesIO()
+    table = pyarrow.Table.from_arrays([column] * 4, names=["prompt", "chosen", "rejected", "chosen"])
+    pyarrow.parquet.write_table(table, out)
+    return out.getvalue()
+
+
 def columnar(kind):
     import pyarrow
     import pyarrow.parquet
@@ -134,6 +144,17 @@ FOREIGN = [
     ("prompts.txt", lambda: b"Say hello.\nName a colour:\n", "no line of it is an object, it begins 'Say hello.'"),
     ("pairs.yaml", lambda: b"- prompt: a\n  chosen: b\n", "no line of it is an object"),
     ("pairs.csv", lambda: b"prompt,chosen,prompt\na,b,c\n", "two columns are called 'prompt'"),
+    ("pairs.csv", lambda: b"prompt, chosen,rejected\na,b,c\n", "column ' chosen' has white space at an end"),
+    ("pairs.tsv", lambda: b"prompt\tchosen \trejected\na\tb\tc\n", "column 'chosen ' has white space at an end"),
+    ("pairs.csv", lambda: b"\xef\xbb\xbf\xef\xbb\xbfprompt,chosen,rejected\na,b,c\n", "it is not the column 'prompt'"),
+    (
+        "pairs.csv",
+        lambda: b"prompt,chosen,rejected\ra,b,c\r",
+        "a line ends in CR alone); convert the ends of its lines",
+    ),
+    ("pairs.csv", lambda: b"prompt,chosen,rejected\na,b\rb,c\n", "line 2: not CSV (a line ends in CR alone)"),
+    ("pairs.jsonl", lambda: lines().replace(b"\n", b"\r"), "its lines end in CR alone, so all of it is one line"),
+    ("pairs.parquet", lambda: twins(), "two columns are called 'chosen'"),
     ("pairs.csv", lambda: b'prompt,chosen,rejected\na,b,"c\n', "line 2: not CSV (unexpected end of data)"),
     ("pairs.csv", lambda: b"prompt,chosen,rejected\na,b,c\na,caf\xe9,c\n", "line 3: not UTF-8 at byte 6 of the line"),
     ("pairs.jsonl.gz", lambda: gzip.compress(lines())[:-12], "cannot be read"),

@@ -4,9 +4,13 @@ import json
 import math
 import os
 from itertools import combinations, permutations
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError, DataError
@@ -21,6 +25,7 @@ from r2m_async.evaluation.best_of_n import (
     sizes,
     write_pool,
 )
+from r2m_async.evaluation.ranked_prompts import RankedPrompt, Response
 from r2m_async.from_scratch import embedded
 from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS, gold_reward, prompts
 from r2m_async.reward_models.ensemble import RewardEnsemble
@@ -183,6 +188,26 @@ def test_a_pool_is_written_whole_or_not_at_all(pool_file, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         write_pool(pool, tmp_path / "interrupted.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["pool.jsonl"]  # the fixture's
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(str.strip)
+TURNS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXTS), max_size=3)
+CONTENTS = TEXTS | st.tuples(TURNS, TEXTS).map(lambda one: (*one[0], ("user", one[1])))
+SAID = st.text(st.characters(codec="utf-8"), max_size=8)
+RESPONSES = st.lists(st.builds(Response, text=SAID, finished=st.booleans()), min_size=1, max_size=3)
+GOLDS = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=3, max_size=3)
+
+
+@given(st.lists(st.tuples(CONTENTS, RESPONSES, GOLDS), min_size=1, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_a_pool_of_texts_and_conversations_survives_its_file(drawn):
+    pool = tuple(
+        RankedPrompt(prompt=prompt, responses=tuple(responses), golds=tuple(golds[: len(responses)]))
+        for prompt, responses, golds in drawn
+    )
+    with TemporaryDirectory() as directory:
+        write_pool(pool, Path(directory) / "pool.jsonl")
+        assert load_pool(Path(directory) / "pool.jsonl") == pool
 
 
 @pytest.mark.models

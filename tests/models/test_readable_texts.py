@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from r2m_async.cli import main
 from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.prompts import prompt_text
+from r2m_async.errors import ConfigError
 from r2m_async.reward_models.ensemble import RewardEnsemble
 
 TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -104,3 +105,13 @@ def test_a_refusal_says_which_turns_and_why(tiny, folder):
         prompt_text((("user", "hi"),), AutoTokenizer.from_pretrained("reward"))
     with pytest.raises(TemplateRefusal, match=r"assistant: ' warm'"):
         RewardEnsemble("reward").score([("user", "hi")], [" warm"])
+
+
+@pytest.mark.parametrize("what", ["eos_token", "bos_token", "pad_token"])
+def test_a_reward_model_that_lacks_its_tokenizers_special_token_scores_nothing(folder, what):
+    change_tokenizer(folder / "reward", lambda tokenizer: setattr(tokenizer, what, "<|new|>"))
+    if what == "pad_token":
+        config = json.loads((folder / "reward" / "config.json").read_text())
+        (folder / "reward" / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    with pytest.raises(ConfigError, match="reward.*embeddings for"):
+        RewardEnsemble("reward")

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+import vllm
 from safetensors.torch import save_file
 from torch import Tensor
 from vllm import SamplingParams
@@ -139,8 +140,8 @@ class VLLMEngine:
         Returns measurements: the seconds that the engine took to start and to load, the seconds for which requests
         waited, and the MB/s at which the weights came meanwhile.
 
-        Raises WeightMismatch if the engine does not have the learner's weights, or does not compute with them. Raises
-        StageLost if the weights could not be loaded.
+        Raises WeightMismatch if the engine does not have the learner's weights, or does not compute with them;
+        ConfigError if it computes another model with the weights of version 0. Raises StageLost if the weights could not be loaded.
         """
         began = time.perf_counter()
         digests = weights.probe.digests if weights.probe else {}
@@ -188,7 +189,7 @@ class VLLMEngine:
         """Compares the engine's log-probabilities of the probe's tokens with the learner's.
 
         Digests show that the weights arrived. Only this shows that the model computes with them. Raises WeightMismatch
-        if they differ by more than PROBE_TOLERANCE.
+        if they differ by more than PROBE_TOLERANCE, but ConfigError for version 0: vLLM then has no such model.
         """
         rollouts = self._config.rollouts
         # One token less than vLLM's limit, because it has to generate one.
@@ -202,13 +203,23 @@ class VLLMEngine:
         theirs = probe.logprobs[: len(own)]
         distance, size = (own - theirs).abs().mean().item(), theirs.abs().mean().item()
         limit = PROBE_TOLERANCE[self._config.model.dtype] * size
-        if not distance <= limit:  # this way round, so that NaN is refused, too
-            raise WeightMismatch(
-                f"the vLLM engine at policy version {version}: every parameter arrived as it was sent, and the log-probabilities "
-                f"of the probe's tokens differ from the learner's by {distance:.2g} nats in the mean. They are {size:.3g} nats "
-                f"in the mean, and in {self._config.model.dtype} a distance of at most {limit:.2g} is rounding: the engine does "
-                f"not compute with these weights; use rollouts.engine 'transformers'"
+        if distance <= limit:
+            return
+        # NaN is no smaller, and refused, too.
+        found = (
+            f"every parameter arrived as it was sent, and the log-probabilities of the probe's tokens differ from the learner's "
+            f"by {distance:.2g} nats in the mean. They are {size:.3g} nats in the mean, and in {self._config.model.dtype} a "
+            f"distance of at most {limit:.2g} is rounding"
+        )
+        if version == 0:  # learner and engine have read the same files, and nothing was trained yet
+            raise ConfigError(
+                f"rollouts.engine is 'vllm' and model.policy is {self._config.model.policy!r}: vLLM {vllm.__version__} computes "
+                f"another model than transformers from its files: {found}; use rollouts.engine 'transformers'"
             )
+        raise WeightMismatch(
+            f"the vLLM engine at policy version {version}: {found}: the engine does not compute with these weights; use "
+            f"rollouts.engine 'transformers'"
+        )
 
     # Groups
 

@@ -219,7 +219,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
     def told(result: dict[str, Any], what: str) -> str:
         if "error" in result:
-            return "computes another model" if result["error"].startswith("WeightMismatch") else "does not start"
+            return "computes another model" if "computes another model" in result["error"] else "does not start"
         return f"{max(result[what]):.0e}"
 
     lines = [

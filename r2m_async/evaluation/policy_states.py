@@ -20,7 +20,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -89,7 +89,8 @@ def policy_states(sources: PolicySources, embedded: EmbeddedModels | None = None
     if reward_model is None and (sources.policy == "embedded" or is_export(sources.policy)):
         reward_model = sources.policy
     with one_thread():
-        ids, means_LND = _read(sources.policy, texts, config.data.max_tokens, embedded, sources.trust_remote_code)
+        read = _read(sources.policy, texts, config.data.max_tokens, embedded, sources.trust_remote_code)
+        means_LND = read.means
         rewards_N = None
         if reward_model is not None:
             ensemble = load_ensemble(reward_model, sources.max_tokens, embedded, sources.trust_remote_code)
@@ -98,17 +99,17 @@ def policy_states(sources: PolicySources, embedded: EmbeddedModels | None = None
         deep = round(DEEP * (len(means_LND) - 1))
         last = {sources.policy: means_LND[-1]}
         for name in sources.later:
-            own_ids, own_LND = _read(name, texts, config.data.max_tokens, embedded, sources.trust_remote_code)
+            own = _read(name, texts, config.data.max_tokens, embedded, sources.trust_remote_code)
             # Means over tokens can be compared only if both policies read the same tokens.
-            _check_comparable(sources.policy, name, ids == own_ids, means_LND[-1].shape == own_LND[-1].shape)
-            last[name] = own_LND[-1]
+            _check_comparable(sources.policy, name, read.ids == own.ids, means_LND[-1].shape == own.means[-1].shape)
+            last[name] = own.means[-1]
     return {
         "policy": sources.policy,
         "reward_model": reward_model,
         "seed": sources.seed,
         "num_pairs": len(pairs),
-        "max_tokens": config.data.max_tokens,
-        "num_texts_cut": sum(len(one) > config.data.max_tokens for one in ids),
+        "max_tokens": read.max_tokens,
+        "num_texts_cut": read.num_cut,
         "similarity": preference_comparison(means_LND, rewards_N, deep, rng),
         "drift": _drift_results(last) if sources.later else None,
     }
@@ -156,14 +157,21 @@ def _pairs(sources: PolicySources, config: RewardModelConfig) -> Sequence[Scored
     return pairs
 
 
-def _read(
-    name: str, texts: Sequence[Text], max_tokens: int, embedded: EmbeddedModels | None, trust: bool
-) -> tuple[list[list[int]], np.ndarray]:
-    """Loads a policy and reads the texts with it.
+class _Read(NamedTuple):
+    """What a policy has read, and its hidden states."""
 
-    Returns the token ids of the texts before they are cut to `max_tokens`, and the `layer_means` [L, N, D] of the texts
-    after that. Raises ConfigError for a policy that cannot be loaded.
-    """
+    ids: list[list[int]]
+    """The token ids of the texts, at most `max_tokens` of each."""
+    means: np.ndarray
+    """[L, N, D], the `layer_means` of the texts."""
+    max_tokens: int
+    """The most tokens of a text: as asked for, or the policy's positions if they are fewer."""
+    num_cut: int
+    """How many texts were longer, and lost their beginning."""
+
+
+def _read(name: str, texts: Sequence[Text], max_tokens: int, embedded: EmbeddedModels | None, trust: bool) -> _Read:
+    """Loads a policy and reads the texts with it. Raises ConfigError for a policy that cannot be loaded."""
     directory = str(Path(name, "policy")) if is_export(name) else name
     if name == "embedded":
         from r2m_async.from_scratch.embedded import embedded_models
@@ -189,8 +197,13 @@ def _read(
 
     whole = [ids(text) for text in texts]
     limit = longest_text(max_tokens, model.config)
-    # Padding is masked, so any token id will do for it.
-    return whole, layer_means(model.base_model, [one[-limit:] for one in whole], padding=0)
+    cut = [one[-limit:] for one in whole]
+    return _Read(
+        ids=cut,
+        means=layer_means(model.base_model, cut, padding=0),  # padding is masked, so any token id will do for it
+        max_tokens=limit,
+        num_cut=sum(len(one) > limit for one in whole),
+    )
 
 
 def _check_comparable(policy: str, later: str, same_tokens: bool, same_shape: bool) -> None:

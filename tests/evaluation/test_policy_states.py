@@ -104,6 +104,22 @@ def test_texts_that_are_too_long_keep_their_end_and_are_counted(tiny, pairs_file
     assert results["similarity"]["correlation"] is None and results["drift"] is None
 
 
+def test_texts_that_are_longer_than_the_policys_positions_are_counted_and_compared_with_none(
+    tiny, pairs_file, tmp_path
+):
+    policy, short = tiny("qwen2", False), tmp_path / "short"
+    shutil.copytree(policy, short)
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 6}
+    (short / "config.json").write_text(json.dumps(config))
+    results = policy_states(PolicySources(policy=str(short), pairs=str(pairs_file)))
+    assert results["max_tokens"] == 6
+    cut = policy_states(PolicySources(policy=policy, pairs=str(pairs_file), max_tokens=6))
+    assert results["num_texts_cut"] == cut["num_texts_cut"] > 0
+    assert results["similarity"]["same"] == cut["similarity"]["same"]
+    with pytest.raises(ConfigError, match="has other tokens of the same texts"):
+        policy_states(PolicySources(policy=policy, pairs=str(pairs_file), later=(str(short),)))
+
+
 def test_an_export_is_read_with_its_own_reward_model_by_the_command(
     tiny_config, pairs_file, tmp_path, monkeypatch, capsys
 ):

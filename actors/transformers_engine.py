@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from r2m_async.config import R2MConfig
-from r2m_async.models.generation import sample_groups
+from r2m_async.models.generation import play_with_model, sample_groups
+from r2m_async.models.plays import rollout_function
 from r2m_async.models.policy import group_feedback
 from r2m_async.models.weights import load_weights
 from r2m_async.trajectories import PolicyFeedback, Ticket, TrajectoryGroup, Weights
@@ -23,11 +24,14 @@ class TransformersEngine:
             tokenizer: the policy's tokenizer.
             config: the run's config.
             greedy_twin: whether every group gets one more response, which is decoded greedily.
+
+        Raises ConfigError if `rollouts.function` names no function that can be called.
         """
         self._model = model
         self._tokenizer = tokenizer
         self._config = config
         self._greedy_twin = greedy_twin
+        self._function = rollout_function(config)
         self._version = 0
         self._aborted: tuple[int, int] | None = None
         """The group and attempt that `abort` named last. `abort` runs in another thread than `generate`."""
@@ -48,7 +52,8 @@ class TransformersEngine:
     def generate(self, ticket: Ticket) -> tuple[TrajectoryGroup, PolicyFeedback | None]:
         """Generates one group and its feedback (`RolloutEngine.generate`).
 
-        Raises NonFiniteStep if the policy gives no finite probability for a token.
+        Raises NonFiniteStep if the policy gives no finite probability for a token, and FunctionFailed if the user's
+        rollout function fails.
         """
         return self.generate_batch([ticket])[0]
 
@@ -56,9 +61,31 @@ class TransformersEngine:
         """Generates the groups of several tickets as one batch, which is much faster for small models.
 
         Returns what `generate` returns, per ticket. The size of the batch may change how log-probabilities are rounded.
-        Raises NonFiniteStep if the policy gives no finite probability for a token.
+        With a rollout function of the user's there is no batch: each response is alone. Raises what `generate` raises.
         """
-        groups = sample_groups(
+        groups = self._played(tickets) if self._function else self._sampled(tickets)
+        return [(whole, self._feedback(whole.finished())) for whole in groups]
+
+    def _played(self, tickets: Sequence[Ticket]) -> list[TrajectoryGroup]:
+        """The groups as the user's rollout function drives them."""
+        assert self._function is not None
+        return [
+            play_with_model(
+                self._function,
+                self._model,
+                self._tokenizer,
+                ticket,
+                self._config,
+                greedy_twin=self._greedy_twin,
+                version=self._version,
+                aborted=self._is_aborted,
+            )
+            for ticket in tickets
+        ]
+
+    def _sampled(self, tickets: Sequence[Ticket]) -> list[TrajectoryGroup]:
+        """The groups of single turns, as one batch."""
+        return sample_groups(
             self._model,
             self._tokenizer,
             tickets,
@@ -67,9 +94,11 @@ class TransformersEngine:
             max_new_tokens=self._config.rollouts.max_new_tokens,
             greedy_twin=self._greedy_twin,
             version=self._version,
-            aborted=lambda ticket: self._aborted == (ticket.group_id, ticket.attempt),
+            aborted=self._is_aborted,
         )
-        return [(whole, self._feedback(whole.finished())) for whole in groups]
+
+    def _is_aborted(self, ticket: Ticket) -> bool:
+        return self._aborted == (ticket.group_id, ticket.attempt)
 
     def _feedback(self, group: TrajectoryGroup) -> PolicyFeedback | None:
         """The policy's hidden states on a finished group, from another forward pass; None if nobody reads them."""

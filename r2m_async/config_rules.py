@@ -84,6 +84,39 @@ def options_of_vllm_need_vllm(rollouts: RolloutsSection) -> str | None:
     )
 
 
+def options_of_a_rollout_function_need_one(rollouts: RolloutsSection) -> str | None:
+    """Keys about `rollouts.function` need that function."""
+    if rollouts.function is not None:
+        return None
+    return one_per_line(
+        f"rollouts.{key} is {getattr(rollouts, key)} and rollouts.function is None: there is no function that it is about; "
+        f"name one, or leave rollouts.{key} out"
+        for key in changed(rollouts, "function_options", "function_timeout")
+    )
+
+
+def a_rollout_function_is_told_of_before_its_actor_is_killed(rollouts: RolloutsSection) -> str | None:
+    """A function that hangs must end the run with its name, before the actor counts as hung and is replaced."""
+    if rollouts.function is None or rollouts.function_timeout < rollouts.hang_after:
+        return None
+    return (
+        f"rollouts.function_timeout is {rollouts.function_timeout:g} and rollouts.hang_after is {rollouts.hang_after:g}: an "
+        f"actor whose function hangs would be killed before anybody is told why; use a smaller function_timeout, or a "
+        f"larger hang_after"
+    )
+
+
+def turns_on_transformers_are_sampled_alone(rollouts: RolloutsSection) -> str | None:
+    """With a rollout function the transformers engine has no batch, so several groups at once would gain nothing."""
+    if rollouts.function is None or rollouts.engine == "vllm" or rollouts.concurrent_groups == 1:
+        return None
+    return (
+        f"rollouts.concurrent_groups is {rollouts.concurrent_groups} and rollouts.function is {rollouts.function!r}: engine "
+        f"{rollouts.engine!r} samples the turns of a rollout function one at a time; use engine 'vllm', or leave "
+        f"concurrent_groups out"
+    )
+
+
 def direct_transports_need_an_engine_that_receives(weights: WeightsSection, rollouts: RolloutsSection) -> str | None:
     """If the learner sends weights itself, the engine must be able to receive them. Only a vllm engine is."""
     if not weights.direct or rollouts.engine == "vllm":
@@ -442,6 +475,9 @@ RULES: tuple[Rule, ...] = (
     exact_lag_takes_one_group_at_a_time,
     exact_lag_needs_one_rank,
     options_of_vllm_need_vllm,
+    options_of_a_rollout_function_need_one,
+    a_rollout_function_is_told_of_before_its_actor_is_killed,
+    turns_on_transformers_are_sampled_alone,
     direct_transports_need_an_engine_that_receives,
     direct_transports_keep_no_old_versions,
     a_stale_cache_needs_updates_in_flight,

@@ -297,7 +297,15 @@ class RolloutsSection(Section):
     max_prompt_tokens: int = Field(512, gt=0)
     """The most tokens of a prompt. A longer prompt is a bad record (`data.on_bad_record`)."""
     max_new_tokens: int = Field(512, gt=0)
-    """The most tokens of a response. A longer response is cut there."""
+    """The most tokens of a response. A longer response is cut there. What an environment writes into it counts, too."""
+    function: str | None = None
+    """The user's own rollout function as `module:attr`, an `async def` that drives each response through several turns with
+    tools or an environment (`docs/rollouts.md`). None: a response is one turn of the policy."""
+    function_options: Options = Field(default_factory=dict)
+    """Keyword arguments of the rollout function."""
+    function_timeout: float = Field(600.0, gt=0)
+    """Seconds that the rollout function may take for one response, what the policy samples not counted. A function that
+    takes longer ends the run."""
     max_restarts: int = Field(3, ge=0)
     """How many times in a row a rollout actor may die, without finishing a group in between. One death more ends the
     run. 0: the first death ends the run."""

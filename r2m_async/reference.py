@@ -26,9 +26,10 @@ from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep, RewardF
 from r2m_async.finite import all_finite
 from r2m_async.launch.workload import TicketOffice, Workload, resolve
 from r2m_async.models.critic import load_critic, proximal_values, response_values
-from r2m_async.models.generation import sample_groups
+from r2m_async.models.generation import play_with_model, sample_groups
 from r2m_async.models.heads import HeldHead, build_head, improve_head, reward_spread, score_group
 from r2m_async.models.loading import load_policy, one_thread
+from r2m_async.models.plays import rollout_function
 from r2m_async.models.policy import (
     behaviour_logprobs,
     feedback_states,
@@ -130,6 +131,7 @@ class _Algorithm1:
 
     def __init__(self, config: R2MConfig, workload: Workload, engine: Any) -> None:
         self._config, self._engine, self._estimator = config, engine, workload.estimator
+        self._function = rollout_function(config)
         self._policy = load_policy(workload.policy, config)
         self._reference = load_policy(workload.reference, config)
         self._reward_model = load_reward_model(workload.reward_model, config) if workload.reward_model else None
@@ -216,17 +218,28 @@ class _Algorithm1:
         config, rollouts, sampler = self._config, self._config.rollouts, self._policies[version]
         if self._engine is not None:
             return self._engine.generate(ticket)
-        # One group at a time, as in an exact ring: the number of groups in a batch changes the rounding.
-        (group,) = sample_groups(  # 2, 5
-            sampler,
-            self._policy_tokenizer,
-            [ticket],
-            num_responses=rollouts.group_size,
-            temperature=rollouts.temperature,
-            max_new_tokens=rollouts.max_new_tokens,
-            greedy_twin=self._estimator.needs_greedy,
-            version=version,
-        )
+        if self._function is not None:  # 2, 5, in several turns
+            group = play_with_model(
+                self._function,
+                sampler,
+                self._policy_tokenizer,
+                ticket,
+                config,
+                greedy_twin=self._estimator.needs_greedy,
+                version=version,
+            )
+        else:
+            # One group at a time, as in an exact ring: the number of groups in a batch changes the rounding.
+            (group,) = sample_groups(  # 2, 5
+                sampler,
+                self._policy_tokenizer,
+                [ticket],
+                num_responses=rollouts.group_size,
+                temperature=rollouts.temperature,
+                max_new_tokens=rollouts.max_new_tokens,
+                greedy_twin=self._estimator.needs_greedy,
+                version=version,
+            )
         return group, group_feedback(sampler, group, config, version) if config.wants_rollout_states else None  # 6
 
     def _embed(self, group: TrajectoryGroup) -> RewardEmbeddings | None:

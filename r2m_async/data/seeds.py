@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-_PERMUTATION, _SAMPLING = 1, 2
-"""Two marks, of which every key holds one: the first for orders of prompts, the second for seeds of groups.
+_PERMUTATION, _SAMPLING, _TURNS = 1, 2, 3
+"""Three marks, of which every key holds one: for orders of prompts, for seeds of groups, and for seeds of turns.
 
 They must not be 0, because numpy takes a key that ends with zeros for the key without them.
 """
@@ -44,6 +44,20 @@ def sampling_seed(seed: int, group_id: int, stream: int = Stream.ROLLOUTS) -> in
     A seed has 63 hashed bits. The odds that two of a run's first million groups share one are 1 in 10**7.
     """
     entropy = np.random.SeedSequence([seed, group_id, _SAMPLING, int(stream)])
+    return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+ENVIRONMENT = 2**32 - 1
+"""In the place of a turn's number: the seed is for the environment, and not for the policy."""
+
+
+def turn_seed(group_seed: int, response: int, turn: int) -> int:
+    """Returns the seed of one turn of a response that a user's rollout function drives, a number in [0, 2**63).
+
+    group_seed: the seed of the group, `Ticket.seed`. response: its index in the group. turn: counted from 0, or
+    `ENVIRONMENT`.
+    """
+    entropy = np.random.SeedSequence([group_seed, response, _TURNS, turn])
     return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

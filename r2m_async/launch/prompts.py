@@ -16,7 +16,7 @@ from r2m_async.errors import ConfigError
 from r2m_async.from_scratch import language
 from r2m_async.launch.model_checks import Reader, prompt_check, shown
 from r2m_async.plugins import nearest
-from r2m_async.rewards.arguments import KNOWN
+from r2m_async.rewards.arguments import INFO, KNOWN
 from r2m_async.rewards.calls import functions_of, gold_of
 from r2m_async.trajectories import Prompt
 
@@ -106,14 +106,16 @@ def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str
     """
     gold = gold_of(config)
     functions, first = [*functions_of(config), *([gold] if gold else [])], dict[str, tuple[str | None, str]]()
-    for record, columns in records:
+    noted = () if config.rollouts.function is None else (INFO,)
+    for record, own_columns in records:
+        columns = (*own_columns, *noted)
         for one in functions:
             style, asks = one.signature.style(columns), f"{one.key} {one.setting.function!r}"
             if style is None and (unknown := one.signature.unknown(columns)):
                 raise ConfigError(
                     f"{asks} asks for {' and '.join(map(repr, unknown))}, and {record} has no such column"
-                    f"{nearest(unknown[0], [*KNOWN, *columns])}; a reward function is given {', '.join(KNOWN)}, the columns "
-                    f"of the record ({', '.join(columns) or 'none here'}) and its `options`; give the parameter a "
+                    f"{nearest(unknown[0], [*KNOWN, *columns])}; a reward function is given {', '.join((*KNOWN, *noted))}, the columns "
+                    f"of the record ({', '.join(own_columns) or 'none here'}) and its `options`; give the parameter a "
                     f"default, or take the function out"
                 )
             known, since = first.setdefault(one.key + one.name, (style, record))

@@ -28,6 +28,7 @@ from r2m_async.launch.model_checks import (
 )
 from r2m_async.launch.prompts import check_columns, column_bytes, read_prompts, record_options
 from r2m_async.models.attention import check_attention
+from r2m_async.models.plays import INFO_BYTES, rollout_function
 from r2m_async.models.pretrained import brings_code, pretrained_config
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.policy_losses import CLIPS, Loss, check_loss_options, get_loss
@@ -384,12 +385,12 @@ def check_engine(config: R2MConfig) -> None:
 
 
 def check_functions(config: R2MConfig) -> None:
-    """Raises ConfigError if a function of `reward.functions` or `evaluation.gold` cannot be found or called.
+    """Raises ConfigError if `rollouts.function`, `reward.functions` or `evaluation.gold` cannot be found or called.
 
     What a reward function asks for of the data is checked by `check_columns`, once the data is read. The embedded
     language has no columns, so with it everything is checked here.
     """
-    all_at_once(lambda: functions_of(config), lambda: gold_of(config))
+    all_at_once(lambda: rollout_function(config), lambda: functions_of(config), lambda: gold_of(config))
     if config.data.prompts == "embedded":
         check_columns(config, [("the embedded language", ())])
 
@@ -407,7 +408,8 @@ def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_
 
     A token takes 16 bytes for its id, its log-probability and its version. A response also takes 256 bytes per token
     for its text, and 4 D_m bytes for its reward token embedding. The prompt takes 512 bytes per token. The constants
-    are for names and headers. The columns of the prompt come on top (`column_bytes`).
+    are for names and headers. The columns of the prompt come on top (`column_bytes`). With `rollouts.function` a token
+    takes one byte more, for its mask, and a response up to INFO_BYTES for what the function notes.
 
     Args:
         config: the config of the run.
@@ -419,6 +421,8 @@ def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_
     width = {"float32": 4, "bfloat16": 2}[config.feedback_dtype] if config.reads_feedback else 0
     tokens = prompt + new
     per_response = 16 * tokens + 256 * new + 2 * width * (tokens - 1) * policy_hidden_size + 4 * reward_hidden_size
+    if config.rollouts.function is not None:
+        per_response += tokens + INFO_BYTES
     return (config.rollouts.group_size + greedy_twin) * (per_response + 1024) + 512 * prompt + 4096
 
 

@@ -10,6 +10,9 @@ batches.py           forms batches of texts: which go together, and how they are
 policy.py            computes log-probabilities and hidden states of given trajectories
 policy_objective.py  computes the advantages of a step and the policy loss (Eq. 2) of one microbatch
 generation.py        samples groups of responses with transformers
+conversation.py      holds the tokens of one response, which a policy and an environment write in turns
+plays.py             generates a group with the user's rollout function
+turns.py             defines what such a function's turn asks of an engine, and what the engine answers
 generator.py         defines what an engine for a fixed policy is asked and returns, and has one on transformers
 reward.py            splits the reward model into backbone and scoring head, and adds the user's reward functions
 reward_scale.py      centres and normalises the rewards of a step

@@ -3,6 +3,9 @@
 A ticket gives one prompt and one seed. Its group has K sampled responses and, where the advantage estimator asks for
 it, a greedy twin: one more response that takes the most likely token each time.
 
+With the user's rollout function (`rollouts.function`) a response has several turns. They are sampled one at a time, each
+alone, and each turn computes all tokens before it anew.
+
 Every token is kept with its log-probability under the distribution that it was drawn from. Sampling is plain. Top-p,
 top-k or penalties would bias the ratio of Eq. 2, so `load_policy` drops those that a model's files ask for.
 
@@ -12,6 +15,7 @@ Shapes: R rows (all responses of all groups in the batch), V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +29,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from r2m_async.config import R2MConfig
 from r2m_async.finite import no_probability
+from r2m_async.models.plays import RolloutFunction, play_group
 from r2m_async.models.tokens import ResponseText, end_of_text
+from r2m_async.models.turns import Sampled, SampledTurn, TurnRequest
 from r2m_async.trajectories import Ticket, Trajectory, TrajectoryGroup
 
 
@@ -46,7 +53,10 @@ class _Draw(LogitsProcessor):
         temperature: float,
         version: int,
         device: Any,
+        turn: TurnRequest | None = None,
     ) -> None:
+        """turn: the turn that is drawn, if there is one row, whose ticket has that turn's seed."""
+        self._turn = turn
         self._tickets, self._num_responses, self._num_rows = tickets, num_responses, num_rows
         self._version = version
         self._generators = [torch.Generator(device).manual_seed(ticket.seed) for ticket in tickets]
@@ -68,6 +78,8 @@ class _Draw(LogitsProcessor):
         if broken_R.any():  # checked before the draw, because a draw from NaN ends the process on a GPU
             group, response = divmod(int(broken_R.nonzero()[0]), self._num_rows)
             token = len(self._logprobs)
+            if self._turn:
+                response, token = self._turn.response, self._turn.num_before + token
             raise no_probability(self._tickets[group], response, self._num_responses, token, self._version)
         # Greedy twins keep this token; the sampled rows are overwritten.
         drawn_R1 = logprobs_RV.argmax(-1, keepdim=True)
@@ -100,6 +112,95 @@ class _Aborted(StoppingCriteria):
                 self.ends[index] = input_ids.shape[1]
         done = torch.tensor([end is not None for end in self.ends], device=input_ids.device)
         return done.repeat_interleave(self._num_rows)
+
+
+class _Stopped(StoppingCriteria):
+    """Ends a turn as soon as its text has a stop string."""
+
+    def __init__(self, turn: TurnRequest) -> None:
+        self._turn = turn
+        self.stop: str | None = None
+        """The stop string that was found."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Returns [1] bool."""
+        if self._turn.stop_in is not None:
+            self.stop = self._turn.stop_in(input_ids[0, len(self._turn.token_ids) :].tolist())
+        return torch.tensor([self.stop is not None], device=input_ids.device)
+
+
+def play_with_model(
+    function: RolloutFunction,
+    model: Any,
+    tokenizer: Any,
+    ticket: Ticket,
+    config: R2MConfig,
+    *,
+    greedy_twin: bool,
+    version: int,
+    aborted: Callable[[Ticket], bool] = lambda _: False,
+) -> TrajectoryGroup:
+    """Generates the group of a ticket with the user's rollout function, one response after the other.
+
+    function: what `rollout_function` returned. config: the run's config. The other arguments are those of
+        `sample_groups`.
+
+    The group is a function of the weights and the ticket, if the user's function is one of what it is given.
+
+    Raises FunctionFailed if the function fails, and NonFiniteStep as `sample_groups` does.
+    """
+
+    def sample(turn: TurnRequest, done: Callable[[Sampled], None]) -> None:
+        done(sample_turn(model, tokenizer, ticket, turn, config, version=version, aborted=aborted))
+
+    return play_group(
+        function,
+        ticket,
+        sample,
+        tokenizer=tokenizer,
+        ends=end_of_text(tokenizer, model.config, model.generation_config),
+        twin=greedy_twin,
+        config=config,
+        aborted=lambda: aborted(ticket),
+    )
+
+
+@torch.no_grad()
+def sample_turn(
+    model: Any,
+    tokenizer: Any,
+    ticket: Ticket,
+    turn: TurnRequest,
+    config: R2MConfig,
+    *,
+    version: int,
+    aborted: Callable[[Ticket], bool] = lambda _: False,
+) -> SampledTurn:
+    """Samples one turn of a response, alone. Arguments and errors are those of `play_with_model`."""
+    ends = end_of_text(tokenizer, model.config, model.generation_config)
+    temperature, num_sampled = config.rollouts.temperature, int(turn.seed is not None)
+    of_turn = ticket if turn.seed is None else replace(ticket, seed=turn.seed)
+    draw = _Draw([of_turn], num_sampled, 1, temperature, version, model.device, turn)
+    aborts, stopped = _Aborted([ticket], 1, aborted), _Stopped(turn)
+    input_ids = torch.tensor([turn.token_ids], device=model.device)
+    sequence = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=GenerationConfig(
+            max_new_tokens=turn.max_new_tokens, eos_token_id=list(ends), pad_token_id=ends[0], do_sample=False
+        ),
+        logits_processor=LogitsProcessorList([draw]),
+        stopping_criteria=StoppingCriteriaList([aborts, stopped]),
+    )[0].cpu()
+    drawn = sequence[len(turn.token_ids) :].tolist()
+    ended = drawn[-1] in ends or stopped.stop is not None
+    return SampledTurn(
+        token_ids=drawn,
+        logprobs=draw.logprobs()[0].tolist(),
+        versions=[version] * len(drawn),
+        finish_reason="stop" if ended else "length" if len(drawn) == turn.max_new_tokens else "abort",
+        stop=None if drawn[-1] in ends else stopped.stop,
+    )
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ parameters with other names is called as f(prompt, response), as all functions o
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from r2m_async.trajectories import Prompt, Trajectory
 
 KNOWN = ("prompt", "response", "messages", "tokens", "finished")
 """The names of the arguments that every reward function can ask for, whatever the data has."""
+INFO = "info"
+"""One more such name if there is a `rollouts.function`. Without one it is a column's name like any other."""
 
 
 def known_arguments(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
@@ -30,6 +33,8 @@ def known_arguments(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
     - `tokens`: the tokens of the response, a list of integers; those alone that the policy wrote.
     - `finished`: whether the policy ended the response itself.
 
+    - `info`: what the user's rollout function noted in `Rollout.info`, if there is a `rollouts.function`.
+
     The columns of the data record come besides. A column with one of the names above is not given.
     """
     turns = (("user", prompt.content),) if isinstance(prompt.content, str) else prompt.content
@@ -40,6 +45,7 @@ def known_arguments(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
         "messages": [{"role": role, "content": content} for role, content in turns],
         "tokens": trajectory.of_policy(trajectory.token_ids).tolist(),
         "finished": trajectory.finish_reason == "stop",
+        **({} if trajectory.info is None else {INFO: copy.deepcopy(dict(trajectory.info))}),
     }
 
 
@@ -62,6 +68,8 @@ class Signature:
     """What it is given by position, if it is not given what it names."""
     fits_places: bool
     """Whether it can be called in this way: as many values fit, and no name says that they mean something else."""
+    about: tuple[str, ...] = _ABOUT_THE_RESPONSE
+    """The names that are about the response. A function that asks for one of them is called by name."""
 
     @classmethod
     def of(
@@ -69,12 +77,15 @@ class Signature:
         function: Callable[..., Any],
         options: Collection[str] = (),
         places: tuple[str, ...] = ("prompt", "response"),
+        noted: bool = False,
     ) -> Signature:
         """Reads the signature of a function.
 
         options: the names of the options that it is called with.
         places: the names of what functions of its kind were always given by position.
+        noted: whether `info` means what a rollout function noted, and no column of the data.
         """
+        about = (*_ABOUT_THE_RESPONSE, *([INFO] if noted else []))
         try:
             signature = inspect.signature(function)
         except (ValueError, TypeError):  # some functions written in C have none
@@ -86,7 +97,7 @@ class Signature:
         try:
             signature.bind(*places, **dict.fromkeys(options))
             # A name of its own (`text`) may mean any of them, and `prompt` and `response` mean themselves.
-            meant = [name == own or name not in KNOWN for name, own in zip(first, places, strict=False)]
+            meant = [name == own or name not in (*KNOWN, *about) for name, own in zip(first, places, strict=False)]
         except TypeError:
             meant = [False]
         return cls(
@@ -96,6 +107,7 @@ class Signature:
             takes_all=any(one.kind is one.VAR_KEYWORD for one in kinds),
             places=places,
             fits_places=all(meant),
+            about=about,
         )
 
     def style(self, columns: Collection[str]) -> Literal["keywords", "places"] | None:
@@ -108,7 +120,7 @@ class Signature:
         as the data has a column `answer`.
         """
         asks = {*self.required, *self.optional}
-        by_name = self.takes_all or not asks.isdisjoint(_ABOUT_THE_RESPONSE)
+        by_name = self.takes_all or not asks.isdisjoint(self.about)
         if by_name and not self.unknown(columns):
             return "keywords"
         return "places" if self.fits_places or not self.unknown(columns) else None

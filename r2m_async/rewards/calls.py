@@ -85,7 +85,7 @@ def functions_of(config: R2MConfig) -> list[_Function]:
     def find(name: str, setting: RewardFunction) -> None:
         key = "reward.functions" if listed else f"reward.functions.{name}"
         call = find_function(key, setting)
-        signature = Signature.of(call, setting.options)
+        signature = Signature.of(call, setting.options, noted=config.rollouts.function is not None)
         found.append(_Function(key=key, name=name, setting=setting, call=call, signature=signature))
 
     all_at_once(*(functools.partial(find, *item) for item in config.reward.named_functions.items()))

@@ -8,7 +8,7 @@ import pytest
 from rings import assert_same_bits, record_groups
 
 from r2m_async import reference
-from r2m_async.errors import StageLost
+from r2m_async.errors import FunctionFailed, StageLost
 from r2m_async.launch.ring import Ring
 
 pytestmark = [pytest.mark.ring, pytest.mark.usefixtures("ray_session")]
@@ -127,3 +127,29 @@ def test_a_dead_learner_ends_the_run_by_its_name_instead_of_hanging(tiny_config)
         with pytest.raises(StageLost, match="policy-learner was lost"):
             while True:
                 ring.step()
+
+
+def test_a_ring_with_a_rollout_function_survives_kill_minus_9_with_the_same_bits(tiny_config):
+    config = tiny_config.run(num_steps=6).rollouts(num_actors=2, function="plays:mixed", max_new_tokens=12)
+    with Ring.of(config) as ring:
+        seen = record_groups(ring)
+        for step in range(6):
+            if step in (2, 4):
+                kill_one_rollout_actor(ring)
+            assert ring.step()["length/turns"] > 0
+        ring.drain()
+        assert ring.controller.schedule.reissued["actor_died"] >= 1
+        assert_same_bits(ring, reference.train(config), seen)
+
+
+def test_a_rollout_function_that_fails_on_ray_is_told_of_with_the_users_traceback(tiny_config):
+    config = tiny_config.rollouts(function="plays:raises")
+    with (
+        pytest.raises(
+            FunctionFailed,
+            match=r"(?s)^step 0, group \d .*response 0: rollouts.function 'plays:raises' raised KeyError.*, in raises",
+        ) as failed,
+        Ring.of(config) as ring,
+    ):
+        ring.step()
+    assert "ray" not in str(failed.value).lower().replace("array", "")

@@ -5,6 +5,7 @@ reward_annotator.py     embeds responses with the frozen reward model and scores
 rollout_actor.py        turns tickets into groups of responses, with one engine
 transformers_engine.py  the engine on transformers' `generate`
 vllm_engine.py          the engine on vLLM
+vllm_turns.py           samples the turns of a group on vLLM, for a rollout function of the user's
 vllm_drivers.py         two ways to run vLLM: step by step in this process, or in processes of its own
 vllm_worker.py          the worker inside vLLM's processes, which copies hidden states out
 vllm_weights.py         how weights reach vLLM's workers, and how they are checked there

@@ -13,7 +13,8 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,9 @@ class Request:
     params: SamplingParams
     cache_salt: str
     """Two requests share entries of the prefix cache only if they have the same salt."""
+    ends: Callable[[Sequence[int]], bool] | None = None
+    """Is given the tokens of the one response so far, and says whether it ends there. vLLM may then have sampled more.
+    None: vLLM alone ends it."""
 
     @property
     def prompt(self) -> dict[str, Any]:
@@ -76,7 +80,7 @@ class _Aborted:
 
     An abort may come before its request. The name is then kept, so that the request ends as soon as it comes. Some
     requests never come: they had ended before the abort, or their attempt was lost on its way. So only the newest
-    `LIMIT` names are kept. The names that still matter are among them, because an actor has at most two requests per
+    `LIMIT` names are kept. The names that still matter are among them, because an actor has only some requests for each
     group that it generates at once.
     """
 
@@ -141,6 +145,11 @@ class Driver(ABC):
         ...
 
     @abstractmethod
+    def start(self, request: Request, done: Callable[[Completed | BaseException], None]) -> None:
+        """Begins with a request. Calls `done` once, from any thread, with what it generated or with what went wrong."""
+        ...
+
+    @abstractmethod
     def abort(self, request_ids: list[str]) -> None:
         """Ends the requests of these names. One that has not come yet ends as soon as it comes."""
 
@@ -190,6 +199,8 @@ class SteppedDriver(Driver):
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self._owner: int | None = None
         self._running: dict[str, Completed] = {}
+        self._ends: dict[str, Callable[[Sequence[int]], bool]] = {}
+        """What else ends a running request, by its name."""
         self._finished: set[str] = set()
         self._aborted = _Aborted()
 
@@ -199,6 +210,8 @@ class SteppedDriver(Driver):
         with self._alone():
             for request in requests:
                 self._running[request.request_id] = Completed()
+                if request.ends:
+                    self._ends[request.request_id] = request.ends
                 if request.request_id in self._aborted:
                     self._finished.add(request.request_id)
                 else:
@@ -209,8 +222,19 @@ class SteppedDriver(Driver):
                 if ids <= self._finished:
                     self._finished -= ids
                     self._aborted.forget(ids)
+                    for name in ids:
+                        self._ends.pop(name, None)
                     return [self._running.pop(request.request_id) for request in requests]
                 self._step()
+
+    def start(self, request: Request, done: Callable[[Completed | BaseException], None]) -> None:
+        """Takes steps until the request has ended (`Driver.start`)."""
+        try:
+            (completed,) = self.generate([request])
+        except Exception as error:
+            done(error)
+        else:
+            done(completed)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -239,6 +263,10 @@ class SteppedDriver(Driver):
             # An output has all tokens of its response so far, so it takes the place of the older one.
             completed.outputs |= {one.index: one for one in output.outputs}
             completed.prompt_logprobs = output.prompt_logprobs or completed.prompt_logprobs
+            ends = self._ends.get(output.request_id)
+            if not output.finished and ends and ends(completed.outputs[0].token_ids):
+                self._engine.abort_request([output.request_id])
+                self._finished.add(output.request_id)
             if output.finished:
                 self._finished.add(output.request_id)
 
@@ -319,21 +347,36 @@ class AsyncDriver(Driver):
 
         return self._run(all_of_them())
 
+    def start(self, request: Request, done: Callable[[Completed | BaseException], None]) -> None:
+        """Begins with a request (`Driver.start`)."""
+
+        def ended(future: Future[Completed]) -> None:
+            error = future.exception()
+            if isinstance(error, EngineDeadError):
+                error = _engine_died(error)
+            done(future.result() if error is None else error)
+
+        asyncio.run_coroutine_threadsafe(self._generate(request), self._loop).add_done_callback(ended)
+
     async def _generate(self, request: Request) -> Completed:
         """Runs one request to its end."""
-        completed, name = Completed(), request.request_id
+        completed, name, cut = Completed(), request.request_id, False
         try:
             # Nothing is awaited between this look and the name's entry among the running requests. So an abort is seen
             # either here or, because it repeats itself while the request runs, by vLLM.
             if name in self._aborted:
                 return completed
             params = request.params.clone()
-            params.output_kind = RequestOutputKind.FINAL_ONLY
+            params.output_kind = RequestOutputKind.CUMULATIVE if request.ends else RequestOutputKind.FINAL_ONLY
             self._running.add(name)
             async for output in self._engine.generate(request.prompt, params, name):
                 completed.outputs = {one.index: one for one in output.outputs if one is not None}
                 completed.prompt_logprobs = output.prompt_logprobs
-            if name in self._aborted:
+                if request.ends and not (cut or output.finished) and request.ends(completed.outputs[0].token_ids):
+                    # vLLM has taken the request in, so it hears this abort, and the outputs end.
+                    cut = True
+                    await self._engine.abort([name])
+            if cut or name in self._aborted:
                 # The step that the request was in may still be writing states into the group's block of the slab.
                 await self._engine.collective_rpc("r2m_settle", self._timeout)
         finally:
@@ -397,7 +440,11 @@ class AsyncDriver(Driver):
         try:
             return future.result(timeout)
         except EngineDeadError as error:
-            raise StageLost(None, f"vLLM's engine process died: {error}") from error
+            raise _engine_died(error) from error
         except TimeoutError:
             future.cancel()
             raise StageLost(None, f"vLLM's engine process did not answer within {timeout} s") from None
+
+
+def _engine_died(error: EngineDeadError) -> StageLost:
+    return StageLost(None, f"vLLM's engine process died: {error}")

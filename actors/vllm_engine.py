@@ -1,8 +1,9 @@
 """The rollout engine on vLLM.
 
 It batches groups continuously, gets the policy's hidden states from vLLM's worker, and checks the weights it is sent.
-A group is one request for K responses, and one more request if the group has a greedy twin. `vllm_drivers` says how
-vLLM is run, and `vllm_worker` is what runs inside it.
+A group is one request for K responses, and one more request if the group has a greedy twin. With a rollout function of
+the user's (`rollouts.function`) each turn is a request (`vllm_turns`). `vllm_drivers` says how vLLM is run, and
+`vllm_worker` is what runs inside it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 import queue
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,10 +31,12 @@ from vllm.platforms import current_platform
 from actors.state_slab import DIRECTORY, SlabShape, StateSlab, create_slab_file
 from actors.vllm_drivers import AsyncDriver, Completed, Driver, Request, SteppedDriver
 from actors.vllm_models import check_model, or_refused
+from actors.vllm_turns import GroupOfTurns, sampled_tokens
 from actors.vllm_weights import BACKENDS, NOT_AS_SENT
 from actors.vllm_worker import SEQUENCE
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StageLost, WeightMismatch
+from r2m_async.models.plays import RolloutFunction, play_group, rollout_function
 from r2m_async.models.pretrained import pretrained_config, pretrained_generation_config
 from r2m_async.models.tokens import ResponseText, end_of_text
 from r2m_async.trajectories import PolicyFeedback, Ticket, Trajectory, TrajectoryGroup, WeightProbe, Weights
@@ -58,6 +62,10 @@ one of the 128 tokens that vLLM takes there."""
 _CPU_CACHE_BYTES = (64 << 20, 1 << 30)
 """The smallest and the largest key-value cache on a CPU, in bytes. vLLM fills the cache with zeros when it starts,
 which takes several seconds per GiB."""
+
+
+_MOST_ABORTS = 1024
+"""How many attempts are remembered that were aborted before they began."""
 
 
 class VLLMEngine:
@@ -86,6 +94,13 @@ class VLLMEngine:
             )
         )
         self._version = 0
+        self._function = rollout_function(config)
+        self._playing: dict[str, GroupOfTurns] = {}
+        """The groups that a rollout function is driving, by the name of the attempt."""
+        self._aborts: dict[str, None] = {}
+        """The attempts that were aborted before they began. The newest are the last."""
+        self._lock = threading.Lock()
+        """Guards both."""
         self._slab: StateSlab | None = None
         self._blocks: queue.SimpleQueue[int] = queue.SimpleQueue()
         """The slab's free blocks."""
@@ -226,31 +241,77 @@ class VLLMEngine:
     def generate(self, ticket: Ticket) -> tuple[TrajectoryGroup, PolicyFeedback | None]:
         """Generates a ticket's group and its feedback (`RolloutEngine.generate`).
 
-        If hidden states are kept and all blocks of the slab are taken, it waits for a free one.
+        If hidden states are kept and all blocks of the slab are taken, it waits for a free one. Raises FunctionFailed if
+        the user's rollout function fails.
         """
         # A group takes its whole block before its first request. So a slab that is full cannot stop a group half-way.
         block = self._blocks.get() if self._slab else None
         try:
             if self._slab and block is not None:
                 self._slab.clear(block)
-            requests = self._requests(ticket, block)
-            try:
-                completed = self._driver.generate(requests)
-            except Exception:
-                # Requests of this group may still run. They must end before `finally` gives their block away.
-                with suppress(StageLost):
-                    self._driver.abort([request.request_id for request in requests])
-                raise
-            whole = self._group(ticket, completed)
+            whole = self._played(self._function, ticket, block) if self._function else self._sampled(ticket, block)
             return whole, self._feedback(whole, block) if self._slab and block is not None else None
         finally:
             if block is not None:
                 self._blocks.put(block)
 
+    def _sampled(self, ticket: Ticket, block: int | None) -> TrajectoryGroup:
+        """A group of single turns."""
+        requests = self._requests(ticket, block)
+        try:
+            completed = self._driver.generate(requests)
+        except Exception:
+            # Requests of this group may still run. They must end before their block is given away.
+            with suppress(StageLost):
+                self._driver.abort([request.request_id for request in requests])
+            raise
+        return self._group(ticket, completed)
+
+    def _played(self, function: RolloutFunction, ticket: Ticket, block: int | None) -> TrajectoryGroup:
+        """A group that the user's function drives. The function may be left behind, but no request of the group is."""
+        num = self._config.rollouts.group_size + self._twin
+        turns = GroupOfTurns(
+            driver=self._driver,
+            name=_attempt(ticket.group_id, ticket.attempt),
+            first_sequence=None if block is None else block * num,
+            eos_ids=self._eos_ids,
+            config=self._config,
+            version=lambda: self._version,
+        )
+        with self._lock:
+            self._playing[turns.name] = turns
+            turns.aborted = turns.name in self._aborts
+        try:
+            whole = play_group(
+                function,
+                ticket,
+                turns.sample,
+                tokenizer=self._tokenizer,
+                ends=self._eos_ids,
+                twin=self._twin,
+                config=self._config,
+                # Which requests share a step changes how numbers are rounded. So an exact run has one at a time.
+                at_once=num if self._config.asynchronous else 1,
+                aborted=lambda: turns.aborted,
+            )
+            turns.end()
+            if block is not None:
+                turns.compute_states(whole)
+            return whole
+        except Exception:
+            # As in `_sampled`.
+            with suppress(StageLost):
+                turns.end()
+            raise
+        finally:
+            with self._lock:
+                del self._playing[turns.name]
+                self._aborts.pop(turns.name, None)
+
     def _requests(self, ticket: Ticket, block: int | None) -> list[Request]:
         """The requests of a group: one for its K responses, and one for its greedy twin."""
         rollouts = self._config.rollouts
-        name = f"{ticket.group_id}.{ticket.attempt}"
+        name = _attempt(ticket.group_id, ticket.attempt)
 
         def request(suffix: str, sequence: int, **how: Any) -> Request:
             # The worker writes the states of response k into the k-th sequence after this one.
@@ -285,20 +346,13 @@ class VLLMEngine:
         self, prompt: tuple[int, ...], output: CompletionOutput | None, text_of: ResponseText
     ) -> Trajectory:
         """The trajectory of one response. Without an output of vLLM's the response is empty and aborted."""
-        response = list(output.token_ids) if output else []
-        logprobs = (
-            [step[token].logprob for step, token in zip(output.logprobs or [], response, strict=True)] if output else []
-        )
-        # vLLM says which version sampled which tokens. Tokens of which it says nothing get the version loaded last.
-        versions = torch.full((len(response),), self._version, dtype=torch.int32)
-        for span in (output.weight_versions or []) if output else []:
-            versions[span.start : span.end] = int(span.version)
+        response, logprobs, versions = sampled_tokens(output, self._version)
         finish = output.finish_reason if output else None
         return Trajectory(
             token_ids=torch.tensor([*prompt, *response]),
             prompt_len=len(prompt),
             behaviour_logprobs=torch.tensor([0.0] * len(prompt) + logprobs),
-            policy_versions=torch.cat([torch.full((len(prompt),), -1, dtype=torch.int32), versions]),
+            policy_versions=torch.tensor([-1] * len(prompt) + versions, dtype=torch.int32),
             finish_reason=finish if finish in ("stop", "length") else "abort",
             text=text_of(response),
         )
@@ -325,12 +379,28 @@ class VLLMEngine:
 
     def abort(self, group_id: int, attempt: int) -> None:
         """Ends the requests of this attempt, running or about to start (`RolloutEngine.abort`)."""
-        name = f"{group_id}.{attempt}"
-        self._driver.abort([name, f"{name}.greedy"])
+        name = _attempt(group_id, attempt)
+        if not self._function:
+            self._driver.abort([name, f"{name}.greedy"])
+            return
+        with self._lock:
+            turns = self._playing.get(name)
+            if turns is None:
+                self._aborts[name] = None
+                # Some attempts never come. Only the newest names can still matter.
+                for old in list(self._aborts)[:-_MOST_ABORTS]:
+                    del self._aborts[old]
+        if turns is not None:
+            turns.abort()
 
     def close(self) -> None:
         """Shuts vLLM down."""
         self._driver.close()
+
+
+def _attempt(group_id: int, attempt: int) -> str:
+    """The name of an attempt at a group, from which the names of its requests are made. It has no underscore."""
+    return f"{group_id}.{attempt}"
 
 
 @contextmanager

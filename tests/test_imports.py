@@ -51,7 +51,7 @@ ONLY = {
     "learners": {"r2m_async.launch.makers"},
     "ray": {"r2m_async.launch.ray_connection", "r2m_async.launch.ray_stages", "r2m_async.algorithm"},
     "vllm": {
-        *(f"actors.vllm_{name}" for name in ("engine", "drivers", "offline", "models", "worker", "weights")),
+        *(f"actors.vllm_{name}" for name in ("engine", "drivers", "offline", "models", "turns", "worker", "weights")),
         "learners.weight_sender",
     },
     "deepspeed": {"learners.deepspeed_backend"},

@@ -108,11 +108,11 @@ def with_flipped_bit(weights, name):
 
 
 def logprob_error(model, trajectories, config, where=slice(None)):
-    """Largest distance of behaviour log-probs from transformers', over `where` of the responses."""
+    """Largest distance of behaviour log-probs from transformers', over `where` of the policy's tokens."""
     expected = token_logprobs(model, trajectories, config)
     worst = 0.0
     for row, trajectory in zip(expected, trajectories, strict=True):
-        ours = trajectory.behaviour_logprobs[trajectory.prompt_len :]
+        ours = trajectory.of_policy(trajectory.behaviour_logprobs)
         difference = (ours - row[: len(ours)])[where]
         worst = max(worst, difference.abs().max().item() if len(difference) else 0.0)
     return worst

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "rollouts.engine_options.enforce_eager",
     "rollouts.max_restarts",
     "rollouts.hang_after",
+    "rollouts.function_timeout",
     "scheduling.overage_after",
     "scheduling.stall_after",
     "queue.max_bytes",

@@ -120,6 +120,7 @@ def play_group(
                 running.append(waiting.pop())
                 running[-1].begin()
             if aborted():
+                _settle(running, events)
                 break
             for play in running:
                 play.check_time()
@@ -181,6 +182,9 @@ class _Play:
         """The call, once the loop has begun it. Only the loop's thread looks at it."""
         self.gone = threading.Event()
         """Set once the function does not run any more, or never will."""
+        self.settled = threading.Event()
+        """Set while no turn is being sampled."""
+        self.settled.set()
         self._lock = threading.Lock()
         """Guards all that follows: a function that was left behind may still run while its trajectory is made."""
         self._closed = False
@@ -229,6 +233,7 @@ class _Play:
             )
             asked: Future[Turn] = Future()
             self._asked, self._in_turn = asked, True
+            self.settled.clear()
             self._clock(False)
         self._tell((self, request))
         turn = await asyncio.wrap_future(asked)
@@ -326,12 +331,15 @@ class _Play:
     def sampled(self, request: TurnRequest, turn: Sampled) -> None:
         """Writes down what the policy sampled, and lets the function go on. It may be called from any thread."""
         if isinstance(turn, BaseException):
+            self.settled.set()
             self._tell((self, turn))
             return
         with self._lock:
+            # The turn of a function that was left behind may come after the trajectory was made.
             if self._closed or self._asked is None:
                 return
             self._conversation.add_sampled(turn.token_ids, turn.logprobs, turn.versions)
+            self.settled.set()
             # An aborted turn is not handed out: the group ends, and the function with it.
             if turn.finish_reason == "abort":
                 return
@@ -415,6 +423,18 @@ class _Play:
 
 
 _Event: TypeAlias = "tuple[_Play, TurnRequest | _Outcome | BaseException]"
+
+
+def _settle(plays: Sequence[_Play], events: queue.SimpleQueue[_Event]) -> None:
+    """Waits a little for the tokens of turns that were being sampled when their group was aborted."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            play, what = events.get_nowait()
+            if isinstance(what, TurnRequest):
+                play.settled.set()  # nobody has begun to sample this turn
+    deadline = time.monotonic() + _LAST_WORDS
+    for play in plays:
+        play.settled.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _is_end(error: BaseException) -> bool:

@@ -147,3 +147,9 @@ def noted(response, info) -> float:
 def length_of_notes(response: str, info: dict) -> float:
     """A reward function that depends on everything that was noted."""
     return (sum(map(len, map(str, info.values()))) + len(response)) % 7 / 7
+
+
+async def reads_first(rollout: Rollout) -> None:
+    """The environment says the same to all responses, at length, before the policy writes."""
+    rollout.append(" one two three" * 14)
+    await rollout.generate(max_new_tokens=4)

@@ -5,6 +5,7 @@ What the states and log-probs must be is computed by transformers.
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import plays
 import pytest
@@ -26,9 +27,12 @@ from engines import config_of as single_turn_config
 from rings import record_groups
 from test_vllm_ring import in_one_process, reference_run, run_to_the_end, trained_groups
 
+from actors.vllm_drivers import Completed
+from actors.vllm_turns import GroupOfTurns
 from r2m_async.errors import FunctionFailed
 from r2m_async.launch.ring import Ring
 from r2m_async.models.loading import load_policy
+from r2m_async.models.turns import TurnRequest
 from r2m_async.models.weights import named_weights
 
 pytestmark = pytest.mark.ring
@@ -175,6 +179,49 @@ def test_a_function_that_fails_leaves_no_request_and_no_block_behind(checkpoint,
         monkeypatch.setattr(plays, "nothing", plays.once)
         engine._function = plays.once
         assert_exact(model, engine.generate(ticket_of(1)), config)
+
+
+def test_responses_that_an_environment_begins_alike_have_their_own_states(checkpoint):
+    """Blocks of the same tokens, beyond the prompt: what one response found of another's would have no state here."""
+    config = config_of(checkpoint(endless=True), function="reads_first", max_new_tokens=60)
+    model = load_policy(config.model.policy, config)
+    with running(config, model=model) as engine:
+        assert_exact(model, engine.generate(ticket_of(0)), config)
+
+
+def test_what_vllm_samples_after_a_stop_string_is_left_out_with_its_log_probs_and_versions(checkpoint):
+    """vLLM may bring several tokens at once."""
+
+    class Driver:
+        def start(self, request, done):
+            output = SimpleNamespace(
+                token_ids=[5, 6, 7, 8],
+                logprobs=[{number: SimpleNamespace(logprob=-float(number))} for number in (5, 6, 7, 8)],
+                weight_versions=[
+                    SimpleNamespace(start=0, end=1, version="2"),
+                    SimpleNamespace(start=1, end=4, version="3"),
+                ],
+                finish_reason="length",
+            )
+            done(Completed(outputs={0: output}))
+
+    turns = GroupOfTurns(
+        driver=Driver(), name="0.0", first_sequence=None, eos_ids=[1], config=config_of(checkpoint()), version=lambda: 9
+    )
+    request = TurnRequest(
+        response=0,
+        turn=0,
+        token_ids=(4, 4),
+        num_before=0,
+        max_new_tokens=4,
+        seed=1,
+        stop_in=lambda ids: "stop" if 6 in ids else None,
+    )
+    sampled = []
+    turns.sample(request, sampled.append)
+    (turn,) = sampled
+    assert (turn.token_ids, turn.logprobs, turn.versions) == ([5, 6], [-5.0, -6.0], [2, 3])
+    assert (turn.finish_reason, turn.stop) == ("stop", "stop")
 
 
 def test_without_states_nothing_is_computed_but_the_turns(checkpoint):

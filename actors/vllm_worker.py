@@ -51,6 +51,10 @@ def register() -> None:
     vLLM calls this in each of its processes.
     """
     vllm_weights.register()
+    if not torch.cuda.is_available():
+        # TORCHDYNAMO_DISABLE (vllm_drivers) comes too late where vLLM was imported before, or in a process that was forked
+        # from such a one. Compiling takes 20 s, and fails with the kernels of a processor without vectors.
+        torch._dynamo.config.disable = True
     for name in NO_FAULT:
         logging.getLogger(name).addFilter(_is_news)
     if CHILD in os.environ and multiprocessing.parent_process() is not None:

@@ -1,9 +1,11 @@
 """Options that reach vLLM, and options that are refused."""
 
 import pytest
+import torch
 from engines import config_of, engine_of, running, vllm_of
 
 import actors.state_slab
+from actors import vllm_worker
 from r2m_async.errors import ConfigError
 
 
@@ -41,3 +43,16 @@ def test_an_option_that_nothing_else_sets_reaches_vllm_over_our_default(checkpoi
     with running(config) as engine:
         cache = vllm_of(engine).vllm_config.cache_config
         assert (cache.block_size, cache.enable_prefix_caching) == (64, False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM's helpers are compiled")
+def test_without_a_gpu_nothing_is_compiled_in_a_process_of_vllm(monkeypatch):
+    """Whatever was imported first: a process that was forked has had no chance to read the environment."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+
+    def compiler(*_):
+        raise AssertionError("compiled")
+
+    vllm_worker.register()
+    assert torch.compile(lambda x: x + 1, backend=compiler)(torch.zeros(1)) == 1

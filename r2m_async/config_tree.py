@@ -161,7 +161,7 @@ class ConfigTree(BaseModel):
             super().__init__(**sections)
         except ValidationError as error:
             problems = error.errors()
-            told = [_explain(problem, type(self).model_fields) for problem in problems]
+            told = _explain_all(problems, type(self).model_fields)
             wrong = {str(problem["loc"][0]) for problem in problems if problem["loc"]}
             if wrong:  # then pydantic has not come to the rules
                 told += self.broken_rules(self._valid_sections(sections, wrong))
@@ -275,6 +275,42 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged
 
 
+def _explain_all(problems: list[Any], sections: dict[str, Any]) -> list[str]:
+    """Says what is wrong, in a line for each problem. Keys that stand together under the wrong section share a line.
+
+    Args:
+        problems: pydantic's records of the errors.
+        sections: the fields of the config, by the name of the section.
+    """
+    homes = [_home(problem, sections) for problem in problems]
+    told = []
+    for problem, home in zip(problems, homes, strict=True):
+        where = problem["loc"][:-1]
+        together = [
+            str(other["loc"][-1])
+            for other, its in zip(problems, homes, strict=True)
+            if home and its == home and other["loc"][:-1] == where
+        ]
+        if len(together) < 2:
+            told.append(_explain(problem, sections))
+        elif problem["loc"][-1] == together[0]:
+            section = ".".join(map(str, where))
+            told.append(f"{section}: no such keys: {', '.join(together)}; did you mean those of {home}?")
+    return told
+
+
+def _home(problem: Any, sections: dict[str, Any]) -> str | None:
+    """The section that has an unknown key, or None if there is none, or if the problem is another one."""
+    if problem["type"] != "extra_forbidden":
+        return None
+    return _home_of(problem["loc"][-1], sections)
+
+
+def _home_of(key: str, sections: dict[str, Any]) -> str | None:
+    """The first section that has a key, or None."""
+    return next((name for name, field in sections.items() if key in field.annotation.model_fields), None)
+
+
 def _explain(problem: Any, sections: dict[str, Any]) -> str:
     """Says in one line what is wrong.
 
@@ -316,11 +352,8 @@ def _nearest(location: list[str], sections: dict[str, Any]) -> str:
     for key in location[:-1]:
         if key in owner:  # else it is a name in a mapping, whose values all have the fields that were found
             owner = _fields_of(owner[key].annotation)
-    elsewhere = [
-        f"{name}.{location[-1]}" for name, field in sections.items() if location[-1] in field.annotation.model_fields
-    ]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
+    if home := _home_of(location[-1], sections):
+        return f"; did you mean {home}.{location[-1]}?"
     close = difflib.get_close_matches(location[-1], owner, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"

@@ -51,6 +51,19 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_one_in_its_section_or_
     assert refusal(**sections) == message
 
 
+def test_keys_that_stand_together_under_the_wrong_section_share_a_line():
+    """A whole section under another's name is one mistake. Its keys were a line each."""
+    lines = refusal(
+        feedback={"num_actors": 2, "max_bytes": 3, "engine": "vllm", "zzz": 1}, run={"seeds": 1}
+    ).splitlines()
+    assert sorted(lines) == [
+        "feedback.max_bytes: no such key; did you mean queue.max_bytes?",
+        "feedback.zzz: no such key; valid are source, dtype",
+        "feedback: no such keys: num_actors, engine; did you mean those of rollouts?",
+        "run.seeds: no such key; did you mean run.seed?",
+    ]
+
+
 def test_an_unknown_section_like_nothing_known_is_refused_with_all_sections():
     message = refusal(zzz={})
     assert message.startswith("zzz: no such key; valid are run, model, reward, head, ")

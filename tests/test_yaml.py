@@ -336,8 +336,7 @@ def test_of_hundreds_of_random_trees_and_files_each_is_a_config_that_can_be_writ
                 config = R2MConfig.from_yaml(written(file, random_text(rng, whole)))
         except ConfigError as error:
             refused += 1
-            # A line for each problem: keys under the wrong section may be many, and each has its own remedy.
-            assert all(0 < len(line) < 1000 for line in str(error).splitlines()) and str(error)
+            assert 0 < len(str(error)) < 3000
             continue
         accepted += 1
         if accepted % 4 == 0:  # PyYAML takes 20 ms for a whole tree

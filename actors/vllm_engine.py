@@ -43,7 +43,7 @@ from r2m_async.trajectories import PolicyFeedback, Ticket, Trajectory, Trajector
 
 log = logging.getLogger(__name__)
 
-PROBE_TOLERANCE = {"float32": 3e-5, "bfloat16": 0.03}
+PROBE_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03}
 """By dtype, how far the engine's log-probabilities of the probe may be from the learner's, as a share of their own size.
 
 Both are means over the probe's tokens. These tokens are unlikely, and rounding grows with the size of a log-probability: in

@@ -31,7 +31,8 @@ from r2m_async.errors import ConfigError
 from r2m_async.launch.gpus import gpu_share
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import resolve
-from r2m_async.runs.checkpoints import MANIFEST, saved_config, seal, verified
+from r2m_async.ring.progress import Progress
+from r2m_async.runs.checkpoints import MANIFEST, newest_whole, saved_config, saved_counts, seal, verified
 from r2m_async.runs.resuming import check_resumable
 from r2m_async.whole import whole_at, whole_directory
 
@@ -201,26 +202,43 @@ class R2M(Algorithm):
     def restore_from_path(self, path: str | Path, **how: Any) -> None:
         """Replaces the running ring by a new one that continues from the checkpoint, with this algorithm's config.
 
+        path: a checkpoint that `save_to_path` or `Ring.save` wrote, or a run directory of `r2m train`, whose newest
+        whole checkpoint is taken.
+
         Raises ConfigError for a checkpoint that is damaged or put together from two, and for keys of the config that
         may not change (docs/checkpoints.md). These checks come before the running ring is stopped.
         """
         directory = whole_at(_local(path))
-        _check_whole(directory)
-        if (directory / RING).is_dir():  # everything is checked before the running ring is stopped
-            verified(directory / RING)
-            check_resumable(directory / RING, saved_config(directory / RING, R2MConfig), self.config.r2m)
-        Checkpointable.restore_from_path(self, directory, **how)
+        ring = _ring_in(directory)
+        if ring is None:
+            _check_whole(directory)
+            ring = directory / RING
+        if ring.is_dir():  # everything is checked before the running ring is stopped
+            verified(ring)
+            check_resumable(ring, saved_config(ring, R2MConfig), self.config.r2m)
+        if ring.parent == directory:
+            Checkpointable.restore_from_path(self, directory, **how)
+        else:
+            self._count_on(Progress(**saved_counts(ring)["progress"]))
         self._stop_ring()
-        self._ring = Ring(self.config.r2m, self._workload, resume=directory / RING)
+        self._ring = Ring(self.config.r2m, self._workload, resume=ring)
 
     @classmethod
     def from_checkpoint(cls, path: Any, filesystem: Any = None, **how: Any) -> Any:
-        """Builds an algorithm from a checkpoint. `path` is a directory or a Tune `Checkpoint`.
+        """Builds an algorithm from a checkpoint, with the config that it was saved with.
 
-        RLlib unpickles the arguments of the algorithm, which can run code: open only checkpoints that you trust. Raises
-        ConfigError for a checkpoint that is damaged.
+        path: a directory that `save_to_path` or `Ring.save` wrote, a run directory of `r2m train`, or a Tune
+        `Checkpoint`.
+
+        RLlib unpickles the arguments of the algorithm in what `save_to_path` wrote, which can run code: open only
+        checkpoints that you trust. Raises ConfigError for a checkpoint that is damaged.
         """
         directory = whole_at(_local(path))
+        if (ring := _ring_in(directory)) is not None:
+            verified(ring)
+            algo = cls(config=saved_config(ring, R2MConfig))
+            algo.restore_from_path(ring)
+            return algo
         _check_whole(directory)
         return super().from_checkpoint(str(directory), filesystem, **how)
 
@@ -254,6 +272,12 @@ class R2M(Algorithm):
         self._stop_ring()
         self._stopped = True
 
+    def _count_on(self, progress: Progress) -> None:
+        """Sets RLlib's counters to how far a run has come that RLlib did not save."""
+        self._iteration = progress.step
+        for what, number in (("episodes", progress.responses), ("env_steps_sampled", progress.tokens)):
+            self.metrics.log_value(("env_runners", f"num_{what}_lifetime"), number, reduce="lifetime_sum")
+
     def _stop_ring(self) -> None:
         ring, self._ring = self._ring, None
         if ring is not None:
@@ -262,6 +286,13 @@ class R2M(Algorithm):
     def __repr__(self) -> str:
         """The name of the class. Ray asks for it even before `__init__`, when RLlib's own method would fail."""
         return type(self).__name__
+
+
+def _ring_in(directory: Path) -> Path | None:
+    """Returns the ring's checkpoint in a directory that is one, or in a run directory. None for one of RLlib's."""
+    if (directory / "step.msgpack").is_file():
+        return directory
+    return newest_whole(directory)[0] if (directory / "checkpoints").is_dir() else None
 
 
 def _own(name: str) -> bool:

@@ -22,8 +22,8 @@ step is assembled, only within these bounds. Assembly then checks the ages that 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
-from collections.abc import Container
+from collections import Counter, defaultdict
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -184,10 +184,34 @@ class Schedule:
         # A heap of groups that wait to be issued again. Voided groups stay in it until they come to the front.
         self._lost: list[int] = []
         self._arrived_steps: Counter[int] = Counter()
-        self._voided_steps: Counter[int] = Counter()
+        self._voided_steps: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._leased: Assembly | None = None
         self._last_arrival: dict[int, float] = {}
         self._step_began = 0.0
+
+    # Counts, across the starts of a run
+
+    def count_on(self, trained: int, voided: Mapping[str, int], reissued: Mapping[str, int], fenced: int) -> None:
+        """Counts on from where the run was saved. Call it before the first admission.
+
+        trained, voided: the groups of the steps before `first_step`. reissued, fenced: as the attributes.
+
+        Raises ValueError if these are not the groups of those steps, each once.
+        """
+        expected = self.policy_version * self.plan.groups_per_step
+        if trained + sum(voided.values()) != expected:
+            raise ValueError(
+                f"{self.policy_version} steps of {self.plan.groups_per_step} groups are {expected} groups; {trained} were "
+                f"trained and {sum(voided.values())} voided"
+            )
+        for ledger in self._ledgers:
+            ledger.admitted, ledger.trained, ledger.voided = expected, trained, Counter(voided)
+        self.reissued, self.fenced = Counter(reissued), fenced
+
+    def voided_so_far(self) -> Counter[str]:
+        """The voided groups of the steps that the head has passed, by reason. Those of later steps are left out."""
+        ahead: Counter[str] = sum(self._voided_steps.values(), Counter())
+        return self.head_ledger.voided - ahead
 
     # Tickets
 
@@ -352,7 +376,7 @@ class Schedule:
             raise RuntimeError(f"group {group_id} was voided ({reason}) after its step {group.due_step} was assembled")
         del self._groups[group_id]
         self.reserved_bytes -= group.num_bytes
-        self._voided_steps[group.due_step] += 1
+        self._voided_steps[group.due_step][reason] += 1
         for ledger in self._ledgers:
             if group.arrived:
                 ledger.queued -= 1
@@ -413,7 +437,7 @@ class Schedule:
         step = self.policy_version
         if self._leased or step >= self.num_steps or self.head_version < self.plan.head_version_for(step):
             return None
-        if self._arrived_steps[step] + self._voided_steps[step] < self.plan.groups_per_step:
+        if self._arrived_steps[step] + self._voided_steps[step].total() < self.plan.groups_per_step:
             return None
         ready = tuple(group_id for group_id, group in self._of_step(step) if group.arrived)
         ages = tuple(step - self._groups[group_id].oldest_version for group_id in ready)

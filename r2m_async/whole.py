@@ -142,6 +142,21 @@ def whole_at(path: str | Path) -> Path:
     return old if not path.exists() and old.is_dir() else path
 
 
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[bool]:
+    """A context manager that locks a directory, and yields whether no other process has it locked.
+
+    Who appends to files in a directory must be the only one. On a filesystem without locks it yields True. The lock ends
+    with the process. Raises DiskError if the directory cannot be opened.
+    """
+    with disk_errors(directory, doing="opened"):
+        descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        yield _locks(descriptor) is not False
+    finally:
+        os.close(descriptor)
+
+
 def listed(folder: Path) -> dict[str, Path]:
     """Returns the directories in a folder by name, sorted, each at the place where `whole_at` finds it.
 

@@ -16,6 +16,9 @@ from r2m_async import R2M
 from r2m_async.codec import decode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError
+from r2m_async.launch.training import train
+from r2m_async.runs.checkpoints import checkpoint_path
+from r2m_async.runs.records import read_records
 
 
 def test_importing_the_package_or_its_config_imports_neither_ray_nor_torch():
@@ -116,6 +119,26 @@ def test_a_run_trains_reports_saves_and_goes_on_from_its_checkpoint_bit_for_bit(
         assert trained_bits(algo, tmp_path / "resumed") == expected
     finally:
         algo.stop()
+
+
+@pytest.mark.ring
+def test_a_run_of_the_command_line_and_its_checkpoints_are_gone_on_with(tiny_config, ray_session, tmp_path):
+    config = tiny_config.run(output_dir=str(tmp_path), num_steps=3).checkpoint(every=1, keep=3)
+    run = train(config)
+    shutil.rmtree(checkpoint_path(run, 3))
+    records = read_records(run / "metrics.jsonl")
+    for path, step in ((run, 2), (checkpoint_path(run, 1), 1)):
+        algo = R2M.from_checkpoint(path)
+        try:
+            assert algo.training_iteration == step
+            while not (result := algo.train())["done"]:
+                pass
+        finally:
+            algo.stop()
+        assert result["training_iteration"] == 3
+        assert result["r2m"]["reward/mean"] == records[-1]["reward/mean"]
+        assert result["env_runners"]["num_episodes_lifetime"] == 3 * 2 * 3
+        assert result["num_env_steps_sampled_lifetime"] == sum(record["throughput/tokens"] for record in records)
 
 
 @pytest.mark.ring

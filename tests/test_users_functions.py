@@ -288,7 +288,7 @@ def test_the_command_line_names_function_prompt_and_last_checkpoint(
     told, _, checkpoint = capsys.readouterr().err.splitlines()
     assert told.startswith("r2m: the run ended: step 2, group 4 (prompt 'prompts.jsonl:")
     assert f"response 2: reward.functions 'mine:f' {said} (" in told
-    assert re.fullmatch(r"The last whole checkpoint is .*step-0*[12]\.", checkpoint)
+    assert re.fullmatch(r"The last whole checkpoint is .*step-0*[12]: `r2m resume .*` goes on from it\.", checkpoint)
 
 
 # Estimators

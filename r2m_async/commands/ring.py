@@ -1,4 +1,4 @@
-"""`r2m train | plan | check`: run the ring of a config, predict its speed, or check the config."""
+"""`r2m train | resume | plan | check`: run the ring of a config or go on with it, predict its speed, check the config."""
 
 from __future__ import annotations
 
@@ -28,7 +28,18 @@ def add_ring(commands: Any) -> None:
 
     text = "Run the ring: a live table, then metrics, plots and TensorBoard events in the run directory."
     text_of_one = "all stages in this process, one call after the other, without Ray: for a debugger"
-    add("train", _train, text).add_argument("--in-process", action="store_true", help=text_of_one)
+    train = add("train", _train, text)
+    train.add_argument("--in-process", action="store_true", help=text_of_one)
+    text = "go on with the newest run of this name in run.output_dir, if it has a checkpoint: for jobs that are retried"
+    train.add_argument("--resume-if-exists", action="store_true", help=text)
+    text = (
+        "Go on with a run that ended early, from its newest whole checkpoint. docs/checkpoints.md has the keys to set."
+    )
+    resume = commands.add_parser("resume", help=text, description=text)
+    resume.add_argument("run", metavar="RUN", type=Path, help="a run directory of `r2m train`")
+    resume.add_argument("overrides", nargs="*", metavar="section.key=value", help="set over the run's config")
+    resume.add_argument("--in-process", action="store_true", help=text_of_one)
+    resume.set_defaults(command=_resume)
     plan = add("plan", _plan, "Predict throughput, idle shares and ages on a virtual clock, for given stage times.")
     plan.add_argument("--times", metavar="RUN", type=Path, help="a run directory whose measured stage times are taken")
     for field in dataclasses.fields(StageTimes):
@@ -41,8 +52,15 @@ def add_ring(commands: Any) -> None:
 def _train(config: R2MConfig, parsed: argparse.Namespace) -> int:
     from r2m_async.launch.training import train
 
-    directory = train(config, in_process=parsed.in_process)
+    directory = train(config, in_process=parsed.in_process, resume_if_exists=parsed.resume_if_exists)
     print(f"run directory: {directory}")
+    return 0
+
+
+def _resume(parsed: argparse.Namespace) -> int:
+    from r2m_async.launch.training import resume
+
+    print(f"run directory: {resume(parsed.run, parsed.overrides, in_process=parsed.in_process)}")
     return 0
 
 

@@ -10,9 +10,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import xxhash
 
 from r2m_async.config_records import Filters
 from r2m_async.data.chat import TemplateRefusal, templated
@@ -183,6 +186,19 @@ def policy_reads(content: Content, tokenizer: Any) -> tuple[str, list[int]]:
     ):
         ids = ids[:-1]
     return text, ids
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Returns a digest of what the prompts are and of their order, as text.
+
+    Their names, which say where a file lies, do not count.
+    """
+    digest = xxhash.xxh3_128()
+    for prompt in prompts:
+        digest.update(
+            json.dumps([prompt.text, prompt.token_ids, prompt.columns], sort_keys=True, default=repr).encode()
+        )
+    return digest.hexdigest()
 
 
 class PromptStream:

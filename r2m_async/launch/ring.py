@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
+from r2m_async.data.prompts import prompts_digest
 from r2m_async.errors import ConfigError, StalledRun
 from r2m_async.launch.loop_thread import LoopThread
 from r2m_async.launch.makers import check_packages, stages_in_process, stages_on_ray
 from r2m_async.launch.ray_stages import RayProcesses
 from r2m_async.launch.workload import TicketOffice, Workload, plan_of, resolve
 from r2m_async.ring.controller import Controller
+from r2m_async.ring.progress import Progress
 from r2m_async.ring.stages import Call
 from r2m_async.ring.tasks import STOP_TIMEOUT
-from r2m_async.runs.checkpoints import kept_versions, read_checkpoint, write_parts
+from r2m_async.runs.checkpoints import kept_versions, read_checkpoint, saved_counts, write_parts
 from r2m_async.trajectories import Weights
 from r2m_async.whole import whole_at, whole_directory
 
@@ -54,6 +58,8 @@ class Ring:
         self.workload = workload
         self._loop_thread = LoopThread("r2m-controller")
         self._stopped = False
+        self.records: dict[str, int] = {}
+        """What `save` was told under the name `records` when the checkpoint was written from which this ring goes on."""
         self._close: Callable[[], None] = lambda: None
         # If the start fails, the processes that were started already must end, too.
         try:
@@ -80,6 +86,7 @@ class Ring:
         config, plan = self.config, plan_of(self.config, self.workload)
         # A bad checkpoint must be refused before any process is started.
         saved = read_checkpoint(resume, self.config) if resume else {}
+        progress = self._saved_progress(resume) if resume else None
         if in_process:
             if config.weights.direct:
                 raise ConfigError(
@@ -104,12 +111,11 @@ class Ring:
             self._close = processes.close
             stages = stages_on_ray(processes, self.workload.without_prompts())
             config = processes.config
-        first_step = decode(saved["step"]) if saved else 0
         tickets = TicketOffice(self.config, self.workload)
 
         # A coroutine, because a controller must be made on the loop whose clock it reads.
         async def controller() -> Controller:
-            return Controller(config, plan, stages, tickets.ticket, tickets.evaluation, first_step)
+            return Controller(config, plan, stages, tickets.ticket, tickets.evaluation, progress)
 
         async def start() -> None:
             if resume:
@@ -138,6 +144,25 @@ class Ring:
 
         self.controller = self._run(controller())
         self._run(start_in_time())
+
+    def _saved_progress(self, resume: Path) -> Progress:
+        """Returns how far the run had come when a checkpoint was saved, and fills `records`.
+
+        Raises ConfigError if the prompts are not those of the run that saved it, or if a version without counts did.
+        """
+        told = saved_counts(resume)
+        now = self._prompts
+        if told["prompts"] != now:
+            change = f"there were {told['prompts']['number']} of them then and there are {now['number']} now"
+            if told["prompts"]["number"] == now["number"]:
+                change = f"as many as then, {now['number']}, but others or in another order"
+            raise ConfigError(
+                f"{resume} was saved with other prompts than those of data.prompts {self.config.data.prompts!r}: {change}; "
+                f"the rest of the epoch would repeat some and leave out others. Bring the former file back, or start a new "
+                f"run with model.policy set to an export of this one (`r2m export`)"
+            )
+        self.records = told["records"]
+        return Progress(**told["progress"])
 
     @property
     def finished(self) -> bool:
@@ -185,7 +210,7 @@ class Ring:
         """Makes a call of a stage, and returns its payload as an object of this process."""
         return decode(self._run(self.controller.fetched(call)))
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, records: Mapping[str, int] | None = None) -> None:
         """Waits for what is under way, and writes a checkpoint. It is written whole or not at all.
 
         An old checkpoint in the same place stays until the new one replaces it in one step.
@@ -193,13 +218,27 @@ class Ring:
         Args:
             directory: the directory to make or to replace. With `learner.backend: deepspeed` every rank writes into it,
                 so all machines of the run must share it.
+            records: numbers to keep in the checkpoint, by name. A ring that resumes from it has them as `records`. A
+                run keeps the lengths of its files there (`runs.directory`).
 
         Raises DiskError if the disk refuses to write.
         """
         with whole_directory(directory, replace=True) as building:
             parts = self._run(self.controller.checkpoint(str(building)))
-            parts["step"] = encode(self.controller.schedule.policy_version)
+            progress = self._run(self._progress())
+            parts["step"] = encode(progress.step)
+            told = {"progress": asdict(progress), "prompts": self._prompts, "records": dict(records or {})}
+            parts["progress"] = encode(told)
             write_parts(building, parts, self.config)
+
+    @cached_property
+    def _prompts(self) -> dict[str, Any]:
+        """What a checkpoint says of the prompts, by which a resumed run recognises them."""
+        return {"number": len(self.workload.prompts), "digest": prompts_digest(self.workload.prompts)}
+
+    async def _progress(self) -> Progress:
+        # It reads the clock of the controller's loop.
+        return self.controller.progress()
 
     def stop(self) -> None:
         """Ends the ring and its processes. It returns in time, whatever hangs. A second call does nothing."""

@@ -1,22 +1,27 @@
-"""Does one training run, from a config to a run directory. This is what `r2m train` does."""
+"""Does one training run, from a config to a run directory, and goes on with one. This is `r2m train` and `r2m resume`."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from r2m_async.config import R2MConfig
+from r2m_async.errors import ConfigError
 from r2m_async.launch.ring import Ring
-from r2m_async.launch.workload import resolve
-from r2m_async.runs.checkpoints import checkpoint_path, checkpoints
-from r2m_async.runs.directory import RunDirectory
+from r2m_async.launch.workload import Workload, conservation, resolve
+from r2m_async.ring.progress import Progress
+from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, newest_whole, saved_config, saved_counts, step_of
+from r2m_async.runs.directory import RunDirectory, new_directory, newest_directory
 from r2m_async.runs.live import LiveTable
 from r2m_async.runs.plots import plot_run
-from r2m_async.whole import remove_directory
+from r2m_async.runs.records import append_records
+from r2m_async.runs.resuming import changes, check_resumable
+from r2m_async.whole import only_writer, remove_directory, write_file
 
 
-def train(config: R2MConfig, in_process: bool = False) -> Path:
+def train(config: R2MConfig, in_process: bool = False, resume_if_exists: bool = False) -> Path:
     """Runs a ring to its end, and returns the run directory.
 
     What was measured is written after every step, so it is there even if the run fails. Checkpoints are kept as the
@@ -26,36 +31,127 @@ def train(config: R2MConfig, in_process: bool = False) -> Path:
         config: the config of the run.
         in_process: True runs all stages in this process, one call after the other, so that a debugger reaches all of
             them. False runs them on Ray.
+        resume_if_exists: goes on with the newest run of this name in `run.output_dir`, if it has a checkpoint. A job
+            that is started again after a failure asks for that. A run that is finished is left as it is.
 
     Raises ConfigError or DataError if the run cannot start, DiskError if the disk refuses to write, and otherwise what
     `Ring` raises. To an error of the running ring it adds a note about what can be used afterwards.
     """
+    newest = newest_directory(config.run.output_dir, config.run.name) if resume_if_exists else None
     with LiveTable(config) as live:
-        workload = resolve(config, on_progress=live.message)
-        for note in workload.notes:
-            live.message(note)
-        for reason, count in workload.skipped.items():
-            live.message(f"data: skipped {count} records: {reason}")
-        run = RunDirectory.create(config)
-        with _naming_what_is_left(run.path), run:
-            live.message(f"starting the ring; run directory {run.path}")
-            with Ring(config, workload, in_process) as ring:
-                while not ring.finished:
-                    metrics = ring.step()
-                    run.write_step(metrics)
-                    run.write_trace(ring.controller.take_trace())
-                    run.write_evaluations(ring.controller.evaluations, ring.controller.samples)
-                    live.update(metrics, ring.controller.evaluations)
-                    if not ring.finished:
-                        keep_checkpoint(ring, run.path)
-                # The last checkpoint comes after everything else is written, because it may fill the disk.
-                run.write_evaluations(ring.drain(), ring.controller.samples)
-                run.write_trace(ring.controller.take_trace())
-                live.update({}, ring.controller.evaluations)
-                keep_checkpoint(ring, run.path)
-    with _naming_what_is_left(run.path):
-        plot_run(run.path)
-    return run.path
+        if newest is not None:
+            if checkpoints(newest):
+                return _go_on(newest, config, in_process, live)
+            live.tell(f"{newest} has no checkpoint: a new run begins")
+        workload = _resolved(config, live)
+        path = new_directory(config.run.output_dir, config.run.name, config)
+        with _as_only_writer(path), _naming_what_is_left(path):
+            live.message(f"starting the ring; run directory {path}")
+            with Ring(config, workload, in_process) as ring, RunDirectory(path, config) as run:
+                _to_the_end(ring, run, live)
+            plot_run(path)
+    return path
+
+
+def resume(path: Path, overrides: list[str] | tuple[str, ...] = (), in_process: bool = False) -> Path:
+    """Goes on with a run from its newest whole checkpoint, to its end, and returns its directory.
+
+    Its files go on without a gap and without a double: what was recorded after the checkpoint is cut off.
+
+    Args:
+        path: the run directory.
+        overrides: `section.key=value`, set over the run's config. docs/checkpoints.md lists the keys that may change.
+        in_process: as for `train`.
+
+    Raises what `train` raises, and ConfigError if there is no whole checkpoint, if another process writes into the
+    directory, or if a key was changed that may not.
+    """
+    if not (path / "config.yaml").is_file():
+        of_run = path.absolute().parent.parent
+        run = f"; its run is {of_run}" if path.absolute().parent.name == "checkpoints" else ""
+        raise ConfigError(f"{path}: is no run directory: it has no config.yaml{run}; name one that `r2m train` made")
+    if step_of(path.name) is not None and (path / "manifest.json").is_file():
+        raise ConfigError(f"{path}: is a checkpoint; name its run: `r2m resume {path.absolute().parent.parent}`")
+    config = R2MConfig.from_yaml(path / "config.yaml", overrides)
+    with LiveTable(config) as live:
+        return _go_on(path, config, in_process, live)
+
+
+def _go_on(path: Path, config: R2MConfig, in_process: bool, live: LiveTable) -> Path:
+    """Does what `resume` does, with the config that the run is to go on with."""
+    with _as_only_writer(path):
+        checkpoint, damaged = newest_whole(path)
+        for damage in damaged:
+            live.tell(f"a checkpoint is passed over: {damage}")
+        changed = changes(saved_config(checkpoint, R2MConfig), config)
+        for key in ("run.name", "run.output_dir"):
+            if key in changed:
+                raise ConfigError(
+                    f"{key} is {changed[key][1]!r} and was {changed[key][0]!r}: it says where a new run is made, and this one "
+                    f"goes on in {path}; leave it as it was"
+                )
+        check_resumable(checkpoint, saved_config(checkpoint, R2MConfig), config)
+        progress = Progress(**saved_counts(checkpoint)["progress"])
+        if progress.step >= config.run.num_steps or progress.is_stopped_by(config.objective.kl_stop):
+            why = "" if progress.stopped_at_kl is None else " or objective.kl_stop"
+            live.tell(f"{path} is finished after {progress.step} steps; to go on, raise run.num_steps{why}")
+            plot_run(path)
+            return path
+        workload = _resolved(config, live)
+        with _naming_what_is_left(path):
+            live.tell(f"resuming {path} after step {progress.step}")
+            with Ring(config, workload, in_process, resume=checkpoint) as ring:
+                for line in conservation(config, workload, progress):
+                    live.tell(line)
+                known = len(ring.controller.evaluations)
+                with RunDirectory.resume(path, config, progress.step, ring.records, known) as run:
+                    write_file(path / "config.yaml", config.to_yaml())
+                    at = datetime.now(UTC).isoformat(timespec="seconds")
+                    append_records(path / "resumes.jsonl", [{"step": progress.step, "at": at, "changed": changed}])
+                    _to_the_end(ring, run, live)
+            plot_run(path)
+    return path
+
+
+def _resolved(config: R2MConfig, live: LiveTable) -> Workload:
+    """Resolves the workload of a config, and shows what the user should know of it."""
+    workload = resolve(config, on_progress=live.message)
+    for note in workload.notes:
+        live.tell(note)
+    for reason, count in workload.skipped.items():
+        live.tell(f"data: skipped {count} records: {reason}")
+    return workload
+
+
+def _to_the_end(ring: Ring, run: RunDirectory, live: LiveTable) -> None:
+    """Takes the steps that are left, and writes and shows what they measure."""
+    while not ring.finished:
+        metrics = ring.step()
+        run.write_step(metrics)
+        _record(ring, run)
+        live.update(metrics, ring.controller.evaluations)
+        if not ring.finished:
+            keep_checkpoint(ring, run)
+    ring.drain()
+    # The last checkpoint comes after everything else is written, because it may fill the disk.
+    _record(ring, run)
+    live.update({}, ring.controller.evaluations)
+    keep_checkpoint(ring, run)
+
+
+def _record(ring: Ring, run: RunDirectory) -> None:
+    """Writes the evaluations and the trace as far as the ring has come."""
+    run.write_trace(ring.controller.take_trace())
+    run.write_evaluations(ring.controller.evaluations, ring.controller.samples)
+
+
+@contextlib.contextmanager
+def _as_only_writer(run: Path) -> Iterator[None]:
+    """Locks a run directory for the block. Raises ConfigError if another process writes into it."""
+    with only_writer(run) as alone:
+        if not alone:
+            raise ConfigError(f"{run}: another process writes into this run; end it first, or wait for its end")
+        yield
 
 
 @contextlib.contextmanager
@@ -74,12 +170,14 @@ def _naming_what_is_left(run: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             saved = checkpoints(run)
         error.add_note(
-            f"The last whole checkpoint is {saved[-1]}." if saved else "No checkpoint was saved (checkpoint.every)."
+            f"The last whole checkpoint is {saved[-1]}: `r2m resume {run}` goes on from it."
+            if saved
+            else "No checkpoint was saved (checkpoint.every)."
         )
         raise
 
 
-def keep_checkpoint(ring: Ring, run: Path) -> None:
+def keep_checkpoint(ring: Ring, run: RunDirectory) -> None:
     """Saves a checkpoint if one is due after the present step, and deletes old ones.
 
     One is due every `checkpoint.every` steps, and at the end of the run under `checkpoint.at_end`. The newest
@@ -87,7 +185,7 @@ def keep_checkpoint(ring: Ring, run: Path) -> None:
 
     Args:
         ring: the running ring.
-        run: the run directory.
+        run: the directory of its run. It is complete up to the checkpoint when the checkpoint is there.
 
     Raises DiskError if the disk refuses to write or to delete.
     """
@@ -95,6 +193,10 @@ def keep_checkpoint(ring: Ring, run: Path) -> None:
     regular = checkpoint.every is not None and step % checkpoint.every == 0
     if not (regular or (checkpoint.at_end and ring.finished)):
         return
-    ring.save(checkpoint_path(run, step))
-    for old in checkpoints(run)[: -checkpoint.keep]:
+    ring.drain()
+    _record(ring, run)
+    ring.save(checkpoint_path(run.path, step), run.lengths())
+    # A checkpoint of a later step is a damaged one, behind which the run was resumed. It counts for nothing.
+    saved = [path for path in checkpoints(run.path) if (step_of(path.name) or 0) <= step]
+    for old in saved[: -checkpoint.keep]:
         remove_directory(old)

@@ -16,7 +16,7 @@ from r2m_async.advantages import Estimator, check_options, get_advantage
 from r2m_async.config import ObjectiveSection, R2MConfig
 from r2m_async.config_rules import changed
 from r2m_async.data.prompts import PromptStream
-from r2m_async.data.seeds import Stream, sampling_seed
+from r2m_async.data.seeds import Stream, prompt_order, sampling_seed
 from r2m_async.errors import ConfigError, all_at_once
 from r2m_async.launch.model_checks import (
     Reader,
@@ -33,6 +33,7 @@ from r2m_async.models.pretrained import brings_code, pretrained_config
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.policy_losses import CLIPS, Loss, check_loss_options, get_loss
 from r2m_async.rewards.calls import functions_of, gold_of
+from r2m_async.ring.progress import Progress
 from r2m_async.ring.simulator import plan_without_models
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket
@@ -455,6 +456,29 @@ def plan_of(config: R2MConfig, workload: Workload) -> Plan:
         group_bytes=group_bytes,
         embedding_bytes=4 * workload.reward_hidden_size * responses,
     )
+
+
+def conservation(config: R2MConfig, workload: Workload, progress: Progress) -> list[str]:
+    """Says, in lines, what became of all groups and prompts before a checkpoint, and checks that none is lost or double.
+
+    Raises ConfigError if the groups of the steps are not all accounted for, each once.
+    """
+    groups, number = progress.step * config.rollouts.prompts_per_step, len(workload.prompts)
+    voided = sum(progress.voided.values())
+    if progress.trained + voided != groups:
+        raise ConfigError(
+            f"the checkpoint is of step {progress.step}, which is {groups} groups, and it counts {progress.trained} trained "
+            f"and {voided} voided: it is damaged, or of another rollouts.prompts_per_step"
+        )
+    epoch, dealt = divmod(groups, number)
+    reasons = "".join(f", {count} voided ({reason})" for reason, count in sorted(progress.voided.items()))
+    order = prompt_order(config.run.seed, epoch, number)
+    if len(set(order)) != number:
+        raise RuntimeError(f"epoch {epoch} deals {len(set(order))} of {number} prompts")
+    return [
+        f"groups: {groups} in {progress.step} steps, each once: {progress.trained} trained{reasons}",
+        f"prompts: epoch {epoch + 1} has dealt {dealt} of {number}, each once; the other {number - dealt} follow",
+    ]
 
 
 class TicketOffice:

@@ -32,6 +32,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import StalledRun
 from r2m_async.ring.evaluations import Evaluations
 from r2m_async.ring.overage import overage_loop
+from r2m_async.ring.progress import Progress
 from r2m_async.ring.rollouts import Rollouts
 from r2m_async.ring.stages import Call, Payload, Stages
 from r2m_async.ring.state import RingState, now
@@ -69,9 +70,9 @@ class Controller:
         stages: Stages,
         make_ticket: Callable[[Admission], Ticket],
         evaluation_tickets: tuple[Ticket, ...] = (),
-        first_step: int = 0,
+        progress: Progress | None = None,
     ) -> None:
-        """Begins with all clocks at `first_step`. Nothing runs before `start`.
+        """Begins with all clocks at the step of `progress`. Nothing runs before `start`.
 
         Args:
             config: the config of the run.
@@ -80,20 +81,26 @@ class Controller:
             make_ticket: turns an admission into a ticket, with the prompt and the seed of its group.
             evaluation_tickets: the tickets of the held-out prompts. The last rollout actor generates them whenever
                 `config.evaluation` asks for an evaluation. Without tickets there are no evaluations.
-            first_step: the number of policy steps that a resumed run has taken, else 0.
+            progress: how far a resumed run has come. None: it is a new run.
+
+        Raises ValueError if the counts of `progress` do not add up.
         """
-        self._state = RingState.of(config, plan, stages, first_step)
+        progress = progress or Progress()
+        self._state = RingState.of(config, plan, stages, progress)
         self.config, self.stages = config, stages
         self.schedule, self.metrics = self._state.schedule, self._state.metrics
         self._waits, self._calls, self._tasks = self._state.waits, self._state.calls, self._state.tasks
         self._versions = self._state.versions
-        self._evaluations = Evaluations(self._state, evaluation_tickets)
+        self._evaluations = Evaluations(self._state, evaluation_tickets, progress.evaluation)
         self._rollouts = Rollouts(self._state, self._evaluations, make_ticket)
         self._head_queue: deque[_HeadWork] = deque()
         self._publication: asyncio.Task[Any] | None = None
         """The task that publishes the newest policy version, until the training loop has waited for it."""
         # One dict under two names: what `_publish` writes into it becomes a metric of the next step.
         self._publish_times = self.metrics.standing["publication"] = {"time/publish": 0.0, "time/publish_stall": 0.0}
+        self._stopped_at_kl = progress.stopped_at_kl
+        if progress.is_stopped_by(config.objective.kl_stop):
+            self.schedule.end()
         self._results: deque[dict[str, float]] = deque()
         """The metrics of finished steps that `step` has not returned yet."""
         self._steps_wanted = 0
@@ -145,7 +152,9 @@ class Controller:
             await self._calls.ask(self.stages.head.start(heads[0]))
         self._versions.heads = heads
         head_version = self.schedule.head_version
-        self._evaluations.ask(self._versions.newest_policy, head_version, heads[head_version])
+        # The run that saved the checkpoint has evaluated its version, if that was due.
+        if learners is None:
+            self._evaluations.ask(self._versions.newest_policy, head_version, heads[head_version])
 
     async def step(self) -> dict[str, float]:
         """Lets the policy take one step, and returns the metrics of the step by name.
@@ -201,6 +210,11 @@ class Controller:
     def samples(self) -> list[dict[str, Any]]:
         """The responses to read of each finished evaluation, see `Evaluations.samples`."""
         return self._evaluations.samples
+
+    def progress(self) -> Progress:
+        """How far the run has come. Call it when `drain` has returned, and before the next `step`."""
+        newest = self.evaluations[-1] if self.evaluations else None
+        return self.metrics.progress(self.schedule, now(), stopped_at_kl=self._stopped_at_kl, evaluation=newest)
 
     def take_trace(self) -> list[Interval]:
         """Returns the intervals of the trace since the last call. The one that ended first comes first."""
@@ -303,7 +317,7 @@ class Controller:
         limit = self.config.objective.kl_stop
         # This comes before `evaluated`: it makes this step the last one, and the last step is evaluated.
         if limit is not None and metrics.get("kl/sequence", 0.0) > limit:
-            metrics["kl/stopped"] = 1.0
+            metrics["kl/stopped"], self._stopped_at_kl = 1.0, metrics["kl/sequence"]
             await self._end()
         evaluated = self._evaluations.due(step + 1, last=self.finished)
         # The evaluation takes the newest head version of this moment. The head's update on this step is still to come.

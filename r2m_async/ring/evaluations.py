@@ -7,6 +7,7 @@ before it takes another ticket, and a reward annotator scores them with a head v
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,17 +35,19 @@ class Evaluation:
 class Evaluations:
     """The evaluations of one run: those that were asked for, and the results of those that are done."""
 
-    def __init__(self, state: RingState, tickets: tuple[Ticket, ...]) -> None:
-        """Begins without evaluations.
+    def __init__(self, state: RingState, tickets: tuple[Ticket, ...], newest: Mapping[str, float] | None) -> None:
+        """Begins without evaluations that are under way.
 
         Args:
             state: the state of the ring.
             tickets: the tickets of the held-out prompts. Without tickets there are no evaluations.
+            newest: the newest evaluation before the run was resumed, if there is one.
         """
-        self.results: list[dict[str, float]] = []
-        """The metrics of each finished evaluation, in the order in which they finished."""
+        self.results: list[dict[str, float]] = [] if newest is None else [dict(newest)]
+        """The metrics of each finished evaluation, in the order in which they finished. A resumed run begins with the
+        newest one from before."""
         self.samples: list[dict[str, Any]] = []
-        """The responses to read of each finished evaluation, in the same order: the fields of `Sample`, and `step`."""
+        """The responses to read of each evaluation of this start, in the same order: the fields of `Sample`, and `step`."""
         self._state, self._tickets = state, tickets
         self._asked: deque[Evaluation] = deque()
         """Evaluations that are not finished. The first of them may be under way."""

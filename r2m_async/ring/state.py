@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from r2m_async.config import R2MConfig
 from r2m_async.ring.calls import Calls
+from r2m_async.ring.progress import Progress
 from r2m_async.ring.stages import Stages
 from r2m_async.ring.step_metrics import StepMetrics
 from r2m_async.ring.tasks import Tasks
@@ -29,13 +30,14 @@ class RingState:
     versions: Versions
 
     @classmethod
-    def of(cls, config: R2MConfig, plan: Plan, stages: Stages, first_step: int) -> RingState:
-        """The state of a ring that has taken `first_step` steps, and in which nothing runs yet.
+    def of(cls, config: R2MConfig, plan: Plan, stages: Stages, progress: Progress) -> RingState:
+        """The state of a ring that has come as far as `progress` says, and in which nothing runs yet.
 
-        It must be made on the event loop of the ring.
+        It must be made on the event loop of the ring. Raises ValueError if the counts of `progress` do not add up.
         """
-        schedule, waits = Schedule(plan, first_step), Waits()
-        metrics = StepMetrics(stages, now())
+        schedule, waits = Schedule(plan, progress.step), Waits()
+        schedule.count_on(progress.trained, progress.voided, progress.reissued, progress.fenced)
+        metrics = StepMetrics(stages, now(), progress)
         return cls(
             config=config,
             stages=stages,

@@ -11,7 +11,9 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from r2m_async.ring.progress import Progress
 from r2m_async.ring.stages import Stages
 from r2m_async.schedule import Assembly, Schedule
 from r2m_async.trajectories import GroupReport
@@ -34,9 +36,9 @@ class Interval:
     step: int
     """The policy step or the policy version that the call was for. It is -1 for a call of an evaluation."""
     start: float
-    """When the work began, in seconds since the controller was made."""
+    """When the work began, in seconds that the ring has run. A resumed run counts on."""
     end: float
-    """When the work ended, in seconds since the controller was made."""
+    """When the work ended, on the same clock."""
 
 
 class StepMetrics:
@@ -45,12 +47,13 @@ class StepMetrics:
     All times that its methods take are seconds on one clock.
     """
 
-    def __init__(self, stages: Stages, now: float) -> None:
-        """Begins with nothing noted.
+    def __init__(self, stages: Stages, now: float, progress: Progress) -> None:
+        """Begins with an empty trace.
 
         Args:
             stages: the stages of the ring.
             now: the present time. Times in the trace and in the metrics count from here.
+            progress: the counts to go on from.
         """
         self.trace: list[Interval] = []
         """At most `MAX_INTERVALS` calls, the one that ended first before the others.
@@ -59,7 +62,7 @@ class StepMetrics:
         """
         self.num_dropped = 0
         """How many intervals were dropped because nobody took the trace in time."""
-        self.standing: dict[str, dict[str, float]] = {}
+        self.standing: dict[str, dict[str, float]] = {"head": dict(progress.head_update)}
         """Metrics that are a part of every step until their source measures again.
 
         They are kept by source: the last publication, the last head update, the last load of weights.
@@ -72,10 +75,12 @@ class StepMetrics:
         }
         self._reports: dict[int, GroupReport] = {}
         self._gold: dict[int, float] = {}
-        self._tokens: Counter[str] = Counter()
+        self._tokens = Counter(generated=progress.generated_tokens, trained=progress.trained_tokens)
+        self._responses, self._sampled = progress.responses, progress.tokens
+        """Responses and response tokens of all trained groups."""
         self._busy: dict[str, float] = defaultdict(float)
         self._free_at: dict[str, float] = defaultdict(float)
-        self._began = self._reported = now
+        self._began, self._reported = now - progress.seconds, now
 
     def worked(self, stage: str, method: str, step: int, asked: float, end: float, beside: bool = False) -> None:
         """Notes that a call has ended.
@@ -128,6 +133,26 @@ class StepMetrics:
             self._reports.pop(group_id, None)
             self._gold.pop(group_id, None)
 
+    def progress(self, schedule: Schedule, now: float, **further: Any) -> Progress:
+        """Returns how far the run has come at the time `now`. `schedule` must be drained.
+
+        further: the fields of `Progress` that neither these metrics nor the schedule know.
+        """
+        return Progress(
+            step=schedule.head_version,
+            seconds=now - self._began,
+            trained=schedule.head_ledger.trained,
+            voided=dict(schedule.voided_so_far()),
+            reissued=dict(schedule.reissued),
+            fenced=schedule.fenced,
+            responses=self._responses,
+            tokens=self._sampled,
+            generated_tokens=self._tokens["generated"],
+            trained_tokens=self._tokens["trained"],
+            head_update=self.standing["head"],
+            **further,
+        )
+
     def of_step(
         self, assembly: Assembly, schedule: Schedule, measured: Mapping[str, float], now: float
     ) -> dict[str, float]:
@@ -146,14 +171,17 @@ class StepMetrics:
         gold = [self._gold.pop(group_id) for group_id in assembly.group_ids]
         self._tokens["trained"] += int(measured.get("length/trained_tokens", 0))
         elapsed = max(now - self._reported, 1e-9)
+        responses, tokens = (sum(getattr(one, name) for one in reports) for name in ("num_responses", "num_tokens"))
+        self._responses += responses
+        self._sampled += tokens
         metrics = {
             "step": float(schedule.policy_version),
             "time/since_start": now - self._began,
             "time/step": elapsed,
-            "throughput/responses_per_s": sum(report.num_responses for report in reports) / elapsed,
-            "throughput/responses": float(sum(report.num_responses for report in reports)),
-            "throughput/tokens": float(sum(report.num_tokens for report in reports)),
-            "throughput/tokens_per_s": sum(report.num_tokens for report in reports) / elapsed,
+            "throughput/responses_per_s": responses / elapsed,
+            "throughput/responses": float(responses),
+            "throughput/tokens": float(tokens),
+            "throughput/tokens_per_s": tokens / elapsed,
             "age/policy_max": float(max(assembly.policy_ages, default=0)),
             "age/policy_mean": statistics.fmean(assembly.policy_ages) if assembly.policy_ages else 0.0,
             "age/head": float(assembly.step - assembly.head_version),

@@ -4,6 +4,7 @@
       manifest.json            size and XXH3-128 digest of every other file, and a digest of the manifest itself
       config.yaml              the config of the run that saved the checkpoint
       step.msgpack             the number of policy steps taken
+      progress.msgpack         the counts of the run so far, a digest of its prompts, and the lengths of its records
       policy_learner.msgpack   the state from which the policy learner goes on
       head_learner.msgpack     the state from which the head learner goes on
       policy_weights_39.msgpack, head_weights_39.msgpack, ...     weight versions that unfinished groups may still need
@@ -132,6 +133,18 @@ def read_checkpoint(directory: str | Path, config: R2MConfig) -> dict[str, bytes
         decoded(directory / name, part)
     check_resumable(directory, saved_config(directory, R2MConfig), config)
     return {name.removesuffix(".msgpack"): part for name, part in parts.items()}
+
+
+def saved_counts(directory: Path) -> dict[str, Any]:
+    """Verifies what a ring's checkpoint says of how far the run had come, and returns it (`Ring.save`).
+
+    Raises ConfigError if it is damaged, or if a version of r2m-async without these counts wrote the checkpoint.
+    """
+    name = "progress.msgpack"
+    part = verified(directory, lambda one: one == name, checked=lambda one: one == name)
+    if not part:
+        raise ConfigError(f"{directory}: has no {name}: an older version of r2m-async wrote it; use that version")
+    return dict(decoded(directory / name, part[name]))
 
 
 def newest_weights(directory: Path) -> tuple[int, Weights, Weights]:
@@ -334,11 +347,30 @@ def checkpoints(run: Path) -> list[Path]:
 
     A checkpoint whose writing was interrupted has another name and is left out. So are copies under other names.
     """
-    steps = {_step(name): path for name, path in listed(run / "checkpoints").items()}
+    steps = {step_of(name): path for name, path in listed(run / "checkpoints").items()}
     return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
 
-def _step(name: str) -> int | None:
+def newest_whole(run: Path) -> tuple[Path, list[str]]:
+    """Returns a run's newest checkpoint that is whole, and what is wrong with each newer one.
+
+    Raises ConfigError if there is none.
+    """
+    damaged: list[str] = []
+    for checkpoint in reversed(checkpoints(run)):
+        try:
+            _verified(checkpoint, _manifest_of(checkpoint))
+            return checkpoint, damaged
+        except _Damaged as damage:
+            damaged.append(str(damage))
+    if damaged:
+        raise ConfigError(
+            "\n".join([f"{run}: none of its checkpoints is whole; bring one back, or start anew:", *damaged])
+        )
+    raise ConfigError(f"{run}: has no checkpoint to go on from (checkpoint.every); start anew with `r2m train`")
+
+
+def step_of(name: str) -> int | None:
     """Returns the step in a name that `checkpoint_path` gives, or None for any other name."""
     number = re.fullmatch(r"step-(\d{6,})", name)
     return int(number[1]) if number and checkpoint_path(Path(), int(number[1])).name == name else None

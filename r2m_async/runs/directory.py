@@ -7,6 +7,7 @@
     trace.jsonl        one line per call of a stage (`step_metrics.Interval`)
     events.out.*       the step metrics for TensorBoard, if `logging.tensorboard` is on
     checkpoints/       step-000040 and so on, each a directory that `Ring.save` wrote (docs/checkpoints.md)
+    resumes.jsonl      one line per `r2m resume`: where it went on, and which keys of the config it changed
 
 JSON has no NaN and no infinity. Both are written as null, and null is read back as NaN.
 """
@@ -14,7 +15,9 @@ JSON has no NaN and no infinity. Both are written as null, and null is read back
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import count
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from r2m_async.config import ConfigTree, R2MConfig
-from r2m_async.errors import DiskError
+from r2m_async.errors import DataError, DiskError
 from r2m_async.runs.records import append_records, cut_partial_line
 from r2m_async.whole import disk_errors, whole_directory
 
@@ -30,30 +33,70 @@ if TYPE_CHECKING:
     from r2m_async.ring.step_metrics import Interval
 
 
+RECORDS = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "trace.jsonl")
+"""The files to which a run appends."""
+
+
 class RunDirectory:
     """Appends to the files of one run.
 
-    `create` makes a new directory. The constructor goes on in an existing one. All methods raise DiskError if the disk
-    refuses what they write.
+    `create` makes a new directory. The constructor begins in one that has only its config. `resume` goes on in one from a
+    checkpoint. All methods raise DiskError if the disk refuses what they write.
     """
 
-    def __init__(self, path: Path, config: R2MConfig) -> None:
-        """path: an existing run directory. A half-written last line, which a killed run left, is removed."""
+    def __init__(self, path: Path, config: R2MConfig, first_step: int = 0, num_evaluations: int = 0) -> None:
+        """Makes the files that are missing.
+
+        Args:
+            path: an existing directory. A half-written last line, which a killed run left, is removed.
+            config: the config of the run.
+            first_step: the policy steps that the run has taken. TensorBoard shows no older value of a later step.
+            num_evaluations: how many of the evaluations that `write_evaluations` will be given are in the file already.
+        """
         self.path = path
-        for name in ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "trace.jsonl"):
+        for name in RECORDS:
             cut_partial_line(path / name)
-        self._num_evaluations = self._num_samples = 0
+        self._num_evaluations, self._num_samples = num_evaluations, 0
         self._tensorboard = None
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             with disk_errors(path):
-                self._tensorboard = SummaryWriter(str(path))
+                self._tensorboard = SummaryWriter(str(path), purge_step=first_step + 1 if first_step else None)
 
     @classmethod
     def create(cls, config: R2MConfig) -> Self:
         """Makes the directory `<run.output_dir>/<run.name>-<UTC time>`. A number is appended if the name is taken."""
         return cls(new_directory(config.run.output_dir, config.run.name, config), config)
+
+    @classmethod
+    def resume(
+        cls, path: Path, config: R2MConfig, first_step: int, lengths: Mapping[str, int], num_evaluations: int
+    ) -> Self:
+        """Goes on after a checkpoint. What was recorded after it is cut off, because the run does these steps again.
+
+        Args:
+            lengths: what `lengths` was when the checkpoint was saved.
+
+        The others are those of the constructor. If none of the files is there, as in a copy of a checkpoint, they begin
+        with this start. Raises DataError, and cuts nothing, if a file has lost records from before the checkpoint.
+        """
+        there = {name for name in lengths if (path / name).exists()}
+        for name in lengths if there else ():
+            has = (path / name).stat().st_size if name in there else 0
+            if has < lengths[name]:
+                raise DataError(
+                    f"{path / name}: has {has} bytes, and had {lengths[name]} when the checkpoint of step {first_step} was "
+                    f"saved: records are lost. Bring the file back, or remove {', '.join(lengths)}: they then begin anew"
+                )
+        with disk_errors(path):
+            for name in there:
+                os.truncate(path / name, lengths[name])
+        return cls(path, config, first_step, num_evaluations)
+
+    def lengths(self) -> dict[str, int]:
+        """How long each file of records is now, in bytes by name. A checkpoint keeps it for `resume`."""
+        return {name: (self.path / name).stat().st_size for name in RECORDS}
 
     def write_step(self, metrics: dict[str, float]) -> None:
         """Appends the metrics of one policy step.
@@ -70,7 +113,7 @@ class RunDirectory:
     def write_evaluations(self, evaluations: Sequence[dict[str, float]], samples: Sequence[dict[str, Any]]) -> None:
         """Appends the evaluations that are new.
 
-        evaluations, samples: all evaluations of this process so far, and the responses of each to read.
+        evaluations, samples: all evaluations of the ring so far, and the responses to read of those that it has made.
         """
         append_records(self.path / "samples.jsonl", samples[self._num_samples :])
         append_records(self.path / "evaluation.jsonl", evaluations[self._num_evaluations :])
@@ -94,6 +137,14 @@ class RunDirectory:
         # more when it is closed.
         with contextlib.suppress(*() if kind is None else (DiskError,)):
             self.close()
+
+
+def newest_directory(parent: str, name: str) -> Path | None:
+    """Returns the newest directory that `new_directory` made with these arguments, or None if there is none."""
+    stamped = re.compile(re.escape(Path(name).name) + r"-(\d{8}-\d{6})(?:-(\d+))?")
+    folder = (Path(parent) / name).parent
+    found = {path: match for path in folder.glob("*") if (match := stamped.fullmatch(path.name)) and path.is_dir()}
+    return max(found, key=lambda path: (found[path][1], int(found[path][2] or 1)), default=None)
 
 
 def new_directory(parent: str, name: str, config: ConfigTree) -> Path:

@@ -96,6 +96,13 @@ class LiveTable:
             print(text, flush=True)
         self._notice, self._done, self._total = text, done, total
 
+    def tell(self, text: str) -> None:
+        """Says something that stays on the screen, above the table."""
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
     def render(self) -> RenderableType:
         """Returns what the terminal shows now. A thread of rich calls this four times a second."""
         parts: list[RenderableType] = [self._header()]

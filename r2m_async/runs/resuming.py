@@ -110,6 +110,12 @@ def refuse_changes(directory: Path, was: dict[str, Any], now: dict[str, Any], ma
             )
 
 
+def changes(was: R2MConfig, now: R2MConfig) -> dict[str, list[Any]]:
+    """Returns the keys in which two configs differ, as [value in `was`, value in `now`] by `section.key`."""
+    before, after = keys_of(was), keys_of(now)
+    return {key: [before[key], after[key]] for key in after if before[key] != after[key]}
+
+
 def keys_of(config: ConfigTree) -> dict[str, Any]:
     """Returns the values of a config by `section.key`."""
     return {f"{section}.{key}": value for section, fields in config.to_dict().items() for key, value in fields.items()}

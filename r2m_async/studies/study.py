@@ -374,5 +374,5 @@ def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
                 metrics = ring.step()
                 run.write_step(metrics)
             run.write_evaluations(ring.drain(), ring.controller.samples)
-            keep_checkpoint(ring, run.path)
+            keep_checkpoint(ring, run)
     return metrics["time/since_start"]

@@ -95,4 +95,6 @@ def test_the_command_line_names_the_step_its_groups_and_the_last_checkpoint(tiny
     said = capsys.readouterr().err
     assert "r2m: the run ended: step 2 (groups [4, 5]): the policy learner is out of memory." in said
     (saved,) = (tmp_path / "runs").glob("*/checkpoints/step-*2")
-    assert said.rstrip().endswith(f"The last whole checkpoint is {saved}.")
+    assert said.rstrip().endswith(
+        f"The last whole checkpoint is {saved}: `r2m resume {saved.parents[1]}` goes on from it."
+    )

@@ -5,13 +5,16 @@ from types import SimpleNamespace
 import pytest
 
 from r2m_async.ring import step_metrics
+from r2m_async.ring.progress import Progress
 from r2m_async.ring.step_metrics import StepMetrics
 
 
 @pytest.fixture
 def metrics() -> StepMetrics:
     stage = SimpleNamespace(name="stage")
-    return StepMetrics(SimpleNamespace(rollouts=[stage], annotators=[stage], policy=stage, head=stage), now=0.0)
+    return StepMetrics(
+        SimpleNamespace(rollouts=[stage], annotators=[stage], policy=stage, head=stage), now=0.0, progress=Progress()
+    )
 
 
 def work(metrics: StepMetrics, steps) -> None:

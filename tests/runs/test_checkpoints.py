@@ -26,6 +26,7 @@ from r2m_async.runs.checkpoints import (
     verified,
     write_parts,
 )
+from r2m_async.runs.directory import RunDirectory
 from r2m_async.runs.resuming import MAY_CHANGE, check_resumable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,12 +223,13 @@ def test_a_disk_that_does_not_take_a_checkpoint_leaves_the_one_before_it_and_no_
 
 @pytest.mark.ring
 def test_a_copy_beside_the_checkpoints_neither_ends_a_run_nor_goes_with_the_old_ones(exact_config, tmp_path):
-    with Ring.of(exact_config.checkpoint(every=1, keep=1), in_process=True) as ring:
+    config = exact_config.checkpoint(every=1, keep=1)
+    with Ring.of(config, in_process=True) as ring, RunDirectory(tmp_path, config) as run:
         ring.step()
-        keep_checkpoint(ring, tmp_path)
+        keep_checkpoint(ring, run)
         shutil.copytree(checkpoint_path(tmp_path, 1), tmp_path / "checkpoints" / "step-000001.good")
         ring.step()
-        keep_checkpoint(ring, tmp_path)
+        keep_checkpoint(ring, run)
     assert names(tmp_path / "checkpoints") == ["step-000001.good", "step-000002"]
 
 

@@ -27,6 +27,9 @@ class RunSection(Section):
     """Number of policy steps in the run. `objective.kl_stop` may end it earlier."""
     output_dir: str = "runs"
     """The directory in which the run directory is made."""
+    max_restarts: int = Field(3, ge=0)
+    """How many times in a row the ring is built anew after a stage was lost or nothing moved any more. It then goes on
+    from the newest whole checkpoint. A new checkpoint begins the count again. Without any checkpoint the run ends."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The device on which the models compute. `auto` is a GPU if there is one, else the CPU. The head learner is always
     on the CPU."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, StageLost, StalledRun
+from r2m_async.launch.ray_connection import abandoned
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import Workload, conservation, resolve
 from r2m_async.ring.progress import Progress
@@ -45,11 +48,8 @@ def train(config: R2MConfig, in_process: bool = False, resume_if_exists: bool = 
             live.tell(f"{newest} has no checkpoint: a new run begins")
         workload = _resolved(config, live)
         path = new_directory(config.run.output_dir, config.run.name, config)
-        with _as_only_writer(path), _naming_what_is_left(path):
-            live.message(f"starting the ring; run directory {path}")
-            with Ring(config, workload, in_process) as ring, RunDirectory(path, config) as run:
-                _to_the_end(ring, run, live)
-            plot_run(path)
+        with _as_only_writer(path):
+            _Run(path, config, workload, in_process, live).to_the_end(None)
     return path
 
 
@@ -98,19 +98,81 @@ def _go_on(path: Path, config: R2MConfig, in_process: bool, live: LiveTable) -> 
             plot_run(path)
             return path
         workload = _resolved(config, live)
-        with _naming_what_is_left(path):
-            live.tell(f"resuming {path} after step {progress.step}")
-            with Ring(config, workload, in_process, resume=checkpoint) as ring:
-                for line in conservation(config, workload, progress):
-                    live.tell(line)
-                known = len(ring.controller.evaluations)
-                with RunDirectory.resume(path, config, progress.step, ring.records, known) as run:
-                    write_file(path / "config.yaml", config.to_yaml())
-                    at = datetime.now(UTC).isoformat(timespec="seconds")
-                    append_records(path / "resumes.jsonl", [{"step": progress.step, "at": at, "changed": changed}])
-                    _to_the_end(ring, run, live)
-            plot_run(path)
+        _Run(path, config, workload, in_process, live).to_the_end(_Start(checkpoint, changed))
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a ring goes on from, and why."""
+
+    checkpoint: Path
+    changed: dict[str, list[Any]]
+    """The keys of the config that are changed, with both values."""
+    because: str = ""
+    """What ended the ring before, if it was one of this job."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run on its way to its end, with one ring after the other if need be."""
+
+    path: Path
+    config: R2MConfig
+    workload: Workload
+    in_process: bool
+    live: LiveTable
+
+    def to_the_end(self, start: _Start | None) -> None:
+        """Takes all steps that are left, and draws the figures.
+
+        If a stage is lost, or nothing moves any more, the ring is built anew from the newest whole checkpoint: up to
+        `run.max_restarts` times in a row without a new checkpoint between.
+
+        Args:
+            start: what the run goes on from. None: it is a new run.
+        """
+        restarts, num_in_a_row, begun_at = 0, 0, start.checkpoint if start else None
+        with _naming_what_is_left(self.path):
+            while True:
+                try:
+                    self._one_ring(start, restarts)
+                    break
+                except (StageLost, StalledRun) as error:
+                    # A Ray that was given up still holds this process.
+                    if abandoned.is_set() or not checkpoints(self.path):
+                        raise
+                    checkpoint, _ = newest_whole(self.path)
+                    num_in_a_row = num_in_a_row + 1 if checkpoint == begun_at else 1
+                    if num_in_a_row > self.config.run.max_restarts:
+                        error.add_note(
+                            f"run.max_restarts is {self.config.run.max_restarts}: the ring is not built anew."
+                        )
+                        raise
+                    restarts, begun_at, start = restarts + 1, checkpoint, _Start(checkpoint, {}, str(error))
+                    self.live.tell(f"{error}\nthe ring is built anew from {checkpoint}")
+            plot_run(self.path)
+
+    def _one_ring(self, start: _Start | None, restarts: int) -> None:
+        """Starts a ring, and takes steps with it. restarts: how many rings of this job came before."""
+        path, config, live = self.path, self.config, self.live
+        if start is None:
+            live.message(f"starting the ring; run directory {path}")
+            with Ring(config, self.workload, self.in_process) as ring, RunDirectory(path, config) as run:
+                _steps(ring, run, live, restarts)
+            return
+        progress = Progress(**saved_counts(start.checkpoint)["progress"])
+        live.tell(f"resuming {path} after step {progress.step}")
+        with Ring(config, self.workload, self.in_process, resume=start.checkpoint) as ring:
+            for line in conservation(config, self.workload, progress):
+                live.tell(line)
+            known = len(ring.controller.evaluations)
+            with RunDirectory.resume(path, config, progress.step, ring.records, known) as run:
+                write_file(path / "config.yaml", config.to_yaml())
+                at = datetime.now(UTC).isoformat(timespec="seconds")
+                resumed = {"step": progress.step, "at": at, "changed": start.changed, "because": start.because}
+                append_records(path / "resumes.jsonl", [resumed])
+                _steps(ring, run, live, restarts)
 
 
 def _resolved(config: R2MConfig, live: LiveTable) -> Workload:
@@ -123,10 +185,10 @@ def _resolved(config: R2MConfig, live: LiveTable) -> Workload:
     return workload
 
 
-def _to_the_end(ring: Ring, run: RunDirectory, live: LiveTable) -> None:
+def _steps(ring: Ring, run: RunDirectory, live: LiveTable, restarts: int) -> None:
     """Takes the steps that are left, and writes and shows what they measure."""
     while not ring.finished:
-        metrics = ring.step()
+        metrics = ring.step() | {"run/restarts": float(restarts)}
         run.write_step(metrics)
         _record(ring, run)
         live.update(metrics, ring.controller.evaluations)

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "run.name",
     "run.num_steps",
     "run.output_dir",
+    "run.max_restarts",
     "run.device",
     "model.attention",
     "reward.replicas",

@@ -13,7 +13,9 @@ import pytest
 
 from r2m_async import codec
 from r2m_async.cli import main
-from r2m_async.errors import ConfigError, DataError
+from r2m_async.errors import ConfigError, DataError, StageLost
+from r2m_async.launch import training
+from r2m_async.launch.ring import Ring
 from r2m_async.launch.training import resume, train
 from r2m_async.models.loading import one_thread
 from r2m_async.runs.checkpoints import checkpoint_path, checkpoints
@@ -24,7 +26,16 @@ from r2m_async.whole import only_writer
 pytestmark = pytest.mark.ring
 
 STEPS = 5
-TIMED = ("time/", "idle/", "throughput/", "weights/", "queue/", "ledger/admitted", "length/trained_over_generated")
+TIMED = (
+    "time/",
+    "idle/",
+    "throughput/",
+    "weights/",
+    "queue/",
+    "ledger/admitted",
+    "run/",
+    "length/trained_over_generated",
+)
 """Metrics that a clock decides, or how far the rollouts are ahead."""
 
 
@@ -244,6 +255,73 @@ def test_a_checkpoint_without_counts_is_of_an_older_version(ended_early):
         (checkpoint / "manifest.json").write_bytes(_manifest(manifest["files"]))
     with pytest.raises(ConfigError, match="has no progress.msgpack: an older version of r2m-async wrote it"):
         resumed(run)
+
+
+# Stages that are lost, in the same job
+
+
+@pytest.fixture
+def struck(monkeypatch):
+    """`struck(victims)`: rings that lose stages to kill -9: [(step, name of the stage), ...], once that step is taken."""
+
+    def strike(victims: list[tuple[int, str]]) -> list[Ring]:
+        rings, left = [], list(victims)
+
+        class Struck(Ring):
+            def step(self):
+                if not rings or rings[-1] is not self:
+                    rings.append(self)
+                metrics = super().step()
+                if left and left[0][0] == metrics["step"]:
+                    os.kill(self.process_ids()[left.pop(0)[1]][0], signal.SIGKILL)
+                return metrics
+
+        monkeypatch.setattr(training, "Ring", Struck)
+        return rings
+
+    return strike
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_whatever_stage_is_killed_the_ring_is_built_anew_and_ends_with_the_same_bits(
+    config, finished, struck, tmp_path, capsys
+):
+    victims = [(2, "policy-learner"), (2, "head-learner"), (3, "queue"), (4, "annotator-0")]
+    rings = struck(victims)
+    run = train(config.run(output_dir=str(tmp_path)))
+    assert learners(run) == learners(finished)
+    assert untimed(run, "metrics.jsonl") == untimed(finished, "metrics.jsonl")
+    assert untimed(run, "evaluation.jsonl") == untimed(finished, "evaluation.jsonl")
+    assert len(rings) == 5
+    causes = [record["because"] for record in read_records(run / "resumes.jsonl")]
+    assert all(f"{name} was lost" in cause for (_, name), cause in zip(victims, causes, strict=True)), causes
+    assert "the ring is built anew from " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_ring_that_comes_no_further_is_built_anew_max_restarts_times(config, struck, tmp_path, monkeypatch):
+    config = config.run(output_dir=str(tmp_path), max_restarts=1).checkpoint(every=2)
+
+    def lost(self):
+        raise StageLost("queue", "queue was lost")
+
+    rings = []
+    step = Ring.step
+
+    def steps_twice(self):
+        if self not in rings:
+            rings.append(self)
+        return lost(self) if self.controller.schedule.policy_version == 2 else step(self)
+
+    monkeypatch.setattr(Ring, "step", steps_twice)
+    with one_thread(), pytest.raises(StageLost) as raised:
+        train(config, in_process=True)
+    assert len(rings) == 2
+    assert "run.max_restarts is 1: the ring is not built anew." in raised.value.__notes__
+    rings.clear()
+    with one_thread(), pytest.raises(StageLost):
+        train(config.checkpoint(every=None), in_process=True)
+    assert len(rings) == 1, "there is nothing to go on from"
 
 
 def test_a_retried_job_goes_on_with_the_run_of_its_name_or_begins_one(config, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The stages that produce data: rollout actors with their engines, the replay queue and the reward annotator.
 
 replay_queue.py         keeps every part of every group until both learners have used it
+group_journal.py        the file in which the replay queue keeps finished groups between two checkpoints
 reward_annotator.py     embeds responses with the frozen reward model and scores them with a reward head
 rollout_actor.py        turns tickets into groups of responses, with one engine
 transformers_engine.py  the engine on transformers' `generate`

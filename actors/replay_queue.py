@@ -3,11 +3,18 @@
 The queue only stores parts and hands them out. The schedule decides when a group may come in and when it is freed.
 A part lives with the queue and not with the actor that made it. So the death of that actor loses nothing that the
 queue has acknowledged.
+
+With a journal (`queue.journal`), finished groups survive the death of the queue itself, and of the whole run.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from actors.group_journal import ENDING, GroupJournal, read_journal
+from r2m_async.codec import decode, encode
+from r2m_async.errors import DiskError
 
 
 class ReplayQueue:
@@ -16,8 +23,11 @@ class ReplayQueue:
     opaque = True
     """The queue never looks into a payload. So the process around it hands payloads over without decoding them."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: bool = False) -> None:
+        """Begins empty. buffers: whether payloads are encoded bytes. They are objects if the ring is in one process."""
         self._parts: dict[tuple[int, str], Any] = {}
+        self._buffers = buffers
+        self._journal: GroupJournal | None = None
 
     def put(self, group_id: int, names: tuple[str, ...], *payloads: Any) -> tuple[int]:
         """Adds parts to a group. A part replaces an older one of the same name.
@@ -52,3 +62,61 @@ class ReplayQueue:
         freed = set(group_ids)
         self._parts = {key: payload for key, payload in self._parts.items() if key[0] not in freed}
         return (len(self._parts),)
+
+    # The journal. Its methods run beside those above, which only replace `_parts` or single parts.
+
+    def begin_journal(self, path: str, max_bytes: int) -> tuple[None]:
+        """Begins a new journal at `path`, and removes all others in the folder. Raises DiskError."""
+        self._journal = GroupJournal(Path(path), max_bytes)
+        for other in Path(path).parent.glob(f"*{ENDING}"):
+            if other != Path(path):
+                other.unlink(missing_ok=True)
+        return (None,)
+
+    def keep(self, group_id: int, names: tuple[str, ...], entry: dict[str, Any]) -> tuple[int]:
+        """Appends a group to the journal, with these of its parts.
+
+        entry: what `recover` will return for the group.
+
+        Returns the bytes of the journal, or 0 if it has no room for the group. A group that was freed meanwhile is not
+        appended. Raises DiskError.
+        """
+        assert self._journal is not None
+        parts = self._parts  # `free` puts another dict in its place
+        if any((group_id, name) not in parts for name in names):
+            return (self._journal.num_bytes,)
+        encoded = {name: bytes(self._encoded(parts[group_id, name])) for name in names}
+        return (self._journal.num_bytes if self._journal.append(entry, encoded) else 0,)
+
+    def recover(self, directory: str) -> tuple[dict[str, Any]]:
+        """Takes up the groups of all journals in a folder.
+
+        Returns the entries by group under `entries`, and what is wrong with the journals under `damages`. If a group
+        occurs more than once, the newest record counts.
+        """
+        entries: dict[int, Any] = {}
+        damages: list[str] = []
+        # By name, the longer one later: that of step 1000000 is newer than that of step 999999.
+        for path in sorted(Path(directory).glob(f"*{ENDING}"), key=lambda path: (len(path.name), path.name)):
+            try:
+                for record in read_journal(path):
+                    if isinstance(record, str):
+                        damages.append(record)
+                        continue
+                    entry, parts = record
+                    entries[entry["group_id"]] = entry
+                    for name, part in parts.items():
+                        self._parts[entry["group_id"], name] = self._payload(part)
+            except DiskError as error:
+                damages.append(str(error))
+        return ({"entries": entries, "damages": damages},)
+
+    def _encoded(self, payload: Any) -> Any:
+        return payload if self._buffers else encode(payload)
+
+    def _payload(self, data: bytes) -> Any:
+        if not self._buffers:
+            return decode(data)
+        import numpy as np
+
+        return np.frombuffer(data, np.uint8)

@@ -115,6 +115,7 @@ class RolloutActor:
             group_id=ticket.group_id,
             attempt=ticket.attempt,
             oldest_version=group.oldest_version,
+            newest_version=group.newest_version,
             num_responses=len(group.trajectories),
             num_tokens=sum(trajectory.num_policy_tokens for trajectory in whole.trajectories),
             num_bytes=encoded_size(group) + 2 * self._state_bytes * num_states,

@@ -31,7 +31,6 @@ from r2m_async.errors import ConfigError
 from r2m_async.launch.gpus import gpu_share
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import resolve
-from r2m_async.ring.progress import Progress
 from r2m_async.runs.checkpoints import MANIFEST, newest_whole, saved_config, saved_counts, seal, verified
 from r2m_async.runs.resuming import check_resumable
 from r2m_async.whole import whole_at, whole_directory
@@ -219,7 +218,7 @@ class R2M(Algorithm):
         if ring.parent == directory:
             Checkpointable.restore_from_path(self, directory, **how)
         else:
-            self._count_on(Progress(**saved_counts(ring)["progress"]))
+            self._count_on(saved_counts(ring)["progress"])
         self._stop_ring()
         self._ring = Ring(self.config.r2m, self._workload, resume=ring)
 
@@ -272,10 +271,10 @@ class R2M(Algorithm):
         self._stop_ring()
         self._stopped = True
 
-    def _count_on(self, progress: Progress) -> None:
-        """Sets RLlib's counters to how far a run has come that RLlib did not save."""
-        self._iteration = progress.step
-        for what, number in (("episodes", progress.responses), ("env_steps_sampled", progress.tokens)):
+    def _count_on(self, progress: dict[str, Any]) -> None:
+        """Sets RLlib's counters to how far a run has come that RLlib did not save (`ring.progress.Progress`)."""
+        self._iteration = progress["step"]
+        for what, number in (("episodes", progress["responses"]), ("env_steps_sampled", progress["tokens"])):
             self.metrics.log_value(("env_runners", f"num_{what}_lifetime"), number, reduce="lifetime_sum")
 
     def _stop_ring(self) -> None:

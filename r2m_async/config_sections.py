@@ -346,6 +346,10 @@ class QueueSection(Section):
     max_bytes: int = Field(2 * 1024**3, gt=0)
     """The most bytes that all groups together may take in the queue. It must hold the groups of at least one step at
     their largest."""
+    journal: int = Field(1024**3, ge=0)
+    """The most bytes of the journal in the run directory, in which finished groups survive until the next checkpoint. A
+    resumed run does not generate them again. 0: no journal. With the learner on other machines than the driver, all must
+    share the run directory."""
 
 
 class AdvantageSection(Section):

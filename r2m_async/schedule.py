@@ -213,6 +213,57 @@ class Schedule:
         ahead: Counter[str] = sum(self._voided_steps.values(), Counter())
         return self.head_ledger.voided - ahead
 
+    def readmit(
+        self, group_id: int, attempt: int, refill: int, oldest_version: int, num_bytes: int, now: float
+    ) -> str | None:
+        """Takes a group that had arrived before the run was resumed, as if it arrived now.
+
+        Call it before the first admission, with the groups in rising order.
+
+        Args:
+            attempt, refill: those of the group's last admission.
+            oldest_version, num_bytes, now: as for `arrived`.
+
+        Returns None if the group is taken. Otherwise nothing is changed, the group will be admitted as any other, and the
+        result is the reason:
+
+        - `trained`, `after_the_end`: the group is of no step that is still to come,
+        - `too_old`, `other_version`: its policy age would break the bound,
+        - `too_large`: it takes more bytes than a group may,
+        - `no_room`: the groups before it could no longer be admitted.
+
+        Raises RuntimeError if the group is held already.
+        """
+        step, oldest = self.plan.due_step(group_id), self.plan.policy_version_for(self.plan.due_step(group_id))
+        if group_id in self._groups:
+            raise RuntimeError(f"group {group_id} is readmitted twice")
+        if step < self.policy_version:
+            return "trained"
+        if step >= self.num_steps:
+            return "after_the_end"
+        version = min(oldest_version, step)  # as in `arrived`
+        if version < oldest:
+            return "too_old"
+        if self.plan.lag == "exact" and oldest_version <= step and version != oldest:
+            return "other_version"
+        num_bytes += self.plan.embedding_bytes
+        if num_bytes > self.plan.group_bytes or refill > self.plan.max_refills:
+            return "too_large"
+        reserved = self.plan.group_bytes if refill < self.plan.max_refills else num_bytes
+        before = sum(one not in self._groups for one in range(self._next_group, group_id))
+        if self.reserved_bytes + before * self.plan.group_bytes + reserved > self.plan.max_bytes:
+            return "no_room"
+        self._groups[group_id] = _Group(
+            step, attempt, None, version, now, reserved, arrived=True, oldest_version=version, refills=refill
+        )
+        self.reserved_bytes += reserved
+        self._last_arrival[step] = now
+        self._arrived_steps[step] += 1
+        for ledger in self._ledgers:
+            ledger.admitted += 1
+            ledger.queued += 1
+        return None
+
     # Tickets
 
     def admit(self, worker: str, latest: int, now: float) -> Admission | None:
@@ -232,6 +283,8 @@ class Schedule:
                 return None
             heapq.heappop(self._lost)
         else:
+            while self._next_group in self._groups:  # it was readmitted
+                self._next_group += 1
             group_id = self._next_group
             step = self.plan.due_step(group_id)
             version = self._version_for(step, latest)
@@ -325,6 +378,10 @@ class Schedule:
             heapq.heappush(self._lost, group_id)
             self.reissued[reason] += 1
         return tuple(orphans)
+
+    def refills_of(self, group_id: int) -> int:
+        """How often a group that is held was replaced by one of another prompt."""
+        return self._groups[group_id].refills
 
     def may_refill(self, group_id: int) -> bool:
         """Whether `refill` would take the group back, if it has arrived."""

@@ -143,6 +143,12 @@ class Trajectory:
         versions = self.of_policy(self.policy_versions)
         return int(versions.min()) if len(versions) else 2**31 - 1
 
+    @property
+    def newest_version(self) -> int:
+        """The newest policy version that sampled a token. A response without such tokens gives 0."""
+        versions = self.of_policy(self.policy_versions)
+        return int(versions.max()) if len(versions) else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
@@ -160,6 +166,12 @@ class TrajectoryGroup:
         """The oldest policy version that sampled any token of the group, the greedy twin included."""
         twin = () if self.greedy is None else (self.greedy,)
         return min((trajectory.oldest_version for trajectory in (*self.trajectories, *twin)), default=2**31 - 1)
+
+    @property
+    def newest_version(self) -> int:
+        """The newest policy version that sampled any token of the group, the greedy twin included."""
+        twin = () if self.greedy is None else (self.greedy,)
+        return max((trajectory.newest_version for trajectory in (*self.trajectories, *twin)), default=0)
 
     def finished(self) -> TrajectoryGroup:
         """The group without the responses that the schedule aborted.
@@ -338,6 +350,8 @@ class GroupReport:
     """The attempt of the ticket."""
     oldest_version: int
     """The oldest policy version that sampled a token of the group."""
+    newest_version: int
+    """The newest policy version that sampled a token of the group."""
     num_responses: int
     """The number of finished responses: K, or fewer if the schedule aborted some."""
     num_tokens: int

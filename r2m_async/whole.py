@@ -61,13 +61,13 @@ def write_file(path: str | Path, data: str | bytes | memoryview) -> None:
             os.close(lock)
 
 
-def append(path: str | Path, text: str) -> None:
-    """Appends text to a file, which is created if it does not exist.
+def append(path: str | Path, data: str | bytes) -> None:
+    """Appends text or bytes to a file, which is created if it does not exist.
 
-    Raises DiskError if the text does not fit. The file is then cut back to its old length. A writer that is killed
-    meanwhile may leave a part of `text`. Only one process may append to a file at a time.
+    Raises DiskError if they do not fit. The file is then cut back to its old length. A writer that is killed
+    meanwhile may leave a part of `data`. Only one process may append to a file at a time.
     """
-    path, rest = Path(path), memoryview(text.encode())
+    path, rest = Path(path), memoryview(data.encode() if isinstance(data, str) else data)
     with disk_errors(path), path.open("ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         try:

@@ -44,8 +44,13 @@ def _stages(config: R2MConfig, launch: Launch, others: dict[str, Callable[..., A
 
 
 def _replay_queue(config: R2MConfig, workload: Workload) -> ReplayQueue:
-    """Makes the replay queue."""
+    """Makes the replay queue of a ring in this process."""
     return ReplayQueue()
+
+
+def _queue_of_buffers(config: R2MConfig, workload: Workload) -> ReplayQueue:
+    """Makes the replay queue of a ring on Ray."""
+    return ReplayQueue(buffers=True)
 
 
 def _rollout_actor(config: R2MConfig, workload: Workload) -> RolloutActor:
@@ -172,7 +177,9 @@ def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
         if make is _rollout_actor:
             num_gpus, deadline = gpus * config.rollouts.tensor_parallel, config.rollouts.hang_after
             return processes.stage(name, make, workload, num_gpus, deadline)
-        on_cpu = make in (_replay_queue, _head_learner) or (make is _reward_annotator and not workload.reward_model)
+        if make is _replay_queue:
+            return processes.stage(name, _queue_of_buffers, workload, 0.0)
+        on_cpu = make is _head_learner or (make is _reward_annotator and not workload.reward_model)
         return processes.stage(name, make, workload, 0.0 if on_cpu else gpus)
 
     return _stages(config, launch, {**ray_bytes(), "watch": processes.ray.watch})

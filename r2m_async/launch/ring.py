@@ -40,7 +40,12 @@ class Ring:
     """
 
     def __init__(
-        self, config: R2MConfig, workload: Workload, in_process: bool = False, resume: str | Path | None = None
+        self,
+        config: R2MConfig,
+        workload: Workload,
+        in_process: bool = False,
+        resume: str | Path | None = None,
+        journals: str | Path | None = None,
     ):
         """Starts the stages and the controller, and waits until the ring can take a step.
 
@@ -49,6 +54,8 @@ class Ring:
             workload: the resolved workload of this config (`workload.resolve`).
             in_process: True runs all stages in this process, one call after the other. False runs them on Ray.
             resume: a directory that `save` wrote. The run goes on at the step of that checkpoint.
+            journals: a folder in which finished groups are kept from one checkpoint to the next (`queue.journal`). If
+                the run is resumed, it does not generate again those that it finds there. None: no group is kept.
 
         Raises ConfigError for a checkpoint that is not whole, for a key that a resumed run may not change
         (docs/checkpoints.md), and for a config that cannot run on Ray or in one process.
@@ -58,6 +65,7 @@ class Ring:
         self.workload = workload
         self._loop_thread = LoopThread("r2m-controller")
         self._stopped = False
+        self._journals = None if journals is None or not config.queue.journal else str(Path(journals).absolute())
         self.records: dict[str, int] = {}
         """What `save` was told under the name `records` when the checkpoint was written from which this ring goes on."""
         self._close: Callable[[], None] = lambda: None
@@ -75,7 +83,7 @@ class Ring:
         Args:
             config: the config of the run.
             on_progress: is told of work that takes a while, as in `workload.resolve`.
-            how: the further arguments of `Ring`, `in_process` and `resume`.
+            how: the further arguments of `Ring`: `in_process`, `resume` and `journals`.
 
         Raises ConfigError or DataError, as `workload.resolve` and `Ring` do.
         """
@@ -123,7 +131,10 @@ class Ring:
                 # With a direct transport the learner keeps the versions itself. It publishes its present one anew.
                 policies = {} if config.weights.direct else kept_versions(saved, "policy_weights_", stages)
                 heads = kept_versions(saved, "head_weights_", stages)
-                await self.controller.start(policies, heads, (policy, str(resume.absolute()), head))
+                learners = (policy, str(resume.absolute()), head)
+                await self.controller.start(policies, heads, learners, self._journals)
+                if self._journals:
+                    await self.controller.journal.begin(self._journals)
             else:
                 await self.controller.start()
 
@@ -230,6 +241,8 @@ class Ring:
             told = {"progress": asdict(progress), "prompts": self._prompts, "records": dict(records or {})}
             parts["progress"] = encode(told)
             write_parts(building, parts, self.config)
+        if self._journals:
+            self._run(self.controller.journal.begin(self._journals))
 
     @cached_property
     def _prompts(self) -> dict[str, Any]:

@@ -158,13 +158,14 @@ class _Run:
         path, config, live = self.path, self.config, self.live
         if start is None:
             live.message(f"starting the ring; run directory {path}")
-            with Ring(config, self.workload, self.in_process) as ring, RunDirectory(path, config) as run:
+            ring = Ring(config, self.workload, self.in_process, journals=path / "journal")
+            with ring, RunDirectory(path, config) as run:
                 _steps(ring, run, live, restarts)
             return
         progress = Progress(**saved_counts(start.checkpoint)["progress"])
         live.tell(f"resuming {path} after step {progress.step}")
-        with Ring(config, self.workload, self.in_process, resume=start.checkpoint) as ring:
-            for line in conservation(config, self.workload, progress):
+        with Ring(config, self.workload, self.in_process, start.checkpoint, path / "journal") as ring:
+            for line in (*conservation(config, self.workload, progress), *ring.controller.journal.told()):
                 live.tell(line)
             known = len(ring.controller.evaluations)
             with RunDirectory.resume(path, config, progress.step, ring.records, known) as run:

@@ -7,6 +7,7 @@ evaluations.py   evaluates versions of the policy during a run
 delivery.py      brings versions of the policy into the engines of rollout actors
 stages.py        declares the methods of every stage as the controller sees them, and runs stages in this process
 state.py         what all loops share
+journal.py       keeps finished groups between two checkpoints, and takes them up in a resumed run
 progress.py      how far a run has come, as a checkpoint keeps it
 calls.py         makes the calls of stages, gives each wait a name, and records each call in the trace
 tasks.py         runs the tasks of a ring, so that the first one that fails ends the run

@@ -31,6 +31,7 @@ from typing import Any
 from r2m_async.config import R2MConfig
 from r2m_async.errors import StalledRun
 from r2m_async.ring.evaluations import Evaluations
+from r2m_async.ring.journal import Journal
 from r2m_async.ring.overage import overage_loop
 from r2m_async.ring.progress import Progress
 from r2m_async.ring.rollouts import Rollouts
@@ -92,7 +93,8 @@ class Controller:
         self._waits, self._calls, self._tasks = self._state.waits, self._state.calls, self._state.tasks
         self._versions = self._state.versions
         self._evaluations = Evaluations(self._state, evaluation_tickets, progress.evaluation)
-        self._rollouts = Rollouts(self._state, self._evaluations, make_ticket)
+        self.journal = Journal(self._state, make_ticket)
+        self._rollouts = Rollouts(self._state, self._evaluations, self.journal, make_ticket)
         self._head_queue: deque[_HeadWork] = deque()
         self._publication: asyncio.Task[Any] | None = None
         """The task that publishes the newest policy version, until the training loop has waited for it."""
@@ -113,6 +115,7 @@ class Controller:
         policies: dict[int, Payload] | None = None,
         heads: dict[int, Payload] | None = None,
         learners: tuple[Payload, str, Payload] | None = None,
+        journals: str | None = None,
     ) -> None:
         """Gets the first versions of policy and head, and starts the loops.
 
@@ -123,11 +126,14 @@ class Controller:
                 annotator made it, at version 0.
             learners: what the policy learner restores, the directory of the checkpoint, and what the head learner
                 restores. None: nothing is restored.
+            journals: the folder of the journals whose groups are taken up. None: there is none.
 
         Raises StageLost if the cluster on which the stages run is gone. Raises what a stage raises.
         """
         self._tasks.spawn(self.stages.watch())
         await self._tasks.finish(self._first_versions(policies, heads, learners), "the stages to start")
+        if journals is not None:
+            await self._tasks.finish(self._rollouts.take_up(journals), "the journal")
         loops = [self._training_loop(), self._head_loop(), overage_loop(self._state), self._watchdog()]
         loops += [self._rollouts.loop(actor) for actor in self.stages.rollouts]
         for loop in loops:

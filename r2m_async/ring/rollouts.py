@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from r2m_async.errors import FunctionFailed, RewardFailed, StageLost
 from r2m_async.ring.delivery import Delivery
 from r2m_async.ring.evaluations import Evaluation, Evaluations
+from r2m_async.ring.journal import Journal
 from r2m_async.ring.stages import Payload, RolloutStage
 from r2m_async.ring.state import RingState, now
 from r2m_async.ring.tasks import errors_in, in_step
@@ -32,18 +33,21 @@ The third part is a ticket, an evaluation, or None if the actor should only load
 class Rollouts:
     """The rollout actors of a ring, and what they are doing."""
 
-    def __init__(self, state: RingState, evaluations: Evaluations, make_ticket: Callable[[Admission], Ticket]) -> None:
+    def __init__(
+        self, state: RingState, evaluations: Evaluations, journal: Journal, make_ticket: Callable[[Admission], Ticket]
+    ) -> None:
         """Begins with actors that have loaded no weights.
 
         Args:
             state: the state of the ring.
             evaluations: what the last actor must generate between its groups.
+            journal: keeps the groups that arrive.
             make_ticket: turns an admission into a ticket, with the prompt and the seed of its group.
         """
         self._config, self._stages, self._schedule = state.config, state.stages, state.schedule
         self._metrics, self._waits, self._calls = state.metrics, state.waits, state.calls
         self._tasks, self._versions = state.tasks, state.versions
-        self._evaluations, self._make_ticket = evaluations, make_ticket
+        self._evaluations, self._journal, self._make_ticket = evaluations, journal, make_ticket
         self._delivery = Delivery(state.config, state.stages, state.waits, state.calls)
         self._embedding: dict[int, asyncio.Task[Any]] = {}
         """For each group that has arrived, the task that embeds it, until the group's step has waited for it."""
@@ -223,7 +227,14 @@ class Rollouts:
             # No `await` since `arrived`: as soon as another task runs, `_score` may look for the embedding task.
             self._metrics.arrived(group_id, report)
             self._embedding[group_id] = self._tasks.spawn(self._embed(ticket, group))
+            self._tasks.spawn(self._journal.arrived(ticket, self._schedule.refills_of(group_id), report))
         self._waits.notify()
+
+    async def take_up(self, directory: str) -> None:
+        """Takes up the groups that the journals in a folder have kept, before any loop runs."""
+        for ticket, report, group in await self._journal.recover(directory):
+            self._metrics.arrived(ticket.group_id, report)
+            self._embedding[ticket.group_id] = self._tasks.spawn(self._embed(ticket, group))
 
     async def _embed(self, ticket: Ticket, group: Payload) -> None:
         """Computes the reward token embeddings of one group, and puts them into the queue.

@@ -208,6 +208,7 @@ class SimulatedStage:
                 group_id=ticket.group_id,
                 attempt=ticket.attempt,
                 oldest_version=self._version,
+                newest_version=self._version,
                 num_responses=0 if aborted else 2,
                 num_tokens=1,
                 num_bytes=self.group_bytes,

@@ -193,6 +193,21 @@ class QueueStage(Stage):
     def free(self, group_ids: tuple[int, ...]) -> Call[int]:
         """Forgets all parts of some groups. Returns the number of parts that are left in the queue."""
 
+    @method(beside="control")
+    def begin_journal(self, path: str, max_bytes: int) -> Call[None]:
+        """Begins a new journal of at most `max_bytes`, and removes all others in its folder."""
+
+    @method(beside="control")
+    def keep(self, group_id: int, names: tuple[str, ...], entry: dict[str, Any]) -> Call[int]:
+        """Appends some parts of a group to the journal. Returns the journal's bytes, or 0 if it has no room for them.
+
+        entry: what `recover` will return for the group.
+        """
+
+    @method(beside="control")
+    def recover(self, directory: str) -> Call[dict[str, Any]]:
+        """Takes up the groups of all journals in a folder. Returns their `entries` by group, and `damages` as text."""
+
 
 class AnnotatorStage(Stage):
     """A reward annotator: the frozen reward model, and a head (`actors.reward_annotator.RewardAnnotator`)."""

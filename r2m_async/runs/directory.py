@@ -7,6 +7,7 @@
     trace.jsonl        one line per call of a stage (`step_metrics.Interval`)
     events.out.*       the step metrics for TensorBoard, if `logging.tensorboard` is on
     checkpoints/       step-000040 and so on, each a directory that `Ring.save` wrote (docs/checkpoints.md)
+    journal/           finished groups since the newest checkpoint, if `queue.journal` is set
     resumes.jsonl      one line per `r2m resume`: where it went on, and which keys of the config it changed
 
 JSON has no NaN and no infinity. Both are written as null, and null is read back as NaN.

@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "scheduling.overage_after",
     "scheduling.stall_after",
     "queue.max_bytes",
+    "queue.journal",
     "objective.kl_stop",
     "critic.lr",
     "learner.num_ranks",

@@ -1,0 +1,86 @@
+"""The file in which the replay queue keeps finished groups between two checkpoints.
+
+    magic "R2MJ" | format u32 | records
+    record: length u64 | XXH3-128 digest of the content | content (`codec.encode`)
+
+The content of a record is `{"entry": ..., "parts": {name: bytes, ...}}`. Records are only appended. A writer that is
+killed may leave a part of its last record, which is no damage. Bytes that were changed are: such a record is left out.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from r2m_async.codec import decode, encode
+from r2m_async.errors import CodecError
+from r2m_async.whole import append, disk_errors
+
+_HEADER = struct.pack("<4sI", b"R2MJ", 1)
+_RECORD = struct.Struct("<Q16s")
+ENDING = ".groups"
+"""How the name of a journal ends."""
+
+
+class GroupJournal:
+    """Appends groups to one file, up to a number of bytes."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        """Makes the file, in a folder that is made too. Raises DiskError.
+
+        max_bytes: the most bytes that the file may have.
+        """
+        self._path, self._max_bytes = path, max_bytes
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_HEADER)
+        self.num_bytes = len(_HEADER)
+        """The bytes of the file."""
+
+    def append(self, entry: dict[str, Any], parts: Mapping[str, bytes]) -> bool:
+        """Appends a group. Returns False, and appends nothing, if the file would become too large.
+
+        entry: what the controller must know of the group. parts: its encoded parts by name.
+
+        Raises DiskError, and has then appended nothing.
+        """
+        content = encode({"entry": entry, "parts": dict(parts)})
+        head = _RECORD.pack(len(content), xxhash.xxh3_128_digest(content))
+        size = len(head) + len(content)
+        if self.num_bytes + size > self._max_bytes:
+            return False
+        append(self._path, head + bytes(content))
+        self.num_bytes += size
+        return True
+
+
+def read_journal(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, bytes]] | str]:
+    """Yields the (entry, parts) of each record of a journal, and for each that is damaged what is wrong with it.
+
+    Raises DiskError if the file cannot be read.
+    """
+    with disk_errors(path, doing="read"), path.open("rb") as file:
+        if file.read(len(_HEADER)) != _HEADER:
+            yield f"{path}: is no journal of groups, or one of another version of r2m-async"
+            return
+        while len(head := file.read(_RECORD.size)) == _RECORD.size:
+            at = file.tell()
+            length, digest = _RECORD.unpack(head)
+            left = path.stat().st_size - at
+            if length > left:
+                # Either the writer was killed here, or the length is damaged. Nothing behind it can be found.
+                yield f"{path}: ends within the record at byte {at}, which has {left} of {length} bytes"
+                return
+            content = file.read(length)
+            if xxhash.xxh3_128_digest(content) != digest:
+                yield f"{path}: the record at byte {at} is damaged: it does not have its digest"
+                continue
+            try:
+                record = decode(content)
+                yield record["entry"], record["parts"]
+            except (CodecError, KeyError, TypeError) as error:
+                yield f"{path}: the record at byte {at} cannot be read: {error}"

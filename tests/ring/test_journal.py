@@ -1,0 +1,276 @@
+"""Finished groups between two checkpoints: which are kept, which are used again, and what damage costs."""
+
+import os
+import random
+import shutil
+import signal
+import struct
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from actors.group_journal import GroupJournal, read_journal
+from actors.replay_queue import ReplayQueue
+from r2m_async.launch import training
+from r2m_async.launch.ring import Ring
+from r2m_async.launch.training import resume, train
+from r2m_async.models.loading import one_thread
+from r2m_async.runs.checkpoints import checkpoint_path
+from r2m_async.runs.directory import RECORDS
+from r2m_async.runs.records import read_records
+from r2m_async.schedule import Plan, Schedule
+
+# The file
+
+
+def entry(group_id, attempt=0):
+    return {"group_id": group_id, "attempt": attempt}
+
+
+def written(path, count=4):
+    journal = GroupJournal(path, 10**6)
+    for group_id in range(count):
+        assert journal.append(entry(group_id), {"group": bytes([group_id]) * 50})
+    return journal
+
+
+def test_what_is_appended_is_read_back_in_order(tmp_path):
+    journal = written(tmp_path / "a.groups")
+    assert list(read_journal(tmp_path / "a.groups")) == [
+        (entry(group_id), {"group": bytes([group_id]) * 50}) for group_id in range(4)
+    ]
+    assert journal.num_bytes == (tmp_path / "a.groups").stat().st_size
+
+
+def test_a_journal_never_grows_beyond_its_bytes(tmp_path):
+    room = written(tmp_path / "a.groups").num_bytes
+    journal = GroupJournal(tmp_path / "b.groups", room - 1)
+    assert [journal.append(entry(group_id), {"group": bytes(50)}) for group_id in range(4)] == [True] * 3 + [False]
+    assert (tmp_path / "b.groups").stat().st_size == journal.num_bytes < room
+    assert journal.append(entry(9), {}), "a smaller one still fits"
+
+
+def test_cut_at_any_byte_a_journal_gives_every_record_before_the_cut(tmp_path):
+    written(tmp_path / "a.groups")
+    whole = (tmp_path / "a.groups").read_bytes()
+    records = list(read_journal(tmp_path / "a.groups"))
+    for length in range(len(whole)):
+        (tmp_path / "cut.groups").write_bytes(whole[:length])
+        read = [one for one in read_journal(tmp_path / "cut.groups") if not isinstance(one, str)]
+        assert read == records[: len(read)]
+        assert len(read) == max(0, length - 8) * 4 // (len(whole) - 8), "records of one size"
+
+
+def test_a_flipped_byte_costs_at_most_what_it_is_in_and_is_told(tmp_path):
+    written(tmp_path / "a.groups")
+    whole = (tmp_path / "a.groups").read_bytes()
+    records, rng = list(read_journal(tmp_path / "a.groups")), random.Random(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (tmp_path / "flipped.groups").write_bytes(data)
+        read = list(read_journal(tmp_path / "flipped.groups"))
+        told = [one for one in read if isinstance(one, str)]
+        assert told and all(str(tmp_path / "flipped.groups") in one for one in told)
+        assert [one for one in read if not isinstance(one, str)] == [one for one in records if one in read], (
+            "none is invented"
+        )
+
+
+def test_a_length_that_is_absurd_allocates_nothing(tmp_path):
+    (tmp_path / "a.groups").write_bytes(b"R2MJ\x01\0\0\0" + struct.pack("<Q16s", 2**63, b"") + b"rest")
+    assert ["ends within the record" in one for one in read_journal(tmp_path / "a.groups")] == [True]
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+def test_the_queue_takes_up_the_newest_record_of_each_group(tmp_path, buffers):
+    queue = ReplayQueue(buffers)
+    made = bytes if buffers else (lambda data: data.decode())
+    queue.begin_journal(str(tmp_path / "step-000001.groups"), 10**6)
+    for group_id, text, attempt in ((3, b"old", 0), (4, b"four", 0), (3, b"new", 1)):
+        queue.put(group_id, ("group", "embeddings"), made(text), made(b"not kept"))
+        assert queue.keep(group_id, ("group",), entry(group_id, attempt)) > (0,)
+    queue.free((4,))
+    again = ReplayQueue(buffers)
+    (found,) = again.recover(str(tmp_path))
+    assert found == {"entries": {3: entry(3, 1), 4: entry(4, 0)}, "damages": []}
+    assert bytes(again.get(3, "group")[1]) == b"new" if buffers else again.get(3, "group")[1] == "new"
+    with pytest.raises(KeyError):
+        again.get(3, "embeddings")
+    again.begin_journal(str(tmp_path / "step-000002.groups"), 10**6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002.groups"]
+    assert again.keep(9, ("group",), entry(9)) == (8,), "it was freed meanwhile, so nothing was appended"
+
+
+# Which groups are used again
+
+
+def plan(**changes):
+    defaults = dict(num_steps=10, groups_per_step=2, max_policy_age=1, max_head_age=0, max_bytes=400, group_bytes=100)
+    return Plan(**defaults | changes)
+
+
+@pytest.mark.parametrize(
+    ("group_id", "version", "changes", "reason"),
+    [
+        (6, 3, {}, None),
+        (6, 2, {}, None),
+        (5, 2, {}, "trained"),
+        (20, 3, {}, "after_the_end"),
+        (6, 1, {}, "too_old"),
+        (6, 3, {"lag": "exact"}, "other_version"),
+        (6, 2, {"lag": "exact"}, None),
+        (8, 3, {"lag": "exact"}, None),
+        (6, 2**31 - 1, {"lag": "exact"}, None),
+        (9, 3, {}, None),
+        (9, 3, {"max_bytes": 300}, "no_room"),
+    ],
+)
+def test_a_group_of_a_journal_is_used_again_within_the_bounds_alone(group_id, version, changes, reason):
+    schedule = Schedule(plan(**changes), first_step=3)
+    assert schedule.readmit(group_id, 0, 0, version, 60, 0.0) == reason
+    assert schedule.holds(group_id) == (reason is None)
+    schedule.audit()
+
+
+def test_what_is_missing_between_groups_of_a_journal_is_admitted_in_order():
+    schedule = Schedule(plan(), first_step=3)
+    assert schedule.readmit(6, 2, 0, 3, 60, 0.0) is None and schedule.readmit(8, 0, 0, 3, 60, 0.0) is None
+    with pytest.raises(RuntimeError, match="group 8 is readmitted twice"):
+        schedule.readmit(8, 0, 0, 3, 60, 0.0)
+    admitted = [schedule.admit("w", 3, 0.0).group_id for _ in range(2)]
+    assert admitted == [7, 9]
+    schedule.audit()
+    assert schedule.arrived(7, 0, 3, 60, 1.0)
+    assembly = schedule.assemble()
+    assert assembly.group_ids == (6, 7) and assembly.policy_ages == (0, 0)
+
+
+# In a run
+
+STEPS = 5
+
+
+@pytest.fixture
+def config(tiny_config, tmp_path):
+    """Bounded, with groups generated ahead, and a checkpoint after every second step."""
+    config = tiny_config.run(num_steps=STEPS, output_dir=str(tmp_path / "runs")).checkpoint(every=2, keep=9)
+    return config.scheduling(max_policy_age=2, max_head_age=1).evaluation(every=None)
+
+
+class Watched(Ring):
+    """A ring of which a test sees what was generated, and which dies when it is told to."""
+
+    generated: ClassVar[list[int]] = []
+    die_at = None
+
+    def step(self):
+        for actor in self.controller.stages.rollouts:
+            if not hasattr(actor.carrier, "watched"):
+                actor.carrier.watched = call = actor.carrier.call
+
+                async def listen(method, *args, call=call):
+                    if method.name == "generate":
+                        self.generated.append(args[0].group_id)
+                    return await call(method, *args)
+
+                actor.carrier.call = listen
+        if self.controller.schedule.policy_version == self.die_at:
+            raise KeyboardInterrupt
+        return super().step()
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    Watched.generated, Watched.die_at = [], None
+    monkeypatch.setattr(training, "Ring", Watched)
+    return Watched
+
+
+@pytest.mark.ring
+@pytest.mark.parametrize("lag", ["bounded", "exact"])
+def test_groups_that_were_finished_are_not_generated_again_and_are_trained_once(config, watched, capsys, lag):
+    config = config.scheduling(lag=lag, max_policy_age=2, max_head_age=1)
+    with one_thread():
+        undisturbed = train(config, in_process=True)
+        watched.die_at = 3
+        with pytest.raises(KeyboardInterrupt):
+            train(config.run(name="killed"), in_process=True)
+        (run,) = undisturbed.parent.glob("killed-*")
+        [journal] = (run / "journal").iterdir()
+        kept = [record[0] for record in read_journal(journal)]
+        assert journal.name == "step-000002.groups" and kept
+        assert all(one["report"].newest_version <= 2 and one["group_id"] >= 4 for one in kept)
+        watched.generated, watched.die_at = [], None
+        resume(run, in_process=True)
+    again = {one["group_id"] for one in kept}
+    assert f"journal: {len(again)} finished groups taken up again\n" in capsys.readouterr().out
+    assert sorted([*again, *watched.generated]) == list(range(4, 2 * STEPS)), "each once"
+    last = read_records(run / "metrics.jsonl")[-1]
+    assert last["ledger/trained"] == last["ledger/admitted"] == 2 * STEPS
+    assert all(record["age/policy_max"] <= 2 for record in read_records(run / "metrics.jsonl"))
+    if lag == "exact":
+        one, other = (
+            (checkpoint_path(path, STEPS) / "policy_learner.msgpack").read_bytes() for path in (undisturbed, run)
+        )
+        assert one == other
+
+
+@pytest.mark.ring
+def test_damaged_and_useless_groups_are_left_out_by_reason_and_generated_anew(config, watched, capsys):
+    """The journal of step 2 beside a checkpoint of step 1, as after damage to that of step 2."""
+    watched.die_at = 3
+    with one_thread(), pytest.raises(KeyboardInterrupt):
+        train(config, in_process=True)
+    (run,) = Path(config.run.output_dir).iterdir()
+    [journal] = (run / "journal").iterdir()
+    data = bytearray(journal.read_bytes())
+    data[-1] ^= 1
+    journal.write_bytes(data)
+    kept = [one for one in read_journal(journal) if not isinstance(one, str)]
+    shutil.rmtree(checkpoint_path(run, 2))
+    for name in RECORDS:
+        (run / name).unlink()
+    watched.generated, watched.die_at = [], None
+    with one_thread():
+        with Ring.of(config, in_process=True) as ring:
+            ring.step()
+            ring.save(checkpoint_path(run, 1))
+        resume(run, in_process=True)
+    said = capsys.readouterr().out
+    newer = sum(one[0]["report"].newest_version > 1 for one in kept)
+    assert newer and f"{newer} left out (newer_version)" in said
+    assert "1 left out (damaged)" in said and "is damaged: it does not have its digest" in said
+    assert read_records(run / "metrics.jsonl")[-1]["ledger/trained"] == 2 * STEPS
+
+
+@pytest.mark.ring
+def test_without_room_groups_are_counted_and_without_a_journal_none_is_kept(config, watched):
+    with one_thread():
+        run = train(config.queue(journal=100), in_process=True)
+        assert read_records(run / "metrics.jsonl")[-1]["journal/groups_without_room"] > 0
+        run = train(config.queue(journal=0).run(name="none"), in_process=True)
+    assert not (run / "journal").exists()
+
+
+@pytest.mark.ring
+@pytest.mark.usefixtures("ray_session")
+def test_on_ray_a_lost_learner_costs_no_finished_group(config, watched, monkeypatch):
+    struck = []
+
+    def step(self, real=Watched.step):
+        metrics = real(self)
+        if metrics["step"] == 3 and not struck:
+            struck.append(True)
+            os.kill(self.process_ids()["policy-learner"][0], signal.SIGKILL)
+        return metrics
+
+    monkeypatch.setattr(Watched, "step", step)
+    run = train(config)
+    assert struck
+    records = read_records(run / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert records[-1]["ledger/trained"] == 2 * STEPS
+    twice = len(watched.generated) - len(set(watched.generated))
+    assert twice < 4, "only what was sampled with versions that were lost with the learner"

@@ -35,6 +35,19 @@ def changed(section: Section, *keys: str) -> list[str]:
     return [key for key in keys if getattr(section, key) != defaults[key].get_default(call_default_factory=True)]
 
 
+# Rollout actors
+
+
+def no_more_actors_are_asked_for_than_there_are(rollouts: RolloutsSection) -> str | None:
+    """The fleet never has more actors than `num_actors`."""
+    if rollouts.min_actors is None or rollouts.min_actors <= rollouts.num_actors:
+        return None
+    return (
+        f"rollouts.min_actors is {rollouts.min_actors} and rollouts.num_actors is {rollouts.num_actors}: the run could "
+        f"never go on; lower min_actors, or raise num_actors"
+    )
+
+
 # The schedule
 
 
@@ -471,6 +484,7 @@ def a_policy_from_scratch_needs_texts(model: ModelSection, data: DataSection) ->
 
 
 RULES: tuple[Rule, ...] = (
+    no_more_actors_are_asked_for_than_there_are,
     exact_lag_cuts_nothing_off,
     exact_lag_takes_one_group_at_a_time,
     exact_lag_needs_one_rank,

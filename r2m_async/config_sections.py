@@ -29,7 +29,8 @@ class RunSection(Section):
     """The directory in which the run directory is made."""
     max_restarts: int = Field(3, ge=0)
     """How many times in a row the ring is built anew after a stage was lost or nothing moved any more. It then goes on
-    from the newest whole checkpoint. A new checkpoint begins the count again. Without any checkpoint the run ends."""
+    from the newest whole checkpoint. A new checkpoint begins the count again. Without any checkpoint the run ends. A
+    lost annotator keeps nothing: it is restarted by itself, as often in a row without a call of it that ends."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The device on which the models compute. `auto` is a GPU if there is one, else the CPU. The head learner is always
     on the CPU."""
@@ -310,8 +311,11 @@ class RolloutsSection(Section):
     """Seconds that the rollout function may take for one response, what the policy samples not counted. A function that
     takes longer ends the run."""
     max_restarts: int = Field(3, ge=0)
-    """How many times in a row a rollout actor may die, without finishing a group in between. One death more ends the
-    run. 0: the first death ends the run."""
+    """How many times in a row a rollout actor may die, without finishing a group in between. With one death more the actor
+    has left (`min_actors`). 0: it leaves with the first death."""
+    min_actors: int | None = Field(None, gt=0)
+    """The least rollout actors with which the run goes on. One that cannot come back, because its node is gone, leaves the
+    fleet, and joins again when there is a place for it. None: all must be there."""
     hang_after: float = Field(1200.0, gt=0)
     """Seconds that an actor may take for one group, or for any other call. Then its process counts as hung and is
     replaced."""

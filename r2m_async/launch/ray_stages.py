@@ -324,8 +324,13 @@ class RayStage:
             raise
 
     async def pids(self) -> list[int]:
-        """Returns the number of the process that runs the stage now, in a list."""
-        return [await self.pid()]
+        """Returns the number of the process that runs the stage now, in a list. Raises StageLost if it has died."""
+        from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+        try:
+            return [await self.pid()]
+        except (ActorDiedError, ActorUnavailableError) as error:
+            raise StageLost(self.name, f"{self.name} was lost: {error}") from error
 
     async def _end(self, actor: Any) -> None:
         """Kills the process of an actor, and waits at most `KILL_TIMEOUT` seconds for Ray to accept that.

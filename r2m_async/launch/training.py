@@ -189,7 +189,7 @@ def _resolved(config: R2MConfig, live: LiveTable) -> Workload:
 def _steps(ring: Ring, run: RunDirectory, live: LiveTable, restarts: int) -> None:
     """Takes the steps that are left, and writes and shows what they measure."""
     while not ring.finished:
-        metrics = ring.step() | {"run/restarts": float(restarts)}
+        metrics = ring.step() | {"restarts/ring": float(restarts)}
         run.write_step(metrics)
         _record(ring, run)
         live.update(metrics, ring.controller.evaluations)

@@ -320,6 +320,7 @@ class Controller:
         )
         measured = scored.metrics | trained.metrics
         metrics = self.metrics.of_step(assembly, self.schedule, measured, now())
+        metrics["rollouts/actors"] = float(len(self._state.present))
         limit = self.config.objective.kl_stop
         # This comes before `evaluated`: it makes this step the last one, and the last step is evaluated.
         if limit is not None and metrics.get("kl/sequence", 0.0) > limit:

@@ -1,7 +1,7 @@
 """Evaluates versions of the policy during a run: how well it answers held-out prompts.
 
-The policy version that is evaluated is one that rollout actors can load. The last rollout actor generates its responses
-before it takes another ticket, and a reward annotator scores them with a head version of that time.
+The policy version that is evaluated is one that rollout actors can load. The last rollout actor that is there generates its
+responses before it takes another ticket, and a reward annotator scores them with a head version of that time.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Evaluations:
         self.samples: list[dict[str, Any]] = []
         """The responses to read of each evaluation of this start, in the same order: the fields of `Sample`, and `step`."""
         self._state, self._tickets = state, tickets
+        self._evaluator_now: str | None = None
         self._asked: deque[Evaluation] = deque()
         """Evaluations that are not finished. The first of them may be under way."""
 
@@ -77,8 +78,13 @@ class Evaluations:
                 head=head,
             )
         )
-        # `notify` wakes only the first actor in the line, and an evaluation is for the last actor.
-        self._state.waits.wake(self._state.stages.rollouts[-1].name)
+        self.wake()
+
+    def wake(self) -> None:
+        """Wakes the actor that must do the next evaluation. Call it when an actor has come or gone, too."""
+        # `notify` wakes only the first actor in the line.
+        if self._asked and (actor := self._evaluator()):
+            self._state.waits.wake(actor)
 
     @property
     def all_finished(self) -> bool:
@@ -87,7 +93,18 @@ class Evaluations:
 
     def next_for(self, actor: RolloutStage) -> Evaluation | None:
         """The evaluation that an actor must do next, or None if there is none for it."""
-        return self._asked[0] if self._asked and actor is self._state.stages.rollouts[-1] else None
+        return self._asked[0] if self._asked and actor.name == self._evaluator() else None
+
+    def _evaluator(self) -> str | None:
+        """The name of the actor that does the next evaluation: the last one that is there. None if none is.
+
+        It keeps that duty until the evaluation is done or the actor is lost.
+        """
+        present = self._state.present
+        if self._evaluator_now not in present:
+            names = [stage.name for stage in self._state.stages.rollouts if stage.name in present]
+            self._evaluator_now = names[-1] if names else None
+        return self._evaluator_now
 
     def in_reach(self) -> bool:
         """Whether the policy may take a step without losing a version that an evaluation still waits for.
@@ -126,4 +143,5 @@ class Evaluations:
         self.samples += [{"step": float(step), **asdict(sample)} for sample in report.samples]
         # Only now does it leave the queue: if the actor is lost on the way, its next process does it again.
         self._asked.popleft()
+        self._evaluator_now = None
         self._state.waits.notify()

@@ -9,6 +9,7 @@ responses all have the same reward, if `rollouts.max_refills` allows it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -30,6 +31,10 @@ The third part is a ticket, an evaluation, or None if the actor should only load
 """
 
 
+REJOIN_EVERY = 10.0
+"""Seconds between two attempts to start an actor that has left."""
+
+
 class Rollouts:
     """The rollout actors of a ring, and what they are doing."""
 
@@ -46,7 +51,7 @@ class Rollouts:
         """
         self._config, self._stages, self._schedule = state.config, state.stages, state.schedule
         self._metrics, self._waits, self._calls = state.metrics, state.waits, state.calls
-        self._tasks, self._versions = state.tasks, state.versions
+        self._tasks, self._versions, self._present = state.tasks, state.versions, state.present
         self._evaluations, self._journal, self._make_ticket = evaluations, journal, make_ticket
         self._delivery = Delivery(state.config, state.stages, state.waits, state.calls)
         self._embedding: dict[int, asyncio.Task[Any]] = {}
@@ -104,6 +109,10 @@ class Rollouts:
 
         All jobs of the actor have ended by then. Those that were still running were cancelled.
         """
+        # A process for which there is no place yet is not there. The ring goes on without it meanwhile.
+        await actor.carrier.pids()
+        self._present[actor.name] = actor
+        self._evaluations.wake()
         loaded: int | None = None
         running: set[asyncio.Task[Any]] = set()
         in_flight, at_once = self._config.rollouts.in_flight_updates, self._config.rollouts.concurrent_groups
@@ -149,9 +158,12 @@ class Rollouts:
     async def _bring_back(self, actor: RolloutStage, error: StageLost) -> None:
         """Gives the tickets of a lost actor back to the schedule, and waits until the actor is restarted.
 
-        If the new process dies while it starts, that counts as one more death. Raises StageLost if the actor died more
-        than `rollouts.max_restarts` times in a row.
+        If the new process dies while it starts, that counts as one more death. An actor that died more than
+        `rollouts.max_restarts` times in a row has left: the ring goes on without it, and tries to start it from time to
+        time. Raises StageLost if fewer than `rollouts.min_actors` are then there.
         """
+        self._present.pop(actor.name, None)
+        self._evaluations.wake()
         # `_serve` has ended all jobs of this actor, so no result of an old attempt can still arrive. The schedule
         # relies on that: it would accept such a result until the group is issued again.
         self._schedule.lost(actor.name, "actor_died" if error.stage else "payload_lost")
@@ -159,11 +171,20 @@ class Rollouts:
         while True:
             self._deaths[actor.name] += 1
             if self._deaths[actor.name] > self._config.rollouts.max_restarts:
-                raise StageLost(
-                    actor.name,
-                    f"{actor.name} died {self._deaths[actor.name]} times in a row; rollouts.max_restarts is "
-                    f"{self._config.rollouts.max_restarts}. Last: {error}",
-                ) from error
+                at_least = self._config.rollouts.min_actors or self._config.rollouts.num_actors
+                if len(self._present) < at_least:
+                    raise StageLost(
+                        actor.name,
+                        f"{actor.name} died {self._deaths[actor.name]} times in a row; rollouts.max_restarts is "
+                        f"{self._config.rollouts.max_restarts}, and {len(self._present)} actors are left, where "
+                        f"rollouts.min_actors is {at_least}. Last: {error}",
+                    ) from error
+                # Not through `_waits`: an actor that never comes must not look like a ring that moves.
+                await asyncio.sleep(REJOIN_EVERY)
+                with contextlib.suppress(StageLost):
+                    await actor.restart()
+                    return
+                continue
             try:
                 await self._waits.work(actor.restart(), actor.name, "its restart")
                 return

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from r2m_async.config import R2MConfig
 from r2m_async.ring.calls import Calls
 from r2m_async.ring.progress import Progress
-from r2m_async.ring.stages import Stages
+from r2m_async.ring.stages import RolloutStage, Stages
 from r2m_async.ring.step_metrics import StepMetrics
 from r2m_async.ring.tasks import Tasks
 from r2m_async.ring.versions import Versions
@@ -28,6 +28,8 @@ class RingState:
     calls: Calls
     tasks: Tasks
     versions: Versions
+    present: dict[str, RolloutStage] = field(default_factory=dict)
+    """The rollout actors whose processes are there, by name."""
 
     @classmethod
     def of(cls, config: R2MConfig, plan: Plan, stages: Stages, progress: Progress) -> RingState:
@@ -44,7 +46,7 @@ class RingState:
             schedule=schedule,
             metrics=metrics,
             waits=waits,
-            calls=Calls(waits, metrics),
+            calls=Calls(waits, metrics, stages.annotators, config.run.max_restarts),
             tasks=Tasks(waits),
             versions=Versions(schedule),
         )

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "reward.max_voided",
     "head.lr",
     "rollouts.num_actors",
+    "rollouts.min_actors",
     "rollouts.concurrent_groups",
     "rollouts.tensor_parallel",
     "rollouts.engine_options.gpu_memory_utilization",

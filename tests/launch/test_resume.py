@@ -33,7 +33,7 @@ TIMED = (
     "weights/",
     "queue/",
     "ledger/admitted",
-    "run/",
+    "restarts/",
     "length/trained_over_generated",
 )
 """Metrics that a clock decides, or how far the rollouts are ahead."""

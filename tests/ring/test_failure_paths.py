@@ -253,8 +253,89 @@ def test_an_actor_killed_again_each_time_it_is_back_ends_the_run_by_max_restarts
     dying = DiesComingBack("rollout-0", fails={"generate": StageLost("rollout-0", "killed")})
     told = drive(stages_of(rollouts=(dying,)), train, CONFIG.rollouts(max_restarts=5))
     assert isinstance(told["error"], StageLost) and told["after"] < 1.0
-    assert "rollout-0 died 6 times in a row; rollouts.max_restarts is 5" in str(told["error"])
+    assert "rollout-0 died 6 times in a row; rollouts.max_restarts is 5, and 0 actors are left" in str(told["error"])
     assert "killed again" in str(told["error"])
+
+
+class DiesForAWhile(Faulty):
+    """An actor that is killed in each group, and does not come back before `back_at` on the ring's clock."""
+
+    back_at = 0.0
+    killed = False
+
+    async def call(self, method, *args):
+        if method.name == "generate" and not self.killed and asyncio.get_running_loop().time() < self.back_at:
+            self.killed = True
+            raise StageLost(self.name, f"{self.name} was killed with its node")
+        return await super().call(method, *args)
+
+    async def restart(self):
+        if asyncio.get_running_loop().time() < self.back_at:
+            raise StageLost(self.name, f"{self.name} has no place")
+        await super().restart()
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_an_actor_that_leaves_and_joins_again_costs_no_step(gone):
+    """The other one does its groups, and the evaluations if it was the last. Each call of `generate` takes a second."""
+    actors = tuple((DiesForAWhile if index == gone else Faulty)(f"rollout-{index}", seconds=1.0) for index in range(2))
+    actors[gone].back_at = 25.0
+    fleet = []
+
+    async def run(controller):
+        while not controller.finished:
+            fleet.append((await controller.step())["rollouts/actors"])
+        await controller.drain()
+
+    config = CONFIG.run(num_steps=40).rollouts(num_actors=2, max_restarts=1, min_actors=1).scheduling(stall_after=60.0)
+    told = drive(stages_of(rollouts=actors), run, config, plan=plan_of(num_steps=40))
+    assert "error" not in told, told
+    assert fleet[0] == 1 and fleet[-1] == 2 and len(fleet) == 40
+    schedule = told["controller"].schedule
+    assert schedule.policy_ledger.trained == schedule.policy_ledger.admitted == 80
+    assert schedule.reissued["actor_died"] == 1
+
+
+def test_with_fewer_actors_than_min_actors_the_run_ends():
+    actors = tuple(DiesForAWhile(f"rollout-{index}") for index in range(2))
+    for actor in actors:
+        actor.back_at = 1e9
+    config = CONFIG.rollouts(num_actors=2, max_restarts=0, min_actors=1)
+    told = drive(stages_of(rollouts=actors), train, config)
+    assert isinstance(told["error"], StageLost)
+    assert "0 actors are left, where rollouts.min_actors is 1" in str(told["error"])
+
+
+class DiesOnce(Faulty):
+    """A stage whose process dies in the `first`-th call of a method, and is as before when it is restarted."""
+
+    restarts = 0
+
+    async def call(self, method, *args):
+        if method.name in self.fails:
+            await asyncio.sleep(0.5)
+            raise StageLost(self.name, f"{self.name} was killed")
+        return await super().call(method, *args)
+
+    async def restart(self):
+        self.restarts, self.fails = self.restarts + 1, {}
+        await super().restart()
+
+
+@pytest.mark.parametrize("method", ["embed", "score", "initial_head"])
+def test_an_annotator_that_dies_is_restarted_once_and_its_calls_are_made_again(method):
+    annotator = DiesOnce("annotator-0", fails={method: None})
+    told = drive(stages_of(annotators=(annotator,)), train)
+    assert "error" not in told, told
+    assert annotator.restarts == 1, "several groups were being embedded, and one process had died"
+    schedule = told["controller"].schedule
+    assert schedule.policy_ledger.trained == schedule.policy_ledger.admitted > 0
+
+
+def test_an_annotator_that_dies_again_and_again_ends_the_run_with_its_own_error():
+    annotator = Faulty("annotator-0", crashes=lambda method: method == "embed")
+    told = drive(stages_of(annotators=(annotator,)), train, CONFIG.run(max_restarts=2))
+    assert isinstance(told["error"], StageLost) and "annotator-0 crashed in embed" in str(told["error"])
 
 
 def test_a_frozen_actor_does_not_keep_others_from_being_aborted():

@@ -9,7 +9,7 @@ export RAY_AUTH_MODE ?= disabled
 # Two tests at a time, on two cores; the 25 slowest at the end.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --durations 25 --timeout 900
 
-.PHONY: train smollm2 test test-fast test-all test-kernels check
+.PHONY: train smollm2 test test-fast test-all test-kernels chaos fuzz check
 
 train: $(VENV)/.ready
 	$(BIN)/r2m train configs/quickstart.yaml
@@ -46,6 +46,14 @@ test-kernels: $(VENV)/.smollm2
 	done; done
 
 # Style, format and types. Seconds, but for the first time.
+EACH ?= 50
+chaos: $(VENV)/.ready
+	$(BIN)/python benchmarks/chaos.py --each $(EACH) --json docs/reliability.json
+
+INPUTS ?= 1000000
+fuzz: $(VENV)/.ready
+	$(BIN)/python benchmarks/fuzz.py --inputs $(INPUTS)
+
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -49,6 +49,16 @@ def test_the_learner_step_is_measured_for_every_contender(stages, how, tmp_path)
     assert all(number > 0 for number in numbers)
 
 
+def test_ten_thousand_damaged_inputs_are_accepted_or_refused_by_the_one_error_of_their_reader():
+    command = [sys.executable, ROOT / "benchmarks" / "fuzz.py", "--inputs", "10000"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["codec", "journal", "metrics", "data", "checkpoint", "config"]
+    assert sum(int(row[1]) for row in rows) == 10_000 and all(int(row[3]) > 0 for row in rows)
+
+
 def test_a_head_update_is_measured_against_a_full_one(tmp_path):
     command = [
         sys.executable,

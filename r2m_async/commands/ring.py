@@ -65,12 +65,12 @@ def _resume(parsed: argparse.Namespace) -> int:
 
 
 def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
-    from r2m_async.runs.records import read_records
+    from r2m_async.runs.records import read_trace
 
     times = StageTimes()
     if parsed.times:
         try:
-            times = times_of_run(read_records(parsed.times / "trace.jsonl"))
+            times = times_of_run(read_trace(parsed.times / "trace.jsonl"))
         except OSError as error:
             raise ConfigError(f"--times {parsed.times}: has no readable trace.jsonl ({error.strerror})") from None
     given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(StageTimes)}

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from r2m_async.config import REWARD_METRICS, R2MConfig
 from r2m_async.runs.drawing import COLORS, GREY, bare, grid, legend_above, line, line_cycle, save
-from r2m_async.runs.records import Records, binned, column, mean_curve, read_metrics, read_records, samples_kl
+from r2m_async.runs.records import Records, binned, column, mean_curve, read_metrics, read_trace, samples_kl
 
 KL_LABEL = "KL from the reference (nats per response)"
 STEP_LABEL = "policy step"
@@ -44,7 +44,7 @@ def plot_run(directory: Path) -> list[Path]:
     """
     config = R2MConfig.from_yaml(directory / "config.yaml")
     steps, evaluations = read_metrics(directory / "metrics.jsonl"), read_metrics(directory / "evaluation.jsonl")
-    trace = read_records(directory / "trace.jsonl")
+    trace = read_trace(directory / "trace.jsonl")
     figures: dict[str, Figure] = {}
     if steps:
         figures["reward"] = reward_figure(steps, evaluations)

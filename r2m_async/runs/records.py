@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +29,52 @@ def jsonl(records: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(finite_or_null(record), allow_nan=False) + "\n" for record in records)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path, needed: Mapping[str, type] | None = None) -> list[dict[str, Any]]:
     """Returns the records of a JSONL file. A last line without a line end is left out if it is not JSON.
 
-    Raises DataError, which names the line, for any other line that is not a JSON object.
+    needed: the type of each key that every record must have. A number must be finite if it is needed.
+
+    Raises DataError, which names the line, for any other line that is not a JSON object with these keys.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if not line.endswith("\n"):
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+            if not line.endswith(b"\n"):
                 break  # the run is writing this line, or was killed while it did
-            raise DataError(f"{path}:{number}: is not JSON ({error.msg}): remove the line") from None
+            why = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise DataError(f"{path}:{number}: is not JSON ({why}): remove the line") from None
         if not isinstance(record, dict):
-            raise DataError(f"{path}:{number}: holds {line.strip()[:60]!r}, not an object of metrics: remove the line")
+            shown = line.strip()[:60].decode(errors="replace")
+            raise DataError(f"{path}:{number}: holds {shown!r}, not an object of metrics: remove the line")
+        for key, kind in (needed or {}).items():
+            value = record.get(key)
+            if (
+                not isinstance(value, kind)
+                or isinstance(value, bool)
+                or value in (math.inf, -math.inf)
+                or value != value
+            ):
+                raise DataError(f"{path}:{number}: has {value!r} as {key!r}: it was changed after it was written")
         records.append({key: math.nan if value is None else value for key, value in record.items()})
     return records
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of trace.jsonl, which have the fields of `ring.step_metrics.Interval`. Raises DataError."""
+    return read_records(path, {"stage": str, "method": str, **dict.fromkeys(("step", "start", "end"), Real)})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the records of metrics.jsonl or evaluation.jsonl, in the order of their steps. Each step occurs once.
 
-    A resumed run repeats the steps after its checkpoint. Their new records replace the old ones and all that followed.
+    A run of an older version of r2m-async, which was resumed, repeats steps. Their new records replace the old ones and
+    all that followed. Raises DataError.
     """
     metrics: list[dict[str, Any]] = []
-    for record in read_records(path):
+    for record in read_records(path, {"step": Real}):
         while metrics and metrics[-1]["step"] >= record["step"]:
             metrics.pop()  # of the run before it was resumed
         metrics.append(record)

@@ -15,7 +15,7 @@ import numpy as np
 
 from r2m_async.runs.drawing import chosen
 from r2m_async.runs.plots import compare_runs
-from r2m_async.runs.records import column, read_metrics, read_records, samples_kl
+from r2m_async.runs.records import column, read_metrics, samples_kl
 from r2m_async.runs.results import write_results
 from r2m_async.studies.intervals import differences, differences_tables, seeds_row, seeds_table
 from r2m_async.studies.jobs import failures
@@ -141,7 +141,7 @@ def accuracies(run: Path) -> dict[str, float]:
     `accuracy_end` is the share of pairs that the run's head orders as gold does, and `accuracy_frozen` the same for the
     frozen reward model. Empty without evaluations.
     """
-    if not (evaluations := read_records(run / "evaluation.jsonl")):
+    if not (evaluations := read_metrics(run / "evaluation.jsonl")):
         return {}
     names = {"accuracy_end": "proxy_accuracy", "accuracy_frozen": "frozen_accuracy"}
     return {name: evaluations[-1].get(key, float("nan")) for name, key in names.items()}

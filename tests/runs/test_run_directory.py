@@ -27,7 +27,7 @@ from r2m_async.runs.plots import (
     reward_figure,
     stages_figure,
 )
-from r2m_async.runs.records import binned, mean_curve, read_metrics, read_records
+from r2m_async.runs.records import binned, mean_curve, read_metrics, read_records, read_trace
 
 EVALUATIONS = [
     {"step": 0.0, "head_version": 0.0, "proxy": -1.0, "proxy_se": 0.1, "frozen": -1.0, "frozen_se": 0.1, "gold": 1.5},
@@ -141,6 +141,30 @@ def test_a_partial_last_line_is_left_out_and_a_bad_line_elsewhere_is_named(confi
     path.write_text('{"step": 1.0}\n{"step": 2.0, "rew\n{"step": 3.0}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: is not JSON"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b'{"step": 2.0, "a": "\xff"}', r"metrics\.jsonl:2: is not JSON \('utf-8' codec can't decode byte 0xff"),
+        (b'{"steps": 2.0}', r"metrics\.jsonl:2: has None as 'step': it was changed"),
+        (b'{"step": "two"}', r"metrics\.jsonl:2: has 'two' as 'step'"),
+        (b'{"step": null}', r"metrics\.jsonl:2: has None as 'step'"),
+        (b'{"step": 1e999}', r"metrics\.jsonl:2: has inf as 'step'"),
+        (b"[" * 100_000, r"metrics\.jsonl:2: is not JSON"),
+    ],
+)
+def test_a_line_of_metrics_that_was_damaged_is_named(tmp_path, line, complaint):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1.0}\n' + line + b'\n{"step": 3.0}\n')
+    with pytest.raises(DataError, match=complaint):
+        read_metrics(path)
+
+
+def test_an_interval_without_its_end_is_named(tmp_path):
+    (tmp_path / "trace.jsonl").write_text('{"stage": "queue", "method": "put", "step": 1, "start": 0.5}\n')
+    with pytest.raises(DataError, match=r"trace\.jsonl:1: has None as 'end'"):
+        read_trace(tmp_path / "trace.jsonl")
 
 
 def test_a_resumed_run_cuts_off_a_partial_line_and_replaces_the_steps_it_repeats(config):

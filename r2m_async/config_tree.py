@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from r2m_async.errors import ConfigError, all_at_once
 from r2m_async.yaml_tree import check_plain, cut_repr, parse_yaml, read_yaml, write_yaml
@@ -91,6 +93,33 @@ learning rate by ten.
 """
 
 
+_SECRET_KEY = re.compile(r"(?i)(.*_)?(api_?key|passw(or)?d|secret|credentials?|(access|auth|bearer)_token|private_key)")
+_SECRET_IN_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@")
+
+
+def _secret_in(value: Any, key: str = "") -> str | None:
+    """Says where a value holds what looks like a secret, without the secret itself. None if it holds none."""
+    if isinstance(value, str):
+        if value and _SECRET_KEY.fullmatch(key):
+            return f"the value of {key!r}"
+        return "the password in a URL" if _SECRET_IN_URL.search(value) else None
+    if isinstance(value, BaseModel):
+        value = dict(value)
+    inside = (
+        value.items() if isinstance(value, dict) else ((key, one) for one in value) if isinstance(value, list) else ()
+    )
+    return next((found for name, one in inside if (found := _secret_in(one, str(name))) is not None), None)
+
+
+def _without_secrets(value: Any, key: str = "") -> Any:
+    """Returns a value with `***` in the place of what looks like a secret, for messages."""
+    if isinstance(value, str):
+        return "***" if _secret_in(value, key) else value
+    if isinstance(value, dict):
+        return {name: _without_secrets(one, str(name)) for name, one in value.items()}
+    return [_without_secrets(one, key) for one in value] if isinstance(value, list) else value
+
+
 class Section(BaseModel):
     """One section of a config. Calling it returns a new config, in which the named keys are changed.
 
@@ -111,6 +140,18 @@ class Section(BaseModel):
         """Refuses a number that is too large to compute with. pydantic calls this for every key."""
         if isinstance(value, float) and abs(value) > LARGEST:
             raise ValueError(f"beyond the {LARGEST:g} that float32 can still compute with; use a smaller number")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        """Refuses a secret: the config is written to the run directory, to every checkpoint, and into logs."""
+        if (where := _secret_in(value)) is not None:
+            raise PydanticCustomError(
+                "secret",
+                f"{where} would be written to the run directory and its checkpoints: put the secret into an environment "
+                f"variable, and give the variable's name, as in `api_key_env`",
+            )
         return value
 
     def changed(self, changes: dict[str, Any]) -> Any:
@@ -334,7 +375,9 @@ def _explain(problem: Any, sections: dict[str, Any]) -> str:
     if not location:
         return str(problem["msg"]).removeprefix("Value error, ")
     why = problem["msg"].removeprefix("Value error, ")
-    told = f"{key}: {why[0].lower()}{why[1:]}; got {cut_repr(problem['input'])}"
+    if problem["type"] == "secret":
+        return f"{key}: {why}"  # without the value
+    told = f"{key}: {why[0].lower()}{why[1:]}; got {cut_repr(_without_secrets(problem['input']))}"
     if problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float)):
         told += " (YAML reads it as a number or a truth value; put it in quotes)"
     return told

@@ -550,3 +550,41 @@ def test_an_override_reaches_keys_within_keys(tmp_path, override, value):
     config = R2MConfig.from_yaml(tmp_path / "config.yaml", [override]).to_dict()
     section, key, inner, expected = value
     assert config[section][key][inner] == expected
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    ("tree", "where"),
+    [
+        (
+            {"rollouts": {"engine": "vllm", "engine_options": {"hf": {"auth_token": "sk-123"}}}},
+            "rollouts.engine_options",
+        ),
+        ({"reward": {"functions": {"a": {"function": "m:f", "options": {"API_KEY": "sk-123"}}}}}, "reward.functions"),
+        (
+            {"reward": {"functions": {"a": {"function": "m:f", "options": {"x": [{"password": "sk-123"}]}}}}},
+            "reward.fun",
+        ),
+        ({"data": {"prompts": "s3://user:sk-123@bucket/prompts.jsonl"}}, "data.prompts"),
+        (
+            {"reward": {"functions": [{"function": "m:f", "options": {"api_key": "sk-123"}}]}},
+            "reward.functions.0: input",
+        ),
+        (
+            {"rollouts": {"engine_options": {"client_secret": "sk-123"}, "temperature": "http://u:sk-123@h"}},
+            "temperature",
+        ),
+    ],
+)
+def test_a_secret_is_refused_and_appears_in_no_message(tree, where):
+    with pytest.raises(ConfigError) as raised:
+        R2MConfig.from_dict(tree)
+    assert where in str(raised.value) and "sk-123" not in str(raised.value)
+
+
+def test_the_name_of_an_environment_variable_and_tokens_of_a_tokenizer_are_no_secrets():
+    options = {"api_key_env": "JUDGE_KEY", "pad_token": "<pad>", "url": "http://host:8000/v1", "max_tokens": 3}
+    config = R2MConfig.from_dict({"reward": {"functions": {"judge": {"function": "m:f", "options": options}}}})
+    assert config.to_dict()["reward"]["functions"]["judge"]["options"] == options

@@ -5,6 +5,7 @@ records.py      checks the fields of a record, and refuses a bad one by its file
 pairs.py        reads a preference pair in the forms in which data sets have it
 prompts.py      loads the prompts and preference pairs of a run, and deals the prompts to groups
 chat.py         puts turns through a tokenizer's chat template
+raw_text.py     turns text that went through no chat template into token ids
 reward_text.py  turns a prompt and its response into the token ids that a reward model reads
 seeds.py        names the random streams of a run, and derives seeds from them
 """

@@ -20,6 +20,7 @@ import xxhash
 from r2m_async.config_records import Filters
 from r2m_async.data.chat import TemplateRefusal, templated
 from r2m_async.data.pairs import Preference, read_preference, read_prompt, read_response
+from r2m_async.data.raw_text import raw_ids
 from r2m_async.data.records import Content, FilteredRecord, OnBadRecord, Record, load_records
 from r2m_async.data.seeds import prompt_order
 from r2m_async.data.sources import Source
@@ -175,17 +176,10 @@ def policy_reads(content: Content, tokenizer: Any) -> tuple[str, list[int]]:
     """
     text = prompt_text(content, tokenizer)
     through_template = not isinstance(content, str) and getattr(tokenizer, "chat_template", None) is not None
+    if not through_template:
+        return text, raw_ids(tokenizer, text)
     # A chat template writes its own special tokens. The tokenizer must not add them a second time.
-    ids = tokenizer(text, add_special_tokens=not through_template)["input_ids"]
-    # Some tokenizers end every text with the end-of-text token. A prompt goes on, so it must not end there.
-    if (
-        not through_template
-        and len(ids) > 1
-        and ids[-1] == tokenizer.eos_token_id
-        and not text.endswith(tokenizer.eos_token)
-    ):
-        ids = ids[:-1]
-    return text, ids
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:

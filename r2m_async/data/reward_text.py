@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from r2m_async.data.chat import templated
+from r2m_async.data.raw_text import raw_ids, without_start
 
 Message = dict[str, str] | tuple[str, str]
 """One turn of a conversation: {"role": ..., "content": ...} or (role, content)."""
@@ -50,7 +51,11 @@ def reward_input_ids(
         else:
             text = templated(tokenizer, chat, continue_final_message=not finished)
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids if max_tokens is None else _without_start(ids, max_tokens, tokenizer.bos_token_id)
+    if max_tokens is None:
+        return ids
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens={max_tokens}: a reward model needs at least 2 tokens")
+    return without_start(ids, max_tokens, tokenizer.bos_token_id)
 
 
 def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool) -> list[int]:
@@ -58,18 +63,7 @@ def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool) -> l
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the reward tokenizer has no eos_token: set one, it tells finished responses from cut ones")
-    ids = list(tokenizer(text)["input_ids"])
-    if ids and ids[-1] == eos:  # some tokenizers always append it, which would make every response look finished
+    ids = raw_ids(tokenizer, text)
+    if ids and ids[-1] == eos:  # spelled out by the text itself, which would make a cut response look finished
         ids.pop()
     return [*ids, eos] if finished else ids
-
-
-def _without_start(ids: list[int], max_tokens: int, bos: int | None) -> list[int]:
-    """Returns the last `max_tokens` ids. The id `bos`, if the ids begin with it, counts among them and stays first."""
-    if max_tokens < 2:
-        raise ValueError(f"max_tokens={max_tokens}: a reward model needs at least 2 tokens")
-    if len(ids) <= max_tokens:
-        return ids
-    if bos is not None and ids[0] == bos:
-        return [bos, *ids[len(ids) - max_tokens + 1 :]]
-    return ids[len(ids) - max_tokens :]

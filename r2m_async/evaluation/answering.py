@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.prompts import policy_reads
+from r2m_async.data.raw_text import without_start
 from r2m_async.data.records import Content
 from r2m_async.data.seeds import sampling_seed
 from r2m_async.errors import ConfigError, DataError
@@ -193,7 +194,8 @@ def answer_batch(
             temperature = question.temperature if settings.temperature is None else settings.temperature
             # The place in the file, not in the batch: the seed does not depend on where an interrupted command goes on.
             seed = sampling_seed(settings.seed, start + index, stream=turn)
-            requests.append(GenerationRequest(token_ids=tuple(ids[-room:]), temperature=temperature, seed=seed))
+            kept = without_start(ids, room, options.tokenizer.bos_token_id)
+            requests.append(GenerationRequest(token_ids=tuple(kept), temperature=temperature, seed=seed))
         for index, request, response in zip(asked, requests, engine.generate(requests), strict=True):
             texts[index].append(ResponseText(options.tokenizer, request.token_ids)(response.token_ids))
             reasons[index].append("stop" if response.finished else "length")

@@ -27,6 +27,7 @@ import numpy as np
 from r2m_async import reward_metrics
 from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.prompts import policy_reads
+from r2m_async.data.raw_text import without_start
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 from r2m_async.evaluation.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
@@ -197,7 +198,7 @@ def _read(name: str, texts: Sequence[Text], max_tokens: int, embedded: EmbeddedM
 
     whole = [ids(text) for text in texts]
     limit = longest_text(max_tokens, model.config)
-    cut = [one[-limit:] for one in whole]
+    cut = [without_start(one, limit, tokenizer.bos_token_id) for one in whole]
     return _Read(
         ids=cut,
         means=layer_means(model.base_model, cut, padding=0),  # padding is masked, so any token id will do for it

@@ -6,12 +6,13 @@ Shapes: S prompt + response tokens.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
 from r2m_async.data.prompts import prompt_text
-from r2m_async.models.tokens import ResponseText
+from r2m_async.models.tokens import ResponseText, continuations
 from r2m_async.trajectories import Prompt, Trajectory
 
 _MARK = "R2MTURN"
@@ -105,15 +106,10 @@ class Conversation:
         The text is tokenised by itself. What was sampled must not be tokenised again: the policy may have written a word
         in other tokens than the tokenizer would.
         """
-        alone: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self._added_by(alone) == text:
-            return alone
-        # A tokenizer in the style of SentencePiece puts a space before a text that it reads alone. After a line break it
-        # does not, and a line break has tokens of its own.
-        start: list[int] = self._tokenizer("\n", add_special_tokens=False)["input_ids"]
-        whole: list[int] = self._tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
-        after = whole[len(start) :]
-        return after if whole[: len(start)] == start and self._added_by(after) == text else alone
+        # A line break has tokens of its own, whatever follows.
+        read = continuations(self._tokenizer, text, ("\n",))
+        alone = next(read)
+        return next((ids for ids in chain((alone,), read) if self._added_by(ids) == text), alone)
 
     def _added_by(self, ids: Sequence[int]) -> str:
         """The text that tokens add to what is there, special tokens included."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +190,22 @@ def response_ids(
     prompt_text, prompt_ids: the prompt as the policy reads it.
     finished: True adds the tokenizer's end-of-text token.
     """
-    alone: list[int] = tokenizer(response, add_special_tokens=False)["input_ids"]
-    if ResponseText(tokenizer, prompt_ids)(alone) != response:
-        # A tokenizer in the style of SentencePiece puts a space before a text that it reads alone.
-        whole = tokenizer(prompt_text + response, add_special_tokens=False)["input_ids"]
-        start = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
+    text_of = ResponseText(tokenizer, prompt_ids)
+    read = list(continuations(tokenizer, response, (prompt_text, "\n")))
+    # Some tokenizers have no tokens for some text, such as line breaks. Then the text in the middle of another is nearest.
+    ids = next((one for one in read if text_of(one) == response), read[min(1, len(read) - 1)])
+    return [*ids, *([tokenizer.eos_token_id] if finished else [])]
+
+
+def continuations(tokenizer: Any, text: str, contexts: Sequence[str]) -> Iterator[list[int]]:
+    """Yields the token ids that a text may have in the middle of another: as it is read alone, and after each context.
+
+    A tokenizer in the style of SentencePiece puts a space before a text that it reads alone. contexts: texts that the
+    text is read after. One that has other tokens then than alone is passed over.
+    """
+    yield tokenizer(text, add_special_tokens=False)["input_ids"]
+    for context in contexts:
+        whole = tokenizer(context + text, add_special_tokens=False)["input_ids"]
+        start = tokenizer(context, add_special_tokens=False)["input_ids"]
         if whole[: len(start)] == start:
-            alone = whole[len(start) :]
-    return [*alone, *([tokenizer.eos_token_id] if finished else [])]
+            yield whole[len(start) :]

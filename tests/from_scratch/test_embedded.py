@@ -164,13 +164,10 @@ def test_an_unfinished_response_has_no_end_of_text_even_if_the_tokenizer_always_
     assert reward_input_ids(reward_tokenizer, "say :", " a bird .", True) == [*cut, reward_tokenizer.eos_token_id]
 
 
-def test_messages_without_a_template_are_joined_by_newlines(reward_tokenizer, monkeypatch):
-    seen = []
-    call = type(reward_tokenizer).__call__
-    monkeypatch.setattr(type(reward_tokenizer), "__call__", lambda self, text: seen.append(text) or call(self, text))
+def test_messages_without_a_template_are_joined_by_newlines(reward_tokenizer):
     messages = [{"role": "system", "content": "a bird"}, {"role": "user", "content": "say"}]
     ids = reward_input_ids(reward_tokenizer, messages, "a lamp", True)
-    assert seen == ["a bird\nsay\na lamp"]
+    assert ids == [*reward_tokenizer("a bird\nsay\na lamp")["input_ids"], reward_tokenizer.eos_token_id]
     assert ids == reward_input_ids(reward_tokenizer, [("system", "a bird"), ("user", "say")], "a lamp", True)
 
 

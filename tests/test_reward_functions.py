@@ -286,12 +286,59 @@ def test_calls_that_never_return_end_the_run_before_their_threads_take_everythin
 
 def test_a_column_that_a_function_of_all_misses_is_told_with_those_that_there_are(mine):
     mine(exact=lambda **given: given["awnser"] == given["response"], own=lambda response, **given: {}["x"])
-    with pytest.raises(
-        FunctionFailed, match=r"KeyError: 'awnser'[\s\S]*is given 'answer', 'prompt', .*for this record"
-    ):
+    told = (
+        r"reward.functions 'mine:exact' raised KeyError: 'awnser'[\s\S]*if 'awnser' is to be a column .*has none of the name; "
+        r"did you mean 'answer'\? The function is given 'answer', 'prompt', .*make it a parameter: `r2m check` then looks"
+    )
+    with pytest.raises(FunctionFailed, match=told):
         values(group_of("a", answer="4"), ["mine:exact"])
     with pytest.raises(FunctionFailed, match=r"KeyError: 'x'"):
         values(group_of("a", answer="4"), ["mine:own"])
+
+
+@pytest.mark.parametrize("key", [("a", 1), ["no", "hash"], "response"])
+def test_a_key_that_can_be_no_missing_column_is_told_as_it_is(mine, key):
+    def own(response, **given):
+        raise KeyError(key)
+
+    mine(own)
+    with pytest.raises(FunctionFailed, match=re.escape(f"KeyError: {key!r}")) as raised:
+        values(group_of("a", answer="4"), ["mine:own"])
+    assert "is to be a column" not in str(raised.value)
+
+
+async def takes_all(response, **given):
+    if "hint" in given:
+        given["noted"] = given["hint"]
+    return float(response == given["answer"]) + given["level"] + given["limit"] + len(given["tokens"])
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.models
+def test_a_column_that_code_takes_and_some_records_lack_is_told_before_the_run(
+    tiny_config, tmp_path, mine, capsys, command
+):
+    mine(takes_all, partial=functools.partial(takes_all, answer="4"))
+    records = [{"prompt": "the river", "level": 1}, {"prompt": "the stone", "answer": "4", "level": 1}, {"prompt": "a"}]
+    functions = {
+        "all": {"function": "mine:takes_all", "options": {"limit": 3}},
+        "part": {"function": "mine:partial", "options": {"limit": 3}},
+    }
+    config = tiny_config.reward(functions=functions).data(prompts=written(tmp_path / "p.jsonl", *records))
+    if command == "train":
+        told = resolve(config).notes
+    else:
+        (tmp_path / "c.yaml").write_text(config.to_yaml())
+        assert main(["check", str(tmp_path / "c.yaml")]) == 0
+        told = [line for line in capsys.readouterr().out.splitlines() if "keyword arguments" in line]
+    lines = (
+        "reward.functions.all 'mine:takes_all' takes 'answer' from its keyword arguments, and 2 of 3 records have no such "
+        "column, p.jsonl:1 first",
+        "reward.functions.all 'mine:takes_all' takes 'level' from its keyword arguments, and 1 of 3 records have no such "
+        "column, p.jsonl:3 first",
+        "reward.functions.part 'mine:partial' takes 'level'",
+    )
+    assert len(told) == 3 and all(line in one for line, one in zip(lines, told, strict=True))
 
 
 def test_the_first_failure_in_the_order_of_responses_is_told(mine):

@@ -16,7 +16,7 @@ from r2m_async.errors import ConfigError
 from r2m_async.from_scratch import language
 from r2m_async.launch.model_checks import Reader, prompt_check, shown
 from r2m_async.plugins import nearest
-from r2m_async.rewards.arguments import INFO, KNOWN
+from r2m_async.rewards.arguments import INFO, KNOWN, keys_read
 from r2m_async.rewards.calls import functions_of, gold_of
 from r2m_async.trajectories import Prompt
 
@@ -126,6 +126,29 @@ def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str
                 )
 
 
+def columns_to_tell(config: R2MConfig, records: Sequence[tuple[str, Collection[str]]]) -> list[str]:
+    """Returns what to tell of columns that functions take from their `**kwargs`, and that some records lack.
+
+    Such a function may do without them, so this is no error. It would be one in the middle of a run. Arguments are those of
+    `check_columns`.
+    """
+    gold, known = gold_of(config), {*KNOWN, *([] if config.rollouts.function is None else [INFO])}
+    functions = [*functions_of(config), *([gold] if gold else [])]
+    reads = [
+        (f"{one.key} {one.setting.function!r}", name)
+        for one in functions
+        for name in keys_read(one.call)
+        if name not in {*known, *one.setting.options}
+    ]
+    lacking = {read: [record for record, columns in records if read[1] not in columns] for read in reads}
+    return [
+        f"{asks} takes {name!r} from its keyword arguments, and {len(found)} of {len(records)} records have no such column, {found[0]} "
+        f"first: a call without it may fail in the middle of the run; correct the name, or make it a parameter"
+        for (asks, name), found in lacking.items()
+        if found
+    ]
+
+
 def sources_are_here(config: R2MConfig) -> bool:
     """Returns whether the data that models are built from are on this machine."""
     sources = (config.data.prompts, config.data.preferences)
@@ -157,7 +180,7 @@ def check_data(config: R2MConfig, readers: Mapping[str, Reader]) -> int:
     if {"prompts", "eval"}.isdisjoint(away) and (policy is not None or data.prompts == "embedded"):
         prompts, held_out, skipped = read_prompts(config, policy and policy.tokenizer, prompt_check(readers))
         print(f"# data.prompts: {len(prompts)} prompts, {len(held_out)} held out{_left_out(skipped)}")
-        check_columns(config, ((one.prompt_id, one.columns) for one in (*prompts, *held_out)))
+        _tell_columns(config, [(one.prompt_id, one.columns) for one in (*prompts, *held_out)])
         if policy is not None:
             print("\n".join(f"# {line}" for line in shown(prompts[0], readers)))
         return column_bytes((*prompts, *held_out))
@@ -177,8 +200,15 @@ def _check_records(config: R2MConfig, key: str) -> None:
         return record.name, record.columns(without="prompt")
 
     records, skipped = load_records(getattr(data, key), split, parse, data.on_bad_record, names=data.names)
-    check_columns(config, records)
+    _tell_columns(config, records)
     print(f"# data.{key}: {len(records)} prompts{_left_out(skipped)}; `r2m train` checks their lengths")
+
+
+def _tell_columns(config: R2MConfig, records: Sequence[tuple[str, Collection[str]]]) -> None:
+    """Does what `check_columns` does, and prints what is to be told of columns."""
+    check_columns(config, records)
+    for note in columns_to_tell(config, records):
+        print(f"# {note}")
 
 
 def _left_out(skipped: dict[str, int]) -> str:

@@ -26,7 +26,7 @@ from r2m_async.launch.model_checks import (
     check_reward_model,
     prompt_check,
 )
-from r2m_async.launch.prompts import check_columns, column_bytes, read_prompts, record_options
+from r2m_async.launch.prompts import check_columns, column_bytes, columns_to_tell, read_prompts, record_options
 from r2m_async.models.attention import check_attention
 from r2m_async.models.plays import INFO_BYTES, rollout_function
 from r2m_async.models.pretrained import brings_code, pretrained_config
@@ -106,7 +106,8 @@ def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | No
     }
     readers, notes = check_models(config, {key: name for key, name in named.items() if name is not None})
     prompts, held_out, skipped = read_prompts(config, readers["model.policy"].tokenizer, prompt_check(readers))
-    check_columns(config, ((one.prompt_id, one.columns) for one in (*prompts, *held_out)))
+    records = [(one.prompt_id, one.columns) for one in (*prompts, *held_out)]
+    check_columns(config, records)
     return Workload(
         **models._asdict(),
         reference=config.model.reference or models.policy,
@@ -114,7 +115,7 @@ def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | No
         prompts=prompts,
         eval_prompts=held_out,
         skipped=skipped,
-        notes=tuple(notes),
+        notes=(*notes, *columns_to_tell(config, records)),
         estimator=estimator,
     )
 

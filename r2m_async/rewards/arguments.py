@@ -7,8 +7,11 @@ parameters with other names is called as f(prompt, response), as all functions o
 
 from __future__ import annotations
 
+import ast
 import copy
+import functools
 import inspect
+import textwrap
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -141,6 +144,31 @@ class Signature:
         return tuple(known[name] for name in positions), {
             name: known[name] for name in named if name in known and name not in positions
         }
+
+
+def keys_read(function: Callable[..., Any]) -> list[str]:
+    """Returns the names that a function's source takes from its `**kwargs` as `kwargs["name"]`, in their order.
+
+    A name that it compares by `in` is left out. Without source, such as for a lambda, there are none.
+    """
+    given = function.keywords if isinstance(function, functools.partial) else {}
+    plain = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
+    except (OSError, TypeError, SyntaxError):
+        return []
+    body = tree.body[0]
+    if not isinstance(body, ast.FunctionDef | ast.AsyncFunctionDef) or body.args.kwarg is None:
+        return []
+    everything, read, compared = body.args.kwarg.arg, dict[str, tuple[int, int]](), set[Any]()
+    for node in ast.walk(body):
+        match node:
+            case ast.Compare(left=ast.Constant(value=value)):
+                compared.add(value)
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key)), ctx=ast.Load()):
+                if name == everything:
+                    read[key] = min(read.get(key, (node.lineno, node.col_offset)), (node.lineno, node.col_offset))
+    return [key for key in sorted(read, key=read.__getitem__) if key not in compared and key not in given]
 
 
 def find_function(key: str, setting: RewardFunction) -> Callable[..., Any]:

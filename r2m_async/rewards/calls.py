@@ -35,7 +35,7 @@ from r2m_async.config import R2MConfig, RewardFunction
 from r2m_async.errors import FunctionFailed, FunctionsHang, RewardFailed, all_at_once
 from r2m_async.finite import response_name
 from r2m_async.function_loops import OncePerProcess, turning_loop
-from r2m_async.plugins import end_child, finite_number, own_failure
+from r2m_async.plugins import end_child, finite_number, nearest, own_failure
 from r2m_async.rewards.arguments import Signature, find_function, known_arguments
 from r2m_async.trajectories import TrajectoryGroup
 
@@ -276,14 +276,13 @@ class _Call:
         # The next frame is that of `_begun`, where the function was called and not awaited.
         if error.__traceback__ and (inner := error.__traceback__.tb_next) and inner.tb_frame.f_code is _BEGUN:
             what, frames = own_failure(error.with_traceback(inner))
-        given = ""
-        if (
-            isinstance(error, KeyError)
-            and error.args
-            and self.function.signature.takes_all
-            and error.args[0] not in self.known
-        ):
-            given = f"\n(the function is given {', '.join(map(repr, self.known))} for this record, and its options)"
+        given, name = "", error.args[0] if isinstance(error, KeyError) and error.args else None
+        if isinstance(name, str) and self.function.signature.takes_all and name not in self.known:
+            given = (
+                f"\n(if {name!r} is to be a column of the data: this record has none of the name{nearest(name, self.known) or '.'} "
+                f"The function is given {', '.join(map(repr, self.known))}, and its options. Correct the name, or make it a "
+                f"parameter: `r2m check` then looks for it in every record)"
+            )
         return FunctionFailed(
             f"{self.place}: {self.function.key} {self.function.setting.function!r} raised {what}{frames}{given}"
         )

@@ -49,7 +49,7 @@ class Writer(Protocol):
         """As `Rollout.generate`, with all stop strings in a sequence."""
         ...
 
-    def append(self, text: str) -> None:
+    def append(self, text: str, special_tokens: bool) -> None:
         """As `Rollout.append`."""
         ...
 
@@ -108,24 +108,27 @@ class Rollout:
         """
         return await self._writer.generate(max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop))
 
-    def append(self, text: str) -> None:
+    def append(self, text: str, special_tokens: bool = False) -> None:
         """Appends a text of the environment. It is tokenised by itself, so tokens that are there do not change.
 
-        Special tokens that are spelled out in the text become special tokens.
+        special_tokens: whether special tokens that the text spells out, such as `<|im_end|>`, become these tokens. What a
+            tool found must not, for it would end the turn. Text that was made for the policy may.
 
         Raises ResponseEnded if the text has more tokens than are left; then none of it is appended. Raises RuntimeError
         while a turn is being generated.
         """
-        self._writer.append(text)
+        self._writer.append(text, special_tokens)
 
     def append_messages(self, messages: Sequence[Mapping[str, str]]) -> None:
         """Appends turns of a conversation, each with `role` and `content`, and opens the policy's next turn.
 
         The text is what the tokenizer's chat template has after the policy's turn. An end that the policy has written
-        itself is not written twice.
+        itself is not written twice. Special tokens of the template become tokens, and those that a `content` spells out
+        stay text.
 
         Raises ResponseEnded as `append` does. Raises ValueError if the prompt is raw text, if the policy has written
-        nothing since the last messages, or if the template writes the turns before in another way once others follow.
+        nothing since the last messages, if the template writes the turns before in another way once others follow, or if
+        a `content` with a special token cannot be found in what it writes.
         """
         self._writer.append_messages(messages)
 

@@ -134,6 +134,19 @@ async def blocks(rollout: Rollout) -> None:
         raise
 
 
+async def shows_itself(rollout: Rollout) -> None:
+    """Lets a test look at the rollout, and waits for a turn."""
+    SEEN.append(rollout)
+    await rollout.generate()
+
+
+async def repeats_an_end(rollout: Rollout) -> None:
+    """The environment spells out the end of text twice: as text, and as the token."""
+    await rollout.generate(max_new_tokens=1)
+    rollout.append("</s>")
+    rollout.append("</s>", special_tokens=True)
+
+
 async def takes_its_time(rollout: Rollout) -> None:
     time.sleep(0.2)
     await rollout.generate()

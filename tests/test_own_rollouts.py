@@ -18,9 +18,11 @@ from r2m_async.data.seeds import ENVIRONMENT, turn_seed
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import TicketOffice, resolve, worst_group_bytes
+from r2m_async.models import plays as playing
 from r2m_async.models.loading import load_policy
 from r2m_async.models.policy import token_logprobs
 from r2m_async.models.tokens import ResponseText
+from r2m_async.models.turns import SampledTurn
 
 pytestmark = pytest.mark.models
 
@@ -218,6 +220,15 @@ def test_what_was_sampled_is_never_tokenised_anew(own, monkeypatch):
     assert letters and river not in letters
 
 
+def test_a_special_token_of_an_environment_is_text_unless_it_is_asked_for(own):
+    tokenizer = AutoTokenizer.from_pretrained(own.model.policy)
+    spelled = tokenizer("</s>", split_special_tokens=True)["input_ids"]
+    assert tokenizer.eos_token_id not in spelled
+    for one in group_of(own.rollouts(function="plays:repeats_an_end")).trajectories:
+        written = one.token_ids[one.prompt_len :][~one.written[one.prompt_len :]]
+        assert written.tolist() == [*spelled, tokenizer.eos_token_id] and one.text.endswith("</s>")
+
+
 # Evaluations, samples, rewards
 
 
@@ -288,6 +299,26 @@ def test_an_abort_within_a_turn_keeps_the_tokens_that_there_are(own, monkeypatch
     group, _ = engine.generate(tickets[0])
     (first, *_) = group.trajectories
     assert first.finish_reason == "abort" and 0 < first.num_policy_tokens < 5
+
+
+def test_a_turn_that_comes_after_its_group_has_ended_is_not_written(own, monkeypatch):
+    """The engine may still sample it while the trajectory is made."""
+    monkeypatch.setattr(playing, "_LAST_WORDS", 0.05)
+    plays.SEEN.clear()
+    config, asked = own.rollouts(function="plays:shows_itself"), []
+    engine, tickets = engine_of(config)
+    playing.play_group(
+        playing.rollout_function(config),
+        tickets[0],
+        lambda request, tell: asked.append(tell),
+        tokenizer=engine._tokenizer,
+        ends=[1],
+        twin=False,
+        config=config,
+        aborted=lambda: bool(asked),
+    )
+    asked[0](SampledTurn(token_ids=[40], logprobs=[-1.0], versions=[0], finish_reason="stop", stop=None))
+    assert plays.SEEN[0].response == "" and plays.SEEN[0].num_tokens_left == config.rollouts.max_new_tokens
 
 
 # Failures

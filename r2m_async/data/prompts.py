@@ -24,6 +24,7 @@ from r2m_async.data.raw_text import raw_ids
 from r2m_async.data.records import Content, FilteredRecord, OnBadRecord, Record, load_records
 from r2m_async.data.seeds import prompt_order
 from r2m_async.data.sources import Source
+from r2m_async.data.special_tokens import token_ids
 from r2m_async.trajectories import Prompt
 
 
@@ -179,7 +180,7 @@ def policy_reads(content: Content, tokenizer: Any) -> tuple[str, list[int]]:
     if not through_template:
         return text, raw_ids(tokenizer, text)
     # A chat template writes its own special tokens. The tokenizer must not add them a second time.
-    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text, token_ids(tokenizer, text)
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:

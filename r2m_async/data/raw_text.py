@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from r2m_async.data.special_tokens import token_ids
+
 _PROBE = "a"
 
 
@@ -14,7 +16,7 @@ def raw_ids(tokenizer: Any, text: str) -> list[int]:
     What it puts before is mostly a beginning-of-text token. A text that spells it out itself, as texts do that went
     through a chat template elsewhere, has it once. What it puts after is an end-of-text token, or a separator.
     """
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     before = _put_before(tokenizer)
     return ids if ids[: len(before)] == before else [*before, *ids]
 
@@ -22,7 +24,7 @@ def raw_ids(tokenizer: Any, text: str) -> list[int]:
 def _put_before(tokenizer: Any) -> list[int]:
     """The ids that a tokenizer puts before every text."""
     whole: list[int] = tokenizer(_PROBE)["input_ids"]
-    alone: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    alone = token_ids(tokenizer, _PROBE)
     return next((whole[:at] for at in range(len(whole)) if alone and whole[at : at + len(alone)] == alone), [])
 
 

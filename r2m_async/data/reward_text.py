@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r2m_async.data.chat import templated
 from r2m_async.data.raw_text import raw_ids, without_start
+from r2m_async.data.special_tokens import content_place, ids_after, parts, spells_special_tokens
 
 Message = dict[str, str] | tuple[str, str]
 """One turn of a conversation: {"role": ..., "content": ...} or (role, content)."""
@@ -33,7 +34,8 @@ def reward_input_ids(
         kept. None means no limit.
 
     Messages go through the tokenizer's chat template. A finished response becomes a closed assistant turn, an
-    unfinished one a turn that is left open. Without a chat template, all contents are joined by newlines.
+    unfinished one a turn that is left open. Special tokens that the response spells out stay text. Without a chat
+    template, all contents are joined by newlines.
 
     Text that went through no template ends with the tokenizer's end-of-text token if the response is finished, and
     never otherwise. In a template the closed turn says the same.
@@ -49,13 +51,28 @@ def reward_input_ids(
         if tokenizer.chat_template is None:
             ids = _raw_ids(tokenizer, "\n".join(message["content"] for message in chat), finished)
         else:
-            text = templated(tokenizer, chat, continue_final_message=not finished)
-            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids = _templated_ids(tokenizer, chat, finished)
     if max_tokens is None:
         return ids
     if max_tokens < 2:
         raise ValueError(f"max_tokens={max_tokens}: a reward model needs at least 2 tokens")
     return without_start(ids, max_tokens, tokenizer.bos_token_id)
+
+
+def _templated_ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], finished: bool) -> list[int]:
+    """Returns the ids of turns that go through the chat template. The last is the response."""
+
+    def write(response: str) -> str:
+        last = {"role": "assistant", "content": response}
+        return templated(tokenizer, [*chat[:-1], last], continue_final_message=not finished)
+
+    response = chat[-1]["content"]
+    text = write(response)
+    place = content_place(text, write) if spells_special_tokens(tokenizer, response) else None
+    ids: list[int] = []
+    for part, special in parts(text, [place] if place else []):
+        ids += ids_after(tokenizer, ids, part, special)
+    return ids
 
 
 def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool) -> list[int]:

@@ -5,14 +5,15 @@ Shapes: S prompt + response tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 
 from r2m_async.data.prompts import prompt_text
-from r2m_async.models.tokens import ResponseText, continuations
+from r2m_async.data.special_tokens import content_place, ids_after, parts, spells_special_tokens
+from r2m_async.models.tokens import ResponseText
 from r2m_async.trajectories import Prompt, Trajectory
 
 _MARK = "R2MTURN"
@@ -100,24 +101,42 @@ class Conversation:
         self.add_written(token_ids)
         self._opened = len(self.token_ids)
 
-    def ids_of(self, text: str) -> list[int]:
+    def ids_of(self, text: str, special_tokens: bool = False) -> list[int]:
         """Returns the tokens of a text that follows the tokens so far. These stay as they are.
 
         The text is tokenised by itself. What was sampled must not be tokenised again: the policy may have written a word
         in other tokens than the tokenizer would.
+
+        special_tokens: whether special tokens that the text spells out become these tokens.
         """
-        # A line break has tokens of its own, whatever follows.
-        read = continuations(self._tokenizer, text, ("\n",))
-        alone = next(read)
-        return next((ids for ids in chain((alone,), read) if self._added_by(ids) == text), alone)
+        return ids_after(self._tokenizer, self.token_ids, text, special_tokens)
 
-    def _added_by(self, ids: Sequence[int]) -> str:
-        """The text that tokens add to what is there, special tokens included."""
+    def ids_of_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Returns the tokens of `text_after_turn`. Special tokens that the contents of messages spell out stay text.
 
-        def decoded(ids: Sequence[int]) -> str:
-            return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        Raises ValueError and TemplateRefusal as `text_after_turn` does, and ValueError if a content with special tokens
+        cannot be found in what the template writes.
+        """
+        text, contents = self.text_after_turn(messages), []
+        for index, one in enumerate(messages):
+            if not spells_special_tokens(self._tokenizer, one["content"]):
+                continue
+            place = content_place(text, functools.partial(self._text_with, messages, index))
+            if place is None:
+                raise ValueError(
+                    f"append_messages was given {one!r}, which spells out a special token, and the chat template writes the "
+                    f"turns around it in another way for another content: take the special token out, or use append"
+                )
+            contents.append(place)
+        ids: list[int] = []
+        for part, special in parts(text, contents):
+            ids += ids_after(self._tokenizer, [*self.token_ids, *ids], part, special)
+        return ids
 
-        return decoded([*self.token_ids, *ids])[len(decoded(self.token_ids)) :]
+    def _text_with(self, messages: Sequence[Mapping[str, str]], index: int, content: str) -> str:
+        """`text_after_turn` with another content of one of the messages."""
+        changed = {"role": messages[index]["role"], "content": content}
+        return self.text_after_turn([*messages[:index], changed, *messages[index + 1 :]])
 
     def text_after_turn(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Returns what the chat template writes after the policy's open turn if other turns follow it.
@@ -153,7 +172,7 @@ class Conversation:
                 "append_messages was called and the chat template is not stable: with the new messages it writes the turns "
                 f"before them in another way. It was {head[-200:] + said[-200:]!r}, and becomes "
                 f"{spoken[: len(head) + len(said)][-400:]!r}. What the policy has written cannot be changed. Use append "
-                f"with the text that the policy is to read, or correct the template (chat_template)"
+                f"with the text that the policy is to read and special_tokens=True, or correct the template (chat_template)"
             )
         after = text[len(head + _MARK) :]
         if self._written[-1] and self.token_ids[-1] in self._ends:

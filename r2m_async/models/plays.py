@@ -240,17 +240,17 @@ class _Play:
         self._in_turn = False
         return turn
 
-    def append(self, text: str) -> None:
+    def append(self, text: str, special_tokens: bool) -> None:
         if not isinstance(text, str):
             raise ValueError(f"append was given {shown(text)}: give a text")
         with self._lock:
             self._check_open("append")
-            self._conversation.add_written(self._fitting(text))
+            self._conversation.add_written(self._fitting(self._conversation.ids_of(text, special_tokens)))
 
     def append_messages(self, messages: Sequence[Mapping[str, str]]) -> None:
         with self._lock:
             self._check_open("append_messages")
-            self._conversation.add_messages(self._fitting(self._conversation.text_after_turn(messages)), messages)
+            self._conversation.add_messages(self._fitting(self._conversation.ids_of_messages(messages)), messages)
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -271,9 +271,8 @@ class _Play:
     def _num_left(self) -> int:
         return self._rollouts.max_new_tokens - self._conversation.num_response_tokens
 
-    def _fitting(self, text: str) -> list[int]:
-        """The tokens of a text of the environment. Raises ResponseEnded, and ends the response, if they do not fit."""
-        token_ids = self._conversation.ids_of(text)
+    def _fitting(self, token_ids: list[int]) -> list[int]:
+        """These tokens of the environment. Raises ResponseEnded, and ends the response, if they do not fit."""
         if len(token_ids) > self._num_left:
             self._full = True
             raise ResponseEnded(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from r2m_async.data.special_tokens import continuations, token_ids
 from r2m_async.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -191,21 +192,7 @@ def response_ids(
     finished: True adds the tokenizer's end-of-text token.
     """
     text_of = ResponseText(tokenizer, prompt_ids)
-    read = list(continuations(tokenizer, response, (prompt_text, "\n")))
+    read = list(continuations(response, (prompt_text, "\n"), functools.partial(token_ids, tokenizer)))
     # Some tokenizers have no tokens for some text, such as line breaks. Then the text in the middle of another is nearest.
     ids = next((one for one in read if text_of(one) == response), read[min(1, len(read) - 1)])
     return [*ids, *([tokenizer.eos_token_id] if finished else [])]
-
-
-def continuations(tokenizer: Any, text: str, contexts: Sequence[str]) -> Iterator[list[int]]:
-    """Yields the token ids that a text may have in the middle of another: as it is read alone, and after each context.
-
-    A tokenizer in the style of SentencePiece puts a space before a text that it reads alone. contexts: texts that the
-    text is read after. One that has other tokens then than alone is passed over.
-    """
-    yield tokenizer(text, add_special_tokens=False)["input_ids"]
-    for context in contexts:
-        whole = tokenizer(context + text, add_special_tokens=False)["input_ids"]
-        start = tokenizer(context, add_special_tokens=False)["input_ids"]
-        if whole[: len(start)] == start:
-            yield whole[len(start) :]

@@ -10,6 +10,7 @@ from transformers import LlamaModel
 from r2m_async.cli import main
 from r2m_async.data.prompts import policy_reads
 from r2m_async.data.reward_text import reward_input_ids
+from r2m_async.data.special_tokens import ids_after, token_ids
 from r2m_async.launch.ring import Ring
 from r2m_async.models.generation import sample_groups
 from r2m_async.models.loading import load_policy, one_thread
@@ -203,3 +204,16 @@ def test_a_response_given_as_text_is_read_as_that_text(kind, prompt, response):
     assert read.split() == response.split()
     if kind not in ("word pieces", "unigram"):
         assert read == response
+
+
+@of_every_kind
+def test_a_special_token_that_a_text_spells_out_stays_text(kind):
+    tokenizer = tokenizer_of(kind, True, True)
+    before = token_ids(tokenizer, PROMPT)
+    for text in ("<|end|>", " wind<|end|>wind", "</s>\nwind"):
+        ids = ids_after(tokenizer, before, text, special_tokens=False)
+        assert not set(ids) & {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")}
+        if kind not in ("word pieces", "unigram"):  # which have no tokens for these signs
+            assert ResponseText(tokenizer, before)(ids) == text
+        asked = ids_after(tokenizer, before, text)
+        assert set(asked) & {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")}

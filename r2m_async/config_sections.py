@@ -73,6 +73,9 @@ class ModelSection(Section):
     and `flex_attention` need a GPU. The first and a kernel of Hugging Face need a package of their own (docs/models.md). A
     vllm engine uses its own attention. `sdpa` is refused for models that cap the attention's logits (Gemma 2), because it leaves the
     cap out."""
+    liger: bool = False
+    """Whether norms and gated layers of policy, reference and critic compute with the kernels of the package liger-kernel, on a
+    GPU (docs/models.md). Other families than it knows are refused."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the files of policy, reference or critic may be run. It is run in every process
     that loads them, with all that you may do on the machine. Some models cannot be loaded otherwise. If false, they are

@@ -75,6 +75,7 @@ LAZY = {
     "r2m_async.rewards.math_worker": {"math_verify"},
     "r2m_async.rewards.texts": {"jsonschema", "referencing"},
     "learners.deepspeed_backend": {"deepspeed"},
+    "r2m_async.models.liger": {"liger_kernel"},
 }
 """What these import only once it is needed: not everybody has it installed."""
 

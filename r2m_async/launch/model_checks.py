@@ -57,7 +57,13 @@ def check_policy(name: str, config: R2MConfig) -> tuple[Reader, list[str]]:
     """
     key, rollouts, trust = "model.policy", config.rollouts, config.model.trust_remote_code
     model = pretrained_model(
-        key, name, dtype=config.model.dtype, attention=config.model.attention, weightless=True, trust=trust
+        key,
+        name,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        weightless=True,
+        trust=trust,
+        liger=config.model.liger,
     )
     tokenizer = pretrained_tokenizer(key, name, trust)
     check_tokens(key, name, tokenizer, model.config)
@@ -85,7 +91,13 @@ def check_reference(name: str, policy: Reader, config: R2MConfig) -> None:
     """
     key, trust = "model.reference", config.model.trust_remote_code
     model = pretrained_model(
-        key, name, dtype=config.model.dtype, attention=config.model.attention, weightless=True, trust=trust
+        key,
+        name,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        weightless=True,
+        trust=trust,
+        liger=config.model.liger,
     )
     if config.learner.packing:
         check_packing_unread(model, key, name, trust)

@@ -28,6 +28,7 @@ from r2m_async.launch.model_checks import (
 )
 from r2m_async.launch.prompts import check_columns, column_bytes, columns_to_tell, read_prompts, record_options
 from r2m_async.models.attention import check_attention
+from r2m_async.models.liger import check_liger
 from r2m_async.models.plays import INFO_BYTES, rollout_function
 from r2m_async.models.pretrained import brings_code, pretrained_config
 from r2m_async.models.weight_files import check_weight_files
@@ -172,6 +173,7 @@ def check_code(config: R2MConfig) -> Estimator:
         lambda: check_functions(config),
         lambda: check_engine(config),
         lambda: check_attention(config.model.attention, config.run.device, config.model.dtype),
+        *([lambda: check_liger(config.run.device)] if config.model.liger else []),
     )
     return found[0]
 

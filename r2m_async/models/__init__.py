@@ -3,6 +3,7 @@
 loading.py           loads a model: checks, device, threads, activation checkpointing
 pretrained.py        loads models, configs and tokenizers that others have trained, whole or not at all
 attention.py         checks that an attention has its package, its device and its number format
+liger.py             lets norms and gated layers compute with the kernels of liger-kernel
 tokens.py            what a tokenizer and a model must agree on; the text of response tokens
 weight_files.py      checks the weight files of a model before they are loaded
 weights.py           copies parameters, fingerprints them for the way to an engine, and keeps float32 masters

@@ -97,6 +97,7 @@ def critic_classifier(path: str, config: R2MConfig, weightless: bool = False) ->
         attention=config.model.attention,
         weightless=weightless,
         trust=config.model.trust_remote_code,
+        liger=config.model.liger,
     )
     if not isinstance(getattr(classifier, "score", None), nn.Linear):
         raise ConfigError(

@@ -36,7 +36,12 @@ def load_policy(path: str, config: R2MConfig) -> Any:
 
     key, dtype = policy_key(path, config), getattr(torch, config.model.dtype)
     model = pretrained_model(
-        key, path, dtype=dtype, attention=config.model.attention, trust=config.model.trust_remote_code
+        key,
+        path,
+        dtype=dtype,
+        attention=config.model.attention,
+        trust=config.model.trust_remote_code,
+        liger=config.model.liger,
     )
     check_weights(model, key, path)
     # Sampling would apply the model's own penalties and bans, and training would not. Their log-probabilities differ.

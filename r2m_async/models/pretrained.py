@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r2m_async.errors import ConfigError
+from r2m_async.models.liger import apply_liger, check_family
 from r2m_async.models.weight_files import check_tied_weights, check_weight_files
 
 Kind = Literal["language model", "classifier"]
@@ -172,6 +173,7 @@ def pretrained_model(
     spare: tuple[str, ...] = (),
     weightless: bool = False,
     trust: bool = False,
+    liger: bool = False,
     **how: Any,
 ) -> Any:
     """Loads a model, and makes sure that all its weights come from the files.
@@ -184,12 +186,13 @@ def pretrained_model(
         language model always are.
     trust: as in the module's text. The result then has a class of the model's own.
     weightless: True checks all that loading checks, but reads no weights: the parameters are on torch's device `meta`.
+    liger: whether its norms and gated layers compute with the kernels of liger-kernel.
     how: further arguments of transformers' `from_pretrained`.
 
     The result has the attribute `has_head`: whether its head came from the files.
 
     Raises ConfigError if the model cannot be loaded, if the files lack a weight or have one that the model does not
-    know, if a weight has another shape, and if the model lacks the attention.
+    know, if a weight has another shape, and if the model lacks the attention or the kernels.
     """
     import transformers
 
@@ -234,6 +237,10 @@ def pretrained_model(
     spare += _LANGUAGE_MODEL_HEADS if kind == "classifier" else ()
     unexpected = {one for one in unexpected if not one.startswith(spare)}
     _check_report(key, name, model, kind, missing, unexpected, mismatched)
+    if liger:
+        check_family(key, name, model)
+        if not weightless:
+            apply_liger(model)
     return model
 
 

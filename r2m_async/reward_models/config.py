@@ -45,6 +45,8 @@ class ModelSection(Section):
     """Number format of the model's weights."""
     attention: str = "sdpa"
     """Attention implementation of the model, by its name in transformers."""
+    liger: bool = False
+    """Whether norms and gated layers compute with the kernels of the package liger-kernel, on a GPU (docs/models.md)."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model's files may be run. If false, a model that needs it is refused."""
     frozen: bool = False

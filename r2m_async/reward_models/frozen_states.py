@@ -90,7 +90,7 @@ def _zeros(model: RewardTrainee, num: int) -> Tensor:
 
 def _key(model: RewardTrainee, texts: list[TokenizedText], max_tokens: int) -> list[str]:
     """All that decides the states: the code, the weights of the backbone, how it computes, and the texts."""
-    how = (model.device.type, model.classifier.config._attn_implementation, max_tokens)
+    how = (model.device.type, model.classifier.config._attn_implementation, model.liger, max_tokens)
     return [
         *made_by(__file__, batches.__file__, trainee.__file__),
         model.classifier.base_model.config.to_json_string(),

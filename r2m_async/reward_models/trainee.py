@@ -40,6 +40,7 @@ class RewardTrainee(nn.Module):
         Raises ConfigError for a model that cannot be loaded or trained, and if it lacks a head that the config keeps.
         """
         super().__init__()
+        self.liger = config.model.liger
         self.tokenizer, self.classifier, has_head = _loaded(start, config)
         if config.head.init == "keep" and not has_head:
             raise ConfigError(
@@ -163,6 +164,7 @@ def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
         dtype=getattr(torch, config.model.dtype),
         attention=config.model.attention,
         trust=config.model.trust_remote_code,
+        liger=config.model.liger,
     )
     tokenizer = pretrained_tokenizer("model.start", start, config.model.trust_remote_code)
     if not isinstance(getattr(classifier, "score", None), nn.Linear):

@@ -20,6 +20,7 @@ from typing import Any
 
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.models.attention import check_attention
+from r2m_async.models.liger import check_liger
 from r2m_async.models.loading import one_thread
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.ensemble import seed_directory
@@ -64,6 +65,8 @@ def resume(run: Path) -> Path:
 
     config = RewardModelConfig.from_yaml(run / "config.yaml")
     check_attention(config.model.attention, config.run.device, config.model.dtype)
+    if config.model.liger:
+        check_liger(config.run.device)
     with one_thread(), TrainingProgress(config.logging.live) as progress:
         # The first rank builds or downloads what is missing; the other ranks then find it on the disk.
         with first_rank_first():

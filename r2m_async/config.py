@@ -30,6 +30,9 @@ from r2m_async.config_sections import (
     CheckpointSection as CheckpointSection,
 )
 from r2m_async.config_sections import (
+    ClusterSection as ClusterSection,
+)
+from r2m_async.config_sections import (
     CriticSection as CriticSection,
 )
 from r2m_async.config_sections import (
@@ -115,6 +118,9 @@ if TYPE_CHECKING:
     class _Scheduling(SchedulingSection):
         __call__ = _changes(SchedulingSection)
 
+    class _Cluster(ClusterSection):
+        __call__ = _changes(ClusterSection)
+
     class _Queue(QueueSection):
         __call__ = _changes(QueueSection)
 
@@ -153,6 +159,7 @@ else:
     _Feedback = FeedbackSection
     _Rollouts = RolloutsSection
     _Scheduling = SchedulingSection
+    _Cluster = ClusterSection
     _Queue = QueueSection
     _Advantage = AdvantageSection
     _Objective = ObjectiveSection
@@ -184,6 +191,7 @@ class R2MConfig(ConfigTree):
     feedback: _Feedback = _Feedback()
     rollouts: _Rollouts = _Rollouts()
     scheduling: _Scheduling = _Scheduling()
+    cluster: _Cluster = _Cluster()
     queue: _Queue = _Queue()
     advantage: _Advantage = _Advantage()
     objective: _Objective = _Objective()

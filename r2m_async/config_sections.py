@@ -85,6 +85,9 @@ class ModelSection(Section):
     The reference policy is then the policy without its adapters. None trains all weights."""
 
 
+_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_SELECTOR = rf"!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))"
+
 REWARD_METRICS = ("mean", "std", "nonfinite", "group_std", "model_mean", "gold")
 """The metrics `reward/...` that are not those of a reward function."""
 
@@ -345,6 +348,43 @@ class SchedulingSection(Section):
     stall_after: float = Field(1800.0, gt=0)
     """Seconds in which no stage finishes anything, after which the run ends with a list of who waits for what. The
     start of the run must take no longer, either."""
+
+
+class ClusterSection(Section):
+    """Where the processes of the stages lie in a Ray cluster of several nodes. On one node only `gpus` changes anything.
+
+    The first three keys choose nodes by their labels, for example `{ray.io/market-type: spot}`. A value is what the label must
+    be, `!` before it is what it must not be, and `in(a, b)` or `!in(a, b)` names several. A node that does not have the label
+    passes a value with `!`. With `{}` any node will do. Whoever starts a node gives it labels (docs/cluster.md).
+    """
+
+    stable: dict[str, str] = Field(default_factory=lambda: {"ray.io/market-type": "!spot"})
+    """Labels of the nodes for what a run cannot go on without: the replay queue, the head learner and the ranks of the policy
+    learner. They lie on as few nodes as possible."""
+    rollouts: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes for the rollout actors, which may be lost at any time. They lie on as many nodes as possible."""
+    annotators: dict[str, str] = Field(default_factory=lambda: {"ray.io/market-type": "!spot"})
+    """Labels of the nodes for the reward annotators. They lie on as many nodes as possible."""
+    annotator_memory: int | None = Field(None, gt=0)
+    """Bytes of main memory that Ray keeps free for each reward annotator. It is meant for reward models that are large beside the
+    memory of a node. None: none is kept."""
+    gpus: int | None = Field(None, gt=0)
+    """Number of GPUs that the run counts on. A cluster whose nodes come only when something asks for them needs it. None: the
+    GPUs that the cluster has when the run starts."""
+    wait: float = Field(60.0, gt=0)
+    """Seconds that the cluster may take until it has room for all processes. A lost rollout actor waits as long for new room, but
+    300 seconds at least."""
+
+    @field_validator("stable", "rollouts", "annotators")
+    @classmethod
+    def _selectors(cls, value: dict[str, str]) -> dict[str, str]:
+        """Refuses what Ray would not read as a selector of labels."""
+        for label, wanted in value.items():
+            if not re.fullmatch(_SELECTOR, wanted):
+                raise ValueError(
+                    f"{wanted!r} is no selector of the label {label!r}; write a value such as spot, or !spot, in(a, b) or !in(a, b)"
+                )
+        return value
 
 
 class QueueSection(Section):

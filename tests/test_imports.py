@@ -49,7 +49,10 @@ MATHS = {
 ONLY = {
     "actors": {"r2m_async.launch.makers", "r2m_async.evaluation.answering"},
     "learners": {"r2m_async.launch.makers"},
-    "ray": {"r2m_async.launch.ray_connection", "r2m_async.launch.ray_stages", "r2m_async.algorithm"},
+    "ray": {
+        *(f"r2m_async.launch.{name}" for name in ("ray_connection", "ray_stages", "placement")),
+        "r2m_async.algorithm",
+    },
     "vllm": {
         *(f"actors.vllm_{name}" for name in ("engine", "drivers", "offline", "models", "turns", "worker", "weights")),
         "learners.weight_sender",

@@ -6,6 +6,7 @@ makers.py          makes each stage; no other file here imports actors and learn
 ring.py            holds `Ring`, one run that is taken step by step, saved and restored
 training.py        does what `r2m train` does: runs a ring to its end, into a run directory
 gpus.py            shares out the GPUs of a cluster to the processes of a ring
+placement.py       says what each process asks of a cluster, and reserves its room there
 ray_stages.py      runs stages in Ray processes
 arguments.py       takes payloads out of the arguments of a call to a Ray process, and puts them back there
 model_checks.py    what the models of a run must be, asked before anything starts

@@ -107,6 +107,11 @@ class RayConnection:
             ray.shutdown()
             self._ended.set_result(None)
 
+    @property
+    def owns_cluster(self) -> bool:
+        """Whether the cluster was started here, so that nobody else runs anything in it."""
+        return self._owns_head
+
     async def watch(self) -> None:
         """Watches the head of the cluster, and raises StageLost when it is gone. Otherwise it never ends.
 

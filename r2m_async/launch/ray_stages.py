@@ -21,13 +21,14 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, DataError, DiskError, StageLost, StepFailed, WeightMismatch
 from r2m_async.launch.arguments import Shares, with_payloads, without_payloads
 from r2m_async.launch.gpus import gpu_share, placed
+from r2m_async.launch.placement import placed_on_ray
 from r2m_async.launch.ray_connection import RayConnection
 from r2m_async.launch.workload import Workload
 from r2m_async.plugins import no_terminal
 from r2m_async.ring.stages import Method
 
 RESTART_TIMEOUT = 300.0
-"""Seconds in which the new process of a lost rollout actor must be ready."""
+"""Seconds in which the new process of a lost rollout actor must be ready, or `cluster.wait` if that is more."""
 KILL_TIMEOUT = 10.0
 """Seconds that Ray has to accept the order to kill a process."""
 
@@ -48,14 +49,17 @@ class RayProcesses:
     def __init__(self, config: R2MConfig) -> None:
         """Starts or joins Ray. It starts no stages yet.
 
-        Raises ConfigError if the config does not fit the GPUs of the cluster or if nobody answers at RAY_ADDRESS, and
-        StageLost if Ray does not start.
+        Raises ConfigError if the config does not fit the GPUs of the cluster, if the cluster has no room for the processes
+        within `cluster.wait`, or if nobody answers at RAY_ADDRESS, and StageLost if Ray does not start.
         """
         self._launched: list[RayStage | RayGang] = []
+        self._reserved: list[Any] = []
         self.ray = RayConnection(config)
         try:
-            self.gpus = gpu_share(config, self.ray.num_gpus)
-            self.config = placed(config, self.gpus, self.ray.num_gpus)
+            available = config.cluster.gpus or self.ray.num_gpus
+            self.gpus = gpu_share(config, available)
+            self.config = placed(config, self.gpus, available)
+            self._strategies, self._reserved = placed_on_ray(self.config, self.gpus, self.ray.owns_cluster)
         except BaseException:
             self.close()
             raise
@@ -78,7 +82,7 @@ class RayProcesses:
             deadline: the most seconds that a call may take (`RayStage`). None: no limit.
         """
         # Ray must not restart a process by itself: the controller counts deaths, and gives a new process its weights.
-        options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0}
+        options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0, **self._place(name)}
         stage = RayStage(name, make, self.config, workload, deadline, options)
         self._launched.append(stage)
         return stage
@@ -93,13 +97,18 @@ class RayProcesses:
             num_gpus: the number of GPUs of each process.
         """
         options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0}
-        gang = RayGang(name, make_rank, self.config, workload, options)
+        gang = RayGang(name, make_rank, self.config, workload, lambda rank: options | self._place(f"{name}-{rank}"))
         self._launched.append(gang)
         return gang
 
+    def _place(self, name: str) -> dict[str, Any]:
+        """Ray's option that puts a process where its room was reserved. Empty: Ray puts it anywhere."""
+        strategy = self._strategies.get(name)
+        return {"scheduling_strategy": strategy} if strategy else {}
+
     def close(self) -> None:
         """Ends all processes, and the connection to Ray if it was made here. Returns in time, whatever hangs."""
-        self.ray.close(lambda: [stage.kill() for stage in self._launched])
+        self.ray.close(lambda: [*(stage.kill() for stage in self._launched), *map(_free, self._reserved)])
 
 
 def ray_bytes() -> dict[str, Callable[..., Any]]:
@@ -218,6 +227,7 @@ class RayStage:
 
         self.name = name
         self._deadline = deadline
+        self._restart_timeout = max(RESTART_TIMEOUT, config.cluster.wait)
         # Each group has threads of its own. So a call of one group need not wait for a call of another.
         groups = {
             "control": 1,
@@ -292,7 +302,7 @@ class RayStage:
     async def restart(self) -> None:
         """Starts a new process in the place of the lost one, and waits until it is ready.
 
-        Raises StageLost if the new process dies, or is not ready within `RESTART_TIMEOUT` seconds. Raises the user's
+        Raises StageLost if the new process dies, or is not ready in time (`RESTART_TIMEOUT`). Raises the user's
         error because of which the stage cannot be made.
         """
         from ray.exceptions import ActorDiedError, ActorUnavailableError
@@ -301,10 +311,10 @@ class RayStage:
         await self._end(self._actor)
         self._actor, self._started = self._new(), False
         try:
-            async with asyncio.timeout(RESTART_TIMEOUT):
+            async with asyncio.timeout(self._restart_timeout):
                 await self.pid()
         except TimeoutError:
-            why = f"no new process was there within {RESTART_TIMEOUT:g} s"
+            why = f"no new process was there within {self._restart_timeout:g} s"
             raise StageLost(self.name, f"{self.name} did not come back: {why}") from None
         except (ActorDiedError, ActorUnavailableError) as error:
             raise StageLost(self.name, f"{self.name} did not come back: {error}") from error
@@ -363,6 +373,13 @@ def _kill(actor: Any) -> None:
     ray.kill(actor)
 
 
+def _free(reserved: Any) -> None:
+    """Gives the room of a placement group back."""
+    from ray.util import remove_placement_group
+
+    remove_placement_group(reserved)
+
+
 class RayGang:
     """Carries a policy learner of several ranks. To the controller the ranks are one stage.
 
@@ -378,7 +395,7 @@ class RayGang:
         make_rank: MakeRank,
         config: R2MConfig,
         workload: Workload,
-        options: dict[str, Any],
+        options: Callable[[int], dict[str, Any]],
     ) -> None:
         """Starts one process for each of `learner.num_ranks` ranks, and does not wait for them.
 
@@ -387,7 +404,7 @@ class RayGang:
             make_rank: returns the function that makes one rank.
             config: the config of the run, as `placed` returned it.
             workload: what that function gets besides the config.
-            options: Ray's options for each process.
+            options: returns Ray's options for the process of a rank.
         """
         import ray
         import torch
@@ -399,7 +416,7 @@ class RayGang:
         host = ray.util.get_node_ip_address()
         self._store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.ranks = tuple(
-            RayStage(f"{name}-{rank}", make_rank(rank, host, self._store.port), config, workload, None, options)
+            RayStage(f"{name}-{rank}", make_rank(rank, host, self._store.port), config, workload, None, options(rank))
             for rank in range(config.learner.num_ranks)
         )
 

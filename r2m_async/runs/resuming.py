@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "rollouts.function_timeout",
     "scheduling.overage_after",
     "scheduling.stall_after",
+    "cluster.*",
     "queue.max_bytes",
     "queue.journal",
     "objective.kl_stop",

@@ -246,6 +246,7 @@ CHANGED = {
     "rollouts.hang_after": 5.0,
     "scheduling.stall_after": 60.0,
     "scheduling.overage_after": 7.0,
+    "cluster.wait": 5.0,
     "queue.max_bytes": 10**9,
     "objective.kl_stop": 3.0,
     "learner.lr": 0.5,

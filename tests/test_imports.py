@@ -50,7 +50,7 @@ ONLY = {
     "actors": {"r2m_async.launch.makers", "r2m_async.evaluation.answering"},
     "learners": {"r2m_async.launch.makers"},
     "ray": {
-        *(f"r2m_async.launch.{name}" for name in ("ray_connection", "ray_stages", "placement")),
+        *(f"r2m_async.launch.{name}" for name in ("ray_connection", "ray_stages", "placement", "cluster_check")),
         "r2m_async.algorithm",
     },
     "vllm": {

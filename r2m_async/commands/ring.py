@@ -46,7 +46,9 @@ def add_ring(commands: Any) -> None:
         flag = f"--{field.name.replace('_', '-')}"
         unit = "log-std of generate" if field.name == "generate_spread" else "seconds per call"
         plan.add_argument(flag, type=float, metavar="S", help=f"{unit} (default {field.default:g})")
-    add("check", _check, "Load a config, say what it resolves to and whether it can run, without a GPU.")
+    check = add("check", _check, "Load a config, say what it resolves to and whether it can run, without a GPU.")
+    text = "also compare with the Ray cluster at ADDRESS, or at RAY_ADDRESS; comes last"
+    check.add_argument("--cluster", nargs="?", const="", metavar="ADDRESS", help=text)
 
 
 def _train(config: R2MConfig, parsed: argparse.Namespace) -> int:
@@ -95,7 +97,7 @@ def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _check(config: R2MConfig, _: argparse.Namespace) -> int:
+def _check(config: R2MConfig, parsed: argparse.Namespace) -> int:
     """Checks a config and prints what it resolves to.
 
     It downloads no model. A model that is not on this machine is named, and the rest is checked without it.
@@ -122,6 +124,11 @@ def _check(config: R2MConfig, _: argparse.Namespace) -> int:
         check_queue(config, group_bytes)
         steps = config.queue.max_bytes / (group_bytes * config.rollouts.prompts_per_step)
         print(f"# queue: at most {group_bytes} bytes a group; max_bytes holds {steps:.1f} whole steps")
+    if parsed.cluster is not None:
+        from r2m_async.launch.cluster_check import check_cluster
+
+        for line in check_cluster(config, parsed.cluster):
+            print(f"# {line}")
     print(f"# ok, but for {' and '.join(unchecked)}, not checked" if unchecked else "# ok")
     return 0
 

@@ -5,6 +5,7 @@ prompts.py         reads the prompts of a config, and checks its data
 makers.py          makes each stage; no other file here imports actors and learners
 ring.py            holds `Ring`, one run that is taken step by step, saved and restored
 training.py        does what `r2m train` does: runs a ring to its end, into a run directory
+cluster_check.py   compares what a config asks of a cluster with what the cluster has
 gpus.py            shares out the GPUs of a cluster to the processes of a ring
 placement.py       says what each process asks of a cluster, and reserves its room there
 ray_stages.py      runs stages in Ray processes

@@ -1,6 +1,7 @@
 """Where the processes of a ring lie in a cluster of several nodes, and what is said if there is no room for them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +153,75 @@ def test_labels_that_no_node_has_end_the_run_in_time_with_what_the_cluster_has(o
         "cluster.stable is {rack: none} and the cluster has no room for 3 x {a process} (policy-learner"
     )
     assert "within 3 s (cluster.wait)" in said and said.count("(not chosen)") == 3
+
+
+# r2m check --cluster
+
+CLUSTER = """
+import json, sys
+from ray.cluster_utils import Cluster
+store = {"object_store_memory": 100 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
+nodes = [cluster.add_node(num_cpus=1, **node, **store) for node in json.loads(sys.argv[1])]
+print(f"ADDRESS {cluster.address}", flush=True)
+sys.stdin.read()
+for node in (*nodes, cluster.head_node):
+    cluster.remove_node(node, allow_graceful=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def eight_gpus():
+    """The address of a cluster that says it has 5 GPUs on a stable node and 3 on a spot node. It has none."""
+    nodes = json.dumps([{"num_gpus": 5}, {"num_gpus": 3, "labels": SPOT}])
+    command, pipe = [sys.executable, "-c", CLUSTER, nodes], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as cluster:
+        yield next(line.split()[1] for line in cluster.stdout if line.startswith("ADDRESS"))
+        cluster.stdin.close()
+
+
+def check(*arguments, **environment):
+    """`r2m check` with these arguments, in a process of its own."""
+    command = [sys.executable, "-c", "from r2m_async.cli import entry; entry()", "check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+
+
+PRESET = str(PRESETS / "dialogue_qwen2.5_3b.yaml")
+
+
+@pytest.mark.ring
+def test_check_says_what_a_preset_asks_of_a_cluster_and_what_it_has(eight_gpus):
+    done = check(PRESET, "--cluster", eight_gpus)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert "# cluster: 3 nodes\n" in said and "GPU: 3, CPU: 1, memory" in said and "; ray.io/market-type=spot\n" in said
+    assert "# each process that computes with a model gets 1 GPUs of 8\n" in said
+    assert "# weights.transport: nccl\n" in said
+    assert "# cluster.rollouts {}: 3 x {GPU: 1} (rollout-0, rollout-1, rollout-2)\n" in said
+    assert "# 3 nodes have Python " in said
+    assert said.splitlines()[-1].startswith("# ok")
+
+
+@pytest.mark.ring
+def test_check_refuses_a_cluster_that_has_no_room_with_status_2(eight_gpus):
+    done = check(PRESET, "cluster.stable={ray.io/market-type: spot}", "--cluster", RAY_ADDRESS=eight_gpus)
+    assert done.returncode == 2 and "# ok" not in done.stdout
+    assert "cluster.stable is {ray.io/market-type: spot} and the cluster has no room for 4 x {GPU: 1}" in done.stderr
+    assert "on nodes with such labels now. " in done.stderr and done.stderr.count("(not chosen)") == 2
+    done = check(PRESET, "learner.num_ranks=5", "--cluster", eight_gpus)
+    assert done.returncode == 2 and "this run needs 9 GPUs" in done.stderr
+
+
+@pytest.mark.ring
+def test_check_without_an_address_says_how_to_give_one():
+    done = check(PRESET, "--cluster", RAY_ADDRESS="")
+    assert done.returncode == 2 and "no address was given and RAY_ADDRESS is not set" in done.stderr
+
+
+def test_a_node_is_told_apart_by_its_python_its_source_and_the_files_it_lacks(tmp_path):
+    from r2m_async.launch.cluster_check import _look
+
+    here, lacking = str(tmp_path), str(tmp_path / "none")
+    python, package, missing = _look((here, lacking))
+    assert python == "{}.{}.{}".format(*sys.version_info[:3])
+    assert len(package) == 12 and missing == (lacking,)

@@ -14,7 +14,9 @@ from r2m_async.launch.workload import worst_group_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
-FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("studies", "reward_model"))
+FILES = sorted(
+    path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("studies", "reward_model", "cluster")
+)
 
 
 @pytest.fixture(autouse=True)

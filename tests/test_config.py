@@ -16,7 +16,9 @@ from r2m_async.launch.workload import check_code, check_queue, worst_group_bytes
 from r2m_async.reward_models.config import RewardModelConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("studies", "reward_model"))
+FILES = sorted(
+    path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("studies", "reward_model", "cluster")
+)
 VARIANTS = sorted((CONFIGS / "variants").glob("*.yaml"))
 
 

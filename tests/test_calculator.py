@@ -67,7 +67,8 @@ class Script:
         found = next((one for one in stop if one in text), None)
         return Turn(text=text, token_ids=(), finish_reason="stop", stop=found)
 
-    def append(self, text):
+    def append(self, text, special_tokens):
+        assert not special_tokens, "what a tool found is text"
         self.response += text
 
 

@@ -42,7 +42,7 @@ if ((others > 0)); then
     _ "$address" "$port" "${start[@]}" &
 fi
 
-# shellcheck disable=SC2329  # the trap below calls it
+# shellcheck disable=SC2317,SC2329  # the trap below calls it
 requeue() {
   echo "the time of the job ends: it is put back into the line"
   kill -TERM "$run" && wait "$run" || true

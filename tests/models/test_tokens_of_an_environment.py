@@ -105,7 +105,7 @@ def test_buffers_of_before_there_was_a_mask_are_read_and_an_ordinary_response_is
     assert back.token_ids.tolist() == [3, 4, 5] and back.behaviour_logprobs.tolist() == [0.0, 0.0, -0.5]
     assert (back.written, back.info, back.text, back.num_policy_tokens) == (None, None, "t", 1)
     now = bytes(encode(back))
-    assert (before[4], now[4]) == (6, 7) and before[:4] + before[5:] == now[:4] + now[5:]
+    assert (before[4], now[4]) == (6, 8) and before[:4] + before[5:] == now[:4] + now[5:]
 
 
 def literal_logprobs(model, one: Trajectory, temperature: float) -> dict[int, torch.Tensor]:

@@ -9,6 +9,7 @@ cluster_check.py   compares what a config asks of a cluster with what the cluste
 gpus.py            shares out the GPUs of a cluster to the processes of a ring
 placement.py       says what each process asks of a cluster, and reserves its room there
 ray_stages.py      runs stages in Ray processes
+stacks.py          shows what the processes of stages are doing
 arguments.py       takes payloads out of the arguments of a call to a Ray process, and puts them back there
 model_checks.py    what the models of a run must be, asked before anything starts
 ray_connection.py  starts or joins Ray, watches it, and ends it in time

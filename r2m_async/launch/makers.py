@@ -182,7 +182,7 @@ def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
         on_cpu = make is _head_learner or (make is _reward_annotator and not workload.reward_model)
         return processes.stage(name, make, workload, 0.0 if on_cpu else gpus)
 
-    return _stages(config, launch, {**ray_bytes(), "watch": processes.ray.watch})
+    return _stages(config, launch, {**ray_bytes(), "watch": processes.ray.watch, "stacks": processes.stacks})
 
 
 def check_rollout_engine(config: R2MConfig, policy: str) -> str | None:

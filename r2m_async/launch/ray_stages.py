@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ from r2m_async.launch.arguments import Shares, with_payloads, without_payloads
 from r2m_async.launch.gpus import gpu_share, placed
 from r2m_async.launch.placement import placed_on_ray
 from r2m_async.launch.ray_connection import RayConnection
+from r2m_async.launch.stacks import can_be_asked, stack_of
 from r2m_async.launch.workload import Workload
 from r2m_async.plugins import no_terminal
 from r2m_async.ring.stages import Method
@@ -106,6 +107,22 @@ class RayProcesses:
         strategy = self._strategies.get(name)
         return {"scheduling_strategy": strategy} if strategy else {}
 
+    async def stacks(self, names: Sequence[str]) -> str:
+        """Says what the processes of some stages are doing, one after the other. Each is read on its own node."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        read = ray.remote(num_cpus=0, max_retries=0)(stack_of)
+        told = []
+        for name, pid, node in [place for one in self._launched if one.name in names for place in one.places()]:
+            text = "its process was not made yet"
+            if pid and node == ray.get_runtime_context().get_node_id():
+                text = await asyncio.to_thread(stack_of, pid)
+            elif pid:
+                text = await read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, False)).remote(pid)
+            told.append(f"--- {name}, process {pid or '?'}:\n{text}")
+        return "\n".join(told)
+
     def close(self) -> None:
         """Ends all processes, and the connection to Ray if it was made here. Returns in time, whatever hangs."""
         self.ray.close(lambda: [*(stage.kill() for stage in self._launched), *map(_free, self._reserved)])
@@ -159,6 +176,7 @@ class _Process:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
         os.environ[NODE_ADDRESS] = ray.util.get_node_ip_address()
+        can_be_asked(os.getpid())
         self._mistake: Exception | None = None
         try:
             self._stage = make(config, workload)
@@ -172,11 +190,16 @@ class _Process:
         """The name of the stage. Ray puts it before the lines that the process prints."""
         return self._name
 
-    def pid(self) -> int:
-        """Returns the number of the process. Raises the user's error because of which the stage could not be made."""
+    def pid(self) -> tuple[int, str]:
+        """Returns the number of the process, and Ray's name of its node.
+
+        Raises the user's error because of which the stage could not be made.
+        """
+        import ray
+
         if self._mistake:
             raise self._mistake
-        return os.getpid()
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def call(self, method: str, packed: bytes, *payloads: Any) -> Any:
         """Calls a method of the stage.
@@ -239,6 +262,7 @@ class RayStage:
         self._new: Callable[[], Any] = lambda: remote.options(**options).remote(name, make, config, workload)
         self._actor = self._new()
         self._started = False
+        self._place: tuple[int, str] = (0, "")
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
         """Calls a method of the stage in its process, and returns (report, *payloads). Payloads are references.
@@ -327,11 +351,16 @@ class RayStage:
         from ray.exceptions import RayTaskError
 
         try:
-            return int(await self._actor.pid.remote())
+            self._place = await self._actor.pid.remote()
+            return self._place[0]
         except RayTaskError as error:
             if isinstance(error.cause, _USERS):
                 raise error.cause from None
             raise
+
+    def places(self) -> list[tuple[str, int, str]]:
+        """Returns (name, number, node) of the process that runs the stage, as it was when it was last asked, in a list."""
+        return [(self.name, *self._place)]
 
     async def pids(self) -> list[int]:
         """Returns the number of the process that runs the stage now, in a list. Raises StageLost if it has died."""
@@ -442,6 +471,10 @@ class RayGang:
     async def restart(self) -> None:
         """Raises StageLost: a policy learner that is lost cannot be restarted."""
         raise StageLost(self.name, f"{self.name} will not come back: its ranks are not started again one by one")
+
+    def places(self) -> list[tuple[str, int, str]]:
+        """Returns (name, number, node) of the process of each rank."""
+        return [place for rank in self.ranks for place in rank.places()]
 
     async def pids(self) -> list[int]:
         """Returns the numbers of the processes, in the order of ranks."""

@@ -39,6 +39,8 @@ class Calls:
         self._restarts: Counter[str] = Counter()
         """For each of these stages, how often it was restarted in all."""
         self._restarting = asyncio.Lock()
+        self.open: Counter[str] = Counter()
+        """For each stage, how many of its calls have not ended."""
 
     async def ask(self, call: Call[R], about: str = "") -> R:
         """Makes a call and returns its answer.
@@ -50,6 +52,7 @@ class Calls:
         what = f"its end{about and ': '}{about}"
         while True:
             before = self._restarts[call.stage]
+            self.open[call.stage] += 1
             try:
                 answer = await self._waits.work(call, f"{call.stage} {call.method.name}", what)
             except StageLost as lost:
@@ -59,6 +62,8 @@ class Calls:
             else:
                 self._deaths[call.stage] = 0
                 return answer
+            finally:
+                self.open[call.stage] -= 1
 
     async def _bring_back(self, stage: Stage, before: int, lost: StageLost) -> None:
         """Restarts a stage that was lost, once for all calls that its death has ended.

@@ -57,6 +57,10 @@ class _HeadWork:
     """The rewards of these groups that the policy was trained on."""
 
 
+STACKS_TIMEOUT = 20.0
+"""Seconds in which the stacks of stages that do not answer must be read. A frozen cluster does not read them at all."""
+
+
 class Controller:
     """Runs the ring.
 
@@ -286,7 +290,9 @@ class Controller:
             learner = "policy learner"
             await self._waits.until(lambda: self._steps_wanted > 0, learner, "the driver to want a step")
             await self._waits.until(self._evaluations.in_reach, learner, "an evaluation that needs an old version")
+            began = now()
             assembly = await self._waits.until(self._next_step, learner, "its next step")
+            self.metrics.step_begins(assembly.step, began, now())
             async with in_step(assembly.step, assembly.group_ids):
                 metrics = await self._train(assembly)
             self.schedule.audit()
@@ -345,7 +351,9 @@ class Controller:
         where the pass yields the feedback.
         """
         step, group_ids = assembly.step, assembly.group_ids
+        began = now()
         await self._rollouts.wait_for_embeddings(group_ids)
+        self.metrics.waited["wait/annotators"] = now() - began
         embeddings = await self._parts(group_ids, "embeddings")
         feedback: Sequence[Payload | None] | Payload
         if not self.config.reads_feedback:
@@ -430,6 +438,12 @@ class Controller:
         Nothing moves if the driver waits and no call of a stage ends.
         """
         await self._waits.nothing_for(self.config.scheduling.stall_after, DRIVER)
-        raise StalledRun(
-            f"nothing finished for {self.config.scheduling.stall_after} s (scheduling.stall_after).\n{self.waits()}"
-        )
+        told = f"nothing finished for {self.config.scheduling.stall_after} s (scheduling.stall_after).\n{self.waits()}"
+        names = sorted(+self._calls.open)
+        if self.stages.stacks and names:
+            try:
+                async with asyncio.timeout(STACKS_TIMEOUT):
+                    told += f"\n{await self.stages.stacks(names)}"
+            except TimeoutError:
+                told += f"\nthe stacks of {', '.join(names)} could not be read within {STACKS_TIMEOUT:g} s"
+        raise StalledRun(told)

@@ -247,6 +247,7 @@ class Rollouts:
         else:
             # No `await` since `arrived`: as soon as another task runs, `_score` may look for the embedding task.
             self._metrics.arrived(group_id, report)
+            self._metrics.delivered(ticket.due_step, actor.name, now())
             self._embedding[group_id] = self._tasks.spawn(self._embed(ticket, group))
             self._tasks.spawn(self._journal.arrived(ticket, self._schedule.refills_of(group_id), report))
         self._waits.notify()

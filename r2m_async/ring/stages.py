@@ -355,6 +355,8 @@ class Stages:
     """Returns the bytes of a payload, as `codec.encode` wrote them."""
     from_bytes: Callable[[Any], Payload]
     """Makes a payload of such bytes."""
+    stacks: Callable[[Sequence[str]], Awaitable[str]] | None = None
+    """Says what the processes of these stages, given by name, are doing. None: they have no processes of their own."""
     watch: Callable[[], Coroutine[Any, Any, None]] = lambda: asyncio.sleep(0)
     """A loop that raises StageLost if the cluster on which the stages run is gone. By default it ends at once."""
 

@@ -67,6 +67,11 @@ class StepMetrics:
 
         They are kept by source: the last publication, the last head update, the last load of weights.
         """
+        self.waited: dict[str, float] = {}
+        """For how many seconds the policy learner waited for what before the present step (`wait/...`)."""
+        self._last_arrival: dict[int, tuple[float, int]] = {}
+        """For each step, when its last group so far arrived, and from which rollout actor."""
+        self._actors = {stage.name: index for index, stage in enumerate(stages.rollouts)}
         self._kinds = {
             "rollouts": [stage.name for stage in stages.rollouts],
             "annotators": [stage.name for stage in stages.annotators],
@@ -117,6 +122,21 @@ class StepMetrics:
     def arrived(self, group_id: int, report: GroupReport) -> None:
         """Keeps the report of a group that has arrived, for the metrics of its step."""
         self._reports[group_id] = report
+
+    def delivered(self, step: int, actor: str, now: float) -> None:
+        """Notes that a rollout actor has delivered a group of a step."""
+        self._last_arrival[step] = now, self._actors[actor]
+
+    def step_begins(self, step: int, waited_since: float, now: float) -> None:
+        """Says for what the policy learner has waited since a time: for the groups of the step, and then for the head.
+
+        `wait/slowest_rollout` is the number of the actor whose group came last, if the learner waited for it.
+        """
+        arrived, actor = self._last_arrival.pop(step, (waited_since, 0))
+        for_rollouts = min(max(arrived - waited_since, 0.0), now - waited_since)
+        self.waited = {"wait/rollouts": for_rollouts, "wait/head": now - waited_since - for_rollouts}
+        if for_rollouts > 0:
+            self.waited["wait/slowest_rollout"] = float(actor)
 
     def annotated(self, group_id: int, gold: float) -> None:
         """Keeps the mean gold reward of a group, which comes with its embeddings, for the metrics of its step.
@@ -202,7 +222,7 @@ class StepMetrics:
         for kind, members in self._kinds.items():
             busy = sum(self._busy[name] for name in members) / elapsed / len(members)
             metrics[f"idle/{kind}"] = 1 - min(1.0, busy)
-        metrics |= measured
+        metrics |= {**self.waited, **measured}
         for ones in self.standing.values():
             metrics |= ones
         self._reported = now

@@ -35,6 +35,7 @@ TIMED = (
     "ledger/admitted",
     "restarts/",
     "journal/",
+    "wait/",
     "length/trained_over_generated",
 )
 """Metrics that a clock decides, or how far the rollouts are ahead."""

@@ -444,3 +444,31 @@ def _functions(error):
         names.append(traceback.tb_frame.f_code.co_name)
         traceback = traceback.tb_next
     return names
+
+
+# Who is waited for
+
+
+def test_metrics_say_for_whom_the_learner_waits():
+    def waits_of(**others):
+        waits = []
+
+        async def run(controller):
+            while not controller.finished:
+                metrics = await controller.step()
+                waits.append({key: value for key, value in metrics.items() if key.startswith("wait/")})
+
+        config = CONFIG.rollouts(num_actors=2).scheduling(max_policy_age=1, max_head_age=1, stall_after=STALL_AFTER)
+        plan = plan_of(num_steps=6, max_policy_age=1, max_head_age=1)
+        actors = (Faulty("rollout-0"), Faulty("rollout-1"))
+        assert "error" not in drive(stages_of(**{"rollouts": actors} | others), run, config, plan)
+        return waits
+
+    slow = waits_of(rollouts=(Faulty("rollout-0"), Faulty("rollout-1", seconds=3.0)))
+    long = [one for one in slow if one["wait/rollouts"] > 1]
+    assert len(long) >= 2 and all(one["wait/slowest_rollout"] == 1 for one in long), "it holds what the other cannot give"
+    assert all(one["wait/head"] < 0.1 and one["wait/annotators"] < 0.1 for one in slow)
+    head = waits_of(head=Faulty("head-learner", seconds=3.0))
+    assert head[-1]["wait/head"] > 2 and head[-1]["wait/rollouts"] < 0.1
+    annotator = waits_of(annotators=(Faulty("annotator-0", seconds=3.0),))
+    assert max(one["wait/annotators"] for one in annotator) > 2

@@ -294,7 +294,9 @@ def test_the_heads_accuracy_is_that_of_the_last_evaluation(tmp_path):
 
 
 def accuracies_of(run: Path, evaluations: list[dict]) -> dict[str, float]:
-    (run / "evaluation.jsonl").write_text("".join(json.dumps(one | {"step": step}) + "\n" for step, one in enumerate(evaluations)))
+    (run / "evaluation.jsonl").write_text(
+        "".join(json.dumps(one | {"step": step}) + "\n" for step, one in enumerate(evaluations))
+    )
     return accuracies(run)
 
 
@@ -394,7 +396,9 @@ def runs_of(tmp_path):
                 paths[seed].mkdir(parents=True)
                 steps = [{"step": at} | step for at, step in enumerate(steps_of([0, kl], [0.0, gold]), 1)]
                 append_records(paths[seed] / "metrics.jsonl", steps)
-                append_records(paths[seed] / "evaluation.jsonl", [{"step": 1.0, "proxy_accuracy": accuracy}] if accuracy else [])
+                append_records(
+                    paths[seed] / "evaluation.jsonl", [{"step": 1.0, "proxy_accuracy": accuracy}] if accuracy else []
+                )
         return paths
 
     return write

@@ -48,6 +48,19 @@ def no_more_actors_are_asked_for_than_there_are(rollouts: RolloutsSection) -> st
     )
 
 
+# Where it is written
+
+
+def runs_are_written_to_a_disk(run: RunSection) -> str | None:
+    """A run directory is on a disk, because a checkpoint becomes whole by renaming a directory."""
+    if "://" not in run.output_dir:
+        return None
+    return (
+        f"run.output_dir is {run.output_dir!r}, a URL: a checkpoint becomes whole by renaming a directory, and storage of "
+        f"objects has no such step; name a directory on a disk that all nodes see (docs/cluster.md), and copy what is done"
+    )
+
+
 # The schedule
 
 
@@ -485,6 +498,7 @@ def a_policy_from_scratch_needs_texts(model: ModelSection, data: DataSection) ->
 
 RULES: tuple[Rule, ...] = (
     no_more_actors_are_asked_for_than_there_are,
+    runs_are_written_to_a_disk,
     exact_lag_cuts_nothing_off,
     exact_lag_takes_one_group_at_a_time,
     exact_lag_needs_one_rank,

@@ -341,6 +341,11 @@ def test_what_is_left_open_follows_from_other_keys():
     assert trains == {"r2m": True, "r2m_no_train": False, "iterative_head": True}
 
 
+def test_a_run_directory_at_a_url_is_refused_with_what_to_do():
+    with pytest.raises(ConfigError, match=r"^run\.output_dir is 's3://bucket/runs', a URL: .*docs/cluster\.md"):
+        R2MConfig().run(output_dir="s3://bucket/runs")
+
+
 # The files of this repository
 
 

@@ -6,6 +6,7 @@
     Parquet, Arrow     by the package pyarrow, which comes with `datasets`
     a folder           one that `datasets` wrote, or a folder of data files of one format
     a name             of a data set of the Hugging Face hub; `NAME:SUBSET` if it has several configurations
+    a URL              of a file, which fsspec fetches: `s3://`, `gs://`, `file:///`, and whatever else it knows
 
 The content of a file tells its format, but for CSV and TSV. Text may be packed by gzip, bzip2 or xz.
 """
@@ -19,7 +20,9 @@ import json
 import lzma
 import os
 import re
+import shutil
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,7 +68,10 @@ def rows(source: Source, split: str = "train") -> Iterator[Row]:
     names = Counter(Path(item).name for item in items_of(source))  # the short name must tell files of one name apart
     for item in items_of(source):
         path = Path(item).expanduser()
-        if path.is_file():
+        if is_url(item):
+            with _fetched(item) as copy:
+                yield from _file_rows(item, copy, path.name if names[path.name] == 1 else item)
+        elif path.is_file():
             yield from _file_rows(item, path, path.name if names[path.name] == 1 else item)
         else:
             for number, fields in enumerate(_data_set_rows(item, path, split)):
@@ -80,8 +86,15 @@ def items_of(source: Source) -> list[str]:
     return [os.fspath(source)] if isinstance(source, str | os.PathLike) else [os.fspath(item) for item in source]
 
 
+def is_url(item: str) -> bool:
+    """Whether an item of a source is a URL."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", item) is not None
+
+
 def is_local(item: str) -> bool:
-    """Whether an item of a source is a path, there or not, and no name of the hub."""
+    """Whether an item of a source is a path, there or not, and neither a URL nor a name of the hub."""
+    if is_url(item):
+        return False
     path = Path(item).expanduser()
     return path.exists() or _suffix(path) in (*_KINDS, ".txt") or item.startswith(("/", ".", "~"))
 
@@ -117,6 +130,30 @@ _FOREIGN: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"%PDF", "a PDF file", _TO_JSONL),
 )
 """(offset, bytes there, what such a file is, what the user can do). `_foreign` knows some more."""
+
+
+@contextmanager
+def _fetched(url: str) -> Iterator[Path]:
+    """Copies the file at a URL to this machine for the time of the block. Raises DataError if it cannot be fetched.
+
+    The copy has the name of the original, because the suffix tells CSV from other text.
+    """
+    import fsspec
+
+    with tempfile.TemporaryDirectory(prefix="r2m-data-") as folder:
+        copy = Path(folder) / (Path(url).name or "data")
+        try:
+            with fsspec.open(url, "rb") as source, copy.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        except FileNotFoundError:
+            raise DataError(f"{url}: there is no such file; correct the URL, which must name one file") from None
+        # Every kind of storage has errors of its own.
+        except Exception as error:
+            raise DataError(
+                f"{url}: cannot be fetched ({type(error).__name__}: {error}); check the URL and your rights, and install what "
+                f"fsspec needs for it: s3fs for s3://, gcsfs for gs://"
+            ) from None
+        yield copy
 
 
 def _file_rows(item: str, path: Path, short: str) -> Iterator[Row]:

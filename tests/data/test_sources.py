@@ -246,3 +246,68 @@ def test_a_pipe_and_a_file_that_may_not_be_read_are_told(tmp_path):
         list(read_records(tmp_path / "pipe"))
     with pytest.raises(DataError, match="No such file"):
         read_file(tmp_path / "answers")
+
+
+# URLs
+
+
+@pytest.fixture
+def in_memory():
+    """`put(name, data)`: the URL of a file in fsspec's own memory."""
+    import fsspec
+
+    storage = fsspec.filesystem("memory")
+
+    def put(name, data):
+        storage.pipe(f"/{name}", data)
+        return f"memory://{name}"
+
+    yield put
+    storage.store.clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("pairs.jsonl", lines()),
+        ("pairs.csv", delimited()),
+        ("deep/er/pairs.tsv.gz", gzip.compress(delimited(delimiter="\t"))),
+    ],
+)
+def test_a_url_is_read_as_the_file_that_it_names(in_memory, tmp_path, name, data):
+    assert load_preferences(in_memory(name, data)).pairs == EXPECTED
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    assert load_preferences(path.as_uri()).pairs == EXPECTED
+    assert load_preferences(f"{path.as_uri()}, {path}").pairs == EXPECTED * 2
+
+
+def test_of_a_url_that_cannot_be_fetched_the_reason_and_the_remedy_are_told(in_memory):
+    with pytest.raises(DataError, match=r"^memory://none\.jsonl: there is no such file; correct the URL"):
+        load_preferences("memory://none.jsonl")
+    with pytest.raises(
+        DataError, match=r"^nowhere://x\.jsonl: cannot be fetched \(ValueError: .*install what fsspec needs"
+    ):
+        load_preferences("nowhere://x.jsonl")
+    with pytest.raises(DataError, match=r"^memory://bad\.jsonl, line 1: "):
+        load_preferences(in_memory("bad.jsonl", b'{"prompt": "a"}\n'))
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/pairs.jsonl", "gs://bucket/pairs.jsonl"])
+def test_s3_and_gcs_are_handed_to_fsspec_by_their_names(monkeypatch, url):
+    import fsspec
+
+    def no_package(asked, mode):
+        assert (asked, mode) == (url, "rb")
+        raise ImportError("Install the package of this storage")
+
+    monkeypatch.setattr(fsspec, "open", no_package)
+    with pytest.raises(DataError, match=r"ImportError: Install .*s3fs for s3://, gcsfs for gs://"):
+        load_preferences(url)
+
+
+def test_a_copy_of_a_url_is_gone_when_it_has_been_read(in_memory, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    load_preferences(in_memory("pairs.jsonl", lines()))
+    assert list(tmp_path.iterdir()) == []

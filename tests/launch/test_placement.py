@@ -112,6 +112,28 @@ def test_a_run_waits_for_the_gpus_that_it_counts_on_and_is_told_in_time_that_the
     RayProcesses(config.cluster(gpus=None)).close()
 
 
+@pytest.mark.ring
+def test_in_a_trial_of_tune_nothing_is_reserved_beside_what_tune_has_reserved(ray_session):
+    import ray
+    from ray.util import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    config = R2MConfig().cluster(gpus=8, wait=1.0)
+
+    @ray.remote(num_cpus=0)
+    def trial():
+        from r2m_async.launch.placement import placed_on_ray
+
+        return placed_on_ray(config, 1.0, own=False)
+
+    trials = placement_group([{"CPU": 1.0}])
+    inside = PlacementGroupSchedulingStrategy(trials, placement_group_capture_child_tasks=True)
+    assert ray.get(trial.options(scheduling_strategy=inside).remote()) == ({}, [])
+    with pytest.raises(ConfigError, match="no room for 1 x"):
+        ray.get(trial.remote())
+    remove_placement_group(trials)
+
+
 @pytest.fixture
 def on_three_nodes(tiny_config, tmp_path):
     """What `three_nodes.py` saw of a config's ring."""
@@ -225,3 +247,37 @@ def test_a_node_is_told_apart_by_its_python_its_source_and_the_files_it_lacks(tm
     python, package, missing = _look((here, lacking))
     assert python == "{}.{}.{}".format(*sys.version_info[:3])
     assert len(package) == 12 and missing == (lacking,)
+
+
+RANKS = """
+import asyncio, psutil, sys
+from r2m_async.config import R2MConfig
+from r2m_async.launch.ray_stages import RayProcesses
+
+class Idle:
+    pass
+
+def idle(config, workload):
+    return Idle()
+
+config = R2MConfig.from_yaml(sys.argv[1]).learner(num_ranks=2).rollouts(num_actors=2)
+processes = RayProcesses(config.logging(actors=False))
+try:
+    learner = processes.gang("policy-learner", lambda rank, host, port: idle, None, processes.gpus)
+    engines = [processes.stage(f"rollout-{index}", idle, None, processes.gpus) for index in range(2)]
+    async def raylets():
+        return [psutil.Process(pid).ppid() for one in (learner, *engines) for pid in await one.pids()]
+    print("RAYLETS", *asyncio.run(raylets()), flush=True)
+finally:
+    processes.close()
+"""
+
+
+@pytest.mark.ring
+def test_ranks_with_a_gpu_each_lie_together_and_engines_on_as_many_nodes_as_there_are(eight_gpus):
+    command, here = [sys.executable, "-c", RANKS, PRESET], os.environ | {"RAY_ADDRESS": eight_gpus}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=here)
+    assert done.returncode == 0, done.stderr
+    *ranks, one, other = next(line for line in done.stdout.splitlines() if line.startswith("RAYLETS")).split()[1:]
+    assert len(ranks) == 2 and ranks[0] == ranks[1], "ranks are packed"
+    assert one != other, "engines are spread"

@@ -466,7 +466,9 @@ def test_metrics_say_for_whom_the_learner_waits():
 
     slow = waits_of(rollouts=(Faulty("rollout-0"), Faulty("rollout-1", seconds=3.0)))
     long = [one for one in slow if one["wait/rollouts"] > 1]
-    assert len(long) >= 2 and all(one["wait/slowest_rollout"] == 1 for one in long), "it holds what the other cannot give"
+    assert len(long) >= 2 and all(one["wait/slowest_rollout"] == 1 for one in long), (
+        "it holds what the other cannot give"
+    )
     assert all(one["wait/head"] < 0.1 and one["wait/annotators"] < 0.1 for one in slow)
     head = waits_of(head=Faulty("head-learner", seconds=3.0))
     assert head[-1]["wait/head"] > 2 and head[-1]["wait/rollouts"] < 0.1

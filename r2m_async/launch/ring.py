@@ -235,12 +235,11 @@ class Ring:
         Raises DiskError if the disk refuses to write.
         """
         with whole_directory(directory, replace=True) as building:
-            parts = self._run(self.controller.checkpoint(str(building)))
+            parts, entries = self._run(self.controller.checkpoint(str(building)))
             progress = self._run(self._progress())
-            parts["step"] = encode(progress.step)
             told = {"progress": asdict(progress), "prompts": self._prompts, "records": dict(records or {})}
-            parts["progress"] = encode(told)
-            write_parts(building, parts, self.config)
+            parts |= {"step": encode(progress.step), "progress": encode(told)}
+            write_parts(building, parts, self.config, entries)
         if self._journals:
             self._run(self.controller.journal.begin(self._journals))
 

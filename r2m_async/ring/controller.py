@@ -23,6 +23,7 @@ on a virtual clock (simulator.py).
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -246,15 +247,20 @@ class Controller:
         _, payload = await self._calls.ask(call)
         return await self._bytes_of(call.method.name, payload)
 
-    async def checkpoint(self, directory: str) -> dict[str, Any]:
-        """Returns everything from which a run can resume, as bytes by name.
+    async def checkpoint(self, directory: str) -> tuple[dict[str, memoryview], dict[str, dict[str, Any]]]:
+        """Writes everything from which a run can resume into a directory. It calls `drain` first.
 
-        These are the states of both learners, and the weights of all versions that are still needed. It calls `drain`
-        first.
+        These are the states of both learners, and the weights of all versions that are still needed. The queue writes
+        them, one after the other, so they do not pass through this process.
 
         Args:
-            directory: where a policy learner of several ranks writes its own files. `start` must later get the
-                directory in which these files then are.
+            directory: the directory, in which a policy learner of several ranks also writes its own files. `start` must
+                later get the directory in which all these files then are.
+
+        Returns (parts, entries). Entries are those of the manifest, of the files that are written. Parts are bytes by
+        name that the caller must write: those of a queue on a machine that does not have the directory.
+
+        Raises OSError if the disk refuses to write.
 
         Raises the error of the first loop that fails in the meantime. So a learner that hangs here ends the run after
         `scheduling.stall_after` seconds, as it would in a step.
@@ -262,7 +268,7 @@ class Controller:
         await self.drain()
         return await self._tasks.finish(self._checkpoint(directory), "a checkpoint")
 
-    async def _checkpoint(self, directory: str) -> dict[str, Any]:
+    async def _checkpoint(self, directory: str) -> tuple[dict[str, memoryview], dict[str, dict[str, Any]]]:
         """Does what `checkpoint` does, once the ring is drained."""
         async with together() as both:
             policy = both.create_task(self._calls.ask(self.stages.policy.state(directory)))
@@ -274,7 +280,17 @@ class Controller:
             kept = {self._versions.newest_policy: (await self._calls.ask(self.stages.policy.weights(True)))[1]}
         payloads |= {f"policy_weights_{version}": payload for version, payload in kept.items()}
         payloads |= {f"head_weights_{version}": payload for version, payload in self._versions.heads.items()}
-        return {name: await self._bytes_of(name, payload) for name, payload in payloads.items()}
+        parts, entries = {}, {}
+        for name, payload in payloads.items():
+            path = f"{directory}/{name}.msgpack"
+            entry = await self._calls.ask(self.stages.queue.write(path, payload), about=name)
+            if entry is None:
+                parts[name] = await self._bytes_of(name, payload)
+            elif "errno" in entry:
+                raise OSError(entry["errno"], os.strerror(entry["errno"]), path)
+            else:
+                entries[f"{name}.msgpack"] = entry
+        return parts, entries
 
     async def _bytes_of(self, name: str, payload: Payload) -> memoryview:
         """The bytes of a payload. `name` names the payload in the list of waits."""

@@ -208,6 +208,14 @@ class QueueStage(Stage):
     def recover(self, directory: str) -> Call[dict[str, Any]]:
         """Takes up the groups of all journals in a folder. Returns their `entries` by group, and `damages` as text."""
 
+    @method(beside="control")
+    def write(self, path: str, payload: Payload) -> Call[dict[str, Any] | None]:
+        """Writes a payload to a file of a checkpoint.
+
+        Returns the file's entry in the manifest, or None if the queue's machine does not have the folder. If the disk
+        refuses, the result has the number of the system's error under `errno`.
+        """
+
 
 class AnnotatorStage(Stage):
     """A reward annotator: the frozen reward model, and a head (`actors.reward_annotator.RewardAnnotator`)."""

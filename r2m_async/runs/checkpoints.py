@@ -29,7 +29,7 @@ import xxhash
 
 from r2m_async.codec import decode
 from r2m_async.config import ConfigTree, R2MConfig
-from r2m_async.errors import CodecError, ConfigError
+from r2m_async.errors import CodecError, ConfigError, DiskError
 from r2m_async.runs.resuming import check_resumable
 from r2m_async.whole import listed, whole_at
 
@@ -49,14 +49,28 @@ _CHUNK = 16 * 2**20
 # Writing
 
 
-def write_parts(directory: Path, parts: Mapping[str, bytes | memoryview], config: R2MConfig) -> None:
+def write_parts(
+    directory: Path,
+    parts: Mapping[str, bytes | memoryview],
+    config: R2MConfig,
+    written: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
     """Fills the directory of a ring's checkpoint and seals it.
 
     directory: must exist. A learner on DeepSpeed may have written its own files there already.
     parts: the encoded content of every file, by the file's name without `.msgpack`.
+    written: the entries of files that a stage has written there already, by name.
+
+    Raises DiskError if this machine does not see such a file.
     """
+    for name in written or {}:
+        if not (directory / name).is_file():
+            raise DiskError(
+                f"{directory / name}: a stage has written it on another machine, and it is not here: run.output_dir must be "
+                f"on a disk that all machines of the run share (docs/cluster.md)"
+            )
     # The digests are of the bytes in memory. So a reader notices what went wrong on their way to the disk.
-    known = {}
+    known = dict(written or {})
     for name, part in parts.items():
         (directory / f"{name}.msgpack").write_bytes(part)
         known[f"{name}.msgpack"] = _entry(len(part), xxhash.xxh3_128_hexdigest(part))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_whole import names, no_file_larger_than
 
+from actors.replay_queue import ReplayQueue
 from r2m_async import codec
 from r2m_async.codec import encode
 from r2m_async.config import R2MConfig
@@ -384,3 +385,25 @@ def test_a_manifest_of_nothing_but_brackets_is_a_damaged_one(tmp_path):
     (tmp_path / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="manifest.json: is damaged"):
         verified(tmp_path)
+
+
+@pytest.mark.ring
+def test_a_checkpoint_is_written_by_the_queue_and_not_through_the_driver(exact_config, tmp_path, monkeypatch):
+    async def never(payload):
+        raise AssertionError("the bytes came to the driver")
+
+    with Ring.of(exact_config, in_process=True) as ring:
+        ring.step()
+        with monkeypatch.context() as elsewhere:  # a queue whose machine does not have the directory
+            elsewhere.setattr(ReplayQueue, "write", lambda self, path, payload: (None,))
+            ring.save(tmp_path / "through")
+        object.__setattr__(ring.controller.stages, "to_bytes", never)
+        ring.save(tmp_path / "beside")
+    for name in names(tmp_path / "through"):
+        if name not in ("progress.msgpack", "manifest.json"):  # it has the seconds
+            assert (tmp_path / "beside" / name).read_bytes() == (tmp_path / "through" / name).read_bytes()
+
+
+def test_a_file_that_another_machine_has_written_to_a_disk_of_its_own_is_missed(tmp_path):
+    with pytest.raises(DiskError, match=r"head_learner\.msgpack: a stage has written it on another machine"):
+        write_parts(tmp_path, {}, R2MConfig(), {"head_learner.msgpack": {"bytes": 1, "xxh3_128": "0"}})

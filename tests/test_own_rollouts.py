@@ -1,7 +1,9 @@
 """Rings whose responses a user's function drives: exact, resumed, aborted, and refused where they cannot run."""
 
 import json
+import re
 import threading
+from pathlib import Path
 
 import plays
 import pytest
@@ -369,6 +371,26 @@ def test_a_function_that_takes_too_long_is_told_of_and_what_the_policy_samples_i
 
     engine._model.generate = slowly
     assert engine.generate(tickets[0])[0].trajectories[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("hangs", r"response 0: .* took longer .*; it waits at \S+plays.py:(\d+); raise it"),
+        (
+            "blocks",
+            r"response \d: .* took longer .*; step 0, group 0 .*, response 0 holds the event loop at \S+plays.py:(\d+);",
+        ),
+    ],
+)
+def test_a_function_that_takes_too_long_is_told_of_with_the_line_at_which_it_stands(own, function, says):
+    for event in (plays.STARTED, plays.GO_ON):
+        event.clear()
+    with pytest.raises(FunctionFailed, match=says) as failed:
+        group_of(own.rollouts(function=f"plays:{function}", function_timeout=0.3))
+    plays.GO_ON.set()
+    line = Path(plays.__file__).read_text().splitlines()[int(re.search(says, str(failed.value))[1]) - 1]
+    assert line.strip() == {"hangs": "await asyncio.Event().wait()", "blocks": "GO_ON.wait()"}[function]
 
 
 def test_a_policy_without_probabilities_is_told_of_with_its_place_in_the_whole_response(own):

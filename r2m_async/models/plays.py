@@ -19,6 +19,7 @@ import functools
 import inspect
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -178,7 +179,7 @@ class _Play:
         self.place = f"{ticket.place}, {response_name(index, config.rollouts.group_size)}"
         self._loop = _loop()
         self._task: asyncio.Task[None] | None = None
-        """The call, once the loop has begun it. Only the loop's thread looks at it."""
+        """The call, once the loop has begun it. The loop's thread alone changes it."""
         self.gone = threading.Event()
         """Set once the function does not run any more, or never will."""
         self.settled = threading.Event()
@@ -358,9 +359,22 @@ class _Play:
         if taken > self._rollouts.function_timeout:
             raise FunctionFailed(
                 f"{self.place}: {KEY} {self._rollouts.function!r} took longer than rollouts.function_timeout "
-                f"{self._rollouts.function_timeout:g} s, what the policy sampled not counted; raise it, or see whether the "
-                f"function blocks: all responses of an actor share one event loop"
+                f"{self._rollouts.function_timeout:g} s, what the policy sampled not counted{self._standing()}; raise it, or "
+                f"see whether the function blocks: all responses of an actor share one event loop"
             )
+
+    def _standing(self) -> str:
+        """Says where the function waits, or which response's function holds the event loop, as a part of a message."""
+        loop = next((one.ident for one in threading.enumerate() if one.name == _LOOP), None)
+        below, frame = None, sys._current_frames().get(loop or 0)
+        while frame is not None and frame.f_code is not _CALL:
+            below, frame = frame, frame.f_back
+        if frame is not None and below is not None:
+            holder = frame.f_locals["self"]
+            return f"; {holder.place} holds the event loop at {below.f_code.co_filename}:{below.f_lineno}"
+        waits = getattr(self._task and self._task.get_coro(), "cr_await", None)
+        place = getattr(waits, "cr_frame", None)
+        return f"; it waits at {place.f_code.co_filename}:{place.f_lineno}" if place else ""
 
     def end(self, outcome: _Outcome) -> None:
         """Ends the response as the function has ended. Raises FunctionFailed if that failed."""
@@ -462,5 +476,8 @@ def _plain(value: Any, name: str, named: str) -> Any:
     )
 
 
-_loop = OncePerProcess(lambda: turning_loop("rollout-functions"))
+_CALL = _Play._call.__code__
+_LOOP = "rollout-functions"
+"""The name of the event loop's thread."""
+_loop = OncePerProcess(lambda: turning_loop(_LOOP))
 """The event loop of the functions of this process."""

@@ -4,6 +4,7 @@ What the states and log-probs must be is computed by transformers.
 """
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -178,6 +179,30 @@ def test_a_function_that_fails_leaves_no_request_and_no_block_behind(checkpoint,
         engine._config = config.rollouts(max_new_tokens=8)
         monkeypatch.setattr(plays, "nothing", plays.once)
         engine._function = plays.once
+        assert_exact(model, engine.generate(ticket_of(1)), config)
+
+
+@pytest.mark.parametrize("function", ["hangs", "blocks"])
+@pytest.mark.parametrize("age", [0, 1], ids=["in this process", "across"])
+def test_a_function_that_hangs_is_told_by_its_name_at_its_deadline_and_the_engine_goes_on(checkpoint, age, function):
+    for event in (plays.STARTED, plays.GO_ON):
+        event.clear()
+    config = config_of(checkpoint(endless=True), age, function, function_timeout=0.5)
+    model = load_policy(config.model.policy, config)
+    standing = "it waits" if function == "hangs" else r"step \S+, group 0.*, response 0 holds the event loop"
+    told = (
+        rf"response \d: rollouts.function 'plays:{function}' took longer than rollouts.function_timeout 0.5 s, .*; {standing} at "
+        rf"\S+plays.py:\d+; raise it, or see whether"
+    )
+    with running(config, model=model) as engine:
+        began = time.monotonic()
+        with pytest.raises(FunctionFailed, match=told):
+            engine.generate(ticket_of(0))
+        assert plays.STARTED.is_set() and time.monotonic() - began < 20, "a turn of vLLM's and a second of last words"
+        assert not engine._playing and not driver_of(engine)._running
+        plays.GO_ON.set()
+        engine._function = plays.once
+        engine._config = config.rollouts(function="plays:once", function_timeout=60)
         assert_exact(model, engine.generate(ticket_of(1)), config)
 
 

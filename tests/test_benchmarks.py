@@ -95,3 +95,23 @@ def test_the_loops_start_at_the_learners_log_probs_and_the_flops_are_those_that_
             loss.backward()
     torch.testing.assert_close(sum(loss.detach() for loss in losses), -work.advantages_B.mean())  # all ratios are 1
     assert counter.get_total_flops() == pytest.approx(shape.flops(), rel=0.15)  # one input token fewer of 16
+
+
+def test_the_table_of_rounding_is_that_of_the_measurement_and_the_presets_follow_it():
+    docs = ROOT / "docs"
+    rows = json.loads((docs / "sampler_mismatch.json").read_text())["rows"]
+    table = (docs / "algorithms.md").read_text().partition("### How much of w is rounding")[2].partition("\n\nSo in")[0]
+    told = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    measured = []
+    for row in rows:
+        (ess, outside), (token_ess, token_outside) = (
+            (row[level]["effective_sample_size"], 100 * row[level]["outside_half_and_double"])
+            for level in ("sequence", "token")
+        )
+        few = f"{token_outside:.1f}".removesuffix(".0")
+        measured.append([str(row["tokens"]), f"{ess:.2f}", f"{outside:.0f} %", f"{token_ess:.3f}", f"{few} %"])
+    assert told == measured[:6] + measured[-1:]
+    for preset in sorted((ROOT / "configs" / "presets").glob("*.yaml")):
+        assert R2MConfig.from_yaml(preset).objective.off_policy_level == "token", preset.name

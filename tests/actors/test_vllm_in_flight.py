@@ -169,7 +169,7 @@ def test_concurrent_groups_of_an_engine_in_its_own_process_do_not_mix(flying):
 # Aborts
 
 
-@pytest.fixture(params=["in this process", "in its own"])
+@pytest.fixture(params=["in this process", pytest.param("in its own", marks=pytest.mark.cross)])
 def either(request, checkpoint):
     """(engine, model, config) of both kinds of driver, endless responses."""
     if request.param == "in its own":

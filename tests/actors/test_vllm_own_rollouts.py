@@ -43,7 +43,11 @@ def config_of(path, age=0, function="mixed", **rollouts):
     return single_turn_config(path, age, **{"function": f"plays:{function}", "max_new_tokens": 30} | rollouts)
 
 
-@pytest.mark.parametrize("age", [0, 1], ids=["in this process", "across"])
+AGES = [pytest.param(0, marks=pytest.mark.cross), 1]
+"""Without staleness the engine runs in the test's process, else in its own. Other tests of vLLM stand for the first."""
+
+
+@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
 def test_every_token_has_the_state_and_each_of_the_policys_the_log_prob_of_transformers(checkpoint, age):
     config = config_of(checkpoint(endless=True), age, group_size=6, max_prompt_tokens=80)
     model = load_policy(config.model.policy, config)
@@ -63,7 +67,7 @@ def test_every_token_has_the_state_and_each_of_the_policys_the_log_prob_of_trans
             assert torch.equal(one.token_ids, other.token_ids)
 
 
-@pytest.mark.parametrize("age", [0, 1], ids=["in this process", "across"])
+@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
 def test_a_stop_string_ends_a_turn_at_its_token_whatever_vllm_has_sampled_after_it(checkpoint, age, monkeypatch):
     async def play(rollout):
         for _ in range(4):
@@ -122,7 +126,7 @@ def test_versions_change_between_turns_and_within_them_and_feedback_is_as_old_as
     assert logprob_error(other, whole.trajectories, config, last_five) < 1e-4
 
 
-@pytest.mark.parametrize("age", [0, 1], ids=["in this process", "across"])
+@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
 def test_an_abort_ends_turns_and_waits_and_gives_the_block_back(checkpoint, age):
     """Some responses wait in the function, and a turn of another group goes on."""
     plays.STARTED.clear()
@@ -142,7 +146,7 @@ def test_an_abort_ends_turns_and_waits_and_gives_the_block_back(checkpoint, age)
         assert not engine._playing and not engine._aborts
 
 
-@pytest.mark.parametrize("age", [0, 1], ids=["in this process", "across"])
+@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
 def test_an_abort_ends_a_turn_that_is_being_sampled(checkpoint, age):
     config = config_of(checkpoint(endless=True), age, "once", max_new_tokens=3000)
     model = load_policy(config.model.policy, config)
@@ -159,7 +163,7 @@ def test_an_abort_ends_a_turn_that_is_being_sampled(checkpoint, age):
         assert_exact(model, engine.generate(ticket_of(1)), config)
 
 
-@pytest.mark.parametrize("age", [0, 1], ids=["in this process", "across"])
+@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
 def test_a_function_that_fails_leaves_no_request_and_no_block_behind(checkpoint, age, monkeypatch):
     async def play(rollout):
         if rollout.index == 1:
@@ -183,7 +187,7 @@ def test_a_function_that_fails_leaves_no_request_and_no_block_behind(checkpoint,
 
 
 @pytest.mark.parametrize("function", ["hangs", "blocks"])
-@pytest.mark.parametrize("age", [0, 1], ids=["in this process", "across"])
+@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
 def test_a_function_that_hangs_is_told_by_its_name_at_its_deadline_and_the_engine_goes_on(checkpoint, age, function):
     for event in (plays.STARTED, plays.GO_ON):
         event.clear()

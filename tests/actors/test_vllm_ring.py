@@ -217,10 +217,15 @@ VARIANTS = {
     "feedback from the learner": lambda config: config.feedback(source="learner"),
     "a greedy twin": lambda config: config.advantage(name="remax").objective(ratio="sequence_mean"),
 }
+OFTEN = ("exact lag", "a greedy twin")
+"""The others are for `make test-all`: transformers stands for them, and on Ray vLLM runs with both bounds zero."""
 
 
 @pytest.mark.ring
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [one if one in OFTEN else pytest.param(one, marks=pytest.mark.cross) for one in VARIANTS],
+)
 def test_in_one_process_the_ring_with_vllm_is_the_reference_with_vllm_bit_for_bit(vllm_config, expected, variant):
     config = VARIANTS[variant](vllm_config)
     truth = expected(config)

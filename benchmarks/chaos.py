@@ -52,7 +52,7 @@ from r2m_async.whole import write_file
 
 STEPS = 40
 """Policy steps of a run. A run takes about half as many faults."""
-PATIENCE = 240.0
+PATIENCE = 400.0
 """Seconds within which a run must have recovered."""
 STAGES = ("rollout", "queue", "annotator", "policy-learner", "head-learner")
 RAYS = ("raylet", "gcs_server")
@@ -65,7 +65,7 @@ def config_of(arguments: argparse.Namespace, output_dir: Path) -> R2MConfig:
     config = config.run(max_restarts=1000).model(policy="embedded").reward(model="embedded").data(prompts="embedded")
     config = config.rollouts(num_actors=2, prompts_per_step=4, group_size=4, max_prompt_tokens=16, max_new_tokens=12)
     config = config.rollouts(max_restarts=1000, hang_after=10.0, engine=arguments.engine)
-    config = config.scheduling(max_policy_age=1, max_head_age=1, lag=arguments.lag, stall_after=20.0)
+    config = config.scheduling(max_policy_age=1, max_head_age=1, lag=arguments.lag, stall_after=60.0)
     config = config.head(width=32).evaluation(every=None).checkpoint(every=1, keep=2)
     return config.logging(live=False, tensorboard=False).learner(backend=arguments.learner)
 

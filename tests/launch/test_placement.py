@@ -136,12 +136,12 @@ def test_in_a_trial_of_tune_nothing_is_reserved_beside_what_tune_has_reserved(ra
 
 @pytest.fixture
 def on_three_nodes(tiny_config, tmp_path):
-    """What `three_nodes.py` saw of a config's ring."""
+    """What a program saw of a config's ring on a cluster of its own: `three_nodes.py` or another."""
 
-    def run(config):
+    def run(config, name="three_nodes.py"):
         path = tmp_path / "config.yaml"
         path.write_text(config.to_yaml())
-        program = Path(__file__).with_name("three_nodes.py")
+        program = Path(__file__).with_name(name)
         done = subprocess.run([sys.executable, str(program), str(path)], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout.rpartition("SEEN ")[2])
@@ -163,6 +163,22 @@ def test_spot_nodes_that_die_cost_rollout_actors_alone_which_come_back_on_a_node
     assert seen["reissued"]["actor_died"] >= 1
     assert seen["trained"] == 24 and seen["same bits"]
     assert set(seen["reserved"]) == {"REMOVED"}, "room stays reserved after the run"
+
+
+@pytest.mark.ring
+def test_the_node_of_learner_and_queue_dies_and_the_ring_is_built_anew_on_another(
+    on_three_nodes, tiny_config, tmp_path
+):
+    config = tiny_config.run(num_steps=6, output_dir=str(tmp_path / "runs")).logging(actors=False, live=False)
+    config = config.scheduling(max_policy_age=1, max_head_age=1, lag="exact").checkpoint(every=1)
+    chosen = {"ray.io/market-type": "on-demand"}
+    seen = on_three_nodes(config.cluster(stable=chosen, annotators=chosen, wait=120.0), "stable_node_lost.py")
+    before, after = (seen["places"][place] for place in (0, -1))
+    stable = ("queue", "policy-learner", "head-learner")
+    assert {before[name] for name in stable} != {after[name] for name in stable}
+    assert {before[name] for name in stable} | {after[name] for name in stable} == {"stable-0", "stable-1"}
+    assert seen["steps"] == [1, 2, 3, 4, 5, 6] and seen["same bits"]
+    assert len(seen["because"]) >= 1 and "was lost" in seen["because"][0]
 
 
 @pytest.mark.ring

@@ -44,7 +44,7 @@ class RayConnection:
     """The connection of this process to Ray. `watch` notices if Ray is gone, and `close` ends what was begun here."""
 
     def __init__(self, config: R2MConfig) -> None:
-        """Joins the cluster at RAY_ADDRESS, or starts Ray if there is no address.
+        """Joins the cluster at RAY_ADDRESS, or starts a Ray of its own if there is no address.
 
         If this process has connected to Ray before, that connection is used, and `close` leaves it open.
 
@@ -93,7 +93,10 @@ class RayConnection:
 
         try:
             if self._started_here:
-                ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=log_to_driver)
+                # Without an address Ray would join whatever cluster was started last on this machine, somebody else's or
+                # one that is dead: it looks into /tmp/ray/ray_current_cluster.
+                own = None if os.environ.get("RAY_ADDRESS") else "local"
+                ray.init(own, include_dashboard=False, logging_level="ERROR", log_to_driver=log_to_driver)
             head = ray.get_runtime_context().gcs_address
             there.set_result((head, ray.cluster_resources().get("GPU", 0.0)))
         # Ray raises errors of many classes here, plain Exception among them.

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -283,6 +285,19 @@ def test_a_ray_address_that_nobody_answers_is_the_users_mistake_and_told_at_once
     done = run_script("", RAY_ADDRESS=address)
     _, said = done.communicate(timeout=120)
     assert f"RAY_ADDRESS is '{address}' and no Ray cluster answers there" in said and "unset RAY_ADDRESS" in said
+
+
+def test_a_cluster_that_was_started_last_on_this_machine_is_not_joined_without_being_asked(tmp_path):
+    """Ray itself looks into this file, and would try for three minutes to reach a cluster that is dead."""
+    folder = Path(tempfile.mkdtemp(prefix="r2m-", dir="/tmp"))  # Ray's sockets need a short path
+    try:
+        (folder / "ray").mkdir()
+        (folder / "ray" / "ray_current_cluster").write_text(nobody())
+        done = run_script("print('its own')", RAY_TMPDIR=str(folder), RAY_ADDRESS="")
+        printed, said = done.communicate(timeout=120)
+        assert "its own" in printed, said
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_something_else_that_listens_at_ray_address_is_given_up_in_time():

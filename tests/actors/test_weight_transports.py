@@ -303,7 +303,7 @@ def test_a_gloo_ring_runs_resumes_and_survives_a_dead_actor_and_a_stopped_engine
         ring.drain()
         schedule = ring.controller.schedule
         assert schedule.reissued["actor_died"] >= 2
-        assert metrics["step"] == 9 and schedule.policy_ledger.trained == 14 == schedule.policy_ledger.admitted
+        assert metrics["step"] == 9 and schedule.policy_ledger.trained == 18 == schedule.policy_ledger.admitted
         assert not engine.is_running()
 
 

@@ -38,6 +38,7 @@ def test_py_spy_shows_the_function_of_a_process_also_if_it_is_stopped(sleeper):
         pytest.skip("this system lets nobody read another process")
     assert "in_a_deep_sleep" in stack_of(sleeper.pid)
     sleeper.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
     told = stack_of(sleeper.pid)
     assert told.startswith("the process is stopped (SIGSTOP)\n") and "in_a_deep_sleep" in told
 

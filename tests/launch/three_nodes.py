@@ -11,11 +11,11 @@ import psutil
 import ray
 import torch
 from ray.cluster_utils import Cluster
-from ray.exceptions import RayActorError
 from ray.util import placement_group_table
 
 from r2m_async import reference
 from r2m_async.config import R2MConfig
+from r2m_async.errors import StageLost
 from r2m_async.launch.ring import Ring
 
 SPOT = {"ray.io/market-type": "spot"}
@@ -34,7 +34,7 @@ def back(ring: Ring, nodes: dict[str, int]) -> dict[str, str]:
     while True:
         try:
             return lies(ring, nodes)
-        except (RayActorError, psutil.NoSuchProcess):
+        except (StageLost, psutil.NoSuchProcess):
             if time.monotonic() > until:
                 raise
             time.sleep(0.5)

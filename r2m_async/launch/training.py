@@ -200,6 +200,7 @@ def _steps(ring: Ring, run: RunDirectory, live: LiveTable, restarts: int) -> Non
     _record(ring, run)
     live.update({}, ring.controller.evaluations)
     keep_checkpoint(ring, run)
+    remove_directory(run.path / "journal")  # no group of this run is still to be trained
 
 
 def _record(ring: Ring, run: RunDirectory) -> None:

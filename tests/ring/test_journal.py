@@ -207,6 +207,7 @@ def test_groups_that_were_finished_are_not_generated_again_and_are_trained_once(
     again = {one["group_id"] for one in kept}
     assert f"journal: {len(again)} finished groups taken up again\n" in capsys.readouterr().out
     assert sorted([*again, *watched.generated]) == list(range(4, 2 * STEPS)), "each once"
+    assert not (run / "journal").exists(), "a finished run needs none"
     last = read_records(run / "metrics.jsonl")[-1]
     assert last["ledger/trained"] == last["ledger/admitted"] == 2 * STEPS
     assert all(record["age/policy_max"] <= 2 for record in read_records(run / "metrics.jsonl"))

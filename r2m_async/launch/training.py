@@ -80,9 +80,7 @@ def resume(path: Path, overrides: list[str] | tuple[str, ...] = (), in_process: 
 def _go_on(path: Path, config: R2MConfig, in_process: bool, live: LiveTable) -> Path:
     """Does what `resume` does, with the config that the run is to go on with."""
     with _as_only_writer(path):
-        checkpoint, damaged = newest_whole(path)
-        for damage in damaged:
-            live.tell(f"a checkpoint is passed over: {damage}")
+        checkpoint = _newest_whole(path, live)
         changed = changes(saved_config(checkpoint, R2MConfig), config)
         for key in ("run.name", "run.output_dir"):
             if key in changed:
@@ -142,7 +140,11 @@ class _Run:
                     # A Ray that was given up still holds this process.
                     if abandoned.is_set() or not checkpoints(self.path):
                         raise
-                    checkpoint, _ = newest_whole(self.path)
+                    try:
+                        checkpoint = _newest_whole(self.path, self.live)
+                    except ConfigError as damaged:
+                        error.add_note(str(damaged))
+                        raise error from None
                     num_in_a_row = num_in_a_row + 1 if checkpoint == begun_at else 1
                     if num_in_a_row > self.config.run.max_restarts:
                         error.add_note(
@@ -174,6 +176,14 @@ class _Run:
                 resumed = {"step": progress.step, "at": at, "changed": start.changed, "because": start.because}
                 append_records(path / "resumes.jsonl", [resumed])
                 _steps(ring, run, live, restarts)
+
+
+def _newest_whole(path: Path, live: LiveTable) -> Path:
+    """Returns a run's newest whole checkpoint, and names those that are passed over. Raises ConfigError if none is."""
+    checkpoint, damaged = newest_whole(path)
+    for damage in damaged:
+        live.tell(f"a checkpoint is passed over: {damage}")
+    return checkpoint
 
 
 def _resolved(config: R2MConfig, live: LiveTable) -> Workload:

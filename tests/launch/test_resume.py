@@ -363,3 +363,28 @@ def test_from_the_command_line_a_killed_run_is_resumed_to_the_bits_of_an_undistu
             for one in (run, finished)
         )
         assert all(bool((mine.tensors[key] == theirs.tensors[key]).all()) for key in theirs.tensors)
+
+
+def test_in_the_same_job_too_a_damaged_checkpoint_is_named_and_without_a_whole_one_the_loss_is_what_is_told(
+    config, tmp_path, monkeypatch, capsys
+):
+    config = config.run(output_dir=str(tmp_path), max_restarts=1)
+    step, hurt = Ring.step, []
+
+    def loses_the_queue(self):
+        at = self.controller.schedule.policy_version
+        if at == 3 and len(hurt) < 2:
+            (run,) = tmp_path.iterdir()
+            for checkpoint in checkpoints(run)[2:] if not hurt else checkpoints(run):
+                damage(checkpoint)
+            hurt.append(at)
+            raise StageLost("queue", "queue was lost")
+        return step(self)
+
+    monkeypatch.setattr(Ring, "step", loses_the_queue)
+    with one_thread(), pytest.raises(StageLost, match="queue was lost") as raised:
+        train(config, in_process=True)
+    said = capsys.readouterr().out
+    assert "a checkpoint is passed over: " in said and "step-000003/head_learner.msgpack: is damaged" in said
+    assert "the ring is built anew from " in said and "step-000002" in said
+    assert any("none of its checkpoints is whole" in note for note in raised.value.__notes__)

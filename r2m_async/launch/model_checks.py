@@ -56,15 +56,7 @@ def check_policy(name: str, config: R2MConfig) -> tuple[Reader, list[str]]:
     `model.lora` does not fit it.
     """
     key, rollouts, trust = "model.policy", config.rollouts, config.model.trust_remote_code
-    model = pretrained_model(
-        key,
-        name,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        weightless=True,
-        trust=trust,
-        liger=config.model.liger,
-    )
+    model = _without_weights(key, name, config)
     tokenizer = pretrained_tokenizer(key, name, trust)
     check_tokens(key, name, tokenizer, model.config)
     check_positions(
@@ -84,21 +76,26 @@ def check_policy(name: str, config: R2MConfig) -> tuple[Reader, list[str]]:
     return Reader(key=key, name=name, config=model.config, tokenizer=tokenizer), _ends_told(key, name, tokenizer, model)
 
 
+def _without_weights(key: str, name: str, config: R2MConfig) -> Any:
+    """A model of the policy's kind as the config loads it, but without its weights."""
+    return pretrained_model(
+        key,
+        name,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        weightless=True,
+        trust=config.model.trust_remote_code,
+        liger=config.model.liger,
+    )
+
+
 def check_reference(name: str, policy: Reader, config: R2MConfig) -> None:
     """Checks that a model can be the reference policy beside a policy. Raises ConfigError as `check_policy` does.
 
     Both must read the same tokens: the reference is asked for the probabilities of the policy's tokens.
     """
     key, trust = "model.reference", config.model.trust_remote_code
-    model = pretrained_model(
-        key,
-        name,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        weightless=True,
-        trust=trust,
-        liger=config.model.liger,
-    )
+    model = _without_weights(key, name, config)
     if config.learner.packing:
         check_packing_unread(model, key, name, trust)
     check_same_tokens(key, name, model.config, policy, trust)

@@ -18,6 +18,7 @@ from r2m_async.launch.loop_thread import LoopThread
 from r2m_async.launch.makers import check_packages, stages_in_process, stages_on_ray
 from r2m_async.launch.ray_stages import RayProcesses
 from r2m_async.launch.workload import TicketOffice, Workload, plan_of, resolve
+from r2m_async.models.weight_files import weights_digest
 from r2m_async.ring.controller import Controller
 from r2m_async.ring.progress import Progress
 from r2m_async.ring.stages import Call
@@ -159,7 +160,8 @@ class Ring:
     def _saved_progress(self, resume: Path) -> Progress:
         """Returns how far the run had come when a checkpoint was saved, and fills `records`.
 
-        Raises ConfigError if the prompts are not those of the run that saved it, or if a version without counts did.
+        Raises ConfigError if the prompts or the frozen models are not those of the run that saved it, or if a version without
+        counts did.
         """
         told = saved_counts(resume)
         now = self._prompts
@@ -172,6 +174,12 @@ class Ring:
                 f"the rest of the epoch would repeat some and leave out others. Bring the former file back, or start a new "
                 f"run with model.policy set to an export of this one (`r2m export`)"
             )
+        for key, digest in told.get("models", {}).items():
+            if key in self._models and self._models[key] != digest:
+                raise ConfigError(
+                    f"{resume} was saved with other weights of {key} {self._names[key]!r}: the files have been changed since, "
+                    f"and no checkpoint holds them; bring the former files back, or start a new run"
+                )
         self.records = told["records"]
         return Progress(**told["progress"])
 
@@ -237,11 +245,26 @@ class Ring:
         with whole_directory(directory, replace=True) as building:
             parts, entries = self._run(self.controller.checkpoint(str(building)))
             progress = self._run(self._progress())
-            told = {"progress": asdict(progress), "prompts": self._prompts, "records": dict(records or {})}
+            told = {"progress": asdict(progress), "prompts": self._prompts, "models": self._models}
+            told["records"] = dict(records or {})
             parts |= {"step": encode(progress.step), "progress": encode(told)}
             write_parts(building, parts, self.config, entries)
         if self._journals:
             self._run(self.controller.journal.begin(self._journals))
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """The models whose weights a run reads and no checkpoint holds, by the key of the config."""
+        names = {"reward.model": self.workload.reward_model, "model.reference": self.workload.reference}
+        if self.config.model.lora is not None:  # a checkpoint has the adapters alone
+            names["model.policy"] = self.workload.policy
+        return {key: name for key, name in names.items() if name is not None}
+
+    @cached_property
+    def _models(self) -> dict[str, str]:
+        """Digests of these weights, by which a resumed run recognises them. Models that are not here have none."""
+        digests = {key: weights_digest(key, name) for key, name in self._names.items()}
+        return {key: digest for key, digest in digests.items() if digest is not None}
 
     @cached_property
     def _prompts(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import xxhash
+
 from r2m_async.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ _INDEX = f"{_WEIGHTS}.index.json"
 SECOND_LAYER = "reward_head.safetensors"
 """The file beside a reward model's weights that holds the rest of a head of two layers. `reward.py` explains it."""
 _REMEDY = "copy or download it again"
+_CHUNK = 16 * 2**20
+"""Bytes that are read at once to compute a digest. A file may be larger than the memory."""
 
 
 def check_weight_files(key: str, name: str | Path) -> None:
@@ -70,6 +74,19 @@ def check_tied_weights(key: str, name: str | Path, tied: Mapping[str, str]) -> N
 def weights_are_here(name: str | Path) -> bool:
     """Returns whether a model's weights are on this machine. name: HF name or directory."""
     return Path(name).is_dir() or any(_found(name, file) for file in (_WEIGHTS, _INDEX))
+
+
+def weights_digest(key: str, name: str | Path) -> str | None:
+    """Returns a digest of a model's weight files, or None if none of them is on this machine.
+
+    All bytes are read. Whoever has just loaded the model has them in memory. key: the config key that names the model.
+    """
+    digest, paths = xxhash.xxh3_128(), sorted(_files(key, name), key=lambda path: path.name)
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest() if paths else None
 
 
 def _files(key: str, name: str | Path) -> Iterator[Path]:

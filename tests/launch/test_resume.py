@@ -206,6 +206,20 @@ def test_other_prompts_are_refused(config, prompts_file, ended_early, tmp_path):
             Path(prompts_file).write_text(kept)
 
 
+@pytest.mark.parametrize("key", ["reward.model", "model.reference"])
+def test_other_weights_of_a_frozen_model_are_refused(config, ended_early, key):
+    """Only a byte of one weight is another: the file has the size and the header that it had."""
+    run, name = ended_early(2), config.reward.model if key == "reward.model" else config.model.policy
+    path = Path(name, "model.safetensors")
+    kept = path.read_bytes()
+    path.write_bytes(kept[:-2] + bytes([kept[-2] ^ 1]) + kept[-1:])
+    try:
+        with pytest.raises(ConfigError, match=rf"was saved with other weights of {key} '{name}'"):
+            resumed(run)
+    finally:
+        path.write_bytes(kept)
+
+
 def test_a_finished_run_is_left_as_it_is_and_goes_on_when_its_end_is_moved(finished, ended_early, capsys):
     run = ended_early(STEPS)
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix in (".jsonl", ".yaml")}

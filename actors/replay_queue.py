@@ -65,7 +65,7 @@ class ReplayQueue:
         self._parts = {key: payload for key, payload in self._parts.items() if key[0] not in freed}
         return (len(self._parts),)
 
-    # The journal. Its methods run beside those above, which only replace `_parts` or single parts.
+    # The journal
 
     def begin_journal(self, path: str, max_bytes: int) -> tuple[None]:
         """Begins a new journal at `path`, and removes all others in the folder. Raises DiskError."""
@@ -84,10 +84,9 @@ class ReplayQueue:
         appended. Raises DiskError.
         """
         assert self._journal is not None
-        parts = self._parts  # `free` puts another dict in its place
-        if any((group_id, name) not in parts for name in names):
+        if any((group_id, name) not in self._parts for name in names):
             return (self._journal.num_bytes,)
-        encoded = {name: bytes(self._encoded(parts[group_id, name])) for name in names}
+        encoded = {name: bytes(self._encoded(self._parts[group_id, name])) for name in names}
         return (self._journal.num_bytes if self._journal.append(entry, encoded) else 0,)
 
     def recover(self, directory: str) -> tuple[dict[str, Any]]:

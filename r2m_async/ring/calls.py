@@ -56,9 +56,9 @@ class Calls:
             try:
                 answer = await self._waits.work(call, f"{call.stage} {call.method.name}", what)
             except StageLost as lost:
-                if lost.stage not in self._stateless:
+                if lost.stage != call.stage or call.stage not in self._stateless:
                     raise
-                await self._bring_back(self._stateless[lost.stage], before, lost)
+                await self._bring_back(self._stateless[call.stage], before, lost)
             else:
                 self._deaths[call.stage] = 0
                 return answer

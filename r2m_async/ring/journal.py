@@ -34,6 +34,8 @@ class Journal:
         reason; `damages`, what is wrong with the files."""
         self._newest_kept: int | None = None
         """The newest policy version that a kept group may have: that of the newest checkpoint."""
+        self._step = 0
+        """The policy step in which `_entries` was last looked through."""
         self._entries: dict[int, dict[str, Any]] = {}
         """What would be written of each group that has arrived, until its step is trained."""
 
@@ -48,12 +50,20 @@ class Journal:
         path = str(Path(directory) / f"step-{step:06d}.groups")
         await state.calls.ask(state.stages.queue.begin_journal(path, size))
         self._newest_kept = step
-        self._entries = {group_id: entry for group_id, entry in self._entries.items() if state.schedule.holds(group_id)}
+        self._forget()
         for group_id in sorted(self._entries):
             await self._keep(group_id)
 
+    def _forget(self) -> None:
+        """Forgets the groups that are trained or given up."""
+        holds = self._state.schedule.holds
+        self._step = self._state.schedule.policy_version
+        self._entries = {group_id: entry for group_id, entry in self._entries.items() if holds(group_id)}
+
     async def arrived(self, ticket: Ticket, refill: int, report: GroupReport) -> None:
         """Keeps a group that has arrived, if a resumed run could use it."""
+        if self._step != self._state.schedule.policy_version:  # once a step, or they would grow with the run
+            self._forget()
         self._entries[ticket.group_id] = {
             "group_id": ticket.group_id,
             "attempt": ticket.attempt,
@@ -72,8 +82,8 @@ class Journal:
 
     async def _keep(self, group_id: int) -> None:
         """Writes a group that has arrived, if no token of it is of a later version than the checkpoint's."""
-        state, entry = self._state, self._entries[group_id]
-        if self._newest_kept is None or entry["report"].newest_version > self._newest_kept:
+        state, entry = self._state, self._entries.get(group_id)
+        if entry is None or self._newest_kept is None or entry["report"].newest_version > self._newest_kept:
             return
         kept = await state.calls.ask(state.stages.queue.keep(group_id, PARTS, entry), about=f"group {group_id}")
         if not kept:

@@ -110,7 +110,8 @@ class Rollouts:
         All jobs of the actor have ended by then. Those that were still running were cancelled.
         """
         # A process for which there is no place yet is not there. The ring goes on without it meanwhile.
-        await actor.carrier.pids()
+        with self._waits.named(actor.name, "its process"):
+            await actor.carrier.pids()
         self._present[actor.name] = actor
         self._evaluations.wake()
         loaded: int | None = None
@@ -179,9 +180,9 @@ class Rollouts:
                         f"{self._config.rollouts.max_restarts}, and {len(self._present)} actors are left, where "
                         f"rollouts.min_actors is {at_least}. Last: {error}",
                     ) from error
-                # Not through `_waits`: an actor that never comes must not look like a ring that moves.
-                await asyncio.sleep(REJOIN_EVERY)
-                with contextlib.suppress(StageLost):
+                # Only named, and no work that ends: an actor that never comes must not look like a ring that moves.
+                with self._waits.named(actor.name, "a place for its process"), contextlib.suppress(StageLost):
+                    await asyncio.sleep(REJOIN_EVERY)
                     await actor.restart()
                     return
                 continue

@@ -193,18 +193,20 @@ class QueueStage(Stage):
     def free(self, group_ids: tuple[int, ...]) -> Call[int]:
         """Forgets all parts of some groups. Returns the number of parts that are left in the queue."""
 
-    @method(beside="control")
+    # These three do not run beside the others: a group is kept as it was when it arrived, and not as a later attempt at it.
+
+    @method()
     def begin_journal(self, path: str, max_bytes: int) -> Call[None]:
         """Begins a new journal of at most `max_bytes`, and removes all others in its folder."""
 
-    @method(beside="control")
+    @method()
     def keep(self, group_id: int, names: tuple[str, ...], entry: dict[str, Any]) -> Call[int]:
         """Appends some parts of a group to the journal. Returns the journal's bytes, or 0 if it has no room for them.
 
         entry: what `recover` will return for the group.
         """
 
-    @method(beside="control")
+    @method()
     def recover(self, directory: str) -> Call[dict[str, Any]]:
         """Takes up the groups of all journals in a folder. Returns their `entries` by group, and `damages` as text."""
 

@@ -275,6 +275,23 @@ class DiesForAWhile(Faulty):
         await super().restart()
 
 
+def test_an_actor_whose_process_never_comes_is_named_and_the_other_goes_on():
+    class NeverMade(Faulty):
+        async def pids(self):
+            await asyncio.get_running_loop().create_future()
+
+    lines = []
+
+    async def run(controller):
+        while not controller.finished:
+            await controller.step()
+        lines.append(controller.waits())
+
+    config = CONFIG.rollouts(num_actors=2)
+    told = drive(stages_of(rollouts=(Faulty("rollout-0"), NeverMade("rollout-1"))), run, config)
+    assert "error" not in told and "rollout-1 waits for its process" in lines[0]
+
+
 @pytest.mark.parametrize("gone", [0, 1])
 def test_an_actor_that_leaves_and_joins_again_costs_no_step(gone):
     """The other one does its groups, and the evaluations if it was the last. Each call of `generate` takes a second."""

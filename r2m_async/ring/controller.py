@@ -349,9 +349,8 @@ class Controller:
             metrics["kl/stopped"], self._stopped_at_kl = 1.0, metrics["kl/sequence"]
             await self._end()
         evaluated = self._evaluations.due(step + 1, last=self.finished)
-        # The evaluation takes the newest head version of this moment. The head's update on this step is still to come.
-        newest = self.schedule.head_version
-        evaluated_by = (newest, self._versions.heads[newest]) if evaluated else None
+        # The head that scored the step: which one is the newest at this moment is a race, also under `lag: exact`.
+        evaluated_by = (assembly.head_version, head) if evaluated else None
         self._publication = self._tasks.spawn(self._publish(step + 1, evaluated_by))
         if not self.config.publishes_beside_passes:
             await self._stalls_for_publication()

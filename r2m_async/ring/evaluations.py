@@ -1,7 +1,8 @@
 """Evaluates versions of the policy during a run: how well it answers held-out prompts.
 
 The policy version that is evaluated is one that rollout actors can load. The last rollout actor that is there generates its
-responses before it takes another ticket, and a reward annotator scores them with a head version of that time.
+responses before it takes another ticket, and a reward annotator scores them with the head version that scored the step
+which made the policy version. Version 0 is scored with the first head.
 """
 
 from __future__ import annotations

@@ -243,13 +243,15 @@ def test_kl_stop_ends_a_run_early_and_everything_admitted_is_trained_or_voided(t
 # Evaluation
 
 
-def test_evaluations_are_of_the_first_the_last_and_every_second_version(tiny_config):
-    config = (
-        tiny_config.run(num_steps=5).evaluation(every=2, num_prompts=3).scheduling(max_policy_age=1, max_head_age=1)
-    )
-    _, _, _, evaluations, _ = run_ring(config)
+@pytest.mark.parametrize("lag", ["exact", "bounded"])
+def test_evaluations_are_of_the_first_the_last_and_every_second_version(tiny_config, lag):
+    config = tiny_config.run(num_steps=5).evaluation(every=2, num_prompts=3)
+    config = config.scheduling(max_policy_age=1, max_head_age=1, lag=lag)
+    _, _, steps, evaluations, _ = run_ring(config)
     assert [evaluation["step"] for evaluation in evaluations] == [0, 2, 4, 5]
-    assert all(0 <= one["step"] - one["head_version"] <= 1 for one in evaluations)
+    # Each is scored by the head that scored the step which made the policy.
+    scored_by = {one["step"]: one["step"] - 1 - one["age/head"] for one in steps}
+    assert [one["head_version"] for one in evaluations] == [0, *(scored_by[version] for version in (2, 4, 5))]
     assert all({"proxy", "frozen", "length", "frozen/0", "frozen/2"} <= one.keys() for one in evaluations)
     assert len({one["frozen"] for one in evaluations}) > 1
 

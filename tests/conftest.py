@@ -155,17 +155,20 @@ def tiny_config(tiny, prompts_file):
 def ray_session():
     import ray
 
-    with forked_workers():
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=2,
-            object_store_memory=300 * 2**20,
-            logging_level="ERROR",
-            log_to_driver=False,
-        )
-        yield
-        ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # Workers import the tests' helpers. xdist sets this, pytest alone does not.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        with forked_workers():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=2,
+                object_store_memory=300 * 2**20,
+                logging_level="ERROR",
+                log_to_driver=False,
+            )
+            yield
+            ray.shutdown()
 
 
 @pytest.fixture(scope="session")

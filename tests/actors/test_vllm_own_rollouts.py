@@ -33,6 +33,7 @@ from actors.vllm_turns import GroupOfTurns
 from r2m_async.errors import FunctionFailed
 from r2m_async.launch.ring import Ring
 from r2m_async.models.loading import load_policy
+from r2m_async.models.plays import rollout_function
 from r2m_async.models.turns import TurnRequest
 from r2m_async.models.weights import named_weights
 
@@ -43,32 +44,59 @@ def config_of(path, age=0, function="mixed", **rollouts):
     return single_turn_config(path, age, **{"function": f"plays:{function}", "max_new_tokens": 30} | rollouts)
 
 
-AGES = [pytest.param(0, marks=pytest.mark.cross), 1]
-"""Without staleness the engine runs in the test's process, else in its own. Other tests of vLLM stand for the first."""
+@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.cross), 1], ids=["in this process", "across"])
+def shared(request, checkpoint):
+    """An engine with its model, which tests give their function and limits: `playing`.
 
-
-@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
-def test_every_token_has_the_state_and_each_of_the_policys_the_log_prob_of_transformers(checkpoint, age):
-    config = config_of(checkpoint(endless=True), age, group_size=6, max_prompt_tokens=80)
+    Without staleness it runs in the test's process, else in its own. Other tests of vLLM stand for the first.
+    """
+    config = config_of(
+        checkpoint(endless=True),
+        request.param,
+        "nothing",
+        concurrent_groups=2,
+        group_size=6,
+        max_prompt_tokens=80,
+        max_new_tokens=3000,
+    )
     model = load_policy(config.model.policy, config)
     with running(config, model=model, version=4) as engine:
-        clear_slab(engine)
-        # A prompt of several blocks: each turn but the first finds the tokens before it in the prefix cache.
-        whole, feedback = engine.generate(ticket_of(0, prompt_tokens=2 * BLOCK + 6))
-        assert_exact(model, (whole, feedback), config)
-        again, _ = engine.generate(ticket_of(0, prompt_tokens=2 * BLOCK + 6, attempt=1))
+        yield engine, model, config
+
+
+@pytest.fixture
+def playing(shared):
+    """`playing("mixed", ...)`: the shared engine, its model, and its config, with this function from here on."""
+    engine, model, whole = shared
+
+    def play(function, **rollouts):
+        engine._config = whole.rollouts(**{"function": f"plays:{function}", "max_new_tokens": 30} | rollouts)
+        engine._function = rollout_function(engine._config)
+        return engine, model, engine._config
+
+    yield play
+    assert num_free_blocks(engine) == 2 and not engine._playing and not engine._aborts
+    assert not engine._config.asynchronous or not driver_of(engine)._running
+
+
+def test_every_token_has_the_state_and_each_of_the_policys_the_log_prob_of_transformers(playing):
+    engine, model, config = playing("mixed")
+    clear_slab(engine)
+    # A prompt of several blocks: each turn but the first finds the tokens before it in the prefix cache.
+    whole, feedback = engine.generate(ticket_of(0, prompt_tokens=2 * BLOCK + 6))
+    assert_exact(model, (whole, feedback), config)
+    again, _ = engine.generate(ticket_of(0, prompt_tokens=2 * BLOCK + 6, attempt=1))
     assert feedback.policy_version == 4
     for one in (*whole.trajectories, whole.greedy):
         assert one.policy_versions[one.written].unique().tolist() in ([4], [])
         assert (one.policy_versions[~one.written] == -1).all() and not one.behaviour_logprobs[~one.written].any()
     assert [one.num_turns for one in whole.trajectories] == [3, 1, 0] * 2
-    if age == 0:
+    if not config.asynchronous:
         for one, other in zip(whole.trajectories, again.trajectories, strict=True):
             assert torch.equal(one.token_ids, other.token_ids)
 
 
-@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
-def test_a_stop_string_ends_a_turn_at_its_token_whatever_vllm_has_sampled_after_it(checkpoint, age, monkeypatch):
+def test_a_stop_string_ends_a_turn_at_its_token_whatever_vllm_has_sampled_after_it(playing, monkeypatch):
     async def play(rollout):
         for _ in range(4):
             turn = await rollout.generate(stop=["e", "o", "i", "s"])  # most words have one
@@ -77,12 +105,10 @@ def test_a_stop_string_ends_a_turn_at_its_token_whatever_vllm_has_sampled_after_
 
     plays.SEEN.clear()
     monkeypatch.setattr(plays, "nothing", play)
-    config = config_of(checkpoint(endless=True), age, "nothing", max_new_tokens=60)
-    model = load_policy(config.model.policy, config)
-    with running(config, model=model) as engine:
-        result = engine.generate(ticket_of(0))
-        assert_exact(model, result, config)
-        tokenizer = engine._tokenizer
+    engine, model, config = playing("nothing", max_new_tokens=60)
+    result = engine.generate(ticket_of(0))
+    assert_exact(model, result, config)
+    tokenizer = engine._tokenizer
     assert any(turn.stop for _, turn in plays.SEEN)
     for index, one in enumerate((*result[0].trajectories, result[0].greedy)):
         turns = [turn for of, turn in plays.SEEN if of == index]
@@ -126,13 +152,11 @@ def test_versions_change_between_turns_and_within_them_and_feedback_is_as_old_as
     assert logprob_error(other, whole.trajectories, config, last_five) < 1e-4
 
 
-@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
-def test_an_abort_ends_turns_and_waits_and_gives_the_block_back(checkpoint, age):
+def test_an_abort_ends_turns_and_waits_and_gives_the_block_back(playing):
     """Some responses wait in the function, and a turn of another group goes on."""
     plays.STARTED.clear()
-    config = config_of(checkpoint(endless=True), age, "hangs", concurrent_groups=2)
-    model = load_policy(config.model.policy, config)
-    with running(config, model=model) as engine, ThreadPoolExecutor(1) as pool:
+    engine, *_ = playing("hangs")
+    with ThreadPoolExecutor(1) as pool:
         made = pool.submit(engine.generate, ticket_of(0))
         assert plays.STARTED.wait(60)
         engine.abort(0, 0)
@@ -142,29 +166,25 @@ def test_an_abort_ends_turns_and_waits_and_gives_the_block_back(checkpoint, age)
         # An abort may come before its attempt.
         engine.abort(1, 3)
         early, _ = engine.generate(ticket_of(1, attempt=3))
-        assert [one.num_response_tokens for one in early.trajectories] == [0, 0, 0]
-        assert not engine._playing and not engine._aborts
+        assert [one.num_response_tokens for one in early.trajectories] == [0] * 6
 
 
-@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
-def test_an_abort_ends_a_turn_that_is_being_sampled(checkpoint, age):
-    config = config_of(checkpoint(endless=True), age, "once", max_new_tokens=3000)
-    model = load_policy(config.model.policy, config)
-    with running(config, model=model) as engine, ThreadPoolExecutor(1) as pool:
+def test_an_abort_ends_a_turn_that_is_being_sampled(playing, monkeypatch):
+    engine, model, config = playing("once", max_new_tokens=3000)
+    with ThreadPoolExecutor(1) as pool:
         begun, start = threading.Event(), driver_of(engine).start
-        driver_of(engine).start = lambda request, done: (begun.set(), start(request, done))
-        made = pool.submit(engine.generate, ticket_of(0))
-        assert begun.wait(60)
-        engine.abort(0, 0)
-        whole, _ = made.result(60)
-        assert all(one.finish_reason == "abort" and one.num_response_tokens < 3000 for one in whole.trajectories)
-        driver_of(engine).start = start
-        engine._config = config.rollouts(max_new_tokens=8)
-        assert_exact(model, engine.generate(ticket_of(1)), config)
+        with monkeypatch.context() as patch:
+            patch.setattr(driver_of(engine), "start", lambda request, done: (begun.set(), start(request, done)))
+            made = pool.submit(engine.generate, ticket_of(0))
+            assert begun.wait(60)
+            engine.abort(0, 0)
+            whole, _ = made.result(60)
+    assert all(one.finish_reason == "abort" and one.num_response_tokens < 3000 for one in whole.trajectories)
+    engine, model, config = playing("once", max_new_tokens=8)
+    assert_exact(model, engine.generate(ticket_of(1)), config)
 
 
-@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
-def test_a_function_that_fails_leaves_no_request_and_no_block_behind(checkpoint, age, monkeypatch):
+def test_a_function_that_fails_leaves_no_request_and_no_block_behind(playing, monkeypatch):
     async def play(rollout):
         if rollout.index == 1:
             await rollout.generate(max_new_tokens=1)
@@ -172,42 +192,34 @@ def test_a_function_that_fails_leaves_no_request_and_no_block_behind(checkpoint,
         await rollout.generate()
 
     monkeypatch.setattr(plays, "nothing", play)
-    config = config_of(checkpoint(endless=True), age, "nothing", max_new_tokens=2000)
-    model = load_policy(config.model.policy, config)
-    with running(config, model=model) as engine:
-        if age:
-            with pytest.raises(FunctionFailed, match="response 1: rollouts.function 'plays:nothing' raised KeyError"):
-                engine.generate(ticket_of(0))
-            assert num_free_blocks(engine) == 1 and not engine._playing
-            assert not driver_of(engine)._running
-        engine._config = config.rollouts(max_new_tokens=8)
-        monkeypatch.setattr(plays, "nothing", plays.once)
-        engine._function = plays.once
-        assert_exact(model, engine.generate(ticket_of(1)), config)
+    engine, model, config = playing("nothing", max_new_tokens=2000)
+    if config.asynchronous:
+        with pytest.raises(FunctionFailed, match="response 1: rollouts.function 'plays:nothing' raised KeyError"):
+            engine.generate(ticket_of(0))
+        assert num_free_blocks(engine) == 2 and not engine._playing
+        assert not driver_of(engine)._running
+    engine, model, config = playing("once", max_new_tokens=8)
+    assert_exact(model, engine.generate(ticket_of(1)), config)
 
 
 @pytest.mark.parametrize("function", ["hangs", "blocks"])
-@pytest.mark.parametrize("age", AGES, ids=["in this process", "across"])
-def test_a_function_that_hangs_is_told_by_its_name_at_its_deadline_and_the_engine_goes_on(checkpoint, age, function):
+def test_a_function_that_hangs_is_told_by_its_name_at_its_deadline_and_the_engine_goes_on(playing, function):
     for event in (plays.STARTED, plays.GO_ON):
         event.clear()
-    config = config_of(checkpoint(endless=True), age, function, function_timeout=0.5)
-    model = load_policy(config.model.policy, config)
+    engine, model, config = playing(function, function_timeout=0.5)
     standing = "it waits" if function == "hangs" else r"step \S+, group 0.*, response 0 holds the event loop"
     told = (
         rf"response \d: rollouts.function 'plays:{function}' took longer than rollouts.function_timeout 0.5 s, .*; {standing} at "
         rf"\S+plays.py:\d+; raise it, or see whether"
     )
-    with running(config, model=model) as engine:
-        began = time.monotonic()
-        with pytest.raises(FunctionFailed, match=told):
-            engine.generate(ticket_of(0))
-        assert plays.STARTED.is_set() and time.monotonic() - began < 20, "a turn of vLLM's and a second of last words"
-        assert not engine._playing and not driver_of(engine)._running
-        plays.GO_ON.set()
-        engine._function = plays.once
-        engine._config = config.rollouts(function="plays:once", function_timeout=60)
-        assert_exact(model, engine.generate(ticket_of(1)), config)
+    began = time.monotonic()
+    with pytest.raises(FunctionFailed, match=told):
+        engine.generate(ticket_of(0))
+    assert plays.STARTED.is_set() and time.monotonic() - began < 20, "a turn of vLLM's and a second of last words"
+    assert not engine._playing and not driver_of(engine)._running
+    plays.GO_ON.set()
+    engine, model, config = playing("once", function_timeout=60)
+    assert_exact(model, engine.generate(ticket_of(1)), config)
 
 
 def test_responses_that_an_environment_begins_alike_have_their_own_states(checkpoint):

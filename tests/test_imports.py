@@ -203,6 +203,21 @@ def test_what_not_everybody_has_is_not_imported_before_it_is_needed(module):
         assert found and not found & at_the_top, target
 
 
+def test_the_wall_clock_is_read_for_names_and_records_alone():
+    """It may be set at any time. Whatever is decided by a time is decided by a clock that only goes forward."""
+    wall = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "time.strftime", "time.ctime"}
+    wall |= {f"{name}.{call}" for name in ("datetime", "datetime.datetime") for call in ("now", "utcnow", "today")}
+    wall |= {"date.today", "datetime.date.today"}
+    reads = {
+        module
+        for module, path in files().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in wall
+    }
+    names_and_records = ("runs.directory", "launch.training", "evaluation.answering")
+    assert reads == {f"r2m_async.{name}" for name in names_and_records}
+
+
 @pytest.mark.parametrize("module", ["r2m_async", "r2m_async.config", "r2m_async.cli", "r2m_async.schedule"])
 def test_importing_it_loads_neither_torch_nor_ray_nor_transformers(module):
     assert loaded_by(module) == []

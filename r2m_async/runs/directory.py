@@ -142,20 +142,27 @@ class RunDirectory:
 
 def newest_directory(parent: str, name: str) -> Path | None:
     """Returns the newest directory that `new_directory` made with these arguments, or None if there is none."""
+    return max(found := _directories(parent, name), key=lambda path: found[path], default=None)
+
+
+def _directories(parent: str, name: str) -> dict[Path, tuple[str, int]]:
+    """The directories that `new_directory` made with these arguments, each with the time and the number in its name."""
     stamped = re.compile(re.escape(Path(name).name) + r"-(\d{8}-\d{6})(?:-(\d+))?")
     folder = (Path(parent) / name).parent
     found = {path: match for path in folder.glob("*") if (match := stamped.fullmatch(path.name)) and path.is_dir()}
-    return max(found, key=lambda path: (found[path][1], int(found[path][2] or 1)), default=None)
+    return {path: (match[1], int(match[2] or 1)) for path, match in found.items()}
 
 
 def new_directory(parent: str, name: str, config: ConfigTree) -> Path:
     """Makes the directory `<parent>/<name>-<UTC time>` with config.yaml in it, and returns its path.
 
-    A number is appended if the name is taken. Raises DiskError.
+    A number is appended if the name is taken. If the clock was set back since the newest directory was made, the new one
+    has that one's time, and the next number: it is the newest by its name, whatever the clock says. Raises DiskError.
     """
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    taken = max(_directories(parent, name).values(), default=("", 0))
+    stamp, first = max((datetime.now(UTC).strftime("%Y%m%d-%H%M%S"), 1), (taken[0], taken[1] + 1))
     wanted = Path(parent) / f"{name}-{stamp}"
-    for number in count(1):
+    for number in count(first):
         path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         try:
             # Whoever takes the name first has it: a check beforehand would let two processes take the same one.

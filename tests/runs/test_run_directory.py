@@ -16,7 +16,7 @@ from rich.console import Console
 from r2m_async.config import R2MConfig
 from r2m_async.errors import DataError, DiskError
 from r2m_async.ring.step_metrics import Interval
-from r2m_async.runs.directory import RunDirectory
+from r2m_async.runs.directory import RunDirectory, new_directory, newest_directory
 from r2m_async.runs.live import LiveTable
 from r2m_async.runs.plots import (
     ages_figure,
@@ -103,6 +103,14 @@ def test_a_new_run_gets_its_own_directory_with_its_resolved_config(config, tmp_p
     assert len(paths) == 3
     assert all(path.parent == tmp_path and path.name.startswith("demo-") for path in paths)
     assert all(R2MConfig.from_yaml(path / "config.yaml") == config for path in paths)
+
+
+@pytest.mark.parametrize("number", ["", "-3"])
+def test_a_run_is_newer_than_those_before_it_also_if_the_clock_was_set_back_since(config, tmp_path, number):
+    before = tmp_path / f"demo-29990101-000000{number}"
+    before.mkdir()
+    path = new_directory(str(tmp_path), "demo", config)
+    assert newest_directory(str(tmp_path), "demo") == path != before
 
 
 def test_each_step_is_on_disk_before_the_next_and_read_back_as_it_was(config):

@@ -34,11 +34,11 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.vllm_worker import CHILD
-from r2m_async.errors import StageLost
+from r2m_async.errors import GenerationFailed, StageLost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +73,19 @@ class Completed:
     """The responses by their index, which counts from 0."""
     prompt_logprobs: Any = None
     """vLLM's log-probabilities of the prompt's tokens; None if the request asked for none."""
+
+
+def _failure(request: Request, completed: Completed) -> GenerationFailed | None:
+    """What is wrong with a request that nobody has aborted, if vLLM has not finished it."""
+    # Where `Request.ends` has ended it, vLLM gives no reason.
+    whole = ("stop", "length", None) if request.ends else ("stop", "length")
+    reasons = [one.finish_reason for one in completed.outputs.values()]
+    if len(reasons) < request.params.n or any(reason not in whole for reason in reasons):
+        return GenerationFailed(
+            f"vLLM ended request {request.request_id} by itself: {len(reasons)} of {request.params.n} responses came, with "
+            f"the finish_reasons {reasons}"
+        )
+    return None
 
 
 class _Aborted:
@@ -141,7 +154,10 @@ class Driver(ABC):
 
     @abstractmethod
     def generate(self, requests: list[Request]) -> list[Completed]:
-        """Runs requests until all of them have ended. Returns what each generated, in the same order."""
+        """Runs requests until all of them have ended. Returns what each generated, in the same order.
+
+        Raises GenerationFailed if vLLM did not finish one that nobody has aborted.
+        """
         ...
 
     @abstractmethod
@@ -221,11 +237,17 @@ class SteppedDriver(Driver):
             with self._alone():
                 if ids <= self._finished:
                     self._finished -= ids
-                    self._aborted.forget(ids)
                     for name in ids:
                         self._ends.pop(name, None)
-                    return [self._running.pop(request.request_id) for request in requests]
+                    completed = [self._running.pop(request.request_id) for request in requests]
+                    aborted = [request.request_id in self._aborted for request in requests]
+                    self._aborted.forget(ids)
+                    break
                 self._step()
+        for request, one, cut in zip(requests, completed, aborted, strict=True):
+            if not cut and (failure := _failure(request, one)):
+                raise failure
+        return completed
 
     def start(self, request: Request, done: Callable[[Completed | BaseException], None]) -> None:
         """Takes steps until the request has ended (`Driver.start`)."""
@@ -376,9 +398,15 @@ class AsyncDriver(Driver):
                     # vLLM has taken the request in, so it hears this abort, and the outputs end.
                     cut = True
                     await self._engine.abort([name])
-            if cut or name in self._aborted:
+            ended_here = cut or name in self._aborted
+            failure = None if ended_here else _failure(request, completed)
+            if ended_here or failure:
                 # The step that the request was in may still be writing states into the group's block of the slab.
                 await self._engine.collective_rpc("r2m_settle", self._timeout)
+            if failure:
+                raise failure
+        except EngineGenerateError as error:
+            raise GenerationFailed(f"vLLM failed to generate request {name}: {error.__cause__!r}") from error
         finally:
             self._running.discard(name)
             self._aborted.forget([name])

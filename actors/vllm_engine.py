@@ -242,7 +242,7 @@ class VLLMEngine:
         """Generates a ticket's group and its feedback (`RolloutEngine.generate`).
 
         If hidden states are kept and all blocks of the slab are taken, it waits for a free one. Raises FunctionFailed if
-        the user's rollout function fails.
+        the user's rollout function fails, and GenerationFailed if vLLM does not finish a response.
         """
         # A group takes its whole block before its first request. So a slab that is full cannot stop a group half-way.
         block = self._blocks.get() if self._slab else None

@@ -150,8 +150,8 @@ class RewardSection(Section):
     multiplied by the weights and added to the model's reward. The mean of each is the metric `reward/NAME`. In a list
     every weight is 1, and a name is the `attr`."""
     max_voided: int = Field(16, ge=0)
-    """The most groups in a row that may be given up because a reward function failed (`retries`). One more ends the run
-    with the function's error."""
+    """The most groups in a row that may be given up because a reward function failed (`retries`), or their generation
+    (`rollouts.retries`). One more ends the run with the error."""
     clip: float | None = Field(None, gt=0)
     """The model's reward is clipped to [-clip, clip] before anything is added to it. None: no clip."""
     length_penalty: float = Field(0.0, ge=0)
@@ -319,6 +319,9 @@ class RolloutsSection(Section):
     max_restarts: int = Field(3, ge=0)
     """How many times in a row a rollout actor may die, without finishing a group in between. With one death more the actor
     has left (`min_actors`). 0: it leaves with the first death."""
+    retries: int = Field(3, ge=0)
+    """How often a group is generated again if an engine that still lives could not finish its responses. Then the group is
+    given up under the reason `generation_failed`, and its step trains without it (`reward.max_voided`)."""
     min_actors: int | None = Field(None, gt=0)
     """The least rollout actors with which the run goes on. One that cannot come back, because its node is gone, leaves the
     fleet, and joins again when there is a place for it. None: all must be there."""

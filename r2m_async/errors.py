@@ -94,6 +94,13 @@ class RewardFailed(FunctionFailed):
         return type(self), (self.reason, str(self))
 
 
+class GenerationFailed(StepFailed):
+    """A rollout engine that still lives could not finish the responses of a group. It may be asked again."""
+
+    reason = "generation_failed"
+    """What the group is counted under in the ledger."""
+
+
 class LearnerOutOfMemory(StepFailed):
     """A forward or backward pass of the policy learner does not fit into its memory."""
 

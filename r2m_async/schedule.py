@@ -157,6 +157,8 @@ class _Group:
     """Whether the policy has finished the group's step."""
     refills: int = 0
     """How often the group was replaced by one of another prompt."""
+    failures: int = 0
+    """How often an engine that lives could not generate it."""
 
 
 class Schedule:
@@ -378,6 +380,23 @@ class Schedule:
             heapq.heappush(self._lost, group_id)
             self.reissued[reason] += 1
         return tuple(orphans)
+
+    def failed(self, group_id: int, attempt: int, reason: str, retries: int) -> bool:
+        """Takes back a group that its worker, which lives, could not generate. Returns whether it will be issued again.
+
+        It then waits as after `lost`, and `reason` is counted in `reissued`. It will not be if it has failed more than
+        `retries` times: the caller must give it up. An attempt that is no longer expected changes nothing.
+        """
+        if not self.expects(group_id, attempt):
+            return True
+        group = self._groups[group_id]
+        group.failures += 1
+        if group.failures > retries:
+            return False
+        group.worker = None
+        heapq.heappush(self._lost, group_id)
+        self.reissued[reason] += 1
+        return True
 
     def refills_of(self, group_id: int) -> int:
         """How often a group that is held was replaced by one of another prompt."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from r2m_async.errors import GenerationFailed
 from r2m_async.ring.stages import Payload, RolloutStage
 from r2m_async.ring.state import RingState
 from r2m_async.ring.tasks import together
@@ -126,15 +127,21 @@ class Evaluations:
         """
         calls, annotator, results = self._state.calls, self._state.stages.annotators[0], []
 
-        async def result(ticket: Ticket) -> tuple[Payload, Payload, Payload]:
+        async def result(ticket: Ticket, retries: int) -> tuple[Payload, Payload, Payload]:
             about = f"evaluation prompt {-1 - ticket.group_id}"
-            _, group, feedback = await calls.traced(actor.generate(ticket), step=-1, about=about)
+            try:
+                _, group, feedback = await calls.traced(actor.generate(ticket), step=-1, about=about)
+            except GenerationFailed:
+                if not retries:
+                    raise
+                return await result(ticket, retries - 1)
             return group, feedback, (await calls.traced(annotator.embed(group), step=-1, about=about))[1]
 
         at_once = self._state.config.rollouts.concurrent_groups
         for first in range(0, len(self._tickets), at_once):
             async with together() as batch:
-                tasks = [batch.create_task(result(ticket)) for ticket in self._tickets[first : first + at_once]]
+                tickets = self._tickets[first : first + at_once]
+                tasks = [batch.create_task(result(ticket, self._state.config.rollouts.retries)) for ticket in tickets]
             results += [task.result() for task in tasks]
         groups, feedback, embeddings = (list(column) for column in zip(*results, strict=True))
         step = evaluation.policy_version

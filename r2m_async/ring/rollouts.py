@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from r2m_async.errors import FunctionFailed, RewardFailed, StageLost
+from r2m_async.errors import FunctionFailed, GenerationFailed, RewardFailed, StageLost, StepFailed
 from r2m_async.ring.delivery import Delivery
 from r2m_async.ring.evaluations import Evaluation, Evaluations
 from r2m_async.ring.journal import Journal
@@ -57,7 +57,7 @@ class Rollouts:
         self._embedding: dict[int, asyncio.Task[Any]] = {}
         """For each group that has arrived, the task that embeds it, until the group's step has waited for it."""
         self._voided_in_a_row = 0
-        """The groups that were given up because a reward function failed, since the last whose embeddings came."""
+        """The groups that were given up (`_give_up`), since the last whose embeddings came."""
         self._deaths: Counter[str] = Counter()
         """For each rollout actor, its deaths since it last finished a group."""
 
@@ -227,7 +227,15 @@ class Rollouts:
     async def _generate(self, actor: RolloutStage, ticket: Ticket) -> None:
         """Generates the group of a ticket, puts it into the queue, and begins to embed it."""
         group_id, about = ticket.group_id, f"group {ticket.group_id}"
-        report, group, feedback = await self._calls.traced(actor.generate(ticket), step=ticket.due_step, about=about)
+        try:
+            call = self._calls.traced(actor.generate(ticket), step=ticket.due_step, about=about)
+            report, group, feedback = await call
+        except GenerationFailed as failed:
+            retries = self._config.rollouts.retries
+            if not self._schedule.failed(group_id, ticket.attempt, failed.reason, retries):
+                await self._give_up(group_id, failed)
+            self._waits.notify()
+            return
         self._deaths[actor.name] = 0
         self._metrics.generated(report.num_tokens)
         # The group may have been given up while it was generated. Nobody would then free what is put into the queue.
@@ -291,14 +299,15 @@ class Rollouts:
             self._embedding.pop(group_id, None)
             self._waits.notify()
 
-    async def _give_up(self, group_id: int, failed: RewardFailed) -> None:
-        """Gives up a group for which a reward function failed. Its step trains without it.
+    async def _give_up(self, group_id: int, failed: RewardFailed | GenerationFailed) -> None:
+        """Gives up a group for which a reward function failed, or its generation. Its step trains without it.
 
-        Raises FunctionFailed if more than `reward.max_voided` groups in a row were given up.
+        Raises StepFailed if more than `reward.max_voided` groups in a row were given up.
         """
         self._voided_in_a_row += 1
         if self._voided_in_a_row > self._config.reward.max_voided:
-            raise FunctionFailed(
+            kind = FunctionFailed if isinstance(failed, RewardFailed) else StepFailed
+            raise kind(
                 f"{failed}\n{self._voided_in_a_row} groups in a row were lost in this way, and reward.max_voided is "
                 f"{self._config.reward.max_voided}."
             ) from None

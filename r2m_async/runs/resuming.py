@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "rollouts.engine_options.max_num_batched_tokens",
     "rollouts.engine_options.enforce_eager",
     "rollouts.max_restarts",
+    "rollouts.retries",
     "rollouts.hang_after",
     "rollouts.function_timeout",
     "scheduling.overage_after",

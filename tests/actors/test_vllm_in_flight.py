@@ -27,7 +27,7 @@ from engines import (
 )
 
 from actors.state_slab import UNWRITTEN
-from r2m_async.errors import WeightMismatch
+from r2m_async.errors import GenerationFailed, WeightMismatch
 from r2m_async.models.loading import load_policy
 from r2m_async.models.policy import group_feedback
 from r2m_async.models.weights import named_weights
@@ -205,6 +205,22 @@ def test_an_abort_ends_the_group_and_keeps_what_had_ended_by_itself(either, monk
     assert state_error(model, whole, feedback, config) < 1e-4
     monkeypatch.undo()
     assert_exact(model, engine.generate(ticket_of(40, attempt=1)), config)
+    assert num_free_blocks(engine) == 3
+
+
+@pytest.mark.ring
+def test_a_request_that_vllm_ends_by_itself_fails_its_group_and_the_next_attempt_is_whole(flying):
+    engine, model, config = flying
+    engine.load(named_weights(model, 4, probe=True))
+    clear_slab(engine)
+    driver = driver_of(engine)
+    with ThreadPoolExecutor(1) as pool:
+        group = pool.submit(engine.generate, ticket_of(45))
+        step_until(all_have(engine, 30), engine, group)
+        driver._run(vllm_of(engine).abort(["45.0"]))
+        with pytest.raises(GenerationFailed, match=r"vLLM ended request 45\.0 by itself.*'abort'"):
+            group.result()
+    assert_exact(model, engine.generate(ticket_of(45, attempt=1)), config)
     assert num_free_blocks(engine) == 3
 
 

@@ -19,7 +19,7 @@ from actors.rollout_actor import RolloutActor
 from actors.transformers_engine import TransformersEngine
 from r2m_async import reference
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, DataError, FunctionFailed, NonFiniteStep
+from r2m_async.errors import ConfigError, DataError, FunctionFailed, GenerationFailed, NonFiniteStep
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import resolve
 from r2m_async.models.heads import build_head, score_group
@@ -507,3 +507,27 @@ def test_a_group_with_long_columns_fits_into_what_the_queue_reserved_for_it(tiny
     path.write_text(json.dumps({"prompt": "the river", "answer": "x" * 100_000}) + "\n")
     with Ring.of(tiny_config.data(prompts=str(path)).run(num_steps=1), in_process=True) as ring:
         ring.step()
+
+
+def test_an_engine_that_fails_for_a_moment_changes_neither_training_nor_evaluation(tiny_config, monkeypatch):
+    config = tiny_config.run(num_steps=2).evaluation(every=1, num_prompts=2)
+    generate, left = RolloutActor.generate, [0, 1, 1, -1, -2]
+
+    def fails(self, ticket):
+        if ticket.group_id in left:
+            left.remove(ticket.group_id)
+            raise GenerationFailed("for a moment")
+        return generate(self, ticket)
+
+    def trained():
+        with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+            while not ring.finished:
+                ring.step()
+            return ring.drain(), ring.policy_weights().tensors, ring.controller.schedule.reissued
+
+    evaluations, weights, _ = trained()
+    monkeypatch.setattr(RolloutActor, "generate", fails)
+    again, others, reissued = trained()
+    assert not left and reissued["generation_failed"] == 3
+    assert again == evaluations
+    assert all(torch.equal(others[name], tensor) for name, tensor in weights.items())

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, StageLost, StalledRun
+from r2m_async.errors import ConfigError, GenerationFailed, StageLost, StalledRun, StepFailed
 from r2m_async.launch.loop_thread import LoopThread
 from r2m_async.ring.controller import Controller
 from r2m_async.ring.simulator import SimulatedStage, VirtualClockLoop, run_virtually, simulated_ticket
@@ -353,6 +353,37 @@ def test_an_annotator_that_dies_again_and_again_ends_the_run_with_its_own_error(
     annotator = Faulty("annotator-0", crashes=lambda method: method == "embed")
     told = drive(stages_of(annotators=(annotator,)), train, CONFIG.run(max_restarts=2))
     assert isinstance(told["error"], StageLost) and "annotator-0 crashed in embed" in str(told["error"])
+
+
+class CannotFinish(Faulty):
+    """An engine that lives and does not finish some groups, so many times."""
+
+    def __init__(self, name, times):
+        super().__init__(name)
+        self.times = times
+
+    async def call(self, method, *args):
+        if method.name == "generate" and self.times.get(args[0].group_id, 0):
+            self.times[args[0].group_id] -= 1
+            raise GenerationFailed(f"vLLM ended request {args[0].group_id} by itself")
+        return await super().call(method, *args)
+
+
+@pytest.mark.parametrize(("times", "again", "given_up"), [({1: 2}, 2, 0), ({1: 3}, 2, 1), ({1: 9, 4: 1}, 3, 1)])
+def test_a_group_that_an_engine_does_not_finish_is_tried_again_and_then_given_up_by_its_reason(times, again, given_up):
+    told = drive(stages_of(rollouts=(CannotFinish("rollout-0", times),)), train, CONFIG.rollouts(retries=2))
+    assert "error" not in told, told
+    schedule = told["controller"].schedule
+    assert schedule.reissued["generation_failed"] == again
+    assert schedule.policy_ledger.voided["generation_failed"] == given_up
+    assert schedule.policy_ledger.trained == 6 - given_up
+
+
+def test_an_engine_that_finishes_no_group_ends_the_run_with_its_own_error():
+    broken = CannotFinish("rollout-0", dict.fromkeys(range(6), 99))
+    told = drive(stages_of(rollouts=(broken,)), train, CONFIG.rollouts(retries=0).reward(max_voided=2))
+    assert isinstance(told["error"], StepFailed) and "vLLM ended request" in str(told["error"])
+    assert "3 groups in a row were lost in this way, and reward.max_voided is 2" in str(told["error"])
 
 
 def test_a_frozen_actor_does_not_keep_others_from_being_aborted():

@@ -10,6 +10,13 @@ class ConfigError(ValueError):
     """The user's config, or a name in it, asks for something that is impossible or does not exist."""
 
 
+class NoRoom(ConfigError):
+    """The cluster has no room for the processes of a run.
+
+    For a run that has been there already this is a loss, and no mistake of the user's.
+    """
+
+
 def all_at_once(*checks: Callable[[], object]) -> None:
     """Makes all checks, in this order, so that the user can correct everything at once.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError
+from r2m_async.errors import NoRoom
 
 ANYWHERE: dict[str, float] = {"memory": 1.0}
 """What a process without a GPU asks for: one byte. A bundle of a placement group must ask for something, and every node has
@@ -189,7 +189,7 @@ def placed_on_ray(config: R2MConfig, gpus: float, own: bool) -> tuple[dict[str, 
         own: whether this run started the cluster.
 
     Returns Ray's scheduling strategy of each process by its name, and the placement groups, which the caller must remove.
-    Raises ConfigError if the cluster has no room in time. Nothing stays reserved then.
+    Raises NoRoom if the cluster has no room in time. Nothing stays reserved then.
     """
     from ray.util import get_current_placement_group, placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -214,7 +214,7 @@ def placed_on_ray(config: R2MConfig, gpus: float, own: bool) -> tuple[dict[str, 
                     why = f" within {config.cluster.wait:g} s (cluster.wait)"
                     if not first_without_room(groups(config, gpus), nodes_of_ray()):
                         why += ": other work takes it"
-                    raise ConfigError(no_room(group, nodes_of_ray(), why))
+                    raise NoRoom(no_room(group, nodes_of_ray(), why))
             for index, name in enumerate(group.processes):
                 strategies[name] = PlacementGroupSchedulingStrategy(reserved[-1], placement_group_bundle_index=index)
     except BaseException:

@@ -146,30 +146,34 @@ class RayConnection:
                     reason = str(error) or f"no answer in {ANSWER_TIMEOUT:g} s"
                     raise StageLost(None, f"the head of the Ray cluster at {self._head} is gone: {reason}") from None
 
-    def close(self, end_stages: Callable[[], Any]) -> None:
-        """Ends the stages, and also the connection if it was made here. Returns in time, whatever hangs.
+    def end(self, stages: Callable[[], Any]) -> None:
+        """Ends the stages and leaves the connection open. Returns in time, whatever hangs.
 
-        If Ray itself was started here, it ends with the connection. Whatever is left of it after `CLOSE_TIMEOUT`
-        seconds is killed. If even that does not end the thread of the connection, `abandoned` is set.
-
-        Args:
-            end_stages: kills the processes of all stages by calls of Ray.
+        stages: kills the processes of all stages by calls of Ray.
         """
-        # Both lists are needed. The stages were not there at the start. And a process whose parent has died since then
-        # is no longer found among our children.
-        processes = [*self._processes, *(_ray_processes() if self._started_here else [])]
-        stages: Future[None] = Future()
+        ended: Future[None] = Future()
 
         def end() -> None:
-            # Ray may be half gone, and then anything may fail here. What is left is killed below.
+            # Ray may be half gone, and then anything may fail here. What is left is killed by `close`.
             with contextlib.suppress(Exception):
-                end_stages()
-            stages.set_result(None)
+                stages()
+            ended.set_result(None)
 
         # In a daemon thread, because a call of Ray may hang.
         threading.Thread(target=end, name="ray-end-stages", daemon=True).start()
         with contextlib.suppress(NotInTime):
-            stages.result(CLOSE_TIMEOUT)
+            ended.result(CLOSE_TIMEOUT)
+
+    def close(self, stages: Callable[[], Any] = lambda: None) -> None:
+        """Ends the stages as `end` does, and also the connection if it was made here. Returns in time, whatever hangs.
+
+        If Ray itself was started here, it ends with the connection. Whatever is left of it after `CLOSE_TIMEOUT`
+        seconds is killed. If even that does not end the thread of the connection, `abandoned` is set.
+        """
+        # Both lists are needed. The stages were not there at the start. And a process whose parent has died since then
+        # is no longer found among our children.
+        processes = [*self._processes, *(_ray_processes() if self._started_here else [])]
+        self.end(stages)
         if not self._started_here:
             return
         self._closing.set()

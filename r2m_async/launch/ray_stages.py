@@ -47,15 +47,20 @@ class RayProcesses:
     `config` is the config of the run with the keys that depend on this number filled in (`placed`).
     """
 
-    def __init__(self, config: R2MConfig) -> None:
+    def __init__(self, config: R2MConfig, ray: RayConnection | None = None) -> None:
         """Starts or joins Ray. It starts no stages yet.
+
+        Args:
+            config: the config of the run.
+            ray: a connection that outlives these processes. None: they have one of their own.
 
         Raises ConfigError if the config does not fit the GPUs of the cluster, if the cluster has no room for the processes
         within `cluster.wait`, or if nobody answers at RAY_ADDRESS, and StageLost if Ray does not start.
         """
         self._launched: list[RayStage | RayGang] = []
         self._reserved: list[Any] = []
-        self.ray = RayConnection(config)
+        self.ray = ray or RayConnection(config)
+        self._end = self.ray.end if ray else self.ray.close
         try:
             available = config.cluster.gpus or self.ray.num_gpus
             self.gpus = gpu_share(config, available)
@@ -124,8 +129,8 @@ class RayProcesses:
         return "\n".join(told)
 
     def close(self) -> None:
-        """Ends all processes, and the connection to Ray if it was made here. Returns in time, whatever hangs."""
-        self.ray.close(lambda: [*(stage.kill() for stage in self._launched), *map(_free, self._reserved)])
+        """Ends all processes, and the connection to Ray if it is their own. Returns in time, whatever hangs."""
+        self._end(lambda: [*(stage.kill() for stage in self._launched), *map(_free, self._reserved)])
 
 
 def ray_bytes() -> dict[str, Callable[..., Any]]:

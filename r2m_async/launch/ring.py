@@ -16,6 +16,7 @@ from r2m_async.data.prompts import prompts_digest
 from r2m_async.errors import ConfigError, StalledRun
 from r2m_async.launch.loop_thread import LoopThread
 from r2m_async.launch.makers import check_packages, stages_in_process, stages_on_ray
+from r2m_async.launch.ray_connection import RayConnection
 from r2m_async.launch.ray_stages import RayProcesses
 from r2m_async.launch.workload import TicketOffice, Workload, plan_of, resolve
 from r2m_async.models.weight_files import weights_digest
@@ -47,6 +48,7 @@ class Ring:
         in_process: bool = False,
         resume: str | Path | None = None,
         journals: str | Path | None = None,
+        ray: RayConnection | None = None,
     ):
         """Starts the stages and the controller, and waits until the ring can take a step.
 
@@ -57,6 +59,7 @@ class Ring:
             resume: a directory that `save` wrote. The run goes on at the step of that checkpoint.
             journals: a folder in which finished groups are kept from one checkpoint to the next (`queue.journal`). If
                 the run is resumed, it does not generate again those that it finds there. None: no group is kept.
+            ray: a connection to Ray that outlives the ring. None: the ring makes one, and ends it.
 
         Raises ConfigError for a checkpoint that is not whole, for a key that a resumed run may not change
         (docs/checkpoints.md), and for a config that cannot run on Ray or in one process.
@@ -72,7 +75,7 @@ class Ring:
         self._close: Callable[[], None] = lambda: None
         # If the start fails, the processes that were started already must end, too.
         try:
-            self._start(in_process, None if resume is None else whole_at(resume))
+            self._start(in_process, None if resume is None else whole_at(resume), ray)
         except BaseException:
             self.stop()
             raise
@@ -84,13 +87,13 @@ class Ring:
         Args:
             config: the config of the run.
             on_progress: is told of work that takes a while, as in `workload.resolve`.
-            how: the further arguments of `Ring`: `in_process`, `resume` and `journals`.
+            how: the further arguments of `Ring`: `in_process`, `resume`, `journals` and `ray`.
 
         Raises ConfigError or DataError, as `workload.resolve` and `Ring` do.
         """
         return cls(config, resolve(config, on_progress), **how)
 
-    def _start(self, in_process: bool, resume: Path | None) -> None:
+    def _start(self, in_process: bool, resume: Path | None, ray: RayConnection | None) -> None:
         """Does what the constructor does, once there is a loop to run on."""
         config, plan = self.config, plan_of(self.config, self.workload)
         # A bad checkpoint must be refused before any process is started.
@@ -115,7 +118,7 @@ class Ring:
                 f"engine 'vllm', or run all stages in one process (`r2m train --in-process`)"
             )
         else:
-            processes = RayProcesses(config)
+            processes = RayProcesses(config, ray)
             # At once, so that `stop` ends Ray even if one of the next lines raises.
             self._close = processes.close
             stages = stages_on_ray(processes, self.workload.without_prompts())

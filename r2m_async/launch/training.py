@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError, StageLost, StalledRun
-from r2m_async.launch.ray_connection import abandoned
+from r2m_async.errors import ConfigError, NoRoom, StageLost, StalledRun
+from r2m_async.launch.ray_connection import RayConnection, abandoned
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import Workload, conservation, resolve
 from r2m_async.ring.progress import Progress
@@ -130,43 +130,68 @@ class _Run:
         Args:
             start: what the run goes on from. None: it is a new run.
         """
-        restarts, num_in_a_row, begun_at = 0, 0, start.checkpoint if start else None
         with _naming_what_is_left(self.path):
-            while True:
-                try:
-                    self._one_ring(start, restarts)
-                    break
-                except (StageLost, StalledRun) as error:
-                    # A Ray that was given up still holds this process.
-                    if abandoned.is_set() or not checkpoints(self.path):
-                        raise
-                    try:
-                        checkpoint = _newest_whole(self.path, self.live)
-                    except ConfigError as damaged:
-                        error.add_note(str(damaged))
-                        raise error from None
-                    num_in_a_row = num_in_a_row + 1 if checkpoint == begun_at else 1
-                    if num_in_a_row > self.config.run.max_restarts:
-                        error.add_note(
-                            f"run.max_restarts is {self.config.run.max_restarts}: the ring is not built anew."
-                        )
-                        raise
-                    restarts, begun_at, start = restarts + 1, checkpoint, _Start(checkpoint, {}, str(error))
-                    self.live.tell(f"{error}\nthe ring is built anew from {checkpoint}")
+            with contextlib.ExitStack() as ray_ends:
+                self._rings(start, ray_ends)
             plot_run(self.path)
 
-    def _one_ring(self, start: _Start | None, restarts: int) -> None:
-        """Starts a ring, and takes steps with it. restarts: how many rings of this job came before."""
+    def _rings(self, start: _Start | None, ray_ends: contextlib.ExitStack) -> None:
+        """Takes all steps that are left. `ray_ends` gets what ends the Ray that one ring leaves to the next."""
+        restarts, num_in_a_row, begun_at = 0, 0, start.checkpoint if start else None
+        ray: RayConnection | None = None
+        num_gpus: float | None = None
+        while True:
+            try:
+                if ray is None and not self.in_process:
+                    ray = RayConnection(self.config)
+                    ray_ends.callback(ray.close)
+                    # A ring that is built anew waits for the GPUs that the first one had. It does not share what is left.
+                    num_gpus = ray.num_gpus = ray.num_gpus if num_gpus is None else num_gpus
+                return self._one_ring(start, restarts, ray)
+            except (StageLost, StalledRun) as error:
+                # If it is not known to be one stage, then Ray itself may be what is gone or does not answer.
+                if not isinstance(error, StageLost) or error.stage is None:
+                    ray_ends.close()
+                    ray = None
+                # A Ray that was given up still holds this process.
+                if abandoned.is_set() or not checkpoints(self.path):
+                    raise
+                try:
+                    checkpoint = _newest_whole(self.path, self.live)
+                except ConfigError as damaged:
+                    error.add_note(str(damaged))
+                    raise error from None
+                num_in_a_row = num_in_a_row + 1 if checkpoint == begun_at else 1
+                if num_in_a_row > self.config.run.max_restarts:
+                    error.add_note(f"run.max_restarts is {self.config.run.max_restarts}: the ring is not built anew.")
+                    raise
+                restarts, begun_at, start = restarts + 1, checkpoint, _Start(checkpoint, {}, str(error))
+                self.live.tell(f"{error}\nthe ring is built anew from {checkpoint}")
+
+    def _one_ring(self, start: _Start | None, restarts: int, ray: RayConnection | None) -> None:
+        """Starts a ring, and takes steps with it.
+
+        Args:
+            start: what it goes on from. None: it is the first ring of a new run.
+            restarts: how many rings of this job came before.
+            ray: the connection to Ray of this job. None: the ring is in this process.
+        """
         path, config, live = self.path, self.config, self.live
         if start is None:
             live.message(f"starting the ring; run directory {path}")
-            ring = Ring(config, self.workload, self.in_process, journals=path / "journal")
+            ring = Ring(config, self.workload, self.in_process, journals=path / "journal", ray=ray)
             with ring, RunDirectory(path, config) as run:
                 _steps(ring, run, live, restarts)
             return
         progress = Progress(**saved_counts(start.checkpoint)["progress"])
         live.tell(f"resuming {path} after step {progress.step}")
-        with Ring(config, self.workload, self.in_process, start.checkpoint, path / "journal") as ring:
+        try:
+            ring = Ring(config, self.workload, self.in_process, start.checkpoint, path / "journal", ray)
+        except NoRoom as error:
+            if restarts:  # there was room for the ring before: what is missing now is a node, and another may come
+                raise StageLost(None, str(error)) from None
+            raise
+        with ring:
             for line in (*conservation(config, self.workload, progress), *ring.controller.journal.told()):
                 live.tell(line)
             known = len(ring.controller.evaluations)

@@ -13,7 +13,7 @@ import pytest
 
 from r2m_async import codec
 from r2m_async.cli import main
-from r2m_async.errors import ConfigError, DataError, StageLost
+from r2m_async.errors import ConfigError, DataError, NoRoom, StageLost, StalledRun
 from r2m_async.launch import training
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.training import resume, train
@@ -340,6 +340,56 @@ def test_a_ring_that_comes_no_further_is_built_anew_max_restarts_times(config, s
     with one_thread(), pytest.raises(StageLost):
         train(config.checkpoint(every=None), in_process=True)
     assert len(rings) == 1, "there is nothing to go on from"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_ray_of_a_job_stays_unless_it_may_be_what_has_failed_and_so_does_the_number_of_gpus(
+    ended_early, monkeypatch
+):
+    gpus, rays = [4.0, 2.0, 2.0], []
+
+    class Connection(training.RayConnection):
+        def __init__(self, config):
+            super().__init__(config)
+            self.num_gpus = gpus.pop(0)
+
+    errors = [StageLost("queue", "queue was lost"), StageLost(None, "a payload was lost"), StalledRun("nothing moves")]
+
+    def one_ring(self, start, restarts, ray):
+        rays.append(ray)
+        if errors:
+            raise errors.pop(0)
+
+    monkeypatch.setattr(training, "RayConnection", Connection)
+    monkeypatch.setattr(training._Run, "_one_ring", one_ring)
+    resume(ended_early(2))
+    assert rays[0] is rays[1] and len({id(ray) for ray in rays}) == 3 and not gpus
+    assert {ray.num_gpus for ray in rays} == {4.0}
+
+
+def test_no_room_is_a_mistake_at_first_and_a_loss_when_the_ring_is_built_anew(config, tmp_path, monkeypatch):
+    config = config.run(output_dir=str(tmp_path), max_restarts=1)
+    begin, step, told = Ring.__init__, Ring.step, []
+
+    def begins(self, *arguments, **how):
+        told.append("began")
+        if len(told) != 2:
+            raise NoRoom("cluster.stable has no room")
+        begin(self, *arguments, **how)
+
+    def loses(self):
+        if self.controller.schedule.policy_version == 2:
+            raise StageLost("queue", "queue was lost")
+        return step(self)
+
+    monkeypatch.setattr(Ring, "__init__", begins)
+    monkeypatch.setattr(Ring, "step", loses)
+    with one_thread():
+        with pytest.raises(ConfigError, match="no room"):
+            train(config, in_process=True)
+        with pytest.raises(StageLost, match="no room") as raised:
+            train(config, in_process=True)
+    assert len(told) == 4 and "run.max_restarts is 1: the ring is not built anew." in raised.value.__notes__
 
 
 def test_a_retried_job_goes_on_with_the_run_of_its_name_or_begins_one(config, tmp_path, capsys):

@@ -16,8 +16,9 @@ import sys
 from collections import Counter
 
 import pytest
-from forked_workers import forked_workers
 from tiny import WORDS, save_tiny_model
+
+from r2m_async.launch.forked_workers import WorkerTemplate
 
 pytest.register_assert_rewrite("groups", "processes", "rings")  # helpers with assertions, which test files import
 
@@ -158,7 +159,8 @@ def ray_session():
     with pytest.MonkeyPatch.context() as patch:
         # Workers import the tests' helpers. xdist sets this, pytest alone does not.
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        with forked_workers():
+        template = WorkerTemplate("vllm")
+        with template.forks_workers():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -167,8 +169,9 @@ def ray_session():
                 logging_level="ERROR",
                 log_to_driver=False,
             )
-            yield
-            ray.shutdown()
+        yield
+        ray.shutdown()
+        template.close()
 
 
 @pytest.fixture(scope="session")

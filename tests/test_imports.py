@@ -51,7 +51,7 @@ ONLY = {
     "learners": {"r2m_async.launch.makers"},
     "ray": {
         *(f"r2m_async.launch.{name}" for name in ("ray_connection", "ray_stages", "placement", "cluster_check")),
-        "r2m_async.algorithm",
+        *("r2m_async.launch.forked_workers", "r2m_async.algorithm"),
     },
     "vllm": {
         *(f"actors.vllm_{name}" for name in ("engine", "drivers", "offline", "models", "turns", "worker", "weights")),

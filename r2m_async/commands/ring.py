@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,10 @@ def add_ring(commands: Any) -> None:
 
 
 def _train(config: R2MConfig, parsed: argparse.Namespace) -> int:
+    from r2m_async.launch import forked_workers
+
+    if not parsed.in_process and not os.environ.get("RAY_ADDRESS"):
+        forked_workers.prepare(config.rollouts.engine)  # it imports meanwhile, and the next line takes its time, too
     from r2m_async.launch.training import train
 
     directory = train(config, in_process=parsed.in_process, resume_if_exists=parsed.resume_if_exists)

@@ -12,6 +12,7 @@ ray_stages.py      runs stages in Ray processes
 stacks.py          shows what the processes of stages are doing
 arguments.py       takes payloads out of the arguments of a call to a Ray process, and puts them back there
 model_checks.py    what the models of a run must be, asked before anything starts
+forked_workers.py  forks Ray's workers from a process that has made their imports
 ray_connection.py  starts or joins Ray, watches it, and ends it in time
 loop_thread.py     runs the event loop of a ring in a thread
 """

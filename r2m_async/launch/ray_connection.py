@@ -21,6 +21,7 @@ from typing import Any
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StageLost
+from r2m_async.launch import forked_workers
 
 START_TIMEOUT = 180.0
 """Seconds in which Ray must be started or joined."""
@@ -58,6 +59,7 @@ class RayConnection:
         self._started_here = not ray.is_initialized()
         self._closing = threading.Event()
         self._ended: Future[None] = Future()
+        self._template: forked_workers.WorkerTemplate | None = None
         there: Future[tuple[str, float]] = Future()
         if self._started_here:
             _check_address(os.environ.get("RAY_ADDRESS", ""))
@@ -65,7 +67,7 @@ class RayConnection:
         # One thread starts Ray, stays alive, and ends Ray. It must stay, because the kernel kills Ray's processes when
         # the thread that started them ends. And it is not the main thread, which must be free to take signals and to
         # report a call of Ray that hangs. It is a daemon, so that such a call cannot keep Python from ending.
-        threading.Thread(target=self._live, args=(there, config.logging.actors), name="ray", daemon=True).start()
+        threading.Thread(target=self._live, args=(there, config), name="ray", daemon=True).start()
         try:
             self._head, self.num_gpus = there.result(START_TIMEOUT)
         except NotInTime:
@@ -82,12 +84,12 @@ class RayConnection:
             # later. This puts Python's handler back.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
-    def _live(self, there: Future[tuple[str, float]], log_to_driver: bool) -> None:
+    def _live(self, there: Future[tuple[str, float]], config: R2MConfig) -> None:
         """Starts Ray, waits until it is to be closed, and ends it. This runs in a thread of its own.
 
         Args:
             there: gets the address of the cluster's head and the number of its GPUs, or StageLost.
-            log_to_driver: whether Ray shows what its processes print.
+            config: the config of the run.
         """
         import ray
 
@@ -96,7 +98,10 @@ class RayConnection:
                 # Without an address Ray would join whatever cluster was started last on this machine, somebody else's or
                 # one that is dead: it looks into /tmp/ray/ray_current_cluster.
                 own = None if os.environ.get("RAY_ADDRESS") else "local"
-                ray.init(own, include_dashboard=False, logging_level="ERROR", log_to_driver=log_to_driver)
+                self._template = forked_workers.take(config.rollouts.engine) if own else None
+                how = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": config.logging.actors}
+                with self._template.forks_workers() if self._template else contextlib.nullcontext():
+                    ray.init(own, **how)
             head = ray.get_runtime_context().gcs_address
             there.set_result((head, ray.cluster_resources().get("GPU", 0.0)))
         # Ray raises errors of many classes here, plain Exception among them.
@@ -180,6 +185,8 @@ class RayConnection:
         with contextlib.suppress(NotInTime):
             self._ended.result(CLOSE_TIMEOUT)
         _kill(processes)
+        if self._template:
+            self._template.close()
         try:
             self._ended.result(CLOSE_TIMEOUT)
         except NotInTime:
@@ -247,9 +254,9 @@ def _ray_processes() -> list[Any]:
     import psutil
     import ray
 
-    package, found = str(Path(ray.__file__).parent), []
+    ours, found = (str(Path(ray.__file__).parent), forked_workers.__file__), list[Any]()
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            if any(package in part for part in child.cmdline()):
+            if any(path in part for path in ours for part in child.cmdline()):
                 found += [child, *child.children(recursive=True)]
     return found

@@ -17,6 +17,7 @@ import pytest
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, StageLost
+from r2m_async.launch import forked_workers
 from r2m_async.ring.stages import Stage, method
 
 pytestmark = pytest.mark.ring
@@ -127,13 +128,42 @@ def test_a_killed_or_frozen_process_is_replaced(stage, number):
     async def run():
         worker = stage(deadline=15.0)
         assert await worker.work("well") == "well"
-        os.kill(await worker.carrier.pid(), number)
+        old = psutil.Process(await worker.carrier.pid())
+        old.send_signal(number)
         with pytest.raises(StageLost, match="worker-0"):
             await worker.work("well")
         await worker.restart()
         assert await worker.work("well") == "well"
+        new = psutil.Process(await worker.carrier.pid())
+        assert forked_workers.__file__ in new.parent().cmdline(), "its imports were made before"
+        old.wait(30)
 
     asyncio.run(run())
+
+
+NOT_RAYS = """
+import os, sys
+print("its own way", os.path.basename(sys.argv[0]), *sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("answer", ["nobody", "no", "silence"])
+def test_a_worker_that_nobody_forks_is_started_in_rays_own_way(tmp_path, answer):
+    (tmp_path / "setup_worker.py").write_text(NOT_RAYS)
+    arguments = ["--language=PYTHON", str(tmp_path / "default_worker.py"), "--node-ip-address=10.0.0.1"]
+    ask = f"import sys; from r2m_async.launch import forked_workers as f; f.PATIENCE = 0.5; f.ask({arguments})"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0r2m-test-{os.getpid()}")
+        if answer != "nobody":
+            listener.listen()
+        environment = os.environ | {forked_workers.ADDRESS: f"r2m-test-{os.getpid()}"}
+        with subprocess.Popen([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, env=environment) as asks:
+            if answer == "no":
+                connection, _ = listener.accept()
+                connection.recv(1 << 20)
+                connection.send(b"no")
+            said = asks.stdout.read()
+    assert said.split() == ["its", "own", "way", "setup_worker.py", *arguments]
 
 
 def test_a_process_that_dies_whenever_it_starts_is_told_at_once_with_the_reason(stage):

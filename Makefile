@@ -45,15 +45,15 @@ test-kernels: $(VENV)/.smollm2
 	  ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads $(PYTEST); \
 	done; done
 
-# Style, format and types. Seconds, but for the first time.
 EACH ?= 50
 chaos: $(VENV)/.ready
-	$(BIN)/python benchmarks/chaos.py --each $(EACH) --json docs/reliability.json
+	$(BIN)/python benchmarks/chaos.py --each $(EACH) --json docs/reliability.json --table docs/reliability.md
 
 INPUTS ?= 1000000
 fuzz: $(VENV)/.ready
 	$(BIN)/python benchmarks/fuzz.py --inputs $(INPUTS)
 
+# Style, format and types. Seconds, but for the first time.
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

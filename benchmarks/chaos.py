@@ -1,19 +1,35 @@
-"""Kills and freezes the processes of real runs, and says what became of the runs.
+"""Hurts real runs in every way that can be made here, and says what became of the runs.
 
-    python benchmarks/chaos.py --each 50 --json docs/reliability.json
-    python benchmarks/chaos.py --each 5 --engine vllm --json docs/reliability_vllm.json
+    python benchmarks/chaos.py --each 50 --json docs/reliability.json --table docs/reliability.md
+    python benchmarks/chaos.py --each 5 --ring vllm --kinds "kill engine" "stop engine"
 
-A run trains in a process of its own, with a checkpoint after every step, as a job that is started again when it ends
-(`r2m train --resume-if-exists`). At seeded moments one of its processes is killed (SIGKILL) or frozen for ever (SIGSTOP). The
-next fault comes when the run has taken a step more than ever before. The time until then is the time of recovery.
+A run is `r2m train --resume-if-exists` in a process of its own, with a checkpoint after every step, as a job that is started again
+when it ends. The rings are `transformers` (the default engine and learner), `vllm`, and `deepspeed` (two ranks); a kind of fault is
+tried in each ring that has something of its own to be hurt. At seeded moments something happens:
+
+    kill X             SIGKILL to a process: a stage, an engine core of vLLM, a rank, the driver, or a process of Ray's own
+    kill queue+driver  two of them, the second up to 5 s after the first: while the ring is being built anew
+    stop X             SIGSTOP to it, for ever
+    pause X            SIGSTOP to the driver or to all processes, and SIGCONT 10 s later, as on a machine that was suspended
+    fill disk          no byte is left on the disk of the run directory, until the job has ended once
+    take memory        the job may take 64 MiB more memory, and something takes it: the kernel kills one of its processes
+    messages slow      each message between driver and stages takes up to a second more, on its way out and on its way back
+    messages twice     calls that change no learner are made twice
+    messages late      one answer of five is held back for up to 3 s, so that others overtake it
+
+The next fault comes when the run has taken two steps more than at the fault. The time until then, without that of two undisturbed steps,
+is what the fault has cost. A fault that passes (a pause, a full disk) counts from its end.
 
 A run that has reached its end is compared with one that nothing disturbed:
 
 - both learners are the same to the last byte (`scheduling.lag: exact`; not under `--lag bounded`),
-- each step is recorded once, in order, and the ledger counts each group once,
-- no process, no shared memory and no half-written file is left.
+- each step is recorded once, in order, the ledger counts each group once, and no age is above its bound,
+- no process, no shared memory, no temporary file and no half-written file is left.
 
-With `--json` an interrupted measurement goes on where it was. The faults of a run that fails a check count as not survived.
+The faults of a run that fails a check count as not survived. Where the system allows it (root, or a user namespace), the command runs
+with processes, shared memory and disks of its own, so that whatever it does ends with it. What cannot be done is left out with the
+reason: `fill disk` needs to mount, and `take memory` a control group of its own. Messages are disturbed where the driver hands them to
+Ray. What stages send each other through Ray's object store is not. With `--json` an interrupted measurement goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,8 +37,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
-import math
 import os
 import platform
 import random
@@ -34,17 +50,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+import xxhash
 
+from r2m_async import cli
 from r2m_async.config import R2MConfig
-from r2m_async.launch import training
-from r2m_async.launch.ring import Ring
-from r2m_async.models.loading import one_thread
+from r2m_async.launch import forked_workers
 from r2m_async.runs.checkpoints import checkpoint_path
 from r2m_async.runs.directory import newest_directory
 from r2m_async.runs.records import read_records
@@ -54,33 +71,76 @@ STEPS = 40
 """Policy steps of a run. A run takes about half as many faults."""
 PATIENCE = 400.0
 """Seconds within which a run must have recovered."""
+MORE = 2
+"""Steps that a run takes after a fault before it counts as recovered."""
+PAUSE, SLOW, LATE = 10.0, 1.0, 3.0
+"""Seconds: how long something is paused, how much later a slow message comes, and an answer that is held back."""
+DISK, HEADROOM = 128 * 2**20, 64 * 2**20
+"""Bytes of the disk of a run directory, and of the memory that the job may still take under `take memory`."""
+TWICE = ("put", "get", "free", "embed", "score", "generate", "load_weights", "abort", "keep", "write", "weights")
+"""Calls that are made twice under `messages twice`: they change neither learner."""
+
 STAGES = ("rollout", "queue", "annotator", "policy-learner", "head-learner")
-RAYS = ("raylet", "gcs_server")
-"""Processes of a Ray that the run has started. Without one of them Ray ends its driver, and the job starts again."""
+RAY = {
+    "raylet": "raylet/raylet",
+    "gcs_server": "gcs/gcs_server",
+    "ray-agent": "DashboardAgent",
+    "ray-runtime-env": "RuntimeEnvAgent",
+    "ray-log-monitor": "log_monitor.py",
+}
+"""Processes of a Ray that the run has started, and what their command lines contain."""
+RINGS: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = {
+    "transformers": (
+        {},
+        (
+            *(f"{what} {target}" for target in (*STAGES, "raylet", "gcs_server") for what in ("kill", "stop")),
+            *(f"kill {target}" for target in ("ray-agent", "ray-runtime-env", "ray-log-monitor", "driver")),
+            *("kill queue+driver", "pause driver", "pause everything", "fill disk", "take memory"),
+            *("messages slow", "messages twice", "messages late"),
+        ),
+    ),
+    "vllm": (
+        {"rollouts": {"engine": "vllm"}},
+        ("kill engine", "stop engine", "kill rollout", "stop rollout", "kill driver", "pause everything"),
+    ),
+    "deepspeed": (
+        {"learner": {"backend": "deepspeed", "num_ranks": 2}},
+        ("kill policy-learner", "stop policy-learner", "kill driver", "pause everything"),
+    ),
+}
+"""What each ring has in its config, and which faults are tried in it."""
 
 
-def config_of(arguments: argparse.Namespace, output_dir: Path) -> R2MConfig:
+def config_of(ring: str, arguments: argparse.Namespace, output_dir: Path) -> R2MConfig:
     """The quickstart's world at a size where a step takes a moment."""
     config = R2MConfig().run(name="chaos", num_steps=arguments.steps, output_dir=str(output_dir), device="cpu")
     config = config.run(max_restarts=1000).model(policy="embedded").reward(model="embedded").data(prompts="embedded")
     config = config.rollouts(num_actors=2, prompts_per_step=4, group_size=4, max_prompt_tokens=16, max_new_tokens=12)
-    config = config.rollouts(max_restarts=1000, hang_after=10.0, engine=arguments.engine)
+    config = config.rollouts(max_restarts=1000, hang_after=10.0).evaluation(every=None).head(width=32)
     config = config.scheduling(max_policy_age=1, max_head_age=1, lag=arguments.lag, stall_after=60.0)
-    config = config.head(width=32).evaluation(every=None).checkpoint(every=1, keep=2)
-    return config.logging(live=False, tensorboard=False).learner(backend=arguments.learner)
+    config = config.checkpoint(every=1, keep=2).logging(live=False, tensorboard=False)
+    for section, keys in RINGS[ring][0].items():
+        config = getattr(config, section)(**keys)
+    return config
 
 
 # The run, in a process of its own
 
 
-def drive(config: R2MConfig, pids: Path, links: bool) -> None:
-    """Trains as `r2m train --resume-if-exists` does, and writes the numbers of its processes to the file `pids`."""
+def drive(folder: Path) -> None:
+    """`r2m train --resume-if-exists`, which writes the numbers of its processes into a file, and may be disturbed."""
+    config = str(folder / "config.yaml")
+    forked_workers.prepare(R2MConfig.from_yaml(config).rollouts.engine)  # as `r2m train` does, before it imports torch
+    from r2m_async.launch import training
+    from r2m_async.launch.ring import Ring
 
     class Watched(Ring):
         def __init__(self, *arguments: Any, **how: Any) -> None:
             super().__init__(*arguments, **how)
-            if links:
-                disturb_links(self, random.Random(os.getpid()))
+            stages, rng = self.controller.stages, random.Random(os.getpid())
+            for stage in (*stages.rollouts, stages.queue, *stages.annotators, stages.policy, stages.head):
+                call = functools.partial(disturbed, stage.carrier.call, folder / "messages", rng)
+                stage.carrier.call = call  # type: ignore[method-assign]
             self._tell()
 
         def step(self) -> dict[str, float]:
@@ -89,37 +149,241 @@ def drive(config: R2MConfig, pids: Path, links: bool) -> None:
             return metrics
 
         def _tell(self) -> None:
-            found = {name: numbers[0] for name, numbers in self.process_ids().items()}
-            for name, number in list(found.items()):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    engines = [one.pid for one in psutil.Process(number).children() if "Engine" in one.name()]
-                    found |= {f"engine-{name}": engine for engine in engines}
+            found = {"driver": os.getpid()}
+            for name, numbers in self.process_ids().items():
+                alone = len(numbers) == 1
+                found |= {name if alone else f"{name}-{rank}": number for rank, number in enumerate(numbers)}
             for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if child.name() in RAYS:
-                        found[child.name()] = child.pid
-            write_file(pids, json.dumps(found | {"driver": os.getpid()}))
+                with contextlib.suppress(psutil.Error):
+                    line = " ".join(child.cmdline())
+                    found |= {name: child.pid for name, part in RAY.items() if part in line}
+                    if "Engine" in child.name():
+                        found[f"engine-{child.pid}"] = child.pid
+            write_file(folder / "pids.json", json.dumps(found))
 
     training.Ring = Watched  # type: ignore[misc]
-    training.train(config, resume_if_exists=True)
+    sys.argv = ["r2m", "train", config, "--resume-if-exists"]
+    cli.entry()
 
 
-def disturb_links(ring: Ring, rng: random.Random) -> None:
-    """From here on every message to a stage may come up to 0.2 s late, and some come twice."""
-    stages = ring.controller.stages
-    for stage in (*stages.rollouts, stages.queue, *stages.annotators, stages.policy, stages.head):
-        call = stage.carrier.call
+async def disturbed(
+    call: Callable[..., Awaitable[tuple[Any, ...]]], how: Path, rng: random.Random, method: Any, *arguments: Any
+) -> tuple[Any, ...]:
+    """A call of a stage, as slow or as often as the file `how` says at this moment. Without the file it is as ever."""
+    way = how.read_text() if how.exists() else ""
+    if way == "slow":
+        await asyncio.sleep(rng.random() * SLOW)
+    answer = await call(method, *arguments)
+    if way == "twice" and method.name in TWICE:
+        answer = await call(method, *arguments)
+    if way == "slow":
+        await asyncio.sleep(rng.random() * SLOW)
+    if way == "late" and rng.random() < 0.2:
+        await asyncio.sleep(rng.random() * LATE)
+    return answer
 
-        async def late(method: Any, *arguments: Any, call: Any = call) -> Any:
-            await asyncio.sleep(rng.random() * 0.2)
-            if method.name in ("put", "get", "free", "embed", "score") and rng.random() < 0.2:
-                await call(method, *arguments)
-            return await call(method, *arguments)
 
-        stage.carrier.call = late  # type: ignore[method-assign]
+class Job:
+    """A run that is started again whenever it ends before its last step. A context manager, which ends it."""
+
+    def __init__(self, ring: str, arguments: argparse.Namespace, folder: Path) -> None:
+        """Starts it. `folder` is an empty folder with a short path, because Ray makes sockets in it."""
+        self.folder, self.log = folder, folder / "log.txt"
+        for name in ("runs", "tmp", "ray"):
+            (folder / name).mkdir()
+        self._ends = ExitStack()
+        if _done(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder / "runs")]):
+            self._ends.callback(_done, ["umount", "--lazy", str(folder / "runs")])
+        self.config = config_of(ring, arguments, folder / "runs")
+        (folder / "config.yaml").write_text(self.config.to_yaml())
+        self.memory = memory_group(folder.name)
+        if self.memory:
+            self._ends.callback(self.memory.rmdir)
+        self.starts = 0
+        self.seen: set[psutil.Process] = set()
+        """All processes that the job ever had, as far as they were seen."""
+        self._looked = 0.0
+        self.process = self.start()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Starts the run, or starts it again."""
+        (self.folder / "pids.json").unlink(missing_ok=True)
+        temporary = {"TMPDIR": str(self.folder / "tmp"), "RAY_TMPDIR": str(self.folder / "ray"), "RAY_ADDRESS": ""}
+        with self.log.open("ab") as log:
+            command = [sys.executable, __file__, "--drive", str(self.folder)]
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | temporary)
+        if self.memory:
+            (self.memory / "cgroup.procs").write_text(str(process.pid))
+        self.starts += 1
+        return process
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
+        with contextlib.suppress(OSError):  # a process that is not gone yet keeps its control group
+            self._ends.close()
+
+    @property
+    def run(self) -> Path | None:
+        """The run directory, or None as long as there is none."""
+        return newest_directory(self.config.run.output_dir, self.config.run.name)
+
+    def step(self) -> int:
+        """The last step that is recorded, 0 before the first."""
+        try:
+            records = read_records(self.run / "metrics.jsonl") if self.run else []
+        except OSError:
+            return 0
+        return int(records[-1]["step"]) if records else 0
+
+    def processes(self) -> list[psutil.Process]:
+        """The processes that the job has now: the driver and all that it has started."""
+        try:
+            driver = psutil.Process(self.process.pid)
+            found = [driver, *driver.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            found = []
+        self.seen |= set(found)
+        return found
+
+    def named(self, target: str, rng: random.Random) -> psutil.Process | None:
+        """A process of this name, or one of several. None if there is none: the run is between two rings."""
+        try:
+            numbers = json.loads((self.folder / "pids.json").read_text())
+        except OSError:
+            return None
+        wanted = [number for name, number in numbers.items() if target in (name, name.rsplit("-", 1)[0])]
+        there = [process for process in self.processes() if process.pid in wanted]
+        return rng.choice(there) if there else None
+
+    def wait_for(self, step: int) -> bool:
+        """Waits until a step is recorded, and starts the job again if it ends before. Returns whether that came."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if self.step() >= step:
+                return True
+            if self.process.poll() is not None:
+                time.sleep(1)  # whatever starts jobs again takes a moment
+                self.process = self.start()
+            if time.monotonic() > self._looked + 1:
+                self.processes()
+                self._looked = time.monotonic()
+            time.sleep(0.05)
+        return False
+
+    def told(self) -> str:
+        """The end of what the job has printed."""
+        return self.log.read_text()[-3000:]
+
+
+def _done(command: list[str]) -> bool:
+    """Whether a command is there and does its work."""
+    return bool(shutil.which(command[0])) and not subprocess.run(command, capture_output=True).returncode
+
+
+def memory_group(name: str) -> Path | None:
+    """Makes a control group that can limit memory, by version 1 or 2 of Linux's. None: that is not allowed here."""
+    for parent in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+        for old in parent.glob("r2m-*"):
+            with contextlib.suppress(OSError):
+                old.rmdir()  # of a measurement that was killed; one with processes is not removed
+        group = parent / name
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            if any((group / limit).exists() for limit in ("memory.limit_in_bytes", "memory.max")):
+                return group
+            group.rmdir()
+    return None
 
 
 # The faults
+
+CANNOT: dict[str, Callable[[Job], str | None]] = {
+    "fill disk": lambda job: None if os.path.ismount(job.folder / "runs") else "no disk can be mounted here",
+    "take memory": lambda job: None if job.memory else "no control group can be made here",
+}
+"""Says of a kind why it cannot be done."""
+
+
+def harm(job: Job, kind: str, rng: random.Random, after: ExitStack) -> bool:
+    """Does it. Returns whether there was something to hurt. `after` gets what ends it once the run has recovered."""
+    what, target = kind.split(" ", 1)
+    if what == "messages":
+        (job.folder / "messages").write_text(target)
+        after.callback((job.folder / "messages").unlink)
+        return True
+    if what == "fill":
+        return fill_disk(job)
+    if what == "take":
+        return take_memory(job)
+    hit = False
+    for number, one in enumerate(target.split("+")):
+        time.sleep(rng.random() * 5 if number else 0)
+        hurt = job.processes() if one == "everything" else [job.named(one, rng)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in hurt:
+                if process:
+                    process.send_signal(signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+                    hit = True
+        if what == "pause":
+            time.sleep(PAUSE)
+            for process in hurt:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process:
+                        process.send_signal(signal.SIGCONT)
+    return hit
+
+
+def fill_disk(job: Job) -> bool:
+    """Leaves no room until the job has ended for want of it."""
+    filler, starts = job.folder / "runs" / "filler", job.starts
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"0" * 2**16)
+            file.flush()
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while job.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert job.starts == starts
+        return job.process.poll() is not None
+    finally:
+        filler.unlink()
+
+
+HOG = """
+import time
+open("/proc/self/oom_score_adj", "w").write("-1000")
+held = []
+while True:
+    held.append(b"0" * 2**22)
+    time.sleep(0.02)
+"""
+"""Takes memory for ever. The kernel rather kills any other process."""
+
+
+def take_memory(job: Job) -> bool:
+    """Lets the kernel kill one process of the job for want of memory."""
+    assert job.memory
+    old = (job.memory / "memory.limit_in_bytes").exists()
+    limit, usage = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
+    before = {process.pid for process in job.processes()}
+    (job.memory / f"memory.{limit}").write_text(str(int((job.memory / f"memory.{usage}").read_text()) + HEADROOM))
+    with subprocess.Popen([sys.executable, "-c", HOG]) as hog:
+        (job.memory / "cgroup.procs").write_text(str(hog.pid))
+        deadline = time.monotonic() + 60
+        try:
+            while not (lost := before - {one.pid for one in job.processes()}) and time.monotonic() < deadline:
+                time.sleep(0.02)
+        finally:
+            hog.kill()
+            (job.memory / f"memory.{limit}").write_text("-1" if old else "max")
+    return bool(lost)
 
 
 @dataclass
@@ -131,235 +395,250 @@ class Outcomes:
     by: Counter[str] = field(default_factory=Counter)
     """How the run went on: `itself`, or as a job that was `started again`."""
     seconds: list[float] = field(default_factory=list)
-    """The times of recovery."""
+    """What each has cost: the time until the run had taken `MORE` steps, without that of as many undisturbed ones."""
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Outcomes:
+        """What was saved before."""
+        return cls(**saved | {"by": Counter(saved.get("by", {}))})
 
 
-class Job:
-    """A run that is started again whenever it ends before its last step."""
-
-    def __init__(self, config: R2MConfig, folder: Path, links: bool) -> None:
-        self.config, self.folder = config, folder
-        self.pids_file, self.log = folder / "pids.json", folder / "log.txt"
-        (folder / "config.yaml").write_text(config.to_yaml())
-        self.links = links
-        self.process: subprocess.Popen[bytes] | None = None
-        self.starts = 0
-        self.seen: set[int] = set()
-        """The numbers of all processes that the job ever had."""
-
-    def start(self) -> None:
-        self.pids_file.unlink(missing_ok=True)
-        command = [sys.executable, __file__, "--drive", str(self.folder / "config.yaml"), "--pids", str(self.pids_file)]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen([*command, *(["--links"] if self.links else [])], stdout=log, stderr=log)
-        self.starts += 1
-
-    @property
-    def run(self) -> Path | None:
-        return newest_directory(self.config.run.output_dir, self.config.run.name)
-
-    def step(self) -> int:
-        """The last step that is recorded, 0 before the first."""
-        try:
-            records = read_records(self.run / "metrics.jsonl") if self.run else []
-        except OSError:
-            return 0
-        return int(records[-1]["step"]) if records else 0
-
-    def pids(self) -> dict[str, int]:
-        try:
-            found = json.loads(self.pids_file.read_text())
-        except OSError:
-            return {}
-        self.seen |= set(found.values())
-        return dict(found)
-
-    def wait_for(self, step: int) -> bool:
-        """Waits until a step is recorded, and starts the job again if it ends before. Returns whether that came."""
-        deadline = time.monotonic() + PATIENCE
-        assert self.process
-        while time.monotonic() < deadline:
-            if self.step() >= step:
-                return True
-            if self.process.poll() is not None:
-                self.start()
-            time.sleep(0.02)
-        return False
-
-
-def strike(job: Job, kind: str, rng: random.Random, outcomes: Outcomes) -> bool:
-    """One fault: waits a moment, hurts a process, and waits for the recovery. Returns whether the run has recovered."""
-    what, target = kind.split(" ", 1)
-    time.sleep(rng.random() * 1.5)
-    pids = job.pids()
-    names = [name for name in pids if name.rsplit("-", 1)[0] == target or name == target]
+def strike(job: Job, kind: str, rng: random.Random, outcomes: Outcomes, per_step: float) -> bool:
+    """One fault, at a moment of the next two steps. Waits for the recovery, and returns whether the run has recovered."""
+    time.sleep(rng.random() * 2 * per_step)
     starts, step = job.starts, job.step()
-    if not names or step >= job.config.run.num_steps - 2:
-        return True  # the run is between two rings, or at its end: nothing was tried
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pids[rng.choice(names)], signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+    if step >= job.config.run.num_steps - MORE:
+        return True  # there are no steps left from which a recovery could be seen
+    with ExitStack() as after:
+        if not harm(job, kind, rng, after):
+            return job.wait_for(step + MORE)  # the run is between two rings: nothing was tried
         outcomes.tried += 1
         began = time.monotonic()
-        if not job.wait_for(step + 2):
+        if not job.wait_for(step + MORE):
             return False
-        outcomes.survived += 1
-        outcomes.seconds.append(time.monotonic() - began)
-        outcomes.by["itself" if job.starts == starts else "started again"] += 1
+        outcomes.seconds.append(max(0.0, time.monotonic() - began - MORE * per_step))
+    print(f"{kind}: {outcomes.seconds[-1]:.1f} s", flush=True)
+    outcomes.survived += 1
+    outcomes.by["itself" if job.starts == starts else "started again"] += 1
     return True
 
 
 # The checks
 
 
-def faults_of(run: Path, config: R2MConfig, undisturbed: Path | None) -> Iterator[str]:
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nothing disturbed."""
+
+    learners: dict[str, str]
+    """Digests of the states and the weights of both learners at its end, by the file's name."""
+    per_step: float
+    """Seconds of a step, the median."""
+
+    @classmethod
+    def of(cls, run: Path) -> Undisturbed:
+        """A finished run."""
+        records = read_records(run / "metrics.jsonl")
+        folder = checkpoint_path(run, len(records))
+        files = [path for name in ("policy", "head") for path in folder.glob(f"{name}_*.msgpack")]
+        learners = {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in sorted(files)}
+        return cls(learners, statistics.median(record["time/step"] for record in records))
+
+
+def undisturbed_run(ring: str, arguments: argparse.Namespace) -> tuple[list[str], Undisturbed | None]:
+    """What is wrong with a run that nothing disturbs, and what it is. DeepSpeed and vLLM need processes of their own."""
+    if ring != "transformers":
+        return one_run(ring, arguments, {}, None, -1)
+    from r2m_async.launch import training
+    from r2m_async.models.loading import one_thread
+
+    with tempfile.TemporaryDirectory() as folder, one_thread(), contextlib.redirect_stdout(sys.stderr):
+        return [], Undisturbed.of(training.train(config_of(ring, arguments, Path(folder)), in_process=True))
+
+
+def faults_of(job: Job, undisturbed: Undisturbed | None) -> Iterator[str]:
     """What is wrong with a run that has reached its end."""
+    run, config = job.run, job.config
+    assert run
+    steps = config.run.num_steps
     records = read_records(run / "metrics.jsonl")
-    if [record["step"] for record in records] != list(range(1, config.run.num_steps + 1)):
+    if [record["step"] for record in records] != list(range(1, steps + 1)):
         yield f"steps are recorded as {[record['step'] for record in records]}"
-    groups = config.run.num_steps * config.rollouts.prompts_per_step
+    groups = steps * config.rollouts.prompts_per_step
     if records[-1]["ledger/trained"] + records[-1]["ledger/voided"] != groups:
         yield f"{records[-1]['ledger/trained']} + {records[-1]['ledger/voided']} groups of {groups}"
     if any(record["age/policy_max"] > 1 or record["age/head"] > 1 for record in records):
         yield "a bound is broken"
-    for name in ("policy_learner", "head_learner") if undisturbed else ():
-        ours, theirs = (checkpoint_path(one, config.run.num_steps) / f"{name}.msgpack" for one in (run, undisturbed))
-        if ours.read_bytes() != theirs.read_bytes():
-            yield f"{name} is not that of the undisturbed run"
-    if left := [path.name for path in run.rglob("*.partial")]:
+    if undisturbed and config.scheduling.lag == "exact":
+        learners = Undisturbed.of(run).learners
+        yield from (f"{name} is another" for name, it in undisturbed.learners.items() if learners.get(name) != it)
+    if left := [str(path) for path in run.rglob("*") if path.name.startswith(".") or path.name == "journal"]:
         yield f"half-written files are left: {left}"
 
 
-def left_behind(seen: set[int], shared: set[str], within: float = 60.0) -> list[str]:
-    """Processes and shared memory of a job that are still there after its end, `within` seconds later."""
+def left_behind(job: Job, shared: set[str], within: float = 60.0) -> list[str]:
+    """Processes, shared memory and temporary files of a job that are there `within` seconds after its end."""
     deadline = time.monotonic() + within
     while True:
-        processes = [f"process {number}" for number in seen if psutil.pid_exists(number)]
-        left = [*processes, *(f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared)]
+        alive = []
+        for process in job.seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(f"process {process.pid} {process.name()}")
+        left = [*alive, *(f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared)]
+        left += [str(path) for path in (job.folder / "tmp").glob("*")]
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(1)
 
 
 def one_run(
-    arguments: argparse.Namespace, table: dict[str, Outcomes], undisturbed: Path | None, number: int, links: bool
-) -> list[str]:
-    """One run with faults until it ends. Returns what is wrong with it."""
-    rng = random.Random(f"{arguments.seed} {number}")
+    ring: str, arguments: argparse.Namespace, table: dict[str, Outcomes], undisturbed: Undisturbed | None, number: int
+) -> tuple[list[str], Undisturbed | None]:
+    """One run, with faults until each kind has its number, and the rest of the steps without.
+
+    Returns what is wrong with it. If nothing is, it also returns what is to be known of it as an undisturbed one.
+    """
+    rng, wrong, known = random.Random(f"{arguments.seed} {number}"), list[str](), None
     shared, before = set(os.listdir("/dev/shm")), {kind: one.survived for kind, one in table.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        job = Job(config_of(arguments, Path(folder) / "runs"), Path(folder), links)
-        job.start()
-        wrong: list[str] = []
-        try:
-            if not job.wait_for(2):
-                return [f"the run did not begin: {job.log.read_text()[-2000:]}"]
-            while job.step() < job.config.run.num_steps - 2:
-                open_kinds = [kind for kind, one in table.items() if one.tried < arguments.each]
-                if not open_kinds:
-                    break
-                kind = rng.choice(open_kinds)
-                if not strike(job, kind, rng, table[kind]):
-                    wrong.append(f"no step within {PATIENCE:g} s after {kind!r}: {job.log.read_text()[-3000:]}")
-                    break
-            if not wrong and not job.wait_for(job.config.run.num_steps):
-                wrong.append(f"the run did not end: {job.log.read_text()[-2000:]}")
+    with tempfile.TemporaryDirectory(prefix="r2m-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        with Job(ring, arguments, Path(folder)) as job:
+            for kind in [kind for kind in table if kind in CANNOT]:
+                if reason := CANNOT[kind](job):
+                    print(f"{kind!r} is left out: {reason}", flush=True)
+                    del table[kind]
+            wrong += to_the_end(job, table, arguments.each, rng, undisturbed.per_step if undisturbed else 0.0)
             if not wrong:
-                assert job.process and job.run
-                if job.process.wait(PATIENCE):
-                    # Its end was hurt: a job that is started again finds a finished run, or the last step to take.
-                    job.start()
-                    job.process.wait(PATIENCE)
-                wrong += faults_of(job.run, job.config, undisturbed)
-        finally:
-            job.pids()
-            assert job.process
-            job.process.kill()
-            job.process.wait()
-        wrong += left_behind(job.seen, shared)
+                assert job.run
+                wrong += faults_of(job, undisturbed)
+                known = Undisturbed.of(job.run)
+        wrong += left_behind(job, shared)
     if wrong:  # what had seemed to be survived was not
         for kind, one in table.items():
             one.survived = before[kind]
-    return wrong
+    return wrong, known
+
+
+def to_the_end(job: Job, table: dict[str, Outcomes], each: int, rng: random.Random, per_step: float) -> Iterator[str]:
+    """Lets a job take all its steps, and hurts it on the way. Yields why it does not reach its end, if it does not."""
+    last = job.config.run.num_steps
+    if not job.wait_for(2):
+        yield f"the run did not begin: {job.told()}"
+        return
+    while job.step() < last - MORE and (kinds := [kind for kind, one in table.items() if one.tried < each]):
+        kind = rng.choice(kinds)
+        if not strike(job, kind, rng, table[kind], per_step):
+            yield f"no step within {PATIENCE:g} s after {kind!r}: {job.told()}"
+            return
+    # Its end may have been hurt: a job that is started again then finds a finished run, or a checkpoint to make.
+    for _ in range(3):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if job.wait_for(last) and job.process.wait(PATIENCE) == 0:
+                return
+            job.process = job.start()
+    yield f"the run did not end: {job.told()}"
 
 
 # The table
 
 
-def saved(table: dict[str, Outcomes], arguments: argparse.Namespace, runs: int, wrong: list[str]) -> dict[str, Any]:
-    """The results as plain values."""
-    rows = {}
-    for kind, one in table.items():
-        rows[kind] = {"tried": one.tried, "survived": one.survived, "by": dict(one.by)}
-        if one.seconds:
-            rows[kind] |= {
-                "median_s": round(statistics.median(one.seconds), 1),
-                "worst_s": round(max(one.seconds), 1),
-                "effective_at_one_a_minute": round(1 - min(60.0, statistics.fmean(one.seconds)) / 60, 3),
-            }
-        rows[kind]["seconds"] = [round(seconds, 2) for seconds in one.seconds]
-    what = {name: getattr(arguments, name) for name in ("engine", "learner", "lag", "steps", "seed")}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    return {**what, "machine": machine, "runs": runs, "wrong": wrong, "faults": rows}
+def row_of(kind: str, one: dict[str, Any]) -> list[str]:
+    """One kind of fault, as the cells of a line."""
+    cells = [kind, str(one["tried"]), str(one["survived"]), str(one["by"].get("itself", 0))]
+    if not one["seconds"]:
+        return [*cells, "", "", ""]
+    mean = statistics.fmean(one["seconds"])
+    times = [f"{statistics.median(one['seconds']):.1f}", f"{max(one['seconds']):.1f}"]
+    return [*cells, *times, f"{100 * max(0.0, 1 - mean / 60):.0f} %"]
 
 
-def printed(result: dict[str, Any]) -> str:
-    """The table, as text."""
-    lines = [
-        f"{'fault':24} {'tried':>6} {'survived':>9} {'by itself':>10} {'median s':>9} {'worst s':>8} {'effective':>10}"
-    ]
-    for kind, row in result["faults"].items():
-        numbers = [row.get(key, math.nan) for key in ("median_s", "worst_s", "effective_at_one_a_minute")]
-        lines.append(
-            f"{kind:24} {row['tried']:6} {row['survived']:9} {row['by'].get('itself', 0):10} {numbers[0]:9.1f} "
-            f"{numbers[1]:8.1f} {numbers[2]:10.1%}"
+def table_of(results: dict[str, Any]) -> str:
+    """All results as text in Markdown."""
+    head = ["fault", "times", "survived", "by itself", "median s", "worst s", "training at one a minute"]
+    text = []
+    for name, ring in results.items():
+        rows = [row_of(kind, one) for kind, one in sorted(ring["faults"].items()) if one["tried"]]
+        lines = [head, ["---"] * len(head), *rows]
+        wrong = "; ".join(ring["wrong"]) or "nothing"
+        text.append(f"### {name}\n")
+        text += [f"| {' | '.join(line)} |" for line in lines]
+        text.append(
+            f"\n{ring['runs']} runs of {ring['how']['steps']} steps of {ring['undisturbed']['per_step']:.2f} s, "
+            f"`lag: {ring['how']['lag']}`, on {ring['machine']}. Wrong with them at their end: {wrong}.\n"
         )
-    tail = "; ".join(result["wrong"]) or "none"
-    return "\n".join([*lines, f"{result['runs']} runs reached their end; wrong with them: {tail}"])
+    return "\n".join(text)
+
+
+BEGIN, END = "<!-- the table of benchmarks/chaos.py -->\n", "<!-- its end -->\n"
+
+
+def write_table(path: Path, results: dict[str, Any]) -> None:
+    """Puts the table into a document, between the two marks. Raises ValueError if they are not there."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, behind = rest.partition(END)
+    if not end:
+        raise ValueError(f"{path}: has no lines {BEGIN.strip()} and {END.strip()}, between which the table belongs")
+    write_file(path, f"{before}{begin}{table_of(results)}{end}{behind}")
+
+
+def in_own_namespaces() -> None:
+    """Starts this command anew with processes, shared memory and mounts of its own. All of them end with it."""
+    own = "R2M_CHAOS_NAMESPACES"
+    rights = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    command = ["unshare", *rights, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command += ["bash", "-c", 'mount -t tmpfs tmpfs /dev/shm && "$@"; exit $?', "bash"]
+    if os.environ.get(own):
+        return
+    if not _done([*command, "true"]):
+        print("no namespaces can be made here: processes that others start meanwhile may be taken for the runs'")
+        return
+    os.execvpe(command[0], [*command, sys.executable, *sys.argv], os.environ | {own: "yes"})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=50, help="faults of each kind (50)")
-    parser.add_argument("--kinds", nargs="+", help="kinds of faults, such as 'kill rollout' (all)")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--learner", choices=("torch", "deepspeed"), default="torch")
+    parser.add_argument("--ring", nargs="+", choices=[*RINGS], default=[*RINGS], help="the rings to hurt (all)")
+    parser.add_argument("--kinds", nargs="+", help="kinds of faults, such as 'kill rollout' (all of a ring)")
     parser.add_argument("--lag", choices=("exact", "bounded"), default="exact")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"policy steps of a run ({STEPS})")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--links", action="store_true", help="messages come late, and some twice")
     parser.add_argument("--json", type=Path, help="where results go; if the file is there, the measurement goes on")
+    parser.add_argument("--table", type=Path, help="a document into which the table is put")
     parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--pids", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.drive:
-        drive(R2MConfig.from_yaml(arguments.drive), arguments.pids, arguments.links)
+        drive(arguments.drive)
         return 0
-    kinds = [f"kill {stage}" for stage in (*STAGES, "driver", *RAYS)]
-    kinds += [f"stop {stage}" for stage in ("rollout", "queue", "annotator", "policy-learner")]
-    kinds += ["kill engine-rollout"] if arguments.engine == "vllm" else []
-    table = {kind: Outcomes() for kind in arguments.kinds or kinds}
-    runs, wrong = 0, []
-    if arguments.json and arguments.json.exists():
-        known = json.loads(arguments.json.read_text())
-        runs, wrong = known["runs"], known["wrong"]
-        for kind, row in known["faults"].items():
-            table[kind] = Outcomes(row["tried"], row["survived"], Counter(row["by"]), row["seconds"])
-    with tempfile.TemporaryDirectory() as folder:
-        undisturbed = None
-        if arguments.lag == "exact":
-            with one_thread(), contextlib.redirect_stdout(sys.stderr):
-                config = config_of(arguments, Path(folder))
-                in_process = arguments.learner == "torch"
-                undisturbed = training.train(config, in_process=in_process)
+    in_own_namespaces()
+    results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    machine = f"{os.cpu_count()} cores of a {platform.machine()}"
+
+    def keep(ring: str, known: dict[str, Any]) -> None:
+        results[ring] = known | {"machine": machine}
+        if arguments.json:
+            write_file(arguments.json, json.dumps(results, indent=1) + "\n")
+        if arguments.table:
+            write_table(arguments.table, results)
+
+    for ring in arguments.ring:
+        how = {"steps": arguments.steps, "lag": arguments.lag}
+        known = results.get(ring, {"how": None, "faults": {}, "wrong": [], "runs": 0})
+        if known["how"] != how:
+            wrong, undisturbed = undisturbed_run(ring, arguments)
+            if not undisturbed or wrong:
+                print("\n".join(wrong), file=sys.stderr)
+                return 1
+            keep(ring, known := {**known, "how": how, "undisturbed": asdict(undisturbed)})
+        kinds = arguments.kinds or RINGS[ring][1]
+        table = {kind: Outcomes.of(known["faults"].get(kind, {})) for kind in kinds}
         while any(one.tried < arguments.each for one in table.values()):
-            wrong += one_run(arguments, table, undisturbed, runs, arguments.links)
-            runs += 1
-            result = saved(table, arguments, runs, wrong)
-            if arguments.json:
-                write_file(arguments.json, json.dumps(result, indent=1) + "\n")
-            print(printed(result), flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    return 1 if wrong else 0
+            wrong, _ = one_run(ring, arguments, table, Undisturbed(**known["undisturbed"]), known["runs"])
+            known |= {"runs": known["runs"] + 1, "wrong": known["wrong"] + wrong}
+            known["faults"] |= {kind: asdict(one) for kind, one in table.items()}
+            keep(ring, known)
+            print(table_of({ring: known}), flush=True)
+    return int(any(ring["wrong"] for ring in results.values()))
 
 
 if __name__ == "__main__":

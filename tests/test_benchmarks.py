@@ -59,6 +59,34 @@ def test_ten_thousand_damaged_inputs_are_accepted_or_refused_by_the_one_error_of
     assert sum(int(row[1]) for row in rows) == 10_000 and all(int(row[3]) > 0 for row in rows)
 
 
+def test_a_run_that_is_hurt_ends_as_one_that_nothing_disturbed(tmp_path):
+    table, kinds = tmp_path / "table.md", ["kill rollout", "kill policy-learner", "kill driver", "messages twice"]
+    table.write_text("before\n<!-- the table of benchmarks/chaos.py -->\nold\n<!-- its end -->\nbehind\n")
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "chaos.py",
+        "--ring",
+        "transformers",
+        "--each",
+        "1",
+        "--steps",
+        "24",
+    ]
+    command += ["--json", tmp_path / "result.json", "--table", table, "--kinds", *kinds]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0, done.stdout + done.stderr
+    ring = json.loads((tmp_path / "result.json").read_text())["transformers"]
+    assert ring["wrong"] == []
+    assert {kind: (one["tried"], one["survived"]) for kind, one in ring["faults"].items()} == dict.fromkeys(
+        kinds, (1, 1)
+    )
+    assert all(one["by"] == {"itself": 1} for kind, one in ring["faults"].items() if kind != "kill driver")
+    text = table.read_text()
+    assert text.startswith("before\n<!-- the") and text.endswith("<!-- its end -->\nbehind\n") and "old" not in text
+    assert "| kill driver | 1 | 1 | 0 |" in text
+
+
 def test_a_head_update_is_measured_against_a_full_one(tmp_path):
     command = [
         sys.executable,

@@ -27,6 +27,7 @@ from r2m_async.models.adapters import Publication, TrainedPart, adapters_off, ad
 from r2m_async.models.critic import ValueModel
 from r2m_async.models.loading import checkpoint_activations
 from r2m_async.models.policy import PolicyForward
+from r2m_async.models.weights import adamw
 from r2m_async.whole import disk_errors, scratch_directory
 
 GATHERED_BYTES = 256 * 2**20
@@ -81,10 +82,7 @@ class DeepSpeedBackend:
             add_adapters(model, config.model.lora, config.run.seed)
         if config.learner.activation_checkpointing:
             checkpoint_activations(model)
-        trained = TrainedPart(model).parameters()
-        optimizer = torch.optim.AdamW(
-            trained, lr=config.learner.lr, weight_decay=config.learner.weight_decay, fused=True
-        )
+        optimizer = adamw(TrainedPart(model).parameters(), config.learner.lr, config.learner.weight_decay)
         try:
             self.policy, *_ = self._deepspeed.initialize(
                 model=model if isinstance(model, ValueModel) else PolicyForward(model),

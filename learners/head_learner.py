@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from learners.optimizer_state import moments, restore_moments
@@ -14,7 +13,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.finite import all_finite
 from r2m_async.models.heads import HeldHead, improve_head
-from r2m_async.models.weights import load_weights, named_weights
+from r2m_async.models.weights import adamw, load_weights, named_weights
 from r2m_async.trajectories import GroupRewards, HeadGroup, PolicyFeedback, RewardEmbeddings, StepReport, Weights
 
 
@@ -36,9 +35,7 @@ class HeadLearner:
         self._config = config
         self._version = 0
         self._held = HeldHead(head, config)
-        # In a group of parameters, because torch refuses a list without any. Without a reward model there are none.
-        group = {"params": [*head.parameters()]}
-        self._optimizer = torch.optim.AdamW([group], lr=config.head.lr, weight_decay=0.0)
+        self._optimizer = adamw(head.parameters(), config.head.lr)
 
     def start(self, weights: Weights) -> tuple[int]:
         """Takes the first weights. They come from the annotator, the only stage that has loaded the reward model.

@@ -16,7 +16,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.finite import all_finite
 from r2m_async.models.adapters import TrainedPart, adapters_off, add_adapters, publications
 from r2m_async.models.loading import checkpoint_activations
-from r2m_async.models.weights import MasterWeights, load_weights, named_weights
+from r2m_async.models.weights import MasterWeights, adamw, load_weights, named_weights
 
 
 class TorchBackend:
@@ -46,9 +46,7 @@ class TorchBackend:
         self._max_grad_norm = config.learner.max_grad_norm
         self._trained = TrainedPart(model)
         self._masters = MasterWeights(self._trained)
-        self._optimizer = torch.optim.AdamW(
-            self._masters.tensors, lr=config.learner.lr, weight_decay=config.learner.weight_decay
-        )
+        self._optimizer = adamw(self._masters.tensors, config.learner.lr, config.learner.weight_decay)
         if config.learner.activation_checkpointing:
             checkpoint_activations(model)
 

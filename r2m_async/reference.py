@@ -52,7 +52,7 @@ from r2m_async.models.policy_objective import (
 from r2m_async.models.pretrained import pretrained_tokenizer
 from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
 from r2m_async.models.reward_scale import RewardScale
-from r2m_async.models.weights import MasterWeights, MovingReference, named_weights
+from r2m_async.models.weights import MasterWeights, MovingReference, adamw, named_weights
 from r2m_async.objectives import next_kl_coef, sequence_kl, value_loss
 from r2m_async.trajectories import (
     GroupRewards,
@@ -152,8 +152,7 @@ class _Algorithm1:
         self._policy_optimizer = _Optimizer(self._policy, config)
         self._critic = load_critic(workload.critic, config) if workload.critic else None
         self._critic_optimizer = _Optimizer(self._critic, config) if self._critic else None
-        head_group = {"params": [*self._head.parameters()]}  # which may be empty, unlike a bare list
-        self._head_optimizer = torch.optim.AdamW([head_group], lr=config.head.lr, weight_decay=0.0)
+        self._head_optimizer = adamw(self._head.parameters(), config.head.lr)
         self._kl_coef = config.objective.kl_coef
         self._moving = MovingReference(self._reference, config.model.reference_mix)
         self._held = HeldHead(self._head, config)
@@ -382,7 +381,7 @@ class _Optimizer:
     def __init__(self, model: Any, config: R2MConfig) -> None:
         self._model, self._masters = model, MasterWeights(model)
         self._max_grad_norm, self._on_nonfinite = config.learner.max_grad_norm, config.learner.on_nonfinite
-        self._optimizer = torch.optim.AdamW(self._masters.tensors, weight_decay=config.learner.weight_decay)
+        self._optimizer = adamw(self._masters.tensors, config.learner.lr, config.learner.weight_decay)
 
     def step(self, lr: float, place: str) -> None:
         """Takes one step with the learning rate `lr`, and clears the gradients.

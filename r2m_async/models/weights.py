@@ -88,6 +88,17 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
         parameter.copy_(weights.tensors[name])
 
 
+def adamw(parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """Returns the optimizer of policies, critics and reward heads, in the ring and in the reference alike.
+
+    parameters: the tensors that it moves. There may be none, as in a reward head without a reward model.
+    lr: the learning rate. Whoever has a schedule sets it before each step.
+    """
+    # One kernel for all tensors. In a group of its own, because torch refuses a list without any tensor.
+    group = {"params": list(parameters)}
+    return torch.optim.AdamW([group], lr=lr, weight_decay=weight_decay, fused=True)
+
+
 class MasterWeights:
     """The float32 tensors that the optimizer moves, one for each parameter of a model.
 

@@ -74,14 +74,14 @@ def rank_microbatches(
         max_tokens: the most tokens in one pass. A single trajectory may be longer.
         packed: whether a pass has no padding. If it has, padding counts as tokens.
 
-    Returns the passes in the order of groups. Those that count for nothing come last.
+    Returns the passes in the order of `microbatches`. Those that count for nothing come last.
     """
     # Every rank works out the passes of all ranks by itself, so they agree without a message.
     passes = []
     for owned in group_shares(trajectories, groups, num_ranks):
         rows = [row for index in owned for row in groups[index]]
         parts = microbatches([trajectories[row] for row in rows], max_tokens, packed)
-        passes.append([MicroBatch(rows=tuple(rows[part]), counts=True) for part in parts])
+        passes.append([MicroBatch(rows=tuple(rows[index] for index in part), counts=True) for part in parts])
     # The cheapest pass that still goes through the whole model.
     shortest = min((row for group in groups for row in group), key=lambda row: len(trajectories[row].token_ids))
     missing = max(map(len, passes)) - len(passes[rank])

@@ -295,16 +295,17 @@ class _Algorithm1:
             # The step trains nothing, but it still counts as a version of policy and head.
             return None
         mask, behaviour = response_mask(trajectories), behaviour_logprobs(trajectories)
-        refreshed: list[Tensor] = []
+        refreshed: dict[int, Tensor] = {}
         for epoch in range(objective.epochs):  # 11
             for start, stop in minibatch_bounds(scored, objective.num_minibatches):
                 denominator, responses = denominators(loss_mask(trajectories[start:stop], config), config)
                 parts = microbatches(trajectories[start:stop], config.learner.tokens_per_microbatch, packed)
-                minibatch = [slice(start + part.start, start + part.stop) for part in parts]
+                minibatch = [[start + row for row in part] for part in parts]
                 for rows in minibatch:
+                    chosen = [trajectories[row] for row in rows]
                     logprobs, states, entropies = policy_pass(
                         self._policy,
-                        trajectories[rows],
+                        chosen,
                         config.rollouts.temperature,
                         packed,
                         entropy=objective.entropy_coef > 0,
@@ -316,7 +317,7 @@ class _Algorithm1:
                         step.old[rows],
                         ref[rows],
                         advantages[rows],
-                        loss_mask(trajectories[rows], config),
+                        loss_mask(chosen, config),
                         denominator,
                         responses,
                         self._estimator,
@@ -326,7 +327,7 @@ class _Algorithm1:
                     loss.backward()
                     # The states of the last epoch's forward passes are the refreshed feedback.
                     if epoch == objective.epochs - 1:  # 13
-                        refreshed += feedback_states(states, config)
+                        refreshed |= zip(rows, feedback_states(states, config), strict=True)
                 self._policy_optimizer.step(config.learning_rate(step.number), step.place)  # 12
                 if self._critic:
                     assert values is not None and returns is not None
@@ -334,16 +335,16 @@ class _Algorithm1:
         if objective.kl_target is not None:
             kl = sequence_kl(step.old, ref, mask)
             self._kl_coef = next_kl_coef(self._kl_coef, kl, objective.kl_target, objective.kl_gain)
-        return refreshed
+        return [refreshed[row] for row in range(len(trajectories))]
 
     def _improve_critic(
-        self, step: _Step, minibatch: list[slice], values: Tensor, returns: Tensor, num_tokens: int
+        self, step: _Step, minibatch: list[list[int]], values: Tensor, returns: Tensor, num_tokens: int
     ) -> None:
         """Not in Algorithm 1: PPO trains a critic beside the policy, on the same minibatch."""
         config = self._config
         assert self._critic_optimizer is not None
         for rows in minibatch:
-            part = step.trajectories[rows]
+            part = [step.trajectories[row] for row in rows]
             now = response_values(self._critic, part, config.learner.packing)
             width = response_mask(part).shape[1]
             before, target = values[rows, :width], returns[rows, :width]

@@ -8,6 +8,7 @@ tokens.py            what a tokenizer and a model must agree on; the text of res
 weight_files.py      checks the weight files of a model before they are loaded
 weights.py           copies parameters, fingerprints them for the way to an engine, and keeps float32 masters
 batches.py           forms batches of texts: which go together, and how they are padded
+padding.py           decides which sequences go through a model in one pass
 policy.py            computes log-probabilities and hidden states of given trajectories
 policy_objective.py  computes the advantages of a step and the policy loss (Eq. 2) of one microbatch
 generation.py        samples groups of responses with transformers

@@ -52,17 +52,13 @@ class ValueModel(nn.Module):
         """Passes the call on to the classifier, with the same keyword arguments."""
         self.classifier.gradient_checkpointing_enable(**how)
 
-    def forward(
-        self, inputs_RC: Tensor, attention_RC: Tensor | None, positions_RC: Tensor | None, places_N: Tensor
-    ) -> Tensor:
+    def forward(self, inputs_RC: Tensor, positions_RC: Tensor | None, places_N: Tensor) -> Tensor:
         """Returns the values [N] float32 of the response tokens.
 
-        The arguments are the tensors of `PassInputs`: input tokens, attention mask, positions, and the flat position
-        (0 to R C - 1) at which each response token is chosen.
+        The arguments are the tensors of `PassInputs`: input tokens, positions, and the flat position (0 to R C - 1) at
+        which each response token is chosen.
         """
-        outputs = self.classifier.base_model(
-            input_ids=inputs_RC, attention_mask=attention_RC, position_ids=positions_RC, use_cache=False
-        )
+        outputs = self.classifier.base_model(input_ids=inputs_RC, position_ids=positions_RC, use_cache=False)
         states_XD = outputs.last_hidden_state.flatten(0, 1)
         return self.classifier.score(states_XD[places_N]).squeeze(-1).float()
 
@@ -145,7 +141,7 @@ def proximal_values(model: ValueModel, trajectories: Sequence[Trajectory], confi
     """
     values_BT = torch.zeros(response_mask(trajectories).shape)
     packed = config.learner.packing
-    for part in microbatches(trajectories, config.learner.tokens_per_microbatch, packed):
-        part_BT = response_values(model, trajectories[part], packed)
-        values_BT[part, : part_BT.shape[1]] = part_BT.cpu()
+    for rows in microbatches(trajectories, config.learner.tokens_per_microbatch, packed):
+        part_BT = response_values(model, [trajectories[row] for row in rows], packed)
+        values_BT[rows, : part_BT.shape[1]] = part_BT.cpu()
     return values_BT

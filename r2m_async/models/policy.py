@@ -24,28 +24,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from r2m_async.config import R2MConfig
+from r2m_async.models.padding import similar_lengths
 from r2m_async.trajectories import PolicyFeedback, Trajectory, TrajectoryGroup
 
 LOGITS_AT_ONCE = 1 << 24
 """The most logits, tokens times vocabulary, that a forward or backward pass holds at once: 64 MiB in float32."""
 
 
-def microbatches(trajectories: Sequence[Trajectory], max_tokens: int, packed: bool = False) -> list[slice]:
-    """Cuts the trajectories, in their order, into microbatches of at most `max_tokens` tokens.
+def microbatches(trajectories: Sequence[Trajectory], max_tokens: int, packed: bool = False) -> list[list[int]]:
+    """Splits trajectories into the microbatches of one forward pass each, by their lengths.
 
-    packed: False counts each trajectory as long as the longest of its microbatch, padding included. True counts the
-        trajectories' own tokens.
-
-    Returns consecutive slices of `trajectories`. A trajectory longer than `max_tokens` gets a microbatch of its own.
+    max_tokens, packed, and the indices that it returns: as in `similar_lengths`.
     """
-    slices, start, longest, total = [], 0, 0, 0
-    for index, trajectory in enumerate(trajectories):
-        length = len(trajectory.token_ids)
-        longest, total = max(longest, length), total + length
-        if index > start and (total if packed else longest * (index + 1 - start)) > max_tokens:
-            slices.append(slice(start, index))
-            start, longest, total = index, length, length
-    return [*slices, slice(start, len(trajectories))] if trajectories else []
+    return similar_lengths([len(trajectory.token_ids) for trajectory in trajectories], max_tokens, packed)
 
 
 def response_mask(trajectories: Sequence[Trajectory], length: int | None = None) -> Tensor:
@@ -67,13 +58,12 @@ def behaviour_logprobs(trajectories: Sequence[Trajectory]) -> Tensor:
 class PassInputs:
     """Trajectories laid out for one forward pass.
 
-    The last token of a trajectory is left out, because nothing follows that it would predict.
+    The last token of a trajectory is left out, because nothing follows that it would predict. There is no mask for
+    padding: it comes after all tokens of its row, and a causal model looks at no later token.
     """
 
     inputs_RC: Tensor
     """[R, C] int64 token ids."""
-    attention_RC: Tensor | None
-    """[R, C] int64: 1 on tokens, 0 on padding. None if the trajectories are packed."""
     positions_RC: Tensor | None
     """[R, C] int64: each token's position in its own trajectory. None if the trajectories are padded."""
     places_N: Tensor
@@ -92,28 +82,26 @@ class PassInputs:
         """
         inputs = [trajectory.token_ids[:-1] for trajectory in trajectories]
         lengths = [len(row) for row in inputs]
-        attention_RC = positions_RC = None
+        positions_RC = None
         if packed:
             inputs_RC = torch.cat(inputs)[None]
             positions_RC = torch.cat([torch.arange(length) for length in lengths])[None]
             starts = [0, *itertools.accumulate(lengths[:-1])]
         else:
             inputs_RC = _stacked(inputs, 0)
-            attention_RC = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
             starts = [row * max(lengths) for row in range(len(lengths))]
         # Where each token of a trajectory is chosen, were it the only one of the pass.
         chosen = [one.of_policy(torch.arange(len(one.token_ids))) - 1 for one in trajectories]
         return cls(
             inputs_RC=inputs_RC,
-            attention_RC=attention_RC,
             positions_RC=positions_RC,
             places_N=torch.cat([start + places for start, places in zip(starts, chosen, strict=True)]),
             rows=tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True)),
         )
 
     def on(self, device: torch.device) -> tuple[Tensor | None, ...]:
-        """Returns (inputs, attention, positions, places) on `device`: the first arguments of a forward pass."""
-        given = (self.inputs_RC, self.attention_RC, self.positions_RC, self.places_N)
+        """Returns (inputs, positions, places) on `device`: the first arguments of a forward pass."""
+        given = (self.inputs_RC, self.positions_RC, self.places_N)
         return tuple(None if one is None else one.to(device) for one in given)
 
 
@@ -142,7 +130,6 @@ class PolicyForward(nn.Module):
     def forward(
         self,
         inputs_RC: Tensor,
-        attention_RC: Tensor | None,
         positions_RC: Tensor | None,
         places_N: Tensor,
         targets_N: Tensor,
@@ -151,7 +138,7 @@ class PolicyForward(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns (log-probabilities [N] float32, hidden states [R C, D], entropies [N] float32 or None).
 
-        The first four arguments are those of `PassInputs`.
+        The first three arguments are those of `PassInputs`.
 
         targets_N: [N] int64, the response tokens themselves. Token n is predicted at the flat position places_N[n].
         temperature: divides the logits before the softmax.
@@ -159,9 +146,7 @@ class PolicyForward(nn.Module):
 
         The hidden states are those of the last layer, after the final norm.
         """
-        outputs = self.model.base_model(
-            input_ids=inputs_RC, attention_mask=attention_RC, position_ids=positions_RC, use_cache=False
-        )
+        outputs = self.model.base_model(input_ids=inputs_RC, position_ids=positions_RC, use_cache=False)
         states_XD = outputs.last_hidden_state.flatten(0, 1)
         # Only positions that predict a response token: logits of the prompt and of padding would be for nothing.
         logprobs_N, entropies_N = chosen_logprobs(
@@ -295,15 +280,15 @@ def proximal_pass(
     Returns log-probabilities [B, T] float32 (0 on padding) and one tensor [S - 1, D] of hidden states in
     `feedback.dtype` per trajectory. All are on the CPU.
     """
-    width = response_mask(trajectories).shape[1]
-    rows: list[Tensor] = []
-    kept: list[Tensor] = []
+    logprobs_BT = torch.zeros(response_mask(trajectories).shape)
+    kept: dict[int, Tensor] = {}
     packed = config.learner.packing
-    for part in microbatches(trajectories, config.learner.tokens_per_microbatch, packed):
-        logprobs_BT, states = logprobs_and_states(model, trajectories[part], config.rollouts.temperature, packed)
-        rows.append(nn.functional.pad(logprobs_BT.cpu(), (0, width - logprobs_BT.shape[1])))
-        kept += feedback_states(states, config)
-    return torch.cat(rows), tuple(kept)
+    for rows in microbatches(trajectories, config.learner.tokens_per_microbatch, packed):
+        chosen = [trajectories[row] for row in rows]
+        part_BT, states = logprobs_and_states(model, chosen, config.rollouts.temperature, packed)
+        logprobs_BT[rows, : part_BT.shape[1]] = part_BT.cpu()
+        kept |= zip(rows, feedback_states(states, config), strict=True)
+    return logprobs_BT, tuple(kept[row] for row in range(len(trajectories)))
 
 
 def token_logprobs(model: Any, trajectories: Sequence[Trajectory], config: R2MConfig) -> Tensor:

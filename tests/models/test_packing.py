@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from r2m_async.models.loading import load_policy
+from r2m_async.models.padding import MOST_PADDING
 from r2m_async.models.policy import logprobs_and_states, microbatches
 
 pytestmark = pytest.mark.models
@@ -59,10 +60,25 @@ def test_in_a_packed_row_no_trajectory_sees_another(tiny, tiny_config, family, a
 
 def test_a_packed_microbatch_counts_tokens_and_a_padded_one_their_rectangle():
     batch = trajectories([(4, 4), (1, 1), (1, 1), (1, 1), (4, 4)])
-    assert microbatches(batch, 16) == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    assert microbatches(batch, 16, packed=True) == [slice(0, 4), slice(4, 5)]
-    assert microbatches(batch, 1, packed=True) == [slice(row, row + 1) for row in range(5)]
+    assert microbatches(batch, 16) == [[1, 2, 3], [0, 4]]
+    assert microbatches(batch, 24) == [[1, 2, 3], [0, 4]]
+    assert microbatches(batch, 32) == [[1, 2, 3, 0], [4]]
+    assert microbatches(batch, 16, packed=True) == [[1, 2, 3, 0], [4]]
+    assert microbatches(batch, 1, packed=True) == [[1], [2], [3], [0], [4]]
     assert microbatches([], 16, packed=True) == []
+
+
+@given(st.lists(st.integers(2, 400), min_size=1, max_size=40), st.integers(1, 5000))
+def test_a_padded_microbatch_holds_similar_lengths_and_little_padding(lengths, max_tokens):
+    batch = trajectories([(1, length - 1) for length in lengths])
+    parts = microbatches(batch, max_tokens)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    for part in parts:
+        own = [lengths[row] for row in part]
+        assert own == sorted(own)
+        padded = max(own) * len(own)
+        assert padded <= max_tokens or len(own) == 1
+        assert padded - sum(own) <= MOST_PADDING
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

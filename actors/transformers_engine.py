@@ -63,39 +63,18 @@ class TransformersEngine:
         Returns what `generate` returns, per ticket. The size of the batch may change how log-probabilities are rounded.
         With a rollout function of the user's there is no batch: each response is alone. Raises what `generate` raises.
         """
-        groups = self._played(tickets) if self._function else self._sampled(tickets)
-        return [(whole, self._feedback(whole.finished())) for whole in groups]
-
-    def _played(self, tickets: Sequence[Ticket]) -> list[TrajectoryGroup]:
-        """The groups as the user's rollout function drives them."""
-        assert self._function is not None
-        return [
-            play_with_model(
-                self._function,
-                self._model,
-                self._tokenizer,
-                ticket,
-                self._config,
-                greedy_twin=self._greedy_twin,
-                version=self._version,
-                aborted=self._is_aborted,
-            )
+        how: dict[str, Any] = {
+            "greedy_twin": self._greedy_twin,
+            "version": self._version,
+            "aborted": self._is_aborted,
+        }
+        if self._function is None:
+            return sample_groups(self._model, self._tokenizer, tickets, self._config, **how)
+        groups = [
+            play_with_model(self._function, self._model, self._tokenizer, ticket, self._config, **how)
             for ticket in tickets
         ]
-
-    def _sampled(self, tickets: Sequence[Ticket]) -> list[TrajectoryGroup]:
-        """The groups of single turns, as one batch."""
-        return sample_groups(
-            self._model,
-            self._tokenizer,
-            tickets,
-            num_responses=self._config.rollouts.group_size,
-            temperature=self._config.rollouts.temperature,
-            max_new_tokens=self._config.rollouts.max_new_tokens,
-            greedy_twin=self._greedy_twin,
-            version=self._version,
-            aborted=self._is_aborted,
-        )
+        return [(whole, self._feedback(whole.finished())) for whole in groups]
 
     def _is_aborted(self, ticket: Ticket) -> bool:
         return self._aborted == (ticket.group_id, ticket.attempt)

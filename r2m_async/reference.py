@@ -214,32 +214,16 @@ class _Algorithm1:
 
     def _generate(self, ticket: Ticket, version: int) -> tuple[TrajectoryGroup, PolicyFeedback | None]:
         """Lines 5 and 6 for one group: its responses and, if the head reads them, the sampling policy's hidden states."""
-        config, rollouts, sampler = self._config, self._config.rollouts, self._policies[version]
+        config, sampler = self._config, self._policies[version]
         if self._engine is not None:
             return self._engine.generate(ticket)
+        how: dict[str, Any] = {"greedy_twin": self._estimator.needs_greedy, "version": version}
         if self._function is not None:  # 2, 5, in several turns
-            group = play_with_model(
-                self._function,
-                sampler,
-                self._policy_tokenizer,
-                ticket,
-                config,
-                greedy_twin=self._estimator.needs_greedy,
-                version=version,
-            )
-        else:
-            # One group at a time, as in an exact ring: the number of groups in a batch changes the rounding.
-            (group,) = sample_groups(  # 2, 5
-                sampler,
-                self._policy_tokenizer,
-                [ticket],
-                num_responses=rollouts.group_size,
-                temperature=rollouts.temperature,
-                max_new_tokens=rollouts.max_new_tokens,
-                greedy_twin=self._estimator.needs_greedy,
-                version=version,
-            )
-        return group, group_feedback(sampler, group, config, version) if config.wants_rollout_states else None  # 6
+            group = play_with_model(self._function, sampler, self._policy_tokenizer, ticket, config, **how)
+            return group, group_feedback(sampler, group, config, version) if config.wants_rollout_states else None  # 6
+        # One group at a time, as in an exact ring: the number of groups in a batch changes the rounding.
+        (sampled,) = sample_groups(sampler, self._policy_tokenizer, [ticket], config, **how)  # 2, 5, 6
+        return sampled
 
     def _embed(self, group: TrajectoryGroup) -> RewardEmbeddings | None:
         """The embeddings of a group, or None if it is given up because a reward function failed."""

@@ -304,13 +304,19 @@ def group_feedback(model: Any, group: TrajectoryGroup, config: R2MConfig, versio
     """
     both = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
     _, states = logprobs_and_states(model, both, config.rollouts.temperature)
-    kept = feedback_states(states, config)
-    return PolicyFeedback(
-        group_id=group.ticket.group_id,
-        hidden_states=kept[: len(group.trajectories)],
-        greedy=None if group.greedy is None else kept[-1],
-        policy_version=version,
-    )
+    return feedback_of(group, states, config, version)
+
+
+def feedback_of(group: TrajectoryGroup, states: Sequence[Tensor], config: R2MConfig, version: int) -> PolicyFeedback:
+    """Makes the feedback on the finished responses of a group from hidden states that were computed already.
+
+    states: one tensor [S - 1, D] for each trajectory of the group, and one for its greedy twin, if it has one.
+    version: the version of the policy that computed them.
+    """
+    finished = [index for index, one in enumerate(group.trajectories) if one.finish_reason != "abort"]
+    kept = feedback_states([states[index] for index in finished], config)
+    greedy = None if group.greedy is None else feedback_states(states[-1:], config)[0]
+    return PolicyFeedback(group_id=group.ticket.group_id, hidden_states=kept, greedy=greedy, policy_version=version)
 
 
 @torch.no_grad()

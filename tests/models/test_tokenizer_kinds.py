@@ -173,11 +173,11 @@ def test_prompts_of_one_batch_have_the_positions_that_each_has_alone(side, tmp_p
         return forward(self, *args, position_ids=position_ids, **others)
 
     monkeypatch.setattr(LlamaModel, "forward", listened)
-    how = dict(num_responses=1, temperature=1.0, max_new_tokens=4, greedy_twin=False, version=0)
-    sample_groups(model, folder.tokenizer, tickets, **how)
+    config = tiny_config.rollouts(group_size=2, max_new_tokens=4).head(variant="vanilla")
+    sample_groups(model, folder.tokenizer, tickets, config, greedy_twin=False, version=0)
     short, long = (len(ticket.prompt.token_ids) for ticket in tickets)
     assert passes[0][0, long - short :].tolist() == list(range(short)) and passes[0][1].tolist() == list(range(long))
-    assert passes[1].flatten().tolist() == [short, long]
+    assert passes[1].flatten().tolist() == [short, short, long, long]
 
 
 @of_every_kind

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from actors import transformers_engine
@@ -11,27 +13,33 @@ from r2m_async import reference
 from r2m_async.errors import ConfigError
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import TicketOffice, resolve
+from r2m_async.models import generation
 from r2m_async.models.generation import sample_groups
 from r2m_async.models.loading import load_policy
+from r2m_async.models.policy import group_feedback
 
 pytestmark = pytest.mark.models
 
 
 @pytest.fixture(scope="module")
 def sample(tiny_config):
-    """`sample(tickets, **changes)` by the tiny policy, and tickets whose prompts differ in length."""
+    """`sample(tickets, ...)` by the tiny policy, the policy, and tickets whose prompts differ in length."""
     policy = load_policy(tiny_config.model.policy, tiny_config)
     tokenizer = AutoTokenizer.from_pretrained(tiny_config.model.policy)
     office = TicketOffice(tiny_config, resolve(tiny_config))
     first, second = (office.group(group_id, 0) for group_id in range(2))
     short = replace(second, prompt=replace(second.prompt, token_ids=second.prompt.token_ids[:-2]))
-    how = {"num_responses": 3, "temperature": 0.8, "max_new_tokens": 12, "greedy_twin": True, "version": 4}
-    return lambda chosen, **changes: sample_groups(policy, tokenizer, chosen, **how | changes), [first, short]
+    config = tiny_config.rollouts(group_size=3, temperature=0.8, max_new_tokens=12)
+
+    def sample(chosen, aborted=lambda _: False):
+        return sample_groups(policy, tokenizer, chosen, config, greedy_twin=True, version=4, aborted=aborted)
+
+    return sample, (policy, config), [first, short]
 
 
 def test_a_group_draws_in_a_batch_what_it_draws_alone_and_so_does_its_greedy_twin(sample):
-    draw, tickets = sample
-    together, alone = draw(tickets), [draw([ticket])[0] for ticket in tickets]
+    draw, _, tickets = sample
+    together, alone = ([group for group, _ in draw(tickets)], [draw([ticket])[0][0] for ticket in tickets])
     assert [group.ticket for group in together] == tickets
     for ours, theirs in zip(together, alone, strict=True):
         for one, other in zip((*ours.trajectories, ours.greedy), (*theirs.trajectories, theirs.greedy), strict=True):
@@ -43,11 +51,42 @@ def test_a_group_draws_in_a_batch_what_it_draws_alone_and_so_does_its_greedy_twi
 
 
 def test_one_group_is_aborted_and_the_other_goes_on(sample):
-    draw, tickets = sample
-    cut, whole = draw(tickets, aborted=lambda ticket: ticket is tickets[0])
+    draw, _, tickets = sample
+    (cut, of_none), (whole, of_all) = draw(tickets, aborted=lambda ticket: ticket is tickets[0])
+    assert of_none is None and len(of_all.hidden_states) == len(whole.trajectories)
     assert all(t.finish_reason in ("abort", "stop") and t.num_response_tokens == 1 for t in cut.trajectories)
     assert all(t.finish_reason in ("length", "stop") for t in whole.trajectories)
     assert max(t.num_response_tokens for t in whole.trajectories) > 1
+
+
+def test_the_states_of_the_sampling_passes_are_those_of_one_pass_over_the_responses(sample):
+    draw, (policy, config), tickets = sample
+    for group, feedback in draw(tickets):
+        expected = group_feedback(policy, group, config, 4)
+        assert (feedback.group_id, feedback.policy_version) == (expected.group_id, 4)
+        for own, their in zip(
+            (*feedback.hidden_states, feedback.greedy), (*expected.hidden_states, expected.greedy), strict=True
+        ):
+            torch.testing.assert_close(own, their, atol=1e-4, rtol=1e-4)
+    # Rows of other lengths have left the batch before these ended.
+    assert len({len(t.token_ids) for group, _ in draw(tickets) for t in group.trajectories}) > 2
+
+
+@given(st.lists(st.floats(-40, 5, width=32), min_size=1, max_size=30), st.floats(0, 1, exclude_max=True))
+def test_a_token_is_where_the_cumulative_distribution_passes_a_random_number(logits, number):
+    logprobs = torch.tensor([logits]).log_softmax(-1)
+    (token,) = generation._at(logprobs, torch.tensor([number], dtype=torch.float64)).tolist()
+    probabilities = logprobs[0].exp().double()
+    cumulative = (probabilities.cumsum(0) / probabilities.sum()).tolist()
+    assert probabilities[token] > 0
+    assert cumulative[token] >= number - 1e-9 and (token == 0 or cumulative[token - 1] <= number + 1e-9)
+
+
+def test_the_largest_random_number_gives_no_token_without_probability():
+    logprobs = torch.tensor([[0.1, 0.2, -torch.inf, -torch.inf]]).log_softmax(-1)
+    largest = torch.tensor([1.0 - 2.0**-53], dtype=torch.float64)
+    assert generation._at(logprobs, largest).tolist() == [1]
+    assert generation._at(logprobs, torch.tensor([torch.nan], dtype=torch.float64)).tolist() == [1]
 
 
 def test_a_ring_in_one_process_generates_a_steps_groups_at_once_and_ends_beside_the_reference(tiny_config, monkeypatch):

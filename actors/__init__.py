@@ -4,7 +4,9 @@ replay_queue.py         keeps every part of every group until both learners have
 group_journal.py        the file in which the replay queue keeps finished groups between two checkpoints
 reward_annotator.py     embeds responses with the frozen reward model and scores them with a reward head
 rollout_actor.py        turns tickets into groups of responses, with one engine
-transformers_engine.py  the engine on transformers' `generate`
+transformers_engine.py  the engine on transformers
+gathering.py            joins calls of several threads into calls for all of them at once
+aborts.py               remembers what was aborted before it came
 vllm_engine.py          the engine on vLLM
 vllm_turns.py           samples the turns of a group on vLLM, for a rollout function of the user's
 vllm_drivers.py         two ways to run vLLM: step by step in this process, or in processes of its own

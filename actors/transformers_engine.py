@@ -1,10 +1,12 @@
-"""The rollout engine on transformers' `generate`. It is slow and simple. It is exact if a batch is a single group."""
+"""The rollout engine on transformers. It is slow and simple. It is exact if a batch is a single group."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from actors.aborts import Aborted, attempt_name
+from actors.gathering import Gathered
 from r2m_async.config import R2MConfig
 from r2m_async.models.generation import play_with_model, sample_groups
 from r2m_async.models.plays import rollout_function
@@ -12,9 +14,16 @@ from r2m_async.models.policy import group_feedback
 from r2m_async.models.weights import load_weights
 from r2m_async.trajectories import PolicyFeedback, Ticket, TrajectoryGroup, Weights
 
+PATIENCE = 0.01
+"""Seconds that a batch waits for a further group: the controller sends off all groups that it may, one after the other."""
+
 
 class TransformersEngine:
-    """A `RolloutEngine` that samples with a transformers model in this process."""
+    """A `RolloutEngine` that samples with a transformers model in this process.
+
+    Groups that threads ask for at the same time become one batch, of at most `rollouts.concurrent_groups`. Those that come
+    later wait for its end.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, config: R2MConfig, greedy_twin: bool) -> None:
         """Keeps the model as policy version 0.
@@ -33,8 +42,10 @@ class TransformersEngine:
         self._greedy_twin = greedy_twin
         self._function = rollout_function(config)
         self._version = 0
-        self._aborted: tuple[int, int] | None = None
-        """The group and attempt that `abort` named last. `abort` runs in another thread than `generate`."""
+        self._aborted = Aborted()
+        """The attempts that `abort` has named."""
+        at_once = config.rollouts.concurrent_groups
+        self._gathered = Gathered(self.generate_batch, at_once, PATIENCE, self._nothing_of)
 
     def load(self, weights: Weights, sent: dict[str, Any] | None = None) -> dict[str, float]:
         """Copies the weights into the model. `sent` is not used.
@@ -55,7 +66,7 @@ class TransformersEngine:
         Raises NonFiniteStep if the policy gives no finite probability for a token, and FunctionFailed if the user's
         rollout function fails.
         """
-        return self.generate_batch([ticket])[0]
+        return self._gathered(ticket)
 
     def generate_batch(self, tickets: Sequence[Ticket]) -> list[tuple[TrajectoryGroup, PolicyFeedback | None]]:
         """Generates the groups of several tickets as one batch, which is much faster for small models.
@@ -77,7 +88,13 @@ class TransformersEngine:
         return [(whole, self._feedback(whole.finished())) for whole in groups]
 
     def _is_aborted(self, ticket: Ticket) -> bool:
-        return self._aborted == (ticket.group_id, ticket.attempt)
+        return attempt_name(ticket.group_id, ticket.attempt) in self._aborted
+
+    def _nothing_of(self, ticket: Ticket) -> tuple[TrajectoryGroup, None] | None:
+        """A group without responses, if the attempt was aborted before it began. None: it was not."""
+        return (
+            (TrajectoryGroup(ticket=ticket, trajectories=(), greedy=None), None) if self._is_aborted(ticket) else None
+        )
 
     def _feedback(self, group: TrajectoryGroup) -> PolicyFeedback | None:
         """The policy's hidden states on a finished group, from another forward pass; None if nobody reads them."""
@@ -88,7 +105,7 @@ class TransformersEngine:
     def abort(self, group_id: int, attempt: int) -> None:
         """Ends the unfinished responses of this attempt after the token that is being drawn.
 
-        Only the last call is remembered.
+        An attempt that has not begun gets no responses.
         """
-        # A single assignment needs no lock: the other thread reads either the old pair or the new one.
-        self._aborted = group_id, attempt
+        self._aborted.add([attempt_name(group_id, attempt)])
+        self._gathered.look()

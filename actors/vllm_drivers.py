@@ -8,12 +8,11 @@ this process encodes and sends. Both drivers are called from several threads at 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from actors.aborts import Aborted
 from actors.vllm_worker import CHILD
 from r2m_async.errors import GenerationFailed, StageLost
 
@@ -86,39 +86,6 @@ def _failure(request: Request, completed: Completed) -> GenerationFailed | None:
             f"the finish_reasons {reasons}"
         )
     return None
-
-
-class _Aborted:
-    """The names of aborted requests, until these requests have come and gone. Only one thread at a time may use it.
-
-    An abort may come before its request. The name is then kept, so that the request ends as soon as it comes. Some
-    requests never come: they had ended before the abort, or their attempt was lost on its way. So only the newest
-    `LIMIT` names are kept. The names that still matter are among them, because an actor has only some requests for each
-    group that it generates at once.
-    """
-
-    LIMIT = 4096
-    """How many names are kept at most."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, None] = {}  # a dict keeps the order in which names came, a set does not
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def add(self, names: Iterable[str]) -> None:
-        """Remembers names, and forgets the oldest beyond `LIMIT`."""
-        self._names |= dict.fromkeys(names)
-        for name in list(itertools.islice(self._names, max(0, len(self) - self.LIMIT))):
-            del self._names[name]
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Forgets the names of requests that have ended."""
-        for name in names:
-            self._names.pop(name, None)
 
 
 class Driver(ABC):
@@ -218,7 +185,7 @@ class SteppedDriver(Driver):
         self._ends: dict[str, Callable[[Sequence[int]], bool]] = {}
         """What else ends a running request, by its name."""
         self._finished: set[str] = set()
-        self._aborted = _Aborted()
+        self._aborted = Aborted()
 
     def generate(self, requests: list[Request]) -> list[Completed]:
         """Takes steps until these requests have ended (`Driver.generate`)."""
@@ -348,7 +315,7 @@ class AsyncDriver(Driver):
         self._timeout = timeout
         # Only the event loop's thread touches the names of running and of aborted requests. So they need no lock.
         self._running: set[str] = set()
-        self._aborted = _Aborted()
+        self._aborted = Aborted()
         os.environ[CHILD] = "1"  # processes that vLLM starts from here on end with this process
         # With "1", vLLM on a CPU would put even a single worker into one more process, below the engine core's.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if args.tensor_parallel_size == 1 else "1"

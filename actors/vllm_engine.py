@@ -28,6 +28,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 
+from actors.aborts import Aborted, attempt_name
 from actors.state_slab import DIRECTORY, SlabShape, StateSlab, create_slab_file
 from actors.vllm_drivers import AsyncDriver, Completed, Driver, Request, SteppedDriver
 from actors.vllm_models import check_model, or_refused
@@ -64,10 +65,6 @@ _CPU_CACHE_BYTES = (64 << 20, 1 << 30)
 which takes several seconds per GiB."""
 
 
-_MOST_ABORTS = 1024
-"""How many attempts are remembered that were aborted before they began."""
-
-
 class VLLMEngine:
     """A `RolloutEngine` on vLLM. `generate` may run in several threads at once."""
 
@@ -97,8 +94,8 @@ class VLLMEngine:
         self._function = rollout_function(config)
         self._playing: dict[str, GroupOfTurns] = {}
         """The groups that a rollout function is driving, by the name of the attempt."""
-        self._aborts: dict[str, None] = {}
-        """The attempts that were aborted before they began. The newest are the last."""
+        self._aborts = Aborted()
+        """The attempts that were aborted before they began."""
         self._lock = threading.Lock()
         """Guards both."""
         self._slab: StateSlab | None = None
@@ -272,7 +269,7 @@ class VLLMEngine:
         num = self._config.rollouts.group_size + self._twin
         turns = GroupOfTurns(
             driver=self._driver,
-            name=_attempt(ticket.group_id, ticket.attempt),
+            name=attempt_name(ticket.group_id, ticket.attempt),
             first_sequence=None if block is None else block * num,
             eos_ids=self._eos_ids,
             config=self._config,
@@ -306,12 +303,12 @@ class VLLMEngine:
         finally:
             with self._lock:
                 del self._playing[turns.name]
-                self._aborts.pop(turns.name, None)
+                self._aborts.forget([turns.name])
 
     def _requests(self, ticket: Ticket, block: int | None) -> list[Request]:
         """The requests of a group: one for its K responses, and one for its greedy twin."""
         rollouts = self._config.rollouts
-        name = _attempt(ticket.group_id, ticket.attempt)
+        name = attempt_name(ticket.group_id, ticket.attempt)
 
         def request(suffix: str, sequence: int, **how: Any) -> Request:
             # The worker writes the states of response k into the k-th sequence after this one.
@@ -379,28 +376,20 @@ class VLLMEngine:
 
     def abort(self, group_id: int, attempt: int) -> None:
         """Ends the requests of this attempt, running or about to start (`RolloutEngine.abort`)."""
-        name = _attempt(group_id, attempt)
+        name = attempt_name(group_id, attempt)
         if not self._function:
             self._driver.abort([name, f"{name}.greedy"])
             return
         with self._lock:
             turns = self._playing.get(name)
             if turns is None:
-                self._aborts[name] = None
-                # Some attempts never come. Only the newest names can still matter.
-                for old in list(self._aborts)[:-_MOST_ABORTS]:
-                    del self._aborts[old]
+                self._aborts.add([name])
         if turns is not None:
             turns.abort()
 
     def close(self) -> None:
         """Shuts vLLM down."""
         self._driver.close()
-
-
-def _attempt(group_id: int, attempt: int) -> str:
-    """The name of an attempt at a group, from which the names of its requests are made. It has no underscore."""
-    return f"{group_id}.{attempt}"
 
 
 @contextmanager

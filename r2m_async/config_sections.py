@@ -281,8 +281,8 @@ class RolloutsSection(Section):
     num_actors: int = Field(1, gt=0)
     """Number of rollout actors. Each has an engine of its own."""
     concurrent_groups: int = Field(1, gt=0)
-    """Number of groups that one actor generates at once. More than 1 needs `engine: vllm`, or a run in one process (as
-    in `r2m study`). Rounding then depends on which groups run together."""
+    """Number of groups that one actor generates at once. Rounding then depends on which groups run together. `transformers`
+    generates those that it is asked for at the same time as one batch, and asks for no others before the batch has ended."""
     tensor_parallel: int = Field(1, gt=0)
     """Number of GPUs that one vllm engine spreads its model over."""
     in_flight_updates: bool = False

@@ -111,12 +111,6 @@ class Ring:
                     "rank; use backend 'torch', or run the stages on Ray"
                 )
             stages = stages_in_process(config, self.workload.without_prompts())
-        elif config.rollouts.engine != "vllm" and config.rollouts.concurrent_groups > 1:
-            raise ConfigError(
-                f"rollouts.concurrent_groups is {config.rollouts.concurrent_groups} and rollouts.engine is "
-                f"{config.rollouts.engine!r}: on Ray this engine generates one group at a time; use concurrent_groups 1, use "
-                f"engine 'vllm', or run all stages in one process (`r2m train --in-process`)"
-            )
         else:
             processes = RayProcesses(config, ray)
             # At once, so that `stop` ends Ray even if one of the next lines raises.

@@ -16,11 +16,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from actors.gathering import Gathered
 from r2m_async.config import R2MConfig
 from r2m_async.models.heads import frozen_whole_rewards, reward_spread, score_group
-from r2m_async.models.reward import embed_group
+from r2m_async.models.reward import embed_group, embed_responses
 from r2m_async.models.weights import load_weights, named_weights
 from r2m_async.reward_metrics import ranking_accuracy
 from r2m_async.rewards.calls import Values, gold_of, start_calls
@@ -34,6 +35,9 @@ from r2m_async.trajectories import (
     TrajectoryGroup,
     Weights,
 )
+
+AT_ONCE = 64
+"""The most groups that go through the reward model together. Their texts are held in memory, and not all in one pass."""
 
 
 class RewardAnnotator:
@@ -55,6 +59,10 @@ class RewardAnnotator:
         self._head = head if model is None else head.to(model.device)
         self._initial = named_weights(head, 0)  # a copy: later calls overwrite the weights of this very module
         self._config = config
+        at_once = AT_ONCE if config.asynchronous else 1  # else rewards would be rounded by what else has arrived
+        self._passes: Gathered[TrajectoryGroup, tuple[Tensor, Tensor]] = Gathered(
+            lambda groups: embed_responses(model, tokenizer, groups, config), at_once
+        )
         self._calls: dict[tuple[int, int], Future[Values]] = {}
         """The calls of reward functions that `before_embed` has started, by group and attempt."""
         self._gold = gold_of(config)
@@ -81,6 +89,9 @@ class RewardAnnotator:
     def embed(self, group: TrajectoryGroup) -> tuple[StepReport, RewardEmbeddings]:
         """Computes the reward token embeddings (RTE) and the reward bonuses of a group.
 
+        Several threads may call it. The groups that have arrived meanwhile go through the reward model together if the run
+        is asynchronous, and otherwise one by one.
+
         Returns a report and the embeddings. If `evaluation.gold` is set, the report has the group's mean gold reward
         under `gold`. The gold reward is only watched: nothing is trained on it. If groups may be refilled
         (`rollouts.max_refills`), the report has the spread of the group's rewards under `spread`.
@@ -90,9 +101,7 @@ class RewardAnnotator:
         `learner.on_nonfinite` is `skip`.
         """
         calls = self._calls.pop((group.ticket.group_id, group.ticket.attempt), None)
-        # Without functions nothing is handed on, and with functions the calls may not have begun yet.
-        begun = (calls,) if calls else ()
-        embeddings = embed_group(self._model, self._tokenizer, group, self._config, *begun)
+        embeddings = embed_group(self._model, self._tokenizer, group, self._config, calls, self._passes)
         gold = self._gold_rewards(group)
         metrics = {"gold": _mean(gold)} if gold else {}
         if self._config.rollouts.max_refills > 0:

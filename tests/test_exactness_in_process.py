@@ -73,8 +73,8 @@ def test_every_way_to_hold_the_head_is_the_references_bit_for_bit_and_not_the_pa
 
 
 def test_steps_whose_groups_all_disagree_leave_the_head_as_it_is(tiny_config, monkeypatch):
-    def tied_after_the_first_step(model, tokenizer, group, config):
-        embeddings = embed_group(model, tokenizer, group, config)
+    def tied_after_the_first_step(model, tokenizer, group, config, *how):
+        embeddings = embed_group(model, tokenizer, group, config, *how)
         first = group.ticket.group_id < config.rollouts.prompts_per_step
         frozen = torch.zeros_like(embeddings.frozen_rewards)
         return embeddings if first else dataclasses.replace(embeddings, frozen_rewards=frozen)

@@ -145,16 +145,17 @@ def ray_bytes() -> dict[str, Callable[..., Any]]:
 
 
 EMBEDS_AT_ONCE = 256
-"""The most groups for which one annotator waits at once for their reward functions."""
+"""The most groups that one annotator embeds at once, or waits for their reward functions."""
 
 
 def embeds_at_once(config: R2MConfig) -> int:
     """The number of groups that one annotator embeds at once.
 
-    It is 1 without reward functions: the passes through the model go one by one. With functions it is as many groups as
-    may be under way, so that no group's functions keep another from the model.
+    It is 1 in a synchronous or exact run without reward functions: the passes through the model go one by one. Else it is as
+    many groups as may be under way: those that have arrived go through the model together, and no group's functions keep
+    another from it.
     """
-    if not config.reward.functions:
+    if not (config.reward.functions or config.asynchronous):
         return 1
     steps_under_way = config.scheduling.max_policy_age + 2
     return min(EMBEDS_AT_ONCE, config.rollouts.prompts_per_step * steps_under_way)

@@ -16,8 +16,7 @@ group.
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from math import isnan
 from pathlib import Path
@@ -35,6 +34,7 @@ from r2m_async.errors import ConfigError, StepFailed
 from r2m_async.finite import check_embeddings, check_weights, response_name, stop_or_log
 from r2m_async.models.batches import right_padded
 from r2m_async.models.loading import settled
+from r2m_async.models.padding import similar_lengths
 from r2m_async.models.pretrained import pretrained_config, pretrained_model, pretrained_tokenizer, quiet
 from r2m_async.models.tokens import num_positions, num_tokens_known, padding_token, unknown_token
 from r2m_async.models.weight_files import SECOND_LAYER
@@ -218,17 +218,17 @@ def load_reward_model(path: str, config: R2MConfig) -> PreTrainedModel:
     return settled(model, config.run.device).requires_grad_(False)
 
 
-_ONE_PASS = threading.Lock()
-"""Several threads embed groups if reward functions take their time. Their passes through the model go one by one."""
+TOKENS_OF_A_PASS = 8192
+"""The most tokens in one pass of the frozen reward model, padding included. A longer response gets a pass of its own."""
 
 
-@torch.no_grad()
 def embed_group(
     model: PreTrainedModel | None,
     tokenizer: Any,
     group: TrajectoryGroup,
     config: R2MConfig,
     calls: Future[Values] | None = None,
+    passes: Callable[[TrajectoryGroup], tuple[Tensor, Tensor]] | None = None,
 ) -> RewardEmbeddings:
     """Returns the reward token embeddings, bonuses and frozen rewards of a group.
 
@@ -237,9 +237,9 @@ def embed_group(
     model: the reward model, or None if there is none. Embeddings then have no numbers, and frozen rewards are 0.
     tokenizer: the reward model's own tokenizer. The responses come to it as text.
     calls: the calls of the reward functions for this group, which `start_calls` has started. None starts them here.
+    passes: returns what `embed_responses` does for the group. None: the group goes through the model by itself.
 
-    All responses go through the reward model as one batch, padded on the right. The reward functions are called
-    meanwhile. The tensors of the result are float32 on the CPU.
+    The reward functions are called during the passes through the model. The tensors of the result are float32 on the CPU.
 
     Raises FunctionFailed or RewardFailed if a function of `reward.functions` fails (`start_calls`). Raises
     NonFiniteStep if an embedding, a bonus or a reward is not finite. Both messages name the response. Under
@@ -247,13 +247,10 @@ def embed_group(
     """
     if calls is None and config.reward.functions:
         calls = start_calls(group, config)
-    both = (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
-    place = group.ticket.place
-    num = len(group.trajectories)
+    both, place, num = _responses(group), group.ticket.place, len(group.trajectories)
     rte, frozen = torch.zeros(len(both), 0), torch.zeros(num)
     if model is not None:
-        with _ONE_PASS:
-            rte, frozen = _embed_responses(model, tokenizer, group.ticket.prompt, both, num, place, config)
+        rte, frozen = passes(group) if passes else embed_responses(model, tokenizer, [group], config)[0]
     values = calls.result() if calls else ((),) * len(both)
     penalties = [_penalty(trajectory, config) for trajectory in both]
     bonus = torch.tensor(
@@ -283,28 +280,46 @@ def embed_group(
     return embeddings
 
 
-def _embed_responses(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompt: Prompt,
-    trajectories: Sequence[Trajectory],
-    num_frozen: int,
-    place: str,
-    config: R2MConfig,
-) -> tuple[Tensor, Tensor]:
-    """Returns the embeddings [B, D_m] of B responses to a prompt, and the frozen rewards of the first `num_frozen`.
+def _responses(group: TrajectoryGroup) -> tuple[Trajectory, ...]:
+    """The responses of a group. Its greedy twin comes last, if it has one."""
+    return (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))
 
-    place: the group's name in messages.
+
+@torch.no_grad()
+def embed_responses(
+    model: PreTrainedModel, tokenizer: Any, groups: Sequence[TrajectoryGroup], config: R2MConfig
+) -> list[tuple[Tensor, Tensor]]:
+    """Returns for each group the embeddings of all its responses, and the frozen rewards of those that were sampled.
+
+    The embeddings are [K, D_m], or [K + 1, D_m] if there is a greedy twin. The frozen rewards are [K]. Both are float32 on
+    the CPU. The responses of all groups go through the model together, those of similar lengths in one pass. So rounding
+    depends on which groups these are.
+
+    Raises StepFailed if the chat template refuses a response, or if the model has no embedding for a token.
     """
     limit = num_positions(model.config) if config.reward.max_tokens is None else config.reward.max_tokens
-    rows = [_read(tokenizer, prompt, one, limit, model, place) for one in trajectories]
-    input_ids, mask = right_padded(rows, model.config.get_text_config().pad_token_id or 0, model.device)
-    rte = reward_token_embeddings(model, input_ids, mask.long()).float().cpu()
+    texts = [
+        _read(tokenizer, group.ticket.prompt, one, limit, model, group.ticket.place)
+        for group in groups
+        for one in _responses(group)
+    ]
+    padding = model.config.get_text_config().pad_token_id or 0
+    of_text: dict[int, Tensor] = {}
+    for rows in similar_lengths([len(text) for text in texts], TOKENS_OF_A_PASS):
+        input_ids, mask = right_padded([texts[row] for row in rows], padding, model.device)
+        of_text |= zip(rows, reward_token_embeddings(model, input_ids, mask.long()).float().cpu(), strict=True)
     phi = scoring_head(model)
     # In float32, because the reward head has phi in float32: both then give the same reward for the same embedding.
     weights = {name: weight.float() for name, weight in phi.named_parameters()}
-    frozen = torch.func.functional_call(phi, weights, (rte[:num_frozen].to(model.device),)).squeeze(-1).cpu()
-    return rte, frozen
+    embedded, first = [], 0
+    for group in groups:
+        last = first + len(_responses(group))
+        rte = torch.stack([of_text[row] for row in range(first, last)])
+        sampled = rte[: len(group.trajectories)].to(model.device)
+        frozen = torch.func.functional_call(phi, weights, (sampled,)).squeeze(-1).cpu()
+        embedded.append((rte, frozen))
+        first = last
+    return embedded
 
 
 def _read(tokenizer: Any, prompt: Prompt, response: Trajectory, limit: int | None, model: Any, place: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,6 +44,9 @@ def add_ring(commands: Any) -> None:
     resume.set_defaults(command=_resume)
     plan = add("plan", _plan, "Predict throughput, idle shares and ages on a virtual clock, for given stage times.")
     plan.add_argument("--times", metavar="RUN", type=Path, help="a run directory whose measured stage times are taken")
+    plan.add_argument(
+        "--cores", metavar="N", type=float, help="cores that all stages share (default: each has its own)"
+    )
     for field in dataclasses.fields(StageTimes):
         flag = f"--{field.name.replace('_', '-')}"
         unit = "log-std of generate" if field.name == "generate_spread" else "seconds per call"
@@ -82,7 +86,9 @@ def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
             raise ConfigError(f"--times {parsed.times}: has no readable trace.jsonl ({error.strerror})") from None
     given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(StageTimes)}
     times = dataclasses.replace(times, **{name: value for name, value in given.items() if value is not None})
-    prediction = simulate(config, times)
+    if parsed.cores is not None and not 0 < parsed.cores < math.inf:
+        raise ConfigError(f"--cores is {parsed.cores}; expected a number above 0")
+    prediction = simulate(config, times, cores=parsed.cores)
     per_step = config.rollouts.prompts_per_step * config.rollouts.group_size
     seconds, bound, serial = (
         prediction.seconds_per_step,
@@ -91,7 +97,8 @@ def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
     )
     print("stage times   " + "  ".join(f"{name} {value:.3g}" for name, value in dataclasses.asdict(times).items()))
     print(f"step          {seconds:.3f} s   {per_step / max(seconds, 1e-9):.2f} responses/s")
-    print(f"bound         {bound:.3f} s   the busiest stage alone; reached to {bound / max(seconds, 1e-9):.0%}")
+    cores = "" if parsed.cores is None else f", or {parsed.cores:g} cores that never wait"
+    print(f"bound         {bound:.3f} s   the busiest stage alone{cores}; reached to {bound / max(seconds, 1e-9):.0%}")
     print(f"synchronous   {serial:.3f} s   one stage after the other: {serial / max(seconds, 1e-9):.2f} x the step")
     print("idle shares   " + "  ".join(f"{name} {share:.0%}" for name, share in prediction.idle.items()))
     print(

@@ -1,8 +1,8 @@
 """Runs the ring on a virtual clock: the real controller and schedule, over stages that only let time pass.
 
-    prediction = simulate(config, StageTimes(generate=2.0, train=3.0))
+    prediction = simulate(config, StageTimes(generate=2.0, train=3.0), cores=2)
 
-An hour on a cluster is simulated in seconds. A ring that would wait for ever raises StalledRun at once.
+With `cores`, stages that work at the same time share as many cores. Without, each has cores of its own, or a GPU. An hour on a cluster is simulated in seconds. A ring that would wait for ever raises StalledRun at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import math
 import random
 import selectors
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -49,6 +50,8 @@ class StageTimes:
     """
     update: float = 0.0
     """Seconds of one head update."""
+    queue: float = 0.0
+    """Seconds of one call of the replay queue, with what the driver and Ray do besides in a step, per such call."""
     generate_spread: float = 0.0
     """The standard deviation of the logarithm of the time of `generate`.
 
@@ -69,7 +72,7 @@ class Prediction:
     seconds_per_step: float
     """Mean seconds from the end of one step to the end of the next."""
     bound_seconds_per_step: float
-    """Seconds per step that no schedule can undercut: the work of the busiest stage (`physical_bound`)."""
+    """Seconds per step that no schedule can undercut: the work of the busiest stage, or of all cores (`physical_bound`)."""
     serial_seconds_per_step: float
     """Seconds per step of the synchronous schedule, where only rollout actors work at the same time (`serial_time`)."""
     idle: dict[str, float]
@@ -116,6 +119,52 @@ class _JumpingSelector(selectors.DefaultSelector):
         return super().select(0)
 
 
+class Cores:
+    """Cores that stages share. If n calls run at once on c cores, each has a core to itself, or c / n of one."""
+
+    def __init__(self, number: float) -> None:
+        """Begins without any call. number: how many cores there are, above 0."""
+        self._number = number
+        self._work = 0.0
+        """The work that a call would have done by now that has run from the beginning on, in seconds of one core."""
+        self._at = 0.0
+        self._speed = 1.0
+        self._calls: dict[Callable[[], None], float] = {}
+        """What to call at the end of each call that runs, and the work at which it ends."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls `callback` after this many seconds of work of one core. Returns a function that ends the work early.
+
+        callback: must be no other's at the same time.
+        """
+        self._go_on()
+        self._calls[callback] = self._work + seconds
+        self._go_on()
+        return lambda: self._end(callback)
+
+    def _end(self, callback: Callable[[], None]) -> None:
+        if callback in self._calls:
+            self._go_on()
+            self._calls.pop(callback, None)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Brings the work up to the present time, ends the calls that have done theirs, and sets the timer for the next."""
+        loop = asyncio.get_running_loop()
+        self._work += (loop.time() - self._at) * self._speed
+        self._at = loop.time()
+        # Work is a sum of many numbers, so the last of a call's may be off by rounding.
+        for callback in [one for one, end in self._calls.items() if end <= self._work + 1e-9]:
+            del self._calls[callback]
+            callback()
+        self._speed = min(1.0, self._number / max(1, len(self._calls)))
+        if self._timer:
+            self._timer.cancel()
+        if self._calls:
+            self._timer = loop.call_later((min(self._calls.values()) - self._work) / self._speed, self._go_on)
+
+
 class SimulatedStage:
     """A carrier that lets time pass instead of calling a stage. Its calls run one at a time, with two exceptions.
 
@@ -129,6 +178,7 @@ class SimulatedStage:
         duration: Callable[[str], float],
         crashes: Callable[[str], bool] = lambda method: False,
         group_bytes: int = 0,
+        cores: Cores | None = None,
     ) -> None:
         """Begins with version 0.
 
@@ -138,12 +188,14 @@ class SimulatedStage:
                 stands for the time of a restart.
             crashes: returns for the name of a method whether the process dies at the end of the next call of it.
             group_bytes: the size in bytes that the stage reports for each group that it generates.
+            cores: the cores that the calls share with those of other stages. None: the stage has cores of its own.
         """
         self.name = name
         self._lock = asyncio.Lock()
         self._duration = duration
         self._crashes = crashes
         self.group_bytes = group_bytes
+        self._cores = cores
         self._version = 0
         self.aborted: set[int] = set()
         self._abort_of: dict[int, asyncio.Event] = {}
@@ -162,14 +214,14 @@ class SimulatedStage:
                 generating.set()
             return (None,)
         if method.beside == "weights":
-            await asyncio.sleep(self._duration(method.name))
+            await self._work(self._duration(method.name), asyncio.Event())
             return self.result(method.name, args)
         async with self._lock:
             seconds = self._duration(method.name)
             if method.name == "generate":
                 await self._generate(args[0].group_id, seconds)
             else:
-                await asyncio.sleep(seconds)
+                await self._work(seconds, asyncio.Event())
             if self._crashes(method.name):
                 raise StageLost(self.name, f"{self.name} crashed in {method.name}")
             return self.result(method.name, args)
@@ -180,12 +232,21 @@ class SimulatedStage:
             return
         self._abort_of[group_id] = asyncio.Event()
         try:
-            async with asyncio.timeout(seconds):
-                await self._abort_of[group_id].wait()
-        except TimeoutError:
-            pass
+            await self._work(seconds, self._abort_of[group_id])
         finally:
             del self._abort_of[group_id]
+
+    async def _work(self, seconds: float, ended: asyncio.Event) -> None:
+        """Returns after as many seconds of work, or as soon as somebody sets the event."""
+        if self._cores is None:
+            timer = asyncio.get_running_loop().call_later(seconds, ended.set)
+            end = timer.cancel
+        else:
+            end = self._cores.call_later(seconds, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            end()
 
     async def restart(self) -> None:
         """Lets the time of a restart pass."""
@@ -231,13 +292,14 @@ class SimulatedStage:
         }.get(method, (None,))
 
 
-def simulate(config: R2MConfig, times: StageTimes, seed: int = 0) -> Prediction:
+def simulate(config: R2MConfig, times: StageTimes, seed: int = 0, cores: float | None = None) -> Prediction:
     """Simulates a whole run of a config on a virtual clock. Its evaluations are left out.
 
     Args:
         config: the config. Its queue never fills here (`plan_without_models`).
         times: how long the calls of the stages take.
         seed: the seed of the random times of `generate`, if these have a spread.
+        cores: the number of cores that all stages share. None: each has cores of its own, or a GPU.
 
     Returns speed, idle shares and ages. Raises StalledRun if the ring would stand still.
     """
@@ -246,7 +308,7 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0) -> Prediction:
     random_source = random.Random(seed)
 
     def duration(method: str) -> float:
-        mean = getattr(times, method, 0.0)
+        mean = getattr(times, "queue" if method in QUEUE_CALLS else method, 0.0)
         spread = times.generate_spread
         if method == "generate" and spread:
             # The first argument makes the mean of this distribution 1, whatever the spread.
@@ -254,12 +316,17 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0) -> Prediction:
         return mean
 
     names = [f"rollout-{index}" for index in range(config.rollouts.num_actors)]
+    shared = None if cores is None else Cores(cores)
+
+    def stage(name: str) -> SimulatedStage:
+        return SimulatedStage(name, duration, cores=shared)
+
     stages = Stages.carried_by(
-        rollouts=tuple(SimulatedStage(name, duration) for name in names),
-        queue=SimulatedStage("queue", duration),
-        annotators=tuple(SimulatedStage(f"annotator-{index}", duration) for index in range(config.reward.replicas)),
-        policy=SimulatedStage("policy-learner", duration),
-        head=SimulatedStage("head-learner", duration),
+        rollouts=tuple(map(stage, names)),
+        queue=stage("queue"),
+        annotators=tuple(stage(f"annotator-{index}") for index in range(config.reward.replicas)),
+        policy=stage("policy-learner"),
+        head=stage("head-learner"),
         **local_bytes(),
     )
     results, _ = run_virtually(config, plan, stages)
@@ -268,7 +335,7 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0) -> Prediction:
     idle = {key: _mean(steady, key) for key in steady[-1] if key.startswith("idle/")}
     return Prediction(
         seconds_per_step=per_step if len(results) > 1 else results[0]["time/since_start"],
-        bound_seconds_per_step=physical_bound(config, times),
+        bound_seconds_per_step=physical_bound(config, times, cores),
         serial_seconds_per_step=serial_time(config, times),
         idle={key.removeprefix("idle/"): share for key, share in idle.items()},
         policy_age_mean=_mean(steady, "age/policy_mean"),
@@ -335,25 +402,47 @@ def plan_without_models(config: R2MConfig) -> Plan:
     )
 
 
-def physical_bound(config: R2MConfig, times: StageTimes) -> float:
+QUEUE_CALLS = ("put", "get", "free")
+"""The methods of the replay queue that take `StageTimes.queue`."""
+
+
+def queue_time(config: R2MConfig, times: StageTimes) -> float:
+    """The seconds per step of all calls of the replay queue."""
+    groups = config.rollouts.prompts_per_step
+    # Groups and embeddings are put and got, and what the rollout actors know of the policy's states with them.
+    return times.queue * (groups * (4 + config.wants_rollout_states) + 1)
+
+
+def physical_bound(config: R2MConfig, times: StageTimes, cores: float | None = None) -> float:
     """The seconds per step that no schedule can undercut, because the busiest stage has so much work in each step.
 
-    With B groups per step, they are the largest of four numbers:
+    With B groups per step, they are the largest of five numbers:
 
     - B `generate` / rollout actors,
     - B `embed` / replicas + `score`,
     - `proximal` + `train`, and `weights` if the copy cannot overlap with the proximal pass,
-    - `update`.
+    - `update`,
+    - with `cores`, all of this and the calls of the queue, divided by their number.
 
-    The time of `load_weights` is left out, because the schedule decides how often an actor loads weights.
+    The time of `load_weights` is left out of the first, because the schedule decides how often an actor loads weights.
     """
     copying = 0.0 if config.publishes_beside_passes else times.weights
     groups = config.rollouts.prompts_per_step
+    work = (
+        groups * (times.generate + times.embed)
+        + times.score
+        + times.proximal
+        + times.train
+        + times.weights
+        + times.update
+        + queue_time(config, times)
+    )
     return max(
         groups * times.generate / config.rollouts.num_actors,
         groups * times.embed / config.reward.replicas + times.score,
         times.proximal + times.train + copying,
         times.update,
+        work / cores if cores else 0.0,
     )
 
 
@@ -365,11 +454,14 @@ def serial_time(config: R2MConfig, times: StageTimes) -> float:
     groups = config.rollouts.prompts_per_step
     rollouts = -(-groups // config.rollouts.num_actors) * times.generate + times.load_weights
     annotation = groups * times.embed / config.reward.replicas + times.score
-    return rollouts + annotation + times.proximal + times.train + times.weights + times.update
+    learners = times.proximal + times.train + times.weights + times.update
+    return rollouts + annotation + learners + queue_time(config, times)
 
 
 def times_of_run(intervals: list[dict[str, Any]]) -> StageTimes:
-    """Returns the mean time of each method in the trace of a run. Calls of evaluations are left out.
+    """Returns the time of each method in the trace of a run: of a step the mean, and of all steps the median.
+
+    So the first calls do not count, which waited for their processes to start. Calls of evaluations are left out.
 
     Args:
         intervals: the records of the run's trace.jsonl, which have the fields of `step_metrics.Interval`.
@@ -377,11 +469,15 @@ def times_of_run(intervals: list[dict[str, Any]]) -> StageTimes:
     A method that the trace does not have keeps the default of `StageTimes`.
     """
     known = {field.name for field in fields(StageTimes)}
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, dict[int, list[float]]] = {}
     for interval in intervals:
         if interval["method"] in known and interval["step"] >= 0:
-            seconds.setdefault(interval["method"], []).append(interval["end"] - interval["start"])
-    return replace(StageTimes(), **{method: sum(values) / len(values) for method, values in seconds.items()})
+            of_step = seconds.setdefault(interval["method"], {}).setdefault(interval["step"], [])
+            of_step.append(interval["end"] - interval["start"])
+    return replace(
+        StageTimes(),
+        **{method: statistics.median(map(statistics.fmean, steps.values())) for method, steps in seconds.items()},
+    )
 
 
 def _mean(results: list[dict[str, float]], key: str) -> float:

@@ -14,9 +14,12 @@ reward model (D_m), P hidden size of the policy (D_p), d width of the attention.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from r2m_async.state_attention import attended
 
 
 class R2MHead(nn.Module):
@@ -58,34 +61,43 @@ class R2MHead(nn.Module):
         self.to(dtype)
 
     def forward(
-        self, rte: Tensor, hidden_states: Tensor, mask: Tensor | None, omega: float, *, offsets: Tensor | None = None
+        self,
+        rte: Tensor,
+        hidden_states: Tensor | Sequence[Tensor],
+        mask: Tensor | None,
+        omega: float,
+        *,
+        offsets: Tensor | None = None,
     ) -> Tensor:
         """Computes the reward of each response: [B].
 
         Args:
             rte: [B, D_m] reward token embeddings.
-            hidden_states: the policy's states, [B, S, D_p] if padded or [N, D_p] if packed.
+            hidden_states: the policy's states, [B, S, D_p] if padded or [N, D_p] if packed; or a list of one tensor
+                [S, D_p] for each response, which need not be copied together.
             mask: [B, S] for padded states, nonzero on the states that count. Masked states may hold anything. A
                 response without any state that counts gets H_hat = 0.
             omega: weight of the reward token embedding, in [0, 1] (Eq. 4).
             offsets: [B + 1] for packed states. Rows offsets[b] to offsets[b + 1] - 1 belong to response b.
 
-        Either `mask` or `offsets` is given, and the other is None. States in a shorter dtype are converted to the dtype
-        of the weights before anything is summed.
+        Either `mask` or `offsets` is given, and the other is None; for a list, both are None. States in a shorter dtype are
+        converted to the dtype of the weights before anything is summed, but no copy of them is made.
 
         Raises ValueError when shapes disagree, when both or neither of `mask` and `offsets` are given, and when a
-        packed response has no row.
+        response that is not padded has no row.
         """
         rte_BD = rte.to(self.query.dtype)
         # The probe is W_k q^T / sqrt(d): its product with a state is the attention score of that state.
-        probe_BP = rte_BD @ self.query @ self.key.T / math.sqrt(self.query.shape[1])
-        if mask is not None and offsets is None:
+        # `linear` multiplies by the transpose of its weight, and gives the weight a gradient that lies as the weight does.
+        probe_BP = nn.functional.linear(rte_BD @ self.query, self.key) / math.sqrt(self.query.shape[1])
+        if mask is not None and offsets is None and isinstance(hidden_states, Tensor):
             context_BP = _attend_padded(probe_BP, hidden_states, mask)
-        elif offsets is not None and mask is None:
-            context_BP = _attend_packed(probe_BP, hidden_states, offsets)
+        elif mask is None and isinstance(hidden_states, Tensor) == (offsets is not None):
+            context_BP = attended(probe_BP, hidden_states, offsets)
         else:
             raise ValueError(
-                "R2MHead needs either mask (padded hidden_states) or offsets (packed), not both or neither"
+                "R2MHead needs either mask (padded hidden_states) or offsets (packed), not both or neither; and neither for "
+                "a list of hidden_states"
             )
         aggregated_BD = context_BP @ self.value @ self.output
         rewards = self.scoring_head((1 - omega) * aggregated_BD + omega * rte_BD)
@@ -140,20 +152,3 @@ def _attend_padded(probe_BP: Tensor, states_BSP: Tensor, mask_BS: Tensor) -> Ten
     # The fill is the smallest finite number and not -inf: the softmax of a row of -inf is NaN, and so is its gradient.
     weights_BS = scores_BS.masked_fill(~mask_BS, torch.finfo(scores_BS.dtype).min).softmax(-1)
     return (weights_BS[:, None] @ states_BSP).squeeze(1)
-
-
-def _attend_packed(probe_BP: Tensor, states_NP: Tensor, offsets: Tensor) -> Tensor:
-    """[B, D_p] attention-weighted means of packed states. Raises ValueError as `R2MHead.forward` documents."""
-    bounds = offsets.tolist()
-    if states_NP.ndim != 2 or len(bounds) != len(probe_BP) + 1 or bounds[0] != 0 or bounds[-1] != len(states_NP):
-        raise ValueError(
-            f"packed hidden_states must be [N, D_p] with offsets [B + 1] from 0 to N, B = {len(probe_BP)} as in rte, "
-            f"got {list(states_NP.shape)} and {len(bounds)} offsets from {bounds[0]} to {bounds[-1]}"
-        )
-    contexts = []
-    for b, probe_P in enumerate(probe_BP):
-        if bounds[b] >= bounds[b + 1]:
-            raise ValueError(f"response {b} has no hidden states: offsets {bounds[b]} to {bounds[b + 1]}")
-        states_SP = states_NP[bounds[b] : bounds[b + 1]].to(probe_P.dtype)
-        contexts.append((states_SP @ probe_P).softmax(0) @ states_SP)
-    return torch.stack(contexts)

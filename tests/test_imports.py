@@ -44,6 +44,7 @@ DOORS = {
 MATHS = {
     *("advantages", "objectives", "policy_losses"),
     *("head_objectives", "reward_objectives", "reward_head", "reward_metrics"),
+    *("state_attention", "state_attention_triton"),
 }
 
 ONLY = {
@@ -78,6 +79,7 @@ LAZY = {
     "r2m_async.rewards.math_worker": {"math_verify"},
     "r2m_async.rewards.texts": {"jsonschema", "referencing"},
     "learners.deepspeed_backend": {"deepspeed"},
+    "r2m_async.state_attention": {"r2m_async.state_attention_triton"},
     "r2m_async.models.liger": {"liger_kernel"},
 }
 """What these import only once it is needed: not everybody has it installed."""

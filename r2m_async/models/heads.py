@@ -85,8 +85,7 @@ def head_rewards(head: nn.Module, rte: Tensor, states: Sequence[Tensor] | None, 
     if states is None:
         return head.scoring_head(rte.to(next(head.parameters()).device)).squeeze(-1)
     device = next(head.parameters()).device
-    offsets = torch.tensor([0, *(len(rows) for rows in states)]).cumsum(0)
-    return head(rte.to(device), torch.cat(list(states)).to(device), None, omega, offsets=offsets)
+    return head(rte.to(device), [rows.to(device) for rows in states], None, omega)
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ VOCABULARY = 49_152
 
 
 def measured(
-    chunked: bool, responses: int, tokens: int, entropy: bool, activation_checkpointing: bool
+    chunked: bool, responses: int, tokens: int, entropy: bool, activation_checkpointing: bool, tiny: bool = False
 ) -> dict[str, float]:
-    """Runs one pass in this process. Returns {mib, seconds, sum}."""
+    """Runs one pass in this process. Returns {mib, seconds, sum}. tiny: two layers and 64 tokens, to see that it runs."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -36,9 +36,9 @@ def measured(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = AutoConfig.for_model(
         "llama",
-        vocab_size=VOCABULARY,
+        vocab_size=64 if tiny else VOCABULARY,
         hidden_size=576,
-        num_hidden_layers=30,
+        num_hidden_layers=2 if tiny else 30,
         num_attention_heads=9,
         num_key_value_heads=3,
         intermediate_size=1536,
@@ -55,7 +55,7 @@ def measured(
     prompt = tokens // 4
     batch = [
         Trajectory(
-            token_ids=torch.randint(VOCABULARY, (tokens,)),
+            token_ids=torch.randint(64 if tiny else VOCABULARY, (tokens,)),
             prompt_len=prompt,
             behaviour_logprobs=torch.zeros(tokens),
             policy_versions=torch.zeros(tokens, dtype=torch.int32),

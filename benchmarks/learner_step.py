@@ -27,8 +27,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -424,6 +422,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu":  # on a machine with a GPU too: what is timed, and how, follows from there being one
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Here, because benchmarks/gpu takes the rest of this file to machines that lack the package.
+    from rich.console import Console
+    from rich.table import Table
+
     result = benchmark(options)
     console = Console(width=110)
     for section in ("seconds", "ratios", "tokens_per_s", "mfu", "memory_gb"):

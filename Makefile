@@ -9,7 +9,7 @@ export RAY_AUTH_MODE ?= disabled
 # Two tests at a time, on two cores; the 25 slowest at the end.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --durations 25 --timeout 900
 
-.PHONY: train smollm2 test test-fast test-all test-kernels chaos fuzz check
+.PHONY: train smollm2 test test-fast test-all test-kernels chaos fuzz bench bench-check check
 
 train: $(VENV)/.ready
 	$(BIN)/r2m train configs/quickstart.yaml
@@ -48,6 +48,13 @@ test-kernels: $(VENV)/.smollm2
 EACH ?= 50
 chaos: $(VENV)/.ready
 	$(BIN)/python benchmarks/chaos.py --each $(EACH) --json docs/reliability.json --table docs/reliability.md
+
+# Ours, the other side, the limit: benchmarks/RESULTS.md. bench-check names what got slower since the last commit.
+bench: $(VENV)/.smollm2
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/bench.py
+
+bench-check: $(VENV)/.smollm2
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/bench.py --check
 
 INPUTS ?= 1000000
 fuzz: $(VENV)/.ready

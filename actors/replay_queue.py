@@ -27,7 +27,9 @@ class ReplayQueue:
 
     def __init__(self, buffers: bool = False) -> None:
         """Begins empty. buffers: whether payloads are encoded bytes. They are objects if the ring is in one process."""
-        self._parts: dict[tuple[int, str], Any] = {}
+        self._groups: dict[int, dict[str, Any]] = {}
+        """The parts of each group by name."""
+        self._num_parts = 0
         self._buffers = buffers
         self._journal: GroupJournal | None = None
 
@@ -43,27 +45,34 @@ class ReplayQueue:
 
         Returns the number of parts in the whole queue. Raises ValueError unless each payload has a name.
         """
-        for name, payload in zip(names, payloads, strict=True):
-            self._parts[group_id, name] = payload
-        return (len(self._parts),)
+        self._keep(group_id, dict(zip(names, payloads, strict=True)))
+        return (self._num_parts,)
+
+    def _keep(self, group_id: int, parts: dict[str, Any]) -> None:
+        """Adds parts to a group, and counts them."""
+        kept = self._groups.setdefault(group_id, {})
+        before = len(kept)
+        kept |= parts
+        self._num_parts += len(kept) - before
 
     def get(self, group_id: int, name: str) -> tuple[None, Any]:
         """Returns one part of a group, which stays in the queue.
 
         Raises KeyError, naming the group and the part, if the queue does not have it.
         """
-        if (group_id, name) not in self._parts:
+        parts = self._groups.get(group_id, {})
+        if name not in parts:
             raise KeyError(f"group {group_id} has no {name!r} in the replay queue")
-        return None, self._parts[group_id, name]
+        return None, parts[name]
 
     def free(self, group_ids: tuple[int, ...]) -> tuple[int]:
         """Forgets all parts of these groups. Returns the number of parts that are left in the queue.
 
         Groups that the queue does not have are ignored.
         """
-        freed = set(group_ids)
-        self._parts = {key: payload for key, payload in self._parts.items() if key[0] not in freed}
-        return (len(self._parts),)
+        for group_id in group_ids:
+            self._num_parts -= len(self._groups.pop(group_id, ()))
+        return (self._num_parts,)
 
     # The journal
 
@@ -84,9 +93,10 @@ class ReplayQueue:
         appended. Raises DiskError.
         """
         assert self._journal is not None
-        if any((group_id, name) not in self._parts for name in names):
+        parts = self._groups.get(group_id, {})
+        if any(name not in parts for name in names):
             return (self._journal.num_bytes,)
-        encoded = {name: bytes(self._encoded(self._parts[group_id, name])) for name in names}
+        encoded = {name: bytes(self._encoded(parts[name])) for name in names}
         return (self._journal.num_bytes if self._journal.append(entry, encoded) else 0,)
 
     def recover(self, directory: str) -> tuple[dict[str, Any]]:
@@ -106,8 +116,7 @@ class ReplayQueue:
                         continue
                     entry, parts = record
                     entries[entry["group_id"]] = entry
-                    for name, part in parts.items():
-                        self._parts[entry["group_id"], name] = self._payload(part)
+                    self._keep(entry["group_id"], {name: self._payload(part) for name, part in parts.items()})
             except DiskError as error:
                 damages.append(str(error))
         return ({"entries": entries, "damages": damages},)

@@ -1,0 +1,72 @@
+"""`make bench` and `make bench-check`: the CPU set of the benchmarks, as a table.
+
+    python benchmarks/bench.py                  # runs the set, writes benchmarks/RESULTS.md and RESULTS.json
+    python benchmarks/bench.py --check          # the same, and then compares with the table of the last commit
+    python benchmarks/bench.py --check --as-it-is   # compares the table that is there
+
+A script belongs to the set if it prints rows (`benchmarks/rows.py`) and stands in SET. --check names every row whose ratio is
+worse by more than --tolerance, and ends with 1 if there is one. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from rows import ROOT, Outcome, rows_of, run, slower, write
+
+OUT = ROOT / "benchmarks" / "RESULTS.md"
+SET: dict[str, float] = {
+    "benchmarks/head.py": 150,
+    "benchmarks/codec.py": 60,
+    "benchmarks/overlap.py": 90,
+    "benchmarks/overlap.py --ray": 120,
+    "benchmarks/weights.py": 180,
+    "benchmarks/end_to_end.py": 300,
+}
+"""The commands, and the seconds that each may take: 15 minutes in all. One whose script is not there is left out."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--as-it-is", action="store_true", help="run nothing")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="commands whose text has one of these")
+    parser.add_argument("--tolerance", type=float, default=0.15, help="what counts as worse: a share of the ratio")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    if not options.as_it_is:
+        outcomes: list[Outcome] = []
+        for command, limit in SET.items():
+            script, *arguments = command.split()
+            if not (ROOT / script).is_file() or (options.only and not any(one in command for one in options.only)):
+                continue
+            print(f"--- {command}", flush=True)
+            outcomes.append(run([sys.executable, script, *arguments], limit, f"python {command}"))
+            write(outcomes, options.out, "Measured on CPUs: `make bench`")
+        for one in outcomes:
+            if one.failure:
+                print(f"{one.command} FAILED: {one.failure}", flush=True)
+        if not options.check:
+            sys.exit(any(one.failure for one in outcomes))
+    if options.check:
+        sys.exit(check(options.out.with_suffix(".json"), options.tolerance))
+
+
+def check(path: Path, tolerance: float) -> int:
+    """Compares a table with that of the last commit. Prints what got slower, and returns 1 if something did."""
+    committed = subprocess.run(
+        ["git", "show", f"HEAD:{OUT.with_suffix('.json').relative_to(ROOT)}"], cwd=ROOT, capture_output=True, text=True
+    )
+    if committed.returncode:
+        print("the last commit has no benchmarks/RESULTS.json: run `make bench`, and commit what it writes")
+        return 1
+    told = slower(rows_of(path.read_text(encoding="utf-8")), rows_of(committed.stdout), tolerance)
+    print("\n".join(told) or f"nothing got slower by more than {tolerance:.0%}")
+    return bool(told)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -30,7 +30,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
-from r2m_async.models.weights import tensor_digest
+from r2m_async.models.weights import ReceivedWeights, tensor_digest
 
 BACKENDS = {
     "auto": "shared_memory",
@@ -227,18 +227,12 @@ class _Gloo(_Reloading):
         timeout = datetime.timedelta(seconds=init_info.timeout)
         store = TCPStore(init_info.host, init_info.port, init_info.world_size, is_master=False, timeout=timeout)
         rank = 1 + self.parallel_config.rank
-        self._group = ProcessGroupGloo(PrefixStore("weights", store), rank, init_info.world_size, timeout)
+        group = ProcessGroupGloo(PrefixStore("weights", store), rank, init_info.world_size, timeout)
+        self._received = ReceivedWeights(group)
 
     def receive_weights(self, update_info: GlooUpdate) -> None:
-        """Receives every parameter in the learner's order, and hands all of them to the model."""
-        options = BroadcastOptions()
-        options.rootRank = 0
-        received = []
-        for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-            self._group.broadcast([tensor], options).wait()
-            received.append((name, tensor))
-        self.model.load_weights(received)
+        """Hands every parameter to the model as it arrives, in the learner's order."""
+        self.model.load_weights(self._received(update_info.names, update_info.dtype_names, update_info.shapes))
 
 
 class SharedMemoryTransfer(Checked, _SharedMemory):

@@ -93,8 +93,14 @@ class EngineWorker(PlatformWorker):
         super().load_model(**how)
         mend(self.model_runner.get_model())
 
-    def r2m_set_version(self, version: int) -> None:
-        """Labels the states that are written from here on with this policy version."""
+    def r2m_update(self, info: dict[str, Any], version: int) -> None:
+        """Takes the weights of a policy version, and labels the states that are written from here on with it.
+
+        info: what the transfer engine needs to receive the weights. All in one call, because requests wait meanwhile.
+        """
+        self.start_weight_update()
+        self.update_weights(info)
+        self.finish_weight_update()
         self._version = version
 
     def r2m_settle(self) -> None:

@@ -2,7 +2,7 @@
 
 The real controller and the real schedule, on a real clock, over stages that take fixed times and do nothing. What is left
 of a step beyond the work of its busiest stage is what the schedule could not overlap, and the controller's own work. The
-limit is `physical_bound`, for the synchronous schedule `serial_time` (`r2m_async/ring/simulator.py` derives both). `--ray`
+limit is `physical_bound` of `r2m_async/ring/simulator.py`, and for the synchronous schedule `synchronous_bound` below. `--ray`
 runs every stage in a Ray process, with the real replay queue, as a run does. The last row is the controller's processor
 time for a group with 1,000 rollout actors (`herd.py`).
 """
@@ -30,7 +30,6 @@ from r2m_async.ring.simulator import (
     StageTimes,
     physical_bound,
     plan_without_models,
-    serial_time,
     simulated_ticket,
 )
 from r2m_async.ring.stages import Stages, local_bytes
@@ -73,6 +72,20 @@ def config_of(mode: str, steps: int) -> R2MConfig:
             "scheduling": {"stall_after": 300.0, **MODES[mode]},
         }
     )
+
+
+def synchronous_bound(config: R2MConfig, times: StageTimes) -> float:
+    """Seconds per step that no schedule without staleness can undercut.
+
+    One after the other come: an actor's share of the groups, with the version loaded first; the proximal pass, beside which
+    the last group is embedded and all are scored; the training; and the copy of the new version. Embedding the other groups,
+    and the head's update on the step before, take place beside the generation, unless they take longer.
+    """
+    groups, actors = config.rollouts.prompts_per_step, config.rollouts.num_actors
+    generation = times.load_weights + -(-groups // actors) * times.generate
+    passes = max(times.proximal, times.embed / config.reward.replicas + times.score)
+    chain = generation + passes + times.train + times.weights
+    return max(chain, times.train + times.update + times.score)
 
 
 def in_this_process(config: R2MConfig) -> tuple[Stages, Callable[[], None]]:
@@ -147,7 +160,7 @@ def main() -> None:
             took[mode].append(seconds_per_step(config_of(mode, options.steps), make))
     for mode, seconds in took.items():
         config, mine = config_of(mode, options.steps), statistics.median(seconds)
-        limit = (serial_time if mode == "synchronous" else physical_bound)(config, TIMES)
+        limit = (synchronous_bound if mode == "synchronous" else physical_bound)(config, TIMES)
         emit(
             Row(
                 name=f"overlap, {where}, {mode}",

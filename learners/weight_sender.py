@@ -22,6 +22,7 @@ from torch import Tensor
 
 from r2m_async.child_process import NODE_ADDRESS
 from r2m_async.config import R2MConfig
+from r2m_async.models.weights import broadcast
 
 if TYPE_CHECKING:
     from vllm.distributed.utils import StatelessProcessGroup
@@ -132,10 +133,8 @@ class _Gloo:
         self._group = torch.distributed.ProcessGroupGloo(store, 0, self.init_info["world_size"], self._timeout)
 
     def send(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        options = torch.distributed.BroadcastOptions()
-        options.rootRank = 0
-        for tensor in tensors.values():
-            self._group.broadcast([tensor.cpu()], options).wait()
+        for work in broadcast(self._group, [tensor.cpu() for tensor in tensors.values()]):
+            work.wait()
         return {}
 
     def close(self) -> None:

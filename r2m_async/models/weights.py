@@ -9,9 +9,12 @@ Shapes: B trajectories, T response tokens, P tokens of the fixed text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ from r2m_async.trajectories import Trajectory, WeightProbe, Weights
 
 _PROBE_LENGTH = 12
 """P, the number of tokens in the fixed text."""
+_ALIGNMENT = 64
+"""Bytes at whose multiples a received parameter begins."""
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -71,6 +76,52 @@ def weight_probe(model: Any, tensors: Mapping[str, Tensor] | None = None) -> Wei
     tensors = dict(model.named_parameters()) if tensors is None else tensors
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     return WeightProbe(digests=digests, token_ids=tokens, logprobs=logprobs_BT[0].cpu())
+
+
+def broadcast(group: Any, tensors: Iterable[Tensor]) -> list[Any]:
+    """Begins to broadcast tensors on the CPU from rank 0, and returns the work of each, in order.
+
+    group: a process group. On the other ranks the tensors are overwritten. All begin at once, so that one need not wait for
+    the answer to another, and who receives can use the first while the last is still on its way.
+    """
+    options = torch.distributed.BroadcastOptions()
+    options.rootRank = 0
+    return [group.broadcast([tensor], options) for tensor in tensors]
+
+
+class ReceivedWeights:
+    """Receives versions of the weights over a process group, always into the same memory.
+
+    New memory would have to be mapped page by page, which takes longer than the transfer.
+    """
+
+    def __init__(self, group: Any) -> None:
+        """group: a process group whose rank 0 sends by `broadcast`."""
+        self._group = group
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(
+        self, names: Sequence[str], dtype_names: Sequence[str], shapes: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields the name and the tensor of each parameter once it has arrived.
+
+        Arguments are the names, the dtypes in torch and the shapes, in the order in which they are sent. The tensors hold
+        until the next call.
+        """
+        dtypes = [getattr(torch, name) for name in dtype_names]
+        counts = [math.prod(shape) for shape in shapes]
+        sizes = [count * dtype.itemsize for count, dtype in zip(counts, dtypes, strict=True)]
+        starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+        if len(self._buffer) < starts[-1]:
+            self._buffer = torch.from_numpy(np.empty(starts[-1], np.uint8))  # numpy asks for large pages
+        tensors = [
+            self._buffer[start : start + size].view(dtype).view(tuple(shape))
+            for start, size, dtype, shape in zip(starts, sizes, dtypes, shapes, strict=False)
+        ]
+        works = broadcast(self._group, tensors)
+        for name, tensor, work in zip(names, tensors, works, strict=True):
+            work.wait()
+            yield name, tensor
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from rows import Row, emit
+from rows import Row, emit, machine
 from torch import Tensor, nn
 
 from r2m_async.reward_head import R2MHead
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--literal-rounds", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    print(f"python benchmarks/head.py on {machine()}", flush=True)
     for dtype in (torch.float32, torch.bfloat16):
         measure(options, dtype)
 

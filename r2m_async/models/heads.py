@@ -174,28 +174,61 @@ class HeadTerms:
     """bool: False for a group that `hold: agreement` leaves out. A step of such groups alone does not move the head."""
 
 
-def head_losses(head: nn.Module, groups: Sequence[HeadGroup], step: int, config: R2MConfig) -> Iterator[HeadTerms]:
-    """Yields the loss terms of each group of a step, in order.
+RESPONSES_AT_ONCE = 64
+"""About how many responses one pass of the head takes in an update.
+
+The head has many more weights than a response has numbers in an embedding, so a pass costs hardly more for many responses
+than for one.
+"""
+
+
+def head_losses(
+    head: nn.Module, groups: Sequence[HeadGroup], step: int, config: R2MConfig
+) -> Iterator[list[HeadTerms]]:
+    """Yields the loss terms of the groups of a step in order, some groups at a time: those of one pass of the head.
 
     The rewards in the loss are those of `head` as it is now, on the refreshed feedback (the hidden states of the policy
     from the last epoch of the step's training). step: the policy step, counted from 0.
 
-    The caller should call `backward` on one loss before it asks for the next. Then only one group's graph is in memory.
+    The caller should call `backward` on the sum of the losses before it asks for the next. Then only one graph is in memory.
     """
     step_rewards = None
     if config.head.hold == "bsr":
         # This penalty needs the rewards of all groups at once. They are computed here without a graph, and once more
         # with one below: `_mean_square_share` makes the sum of the parts have the gradient of the whole.
         with torch.no_grad():
-            step_rewards = [_refreshed_rewards(head, one, step, config) for one in groups]
+            step_rewards = [
+                rewards for part in _passes(groups) for rewards in _refreshed_rewards(head, part, step, config)
+            ]
+    for part in _passes(groups):
+        rewards = _refreshed_rewards(head, part, step, config)
+        yield [_head_terms(own, group, step_rewards, config) for own, group in zip(rewards, part, strict=True)]
+
+
+def _passes(groups: Sequence[HeadGroup]) -> list[list[HeadGroup]]:
+    """Cuts groups, in their order, into parts of at least `RESPONSES_AT_ONCE` responses; the last may have fewer."""
+    parts: list[list[HeadGroup]] = []
+    count = RESPONSES_AT_ONCE
     for group in groups:
-        yield _head_terms(_refreshed_rewards(head, group, step, config), group, step_rewards, config)
+        if count >= RESPONSES_AT_ONCE:
+            parts.append([])
+            count = 0
+        parts[-1].append(group)
+        count += len(group.embeddings.rte)
+    return parts
 
 
-def _refreshed_rewards(head: nn.Module, group: HeadGroup, step: int, config: R2MConfig) -> Tensor:
-    """Returns the group's rewards [K] by `head` as it is now, on the feedback that the group comes with."""
-    states, _ = _states(group.feedback, Stream.REFRESHED_NOISE, config)
-    return head_rewards(head, group.embeddings.rte, states, omega_of(step, config))
+def _refreshed_rewards(
+    head: nn.Module, groups: Sequence[HeadGroup], step: int, config: R2MConfig
+) -> tuple[Tensor, ...]:
+    """Returns the rewards [K] of each group by `head` as it is now, on the feedback that the groups come with."""
+    states: list[Tensor] | None = []
+    for group in groups:
+        own, _ = _states(group.feedback, Stream.REFRESHED_NOISE, config)
+        states = None if own is None or states is None else [*states, *own]
+    rte = torch.cat([group.embeddings.rte for group in groups])
+    rewards = head_rewards(head, rte, states, omega_of(step, config))
+    return rewards.split([len(group.embeddings.rte) for group in groups])
 
 
 def _head_terms(
@@ -245,10 +278,10 @@ def improve_head(
     if config.learner.on_nonfinite == "skip":
         # A deep copy: the optimizer changes these very tensors in place.
         kept = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
-    terms = []
-    for term in head_losses(head, groups, step, config):
-        (term.loss / len(groups)).backward()
-        terms.append(term)
+    terms: list[HeadTerms] = []
+    for part in head_losses(head, groups, step, config):
+        (torch.stack([term.loss for term in part]).sum() / len(groups)).backward()
+        terms += part
     failure = _failed_update(head, groups, terms, step, config)
     # Without a group that teaches there is no step: AdamW would move the head by its old moments all the same.
     if failure is None and any(term.teaches for term in terms):
@@ -280,7 +313,7 @@ def _failed_update(
     what = f"the loss of the head's update is {losses[~losses.isfinite()][0].item()}"
     for group in groups:
         frozen = group.embeddings.frozen_rewards
-        if bad := first_bad(_refreshed_rewards(head, group, step, config)):
+        if bad := first_bad(_refreshed_rewards(head, [group], step, config)[0]):
             source = head_source(group.embeddings.rte[bad[0]], group.feedback, bad[0], head, step, config)
         elif bad := first_bad(frozen):
             source = f"the reward by reward.model {config.reward.model!r} is {frozen[bad[0]].item()}"
@@ -296,7 +329,7 @@ def _failed_head(head: nn.Module, group: HeadGroup, step: int, config: R2MConfig
 
     Finite weights are not enough: they may be so large that the rewards overflow.
     """
-    bad = first_bad(_refreshed_rewards(head, group, step, config))
+    bad = first_bad(_refreshed_rewards(head, [group], step, config)[0])
     if bad is None and all_finite(head.parameters()):
         return None
     index = bad[0] if bad else 0

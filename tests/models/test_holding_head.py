@@ -1,6 +1,7 @@
 """What holds the head (`head.hold`): each rule against hand-computed numbers or a literal form."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
 
@@ -12,8 +13,9 @@ from r2m_async import R2MConfig
 from r2m_async.config import HeadSection
 from r2m_async.errors import ConfigError
 from r2m_async.head_objectives import grebt, preference_divergence
-from r2m_async.models.heads import HeldHead, head_losses
-from r2m_async.trajectories import GroupRewards, HeadGroup, RewardEmbeddings
+from r2m_async.models import heads
+from r2m_async.models.heads import HeldHead, build_head, head_losses
+from r2m_async.trajectories import GroupRewards, HeadGroup, PolicyFeedback, RewardEmbeddings
 
 RTE = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]], [[0.5, 2.0], [1.0, -1.0], [0.0, 0.5]]])
 
@@ -52,6 +54,11 @@ def head_and_rewards():
     return head, head.scoring_head(RTE).squeeze(-1)
 
 
+def terms_of(*args):
+    """The terms of all groups, whatever groups the head computes together."""
+    return [term for part in head_losses(*args) for term in part]
+
+
 def config_with(**head):
     return R2MConfig.from_dict({"head": {"variant": "iterative_head", **head}})
 
@@ -78,16 +85,45 @@ def test_under_divergence_its_weight_times_it_joins_eq_7():
     head, rewards = head_and_rewards()
     frozen = torch.tensor(AGREEING)
     losses = [
-        term.loss for term in head_losses(head, groups_of(AGREEING), 0, config_with(hold="divergence", hold_weight=0.5))
+        term.loss for term in terms_of(head, groups_of(AGREEING), 0, config_with(hold="divergence", hold_weight=0.5))
     ]
     ours = gradient(losses, head)
     assert torch.allclose(ours, gradient([2 * grebt(rewards, 0.3), preference_divergence(rewards, frozen)], head))
 
 
+def test_the_head_computes_groups_together_and_learns_what_it_would_from_each_alone(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    config = R2MConfig.from_dict({"head": {"width": 5}})
+    head = build_head(torch.nn.Linear(2, 1, bias=False), 2, 4, config)
+    groups = [
+        replace(
+            group,
+            feedback=PolicyFeedback(
+                group_id=group.embeddings.group_id,
+                hidden_states=tuple(torch.randn(3 + row, 4, generator=generator) for row in range(size)),
+                greedy=None,
+                policy_version=0,
+            ),
+        )
+        for group, size in zip(groups_of(AGREEING, (3, 2)) * 2, (3, 2, 3, 2), strict=True)
+    ]
+    passes, gradients = [], []
+    for at_once in (1, 4, 100):
+        monkeypatch.setattr(heads, "RESPONSES_AT_ONCE", at_once)
+        parts = list(head_losses(head, groups, 0, config))
+        passes.append([len(part) for part in parts])
+        loss = sum(term.loss for part in parts for term in part)
+        gradients.append(torch.autograd.grad(loss, [*head.parameters()]))
+    assert passes == [[1, 1, 1, 1], [2, 2], [4]]
+    for ours in gradients[1:]:
+        for one, other in zip(ours, gradients[0], strict=True):
+            assert other.any() and torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("sizes", [(3, 3), (3, 2)])
 def test_under_bsr_the_square_of_the_steps_mean_reward_joins_eq_7_with_its_gradient(sizes):
     head, rewards = head_and_rewards()
-    terms = list(head_losses(head, groups_of(AGREEING, sizes), 0, config_with(hold="bsr", hold_weight=3.0)))
+    terms = terms_of(head, groups_of(AGREEING, sizes), 0, config_with(hold="bsr", hold_weight=3.0))
     groups = [of_group[None, :size] for of_group, size in zip(rewards, sizes, strict=True)]
     penalty = 3.0 * torch.cat(groups, 1).mean().square()
     assert sum(term.hold for term in terms).item() / 2 == pytest.approx(penalty.item())
@@ -98,7 +134,7 @@ def test_under_bsr_the_square_of_the_steps_mean_reward_joins_eq_7_with_its_gradi
 def test_under_agreement_a_group_whose_pair_the_frozen_model_turns_round_teaches_nothing():
     head, rewards = head_and_rewards()
     turned = [AGREEING[0], [0.0, 0.2, 0.1]]
-    terms = list(head_losses(head, groups_of(turned), 0, config_with(hold="agreement")))
+    terms = terms_of(head, groups_of(turned), 0, config_with(hold="agreement"))
     assert [bool(term.agrees) for term in terms] == [True, False]
     ours = gradient([term.loss for term in terms], head)
     assert torch.allclose(ours, gradient([grebt(rewards[:1], 0.3)], head))
@@ -111,7 +147,7 @@ def test_agreement_is_on_the_pair_that_is_taught(source, agreeing):
     """The head's best against its worst is, of the groups, (2, 0) and (0, 1); annotated rewards' is (0, 2) in both."""
     head, rewards = head_and_rewards()
     config = config_with(hold="agreement", pair_source=source)
-    terms = list(head_losses(head, groups_of(AGREEING), 0, config))
+    terms = terms_of(head, groups_of(AGREEING), 0, config)
     assert [bool(term.agrees) for term in terms] == [bool(term.teaches) for term in terms] == agreeing
     pairs = torch.tensor([[3.0, 2.0, 1.0]]) if source == "annotated" else torch.tensor(AGREEING)
     taught = [grebt(rewards[row : row + 1], 0.3, pairs[row % len(pairs)][None]) for row in (0, 1) if agreeing[row]]
@@ -134,7 +170,7 @@ def test_a_step_without_agreement_does_not_move_the_head_by_its_momentum():
 def test_the_pair_is_chosen_by_the_rewards_that_the_config_names(source, pair):
     head, rewards = head_and_rewards()
     frozen = [[0.1, 0.5, 0.0], AGREEING[1]]
-    first = next(iter(head_losses(head, groups_of(frozen), 0, config_with(pair_source=source))))
+    first = terms_of(head, groups_of(frozen), 0, config_with(pair_source=source))[0]
     assert first.grebt.gap.item() == pytest.approx((rewards[0, pair[0]] - rewards[0, pair[1]]).item())
 
 

@@ -80,6 +80,9 @@ DISK, HEADROOM = 128 * 2**20, 64 * 2**20
 TWICE = ("put", "get", "free", "embed", "score", "generate", "load_weights", "abort", "keep", "write", "weights")
 """Calls that are made twice under `messages twice`: they change neither learner."""
 
+OWN = "R2M_CHAOS_NAMESPACES"
+"""Environment variable: set in a process that has namespaces of its own."""
+
 STAGES = ("rollout", "queue", "annotator", "policy-learner", "head-learner")
 RAY = {
     "raylet": "raylet/raylet",
@@ -149,10 +152,10 @@ def drive(folder: Path) -> None:
             return metrics
 
         def _tell(self) -> None:
-            found = {"driver": os.getpid()}
-            for name, numbers in self.process_ids().items():
-                alone = len(numbers) == 1
-                found |= {name if alone else f"{name}-{rank}": number for rank, number in enumerate(numbers)}
+            # As they were when they were last asked. To ask a stage that is dead would be taken for its loss.
+            stages, found = self.controller.stages, {"driver": os.getpid()}
+            for stage in (*stages.rollouts, stages.queue, *stages.annotators, stages.policy, stages.head):
+                found |= {name: number for name, number, _ in stage.carrier.places()}
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     line = " ".join(child.cmdline())
@@ -192,13 +195,13 @@ class Job:
         for name in ("runs", "tmp", "ray"):
             (folder / name).mkdir()
         self._ends = ExitStack()
-        if _done(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder / "runs")]):
+        if os.environ.get(OWN) and _done(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder / "runs")]):
             self._ends.callback(_done, ["umount", "--lazy", str(folder / "runs")])
         self.config = config_of(ring, arguments, folder / "runs")
         (folder / "config.yaml").write_text(self.config.to_yaml())
         self.memory = memory_group(folder.name)
         if self.memory:
-            self._ends.callback(self.memory.rmdir)
+            self._ends.callback(_done, ["rmdir", str(self.memory)])  # in vain if a process is not gone yet
         self.starts = 0
         self.seen: set[psutil.Process] = set()
         """All processes that the job ever had, as far as they were seen."""
@@ -225,8 +228,7 @@ class Job:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         self.process.wait()
-        with contextlib.suppress(OSError):  # a process that is not gone yet keeps its control group
-            self._ends.close()
+        self._ends.close()
 
     @property
     def run(self) -> Path | None:
@@ -341,7 +343,7 @@ def harm(job: Job, kind: str, rng: random.Random, after: ExitStack) -> bool:
 
 def fill_disk(job: Job) -> bool:
     """Leaves no room until the job has ended for want of it."""
-    filler, starts = job.folder / "runs" / "filler", job.starts
+    filler = job.folder / "runs" / "filler"
     with filler.open("wb") as file, contextlib.suppress(OSError):
         while True:
             file.write(b"0" * 2**16)
@@ -350,7 +352,6 @@ def fill_disk(job: Job) -> bool:
         deadline = time.monotonic() + PATIENCE
         while job.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert job.starts == starts
         return job.process.poll() is not None
     finally:
         filler.unlink()
@@ -372,18 +373,23 @@ def take_memory(job: Job) -> bool:
     assert job.memory
     old = (job.memory / "memory.limit_in_bytes").exists()
     limit, usage = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
-    before = {process.pid for process in job.processes()}
+    counter = job.memory / ("memory.oom_control" if old else "memory.events")
+
+    def num_killed() -> int:
+        return next(int(line.split()[1]) for line in counter.read_text().splitlines() if line.startswith("oom_kill "))
+
+    before = num_killed()
     (job.memory / f"memory.{limit}").write_text(str(int((job.memory / f"memory.{usage}").read_text()) + HEADROOM))
     with subprocess.Popen([sys.executable, "-c", HOG]) as hog:
         (job.memory / "cgroup.procs").write_text(str(hog.pid))
         deadline = time.monotonic() + 60
         try:
-            while not (lost := before - {one.pid for one in job.processes()}) and time.monotonic() < deadline:
+            while num_killed() == before and time.monotonic() < deadline:
                 time.sleep(0.02)
         finally:
             hog.kill()
             (job.memory / f"memory.{limit}").write_text("-1" if old else "max")
-    return bool(lost)
+    return num_killed() > before
 
 
 @dataclass
@@ -532,10 +538,14 @@ def to_the_end(job: Job, table: dict[str, Outcomes], each: int, rng: random.Rand
             return
     # Its end may have been hurt: a job that is started again then finds a finished run, or a checkpoint to make.
     for _ in range(3):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if job.wait_for(last) and job.process.wait(PATIENCE) == 0:
+        if not job.wait_for(last):
+            break
+        try:
+            if job.process.wait(PATIENCE) == 0:
                 return
-            job.process = job.start()
+        except subprocess.TimeoutExpired:
+            break
+        job.process = job.start()
     yield f"the run did not end: {job.told()}"
 
 
@@ -583,16 +593,15 @@ def write_table(path: Path, results: dict[str, Any]) -> None:
 
 def in_own_namespaces() -> None:
     """Starts this command anew with processes, shared memory and mounts of its own. All of them end with it."""
-    own = "R2M_CHAOS_NAMESPACES"
     rights = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     command = ["unshare", *rights, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command += ["bash", "-c", 'mount -t tmpfs tmpfs /dev/shm && "$@"; exit $?', "bash"]
-    if os.environ.get(own):
+    if os.environ.get(OWN):
         return
     if not _done([*command, "true"]):
         print("no namespaces can be made here: processes that others start meanwhile may be taken for the runs'")
         return
-    os.execvpe(command[0], [*command, sys.executable, *sys.argv], os.environ | {own: "yes"})
+    os.execvpe(command[0], [*command, sys.executable, *sys.argv], os.environ | {OWN: "yes"})
 
 
 def main() -> int:

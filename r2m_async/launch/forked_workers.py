@@ -164,6 +164,7 @@ def become(
     for place, output in enumerate(outputs):
         os.dup2(output, place)
         os.close(output)
+    os.setpgid(0, 0)  # Ray kills the whole group of a worker that is gone
     os.setpriority(os.PRIO_PROCESS, 0, niceness)
     os.chdir(directory)
     os.environ.clear()

@@ -389,7 +389,7 @@ def test_no_room_is_a_mistake_at_first_and_a_loss_when_the_ring_is_built_anew(co
             train(config, in_process=True)
         with pytest.raises(StageLost, match="no room") as raised:
             train(config, in_process=True)
-    assert len(told) == 4 and "run.max_restarts is 1: the ring is not built anew." in raised.value.__notes__
+    assert len(told) == 3 and "run.max_restarts is 1: the ring is not built anew." in raised.value.__notes__
 
 
 def test_a_retried_job_goes_on_with_the_run_of_its_name_or_begins_one(config, tmp_path, capsys):

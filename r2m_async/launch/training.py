@@ -18,7 +18,6 @@ from r2m_async.ring.progress import Progress
 from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, newest_whole, saved_config, saved_counts, step_of
 from r2m_async.runs.directory import RunDirectory, new_directory, newest_directory
 from r2m_async.runs.live import LiveTable
-from r2m_async.runs.plots import plot_run
 from r2m_async.runs.records import append_records
 from r2m_async.runs.resuming import changes, check_resumable
 from r2m_async.whole import only_writer, remove_directory, write_file
@@ -93,7 +92,7 @@ def _go_on(path: Path, config: R2MConfig, in_process: bool, live: LiveTable) -> 
         if progress.step >= config.run.num_steps or progress.is_stopped_by(config.objective.kl_stop):
             why = "" if progress.stopped_at_kl is None else " or objective.kl_stop"
             live.tell(f"{path} is finished after {progress.step} steps; to go on, raise run.num_steps{why}")
-            plot_run(path)
+            _draw(path)
             return path
         workload = _resolved(config, live)
         _Run(path, config, workload, in_process, live).to_the_end(_Start(checkpoint, changed))
@@ -133,7 +132,7 @@ class _Run:
         with _naming_what_is_left(self.path):
             with contextlib.ExitStack() as ray_ends:
                 self._rings(start, ray_ends)
-            plot_run(self.path)
+            _draw(self.path)
 
     def _rings(self, start: _Start | None, ray_ends: contextlib.ExitStack) -> None:
         """Takes all steps that are left. `ray_ends` gets what ends the Ray that one ring leaves to the next."""
@@ -201,6 +200,13 @@ class _Run:
                 resumed = {"step": progress.step, "at": at, "changed": start.changed, "because": start.because}
                 append_records(path / "resumes.jsonl", [resumed])
                 _steps(ring, run, live, restarts)
+
+
+def _draw(path: Path) -> None:
+    """Draws the figures of a run."""
+    from r2m_async.runs.plots import plot_run  # matplotlib takes its time, and no step should wait for it
+
+    plot_run(path)
 
 
 def _newest_whole(path: Path, live: LiveTable) -> Path:

@@ -415,7 +415,7 @@ def test_a_terminal_gets_the_table_unless_logging_live_is_off(config, live, monk
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("where", ["plot_run", "remove_directory"])
+@pytest.mark.parametrize("where", ["_draw", "remove_directory"])
 def test_whatever_ends_a_run_after_its_ring_names_what_is_left(tiny_config, tmp_path, monkeypatch, where):
     from r2m_async.launch import training
 

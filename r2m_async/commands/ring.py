@@ -57,10 +57,7 @@ def add_ring(commands: Any) -> None:
 
 
 def _train(config: R2MConfig, parsed: argparse.Namespace) -> int:
-    from r2m_async.launch import forked_workers
-
-    if not parsed.in_process and not os.environ.get("RAY_ADDRESS"):
-        forked_workers.prepare(config.rollouts.engine)  # it imports meanwhile, and the next line takes its time, too
+    _prepare(config, parsed)
     from r2m_async.launch.training import train
 
     directory = train(config, in_process=parsed.in_process, resume_if_exists=parsed.resume_if_exists)
@@ -68,7 +65,17 @@ def _train(config: R2MConfig, parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare(config: R2MConfig, parsed: argparse.Namespace) -> None:
+    """Lets the process that workers are forked from make its imports beside those of this one."""
+    from r2m_async.launch import forked_workers
+
+    if not parsed.in_process and not os.environ.get("RAY_ADDRESS"):
+        forked_workers.prepare(config.rollouts.engine)
+
+
 def _resume(parsed: argparse.Namespace) -> int:
+    if (path := parsed.run / "config.yaml").is_file():
+        _prepare(R2MConfig.from_yaml(path, parsed.overrides), parsed)
     from r2m_async.launch.training import resume
 
     print(f"run directory: {resume(parsed.run, parsed.overrides, in_process=parsed.in_process)}")

@@ -25,12 +25,13 @@ def add_samples(commands: Any) -> None:
 
 
 def _samples(parsed: argparse.Namespace) -> int:
-    from r2m_async.runs.records import read_metrics, read_records
+    from r2m_async.runs.records import read_metrics
     from r2m_async.runs.results import markdown_table
+    from r2m_async.runs.samples import prompt_text, read_samples
 
     files = [parsed.run / name for name in ("evaluation.jsonl", "samples.jsonl")]
     evaluations, samples = (
-        read(file) if file.is_file() else [] for read, file in zip((read_metrics, read_records), files, strict=True)
+        read(file) if file.is_file() else [] for read, file in zip((read_metrics, read_samples), files, strict=True)
     )
     if not evaluations or not samples:
         raise ConfigError(
@@ -42,11 +43,10 @@ def _samples(parsed: argparse.Namespace) -> int:
         for one in evaluations
     ]
     print(markdown_table(["step", *names, "tokens"], rows), end="")
-    # Those of a step that was evaluated twice, by a resumed run, replace the older ones.
     of_step = {(one["step"], one["prompt_id"]): one for one in samples}
     steps = sorted({step for step, _ in of_step})
     for name in list(dict.fromkeys(name for _, name in of_step))[: parsed.num]:
-        print(f"\n{name}: {_shown(_text(of_step[steps[0], name]['prompt']), '  ').lstrip()}")
+        print(f"\n{name}: {_shown(prompt_text(of_step[steps[0], name]['prompt']), '  ').lstrip()}")
         for step in dict.fromkeys((steps[0], steps[-1])):
             print(_answer(of_step[step, name]))
     return 0
@@ -64,13 +64,6 @@ def _answer(sample: Mapping[str, Any]) -> str:
     return (
         f"  step {sample['step']:.0f}, reward {sample['reward']:.2f}{gold}{end}:\n{_shown(sample['response'], '    ')}"
     )
-
-
-def _text(prompt: Any) -> str:
-    """A prompt as text. Of several turns each begins with its role."""
-    if isinstance(prompt, str):
-        return prompt
-    return prompt[0][1] if len(prompt) == 1 else "\n".join(f"{role}: {text}" for role, text in prompt)
 
 
 def _shown(text: str, indent: str) -> str:

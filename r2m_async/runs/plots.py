@@ -11,7 +11,6 @@ The proxy reward is the one that the policy is trained on. The gold reward is th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,26 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from r2m_async.config import REWARD_METRICS, R2MConfig
+from r2m_async.config import R2MConfig
 from r2m_async.runs.drawing import COLORS, GREY, bare, grid, legend_above, line, line_cycle, save
-from r2m_async.runs.records import Records, binned, column, mean_curve, read_metrics, read_trace, samples_kl
+from r2m_async.runs.records import (
+    Records,
+    binned,
+    column,
+    has,
+    kl_of_versions,
+    mean_curve,
+    read_metrics,
+    read_trace,
+    reward_functions,
+    samples_kl,
+)
+from r2m_async.runs.trace import belongs_to_a_step, last_steps, row_of
 
 KL_LABEL = "KL from the reference (nats per response)"
 STEP_LABEL = "policy step"
 REWARDS = (("reward/mean", "proxy", "proxy reward"), ("reward/gold", "gold", "gold reward"))
 """For each row of panels: the metric of a step, the metric of an evaluation, and the label of the axis."""
-METHODS = ("generate", "embed", "proximal", "score", "train", "weights", "update", "evaluate")
-"""The methods of the stages, in the order in which a step passes through them."""
 NUM_TRACED_STEPS = 4
 """The number of steps that `stages.png` shows, the last ones."""
 
@@ -71,10 +80,9 @@ def reward_figure(steps: Records, evaluations: Records) -> Figure:
     steps, evaluations: records of metrics.jsonl and of evaluation.jsonl. Each reward is drawn against the step at the
     left and against the KL at the right. Evaluations are points with their standard errors.
     """
-    rows = REWARDS if _has(steps, "reward/gold") or _has(evaluations, "gold") else REWARDS[:1]
-    rows = (*rows, *((key, key, key.removeprefix("reward/")) for key in _functions(steps)))
+    rows = REWARDS if has(steps, "reward/gold") or has(evaluations, "gold") else REWARDS[:1]
+    rows = (*rows, *((key, key, key.removeprefix("reward/")) for key in reward_functions(steps)))
     figure, axes = grid(len(rows), 2)
-    step, kl = column(steps, "step"), column(steps, "kl/sequence")
     evaluated = column(evaluations, "step")
     for (by_step, by_kl), (key, name, label) in zip(axes, rows, strict=True):
         line(by_step, steps, key, COLORS[0], label="training rollouts")
@@ -83,12 +91,12 @@ def reward_figure(steps: Records, evaluations: Records) -> Figure:
         if name == "proxy":
             held_out["frozen"] = (GREY, "held-out prompts, reward model as it came")
         for reward, (color, label_of_it) in held_out.items():
-            if _has(evaluations, reward):
+            if has(evaluations, reward):
                 points = {"fmt": "o", "color": color, "ms": 4.5, "elinewidth": 1, "capsize": 2}
                 # Reward functions come without an error.
                 values, errors = column(evaluations, reward), np.nan_to_num(column(evaluations, f"{reward}_se"))
                 by_step.errorbar(evaluated, values, errors, label=label_of_it, **points)
-                by_kl.errorbar(_kl_of(evaluated, step, kl), values, errors, **points)
+                by_kl.errorbar(kl_of_versions(evaluated, steps), values, errors, **points)
         by_step.set_ylabel(label)
     _label_bottom(axes)
     legend_above(figure, axes[0][0])
@@ -132,7 +140,7 @@ def loss_figure(steps: Records) -> Figure:
         "critic/explained_variance": "explained variance",
         "kl/sequence": "KL (nats per response)",
     }
-    shown = [key for key in labels if key in ("policy/loss", "kl/sequence") or _has(steps, key)]
+    shown = [key for key in labels if key in ("policy/loss", "kl/sequence") or has(steps, key)]
     figure, axes = grid(len(shown), 1)
     for [panel], key in zip(axes, shown, strict=True):
         line(panel, steps, key, COLORS[0])
@@ -149,20 +157,16 @@ def stages_figure(trace: Records, num_steps: int = NUM_TRACED_STEPS) -> Figure:
     A bar begins when the stage was free to work on the call. A `weights` call that ran beside another call begins
     when it was asked for.
     """
-    trained = sorted(interval["end"] for interval in trace if interval["method"] == "train")
-    first = min(interval["start"] for interval in trace)
-    # The time shown ends with the last `train`, and begins with the end of the one before the first that is shown.
-    start, end = (trained[-num_steps - 1] if len(trained) > num_steps else first), trained[-1]
-    shown = [interval for interval in trace if interval["end"] > start and interval["start"] < end]
-    rows = {row: place for place, row in enumerate(sorted({_row(interval) for interval in shown}))}
-    numbers = sorted({interval["step"] for interval in shown if _by_step(interval)})
+    start, end, shown = last_steps(trace, num_steps)
+    rows = {row: place for place, row in enumerate(sorted({row_of(interval) for interval in shown}))}
+    numbers = sorted({interval["step"] for interval in shown if belongs_to_a_step(interval)})
     colors = {number: COLORS[number % len(COLORS)] for number in numbers}
     figure = Figure(figsize=(10, 1.3 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for interval in shown:
         left, right = max(interval["start"], start) - start, min(interval["end"], end) - start
-        color = colors[interval["step"]] if _by_step(interval) else _other(interval)[0]
-        axes.barh(rows[_row(interval)], right - left, left=left, height=0.72, color=color, ec="white", lw=0.4)
+        color = colors[interval["step"]] if belongs_to_a_step(interval) else _other(interval)[0]
+        axes.barh(rows[row_of(interval)], right - left, left=left, height=0.72, color=color, ec="white", lw=0.4)
     axes.set_yticks(list(rows.values()), [name for _, _, name in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, end - start)
@@ -170,7 +174,7 @@ def stages_figure(trace: Records, num_steps: int = NUM_TRACED_STEPS) -> Figure:
     bare(axes)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
-    others = dict(_other(interval)[::-1] for interval in shown if not _by_step(interval))
+    others = dict(_other(interval)[::-1] for interval in shown if not belongs_to_a_step(interval))
     legend = {f"due step {number}": colors[number] for number in numbers} | others
     handles = [Patch(color=color, label=label) for label, color in legend.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=8, frameon=False, fontsize=9)
@@ -189,7 +193,7 @@ def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
     all seeds are put into bins with equally many steps and averaged, which compares the rewards at the same KL.
     """
     everything = [record for seeds in runs.values() for seed in seeds for record in seed]
-    rows = REWARDS if _has(everything, "reward/gold") else REWARDS[:1]
+    rows = REWARDS if has(everything, "reward/gold") else REWARDS[:1]
     figure, axes = grid(len(rows), 2)
     for (by_step, by_kl), (key, _, axis_label) in zip(axes, rows, strict=True):
         for (label, seeds), drawn in zip(runs.items(), line_cycle(len(runs)), strict=True):
@@ -207,52 +211,6 @@ def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
     _label_bottom(axes)
     legend_above(figure, axes[0][1])
     return figure
-
-
-# Numbers
-
-
-def _kl_of(versions: np.ndarray, step: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """Returns the KL to the reference of policy versions, interpolated between the steps that have one.
-
-    versions: [n], the versions. step, kl: [number of steps], from the records of the steps.
-    """
-    # Records count steps from 1. Step v + 1 starts from version v, so the KL in its record is that of version v.
-    known = np.isfinite(kl)
-    return np.interp(versions + 1, step[known], kl[known]) if known.any() else np.full_like(versions, np.nan)
-
-
-def _functions(steps: Records) -> list[str]:
-    """Returns the metrics of the reward functions, in the order in which the records have them."""
-    own = {f"reward/{name}" for name in REWARD_METRICS}
-    return list(dict.fromkeys(key for one in steps for key in one if key.startswith("reward/") and key not in own))
-
-
-def _has(records: Records, key: str) -> bool:
-    """Returns whether any record has a finite value of the metric."""
-    return bool(np.isfinite(column(records, key)).any())
-
-
-# Drawing
-
-
-def _row(interval: Mapping[str, Any]) -> tuple[int, tuple[int, ...], str]:
-    """Returns the row of an interval, as a key by which rows are sorted: place of the method, numbers, name.
-
-    A rollout actor has one row for all that it does. Every other stage has one row for each of its methods.
-    """
-    stage, method = interval["stage"], interval["method"]
-    if stage.startswith("rollout"):
-        method, name = METHODS[0], stage
-    else:
-        name = f"{stage}: {method}"
-    place = METHODS.index(method) if method in METHODS else len(METHODS)
-    return place, tuple(map(int, re.findall(r"\d+", stage))), name
-
-
-def _by_step(interval: Mapping[str, Any]) -> bool:
-    """Returns whether the work of an interval belongs to one policy step."""
-    return interval["method"] != "load_weights" and interval["step"] >= 0
 
 
 def _other(interval: Mapping[str, Any]) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from r2m_async.config import REWARD_METRICS
 from r2m_async.errors import DataError
 from r2m_async.whole import append, disk_errors
 
@@ -36,20 +37,24 @@ def read_records(path: Path, needed: Mapping[str, type] | None = None) -> list[d
 
     Raises DataError, which names the line, for any other line that is not a JSON object with these keys.
     """
-    lines = path.read_bytes().splitlines(keepends=True)
+    return records_in(path.read_bytes(), str(path), needed or {})
+
+
+def records_in(data: bytes, name: str, needed: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Returns the records in the text of a JSONL file, as `read_records` does. name: of the file, for messages."""
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
             if not line.endswith(b"\n"):
                 break  # the run is writing this line, or was killed while it did
             why = error.msg if isinstance(error, json.JSONDecodeError) else error
-            raise DataError(f"{path}:{number}: is not JSON ({why}): remove the line") from None
+            raise DataError(f"{name}:{number}: is not JSON ({why}): remove the line") from None
         if not isinstance(record, dict):
             shown = line.strip()[:60].decode(errors="replace")
-            raise DataError(f"{path}:{number}: holds {shown!r}, not an object of metrics: remove the line")
-        for key, kind in (needed or {}).items():
+            raise DataError(f"{name}:{number}: holds {shown!r}, not an object of metrics: remove the line")
+        for key, kind in needed.items():
             value = record.get(key)
             if (
                 not isinstance(value, kind)
@@ -57,7 +62,7 @@ def read_records(path: Path, needed: Mapping[str, type] | None = None) -> list[d
                 or value in (math.inf, -math.inf)
                 or value != value
             ):
-                raise DataError(f"{path}:{number}: has {value!r} as {key!r}: it was changed after it was written")
+                raise DataError(f"{name}:{number}: has {value!r} as {key!r}: it was changed after it was written")
         records.append({key: math.nan if value is None else value for key, value in record.items()})
     return records
 
@@ -109,8 +114,14 @@ NUM_KL_BINS = 12
 
 
 def column(records: Records, key: str) -> np.ndarray:
-    """Returns one metric of all records, as an array [number of records]. It is NaN where a record lacks the metric."""
-    return np.array([record.get(key, np.nan) for record in records], dtype=float)
+    """Returns one metric of all records, as an array [number of records]. It is NaN where a record lacks the metric.
+
+    Raises DataError if a record has something else than a number.
+    """
+    try:
+        return np.array([record.get(key, np.nan) for record in records], dtype=float)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the metric {key!r} is no number in every record ({error}): a file was changed") from None
 
 
 def samples_kl(records: Records) -> np.ndarray:
@@ -122,6 +133,29 @@ def samples_kl(records: Records) -> np.ndarray:
     Old runs have no `kl/behaviour`. For them it is the KL of pi_old, which is the same if both staleness bounds are 0.
     """
     return np.array([record.get("kl/behaviour", record.get("kl/sequence", np.nan)) for record in records], dtype=float)
+
+
+def kl_of_versions(versions: np.ndarray, steps: Records) -> np.ndarray:
+    """Returns the KL to the reference of policy versions, interpolated between the steps that have one.
+
+    versions: [n], the versions. steps: records of metrics.jsonl. The result is [n], in nats per response, and NaN if no
+    step has a KL.
+    """
+    # Records count steps from 1. Step v + 1 starts from version v, so the KL in its record is that of version v.
+    step, kl = column(steps, "step"), column(steps, "kl/sequence")
+    known = np.isfinite(kl)
+    return np.interp(versions + 1, step[known], kl[known]) if known.any() else np.full_like(versions, np.nan)
+
+
+def reward_functions(steps: Records) -> list[str]:
+    """Returns the metrics of the reward functions, in the order in which the records have them."""
+    own = {f"reward/{name}" for name in REWARD_METRICS}
+    return list(dict.fromkeys(key for one in steps for key in one if key.startswith("reward/") and key not in own))
+
+
+def has(records: Records, key: str) -> bool:
+    """Returns whether any record has a finite value of the metric."""
+    return bool(np.isfinite(column(records, key)).any())
 
 
 def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

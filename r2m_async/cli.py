@@ -1,8 +1,9 @@
-"""`r2m train | plan | check | samples | export | study | reward-model | policy-states | bon | eval`: the command line.
+"""`r2m train | plan | check | watch | samples | export | study | reward-model | policy-states | bon | eval`: the command line.
 
 r2m train configs/quickstart.yaml run.num_steps=20
 r2m plan  configs/quickstart.yaml --times runs/r2m-20260101-120000
 r2m check configs/presets/dialogue_qwen2.5_3b.yaml
+r2m watch runs/r2m-20260101-120000
 r2m samples runs/r2m-20260101-120000
 r2m export runs/r2m-20260101-120000 exported
 r2m study configs/studies/variants.yaml studies/variants
@@ -33,6 +34,7 @@ from r2m_async.commands.reward_model import add_reward_model
 from r2m_async.commands.ring import add_ring
 from r2m_async.commands.samples import add_samples
 from r2m_async.commands.study import add_study
+from r2m_async.commands.watch import add_watch
 from r2m_async.errors import (
     CodecError,
     ConfigError,
@@ -122,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     # In the order in which `r2m --help` lists them.
     for add in (
         add_ring,
+        add_watch,
         add_samples,
         add_export,
         add_study,

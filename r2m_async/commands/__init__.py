@@ -2,6 +2,7 @@
 
 ring.py           train, plan, check
 samples.py        samples
+watch.py          watch
 export.py         export
 study.py          study
 reward_model.py   reward-model train, resume, eval

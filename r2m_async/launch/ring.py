@@ -23,6 +23,7 @@ from r2m_async.models.weight_files import weights_digest
 from r2m_async.ring.controller import Controller
 from r2m_async.ring.progress import Progress
 from r2m_async.ring.stages import Call
+from r2m_async.ring.status import RingStatus
 from r2m_async.ring.tasks import STOP_TIMEOUT
 from r2m_async.runs.checkpoints import kept_versions, read_checkpoint, saved_counts, write_parts
 from r2m_async.trajectories import Weights
@@ -49,6 +50,7 @@ class Ring:
         resume: str | Path | None = None,
         journals: str | Path | None = None,
         ray: RayConnection | None = None,
+        on_status: Callable[[RingStatus], None] | None = None,
     ):
         """Starts the stages and the controller, and waits until the ring can take a step.
 
@@ -60,6 +62,8 @@ class Ring:
             journals: a folder in which finished groups are kept from one checkpoint to the next (`queue.journal`). If
                 the run is resumed, it does not generate again those that it finds there. None: no group is kept.
             ray: a connection to Ray that outlives the ring. None: the ring makes one, and ends it.
+            on_status: is called every second with what the ring does, also while the ring starts. It is called in a
+                thread of the ring, which must not be kept waiting.
 
         Raises ConfigError for a checkpoint that is not whole, for a key that a resumed run may not change
         (docs/checkpoints.md), and for a config that cannot run on Ray or in one process.
@@ -69,6 +73,7 @@ class Ring:
         self.workload = workload
         self._loop_thread = LoopThread("r2m-controller")
         self._stopped = False
+        self._on_status = on_status
         self._journals = None if journals is None or not config.queue.journal else str(Path(journals).absolute())
         self.records: dict[str, int] = {}
         """What `save` was told under the name `records` when the checkpoint was written from which this ring goes on."""
@@ -87,7 +92,7 @@ class Ring:
         Args:
             config: the config of the run.
             on_progress: is told of work that takes a while, as in `workload.resolve`.
-            how: the further arguments of `Ring`: `in_process`, `resume`, `journals` and `ray`.
+            how: the further arguments of `Ring`: `in_process`, `resume`, `journals`, `ray` and `on_status`.
 
         Raises ConfigError or DataError, as `workload.resolve` and `Ring` do.
         """
@@ -152,6 +157,8 @@ class Ring:
                 ) from None
 
         self.controller = self._run(controller())
+        if self._on_status is not None:
+            self._run(self.controller.tell(self._on_status))
         self._run(start_in_time())
 
     def _saved_progress(self, resume: Path) -> Progress:

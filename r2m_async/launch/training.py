@@ -48,6 +48,7 @@ def train(config: R2MConfig, in_process: bool = False, resume_if_exists: bool = 
         workload = _resolved(config, live)
         path = new_directory(config.run.output_dir, config.run.name, config)
         with _as_only_writer(path):
+            live.follow(path)
             _Run(path, config, workload, in_process, live).to_the_end(None)
     return path
 
@@ -89,6 +90,7 @@ def _go_on(path: Path, config: R2MConfig, in_process: bool, live: LiveTable) -> 
                 )
         check_resumable(checkpoint, saved_config(checkpoint, R2MConfig), config)
         progress = Progress(**saved_counts(checkpoint)["progress"])
+        live.follow(path)
         if progress.step >= config.run.num_steps or progress.is_stopped_by(config.objective.kl_stop):
             why = "" if progress.stopped_at_kl is None else " or objective.kl_stop"
             live.tell(f"{path} is finished after {progress.step} steps; to go on, raise run.num_steps{why}")
@@ -178,14 +180,16 @@ class _Run:
         path, config, live = self.path, self.config, self.live
         if start is None:
             live.message(f"starting the ring; run directory {path}")
-            ring = Ring(config, self.workload, self.in_process, journals=path / "journal", ray=ray)
+            where = path / "journal"
+            ring = Ring(config, self.workload, self.in_process, None, where, ray, live.ring)
             with ring, RunDirectory(path, config) as run:
+                live.message("the ring has started")
                 _steps(ring, run, live, restarts)
             return
         progress = Progress(**saved_counts(start.checkpoint)["progress"])
         live.tell(f"resuming {path} after step {progress.step}")
         try:
-            ring = Ring(config, self.workload, self.in_process, start.checkpoint, path / "journal", ray)
+            ring = Ring(config, self.workload, self.in_process, start.checkpoint, path / "journal", ray, live.ring)
         except NoRoom as error:
             if restarts:  # there was room for the ring before: what is missing now is a node, and another may come
                 raise StageLost(None, str(error)) from None

@@ -9,6 +9,7 @@ stages.py        declares the methods of every stage as the controller sees them
 state.py         what all loops share
 journal.py       keeps finished groups between two checkpoints, and takes them up in a resumed run
 progress.py      how far a run has come, as a checkpoint keeps it
+status.py        what the ring is doing at one moment
 calls.py         makes the calls of stages, gives each wait a name, and records each call in the trace
 tasks.py         runs the tasks of a ring, so that the first one that fails ends the run
 versions.py      keeps the weights of the versions of policy and head that may still be needed

@@ -10,7 +10,7 @@ from typing import TypeVar
 from r2m_async.errors import StageLost
 from r2m_async.ring.stages import Call, Stage
 from r2m_async.ring.step_metrics import StepMetrics
-from r2m_async.ring.waiting import Waits
+from r2m_async.ring.waiting import WORKING, Waits
 
 R = TypeVar("R")
 
@@ -49,7 +49,7 @@ class Calls:
             call: the call, not yet begun.
             about: what the call is for, such as `group 12` or an engine's name, for the list of waits.
         """
-        what = f"its end{about and ': '}{about}"
+        what = f"{WORKING}{about and ': '}{about}"
         while True:
             before = self._restarts[call.stage]
             self.open[call.stage] += 1

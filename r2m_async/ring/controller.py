@@ -26,7 +26,7 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from r2m_async.config import R2MConfig
@@ -38,6 +38,7 @@ from r2m_async.ring.progress import Progress
 from r2m_async.ring.rollouts import Rollouts
 from r2m_async.ring.stages import Call, Payload, Stages
 from r2m_async.ring.state import RingState, now
+from r2m_async.ring.status import RingStatus, status_of
 from r2m_async.ring.step_metrics import Interval
 from r2m_async.ring.tasks import DRIVER, in_step, together
 from r2m_async.schedule import Admission, Assembly, Plan
@@ -58,6 +59,8 @@ class _HeadWork:
     """The rewards of these groups that the policy was trained on."""
 
 
+STATUS_EVERY = 1.0
+"""Seconds from one status to the next, for whoever listens (`Controller.tell`)."""
 STACKS_TIMEOUT = 20.0
 """Seconds in which the stacks of stages that do not answer must be read. A frozen cluster does not read them at all."""
 
@@ -231,6 +234,24 @@ class Controller:
         """Returns the intervals of the trace since the last call. The one that ended first comes first."""
         taken, self.metrics.trace = self.metrics.trace, []
         return taken
+
+    def status(self) -> RingStatus:
+        """What the ring does at this moment."""
+        status, evaluation = status_of(self._state), self._evaluations.under_way()
+        if evaluation is None:
+            return status
+        version, answered, num_prompts = evaluation
+        return replace(status, evaluating=version, answered=answered, to_answer=num_prompts)
+
+    async def tell(self, listener: Callable[[RingStatus], None]) -> None:
+        """Calls `listener` every second with the status of the ring, until `stop`. It is called on the event loop."""
+
+        async def tell() -> None:
+            while True:
+                listener(self.status())
+                await asyncio.sleep(STATUS_EVERY)
+
+        self._tasks.spawn(tell())
 
     def waits(self) -> str:
         """Says who waits for what and since when, one wait per line, and which groups are in flight.

@@ -51,6 +51,8 @@ class Evaluations:
         self.samples: list[dict[str, Any]] = []
         """The responses to read of each evaluation of this start, in the same order: the fields of `Sample`, and `step`."""
         self._state, self._tickets = state, tickets
+        self.answered = 0
+        """How many held-out prompts of the evaluation that is under way are answered."""
         self._evaluator_now: str | None = None
         self._asked: deque[Evaluation] = deque()
         """Evaluations that are not finished. The first of them may be under way."""
@@ -87,6 +89,10 @@ class Evaluations:
         # `notify` wakes only the first actor in the line.
         if self._asked and (actor := self._evaluator()):
             self._state.waits.wake(actor)
+
+    def under_way(self) -> tuple[int, int, int] | None:
+        """(the policy version that is evaluated now, prompts answered, prompts in all), or None if none is."""
+        return (self._asked[0].policy_version, self.answered, len(self._tickets)) if self._asked else None
 
     @property
     def all_finished(self) -> bool:
@@ -135,8 +141,11 @@ class Evaluations:
                 if not retries:
                     raise
                 return await result(ticket, retries - 1)
-            return group, feedback, (await calls.traced(annotator.embed(group), step=-1, about=about))[1]
+            embeddings = (await calls.traced(annotator.embed(group), step=-1, about=about))[1]
+            self.answered += 1
+            return group, feedback, embeddings
 
+        self.answered = 0  # an actor that was lost on the way may have answered some
         at_once = self._state.config.rollouts.concurrent_groups
         for first in range(0, len(self._tickets), at_once):
             async with together() as batch:
@@ -151,5 +160,6 @@ class Evaluations:
         self.samples += [{"step": float(step), **asdict(sample)} for sample in report.samples]
         # Only now does it leave the queue: if the actor is lost on the way, its next process does it again.
         self._asked.popleft()
+        self.answered = 0
         self._evaluator_now = None
         self._state.waits.notify()

@@ -19,6 +19,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+WORKING = "its end"
+"""For what a call of a stage waits, in the words of the list of waits. What the call is about may follow a colon."""
 _SLICES = 20
 """The number of parts into which `nothing_for` divides its time. It looks once after each part.
 
@@ -186,10 +188,12 @@ class Waits:
             quiet = quiet + 1 if waits and ended == self._num_ended else 0
             ended = self._num_ended
 
+    def entries(self) -> list[tuple[str, str, float]]:
+        """Returns (who, what, seconds so far) of each wait. The one that has lasted longest comes first."""
+        now = asyncio.get_running_loop().time()
+        in_order = sorted(self._waits, key=lambda wait: (wait.since, wait.who, wait.what))
+        return [(wait.who, wait.what, now - wait.since) for wait in in_order]
+
     def lines(self) -> list[str]:
         """Returns one line of text for each wait. The one that has lasted longest comes first."""
-        now = asyncio.get_running_loop().time()
-        return [
-            f"{wait.who} waits for {wait.what} (since {now - wait.since:.0f} s)"
-            for wait in sorted(self._waits, key=lambda wait: (wait.since, wait.who, wait.what))
-        ]
+        return [f"{who} waits for {what} (since {seconds:.0f} s)" for who, what, seconds in self.entries()]

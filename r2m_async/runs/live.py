@@ -1,59 +1,55 @@
 """Shows a run in the terminal while it goes on: as a live table, or as plain lines if the output is no terminal.
 
-    with LiveTable(config) as table, Ring.of(config, table.message) as ring:
+    with LiveTable(config) as table, Ring.of(config, table.message, on_status=table.ring) as ring:
         while not ring.finished:
             table.update(ring.step(), ring.controller.evaluations)
 
-A metric that a step does not have is left blank.
+`r2m watch` shows the same of a run that another process drives: `watching.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from r2m_async.config import R2MConfig
+from r2m_async.errors import DiskError
+from r2m_async.ring.status import RingStatus
+from r2m_async.runs.status import Status, write_status
+from r2m_async.runs.view import NUM_ROWS, View, evaluation_line, rendered, status_line, step_line
 
-NUM_ROWS = 12
-"""The number of steps that the table shows, the last ones."""
-COLUMNS = {
-    "step": ("step", "{:.0f}"),
-    "proxy": ("reward/mean", "{:.3f}"),
-    "gold": ("reward/gold", "{:.3f}"),
-    "KL": ("kl/sequence", "{:.2f}"),
-    "policy age mean": ("age/policy_mean", "{:.1f}"),
-    "max": ("age/policy_max", "{:.0f}"),
-    "head age": ("age/head", "{:.0f}"),
-    "responses/s": ("throughput/responses_per_s", "{:.1f}"),
-    "idle: rollouts": ("idle/rollouts", "{:.0%}"),
-    "annotators": ("idle/annotators", "{:.0%}"),
-    "policy": ("idle/policy_learner", "{:.0%}"),
-    "head": ("idle/head_learner", "{:.0%}"),
-}
-"""For each heading, the metric in its column and how the metric is printed. The ages are in steps."""
-EVALUATION_REWARDS = ("reward", "proxy", "frozen", "gold")
-"""The rewards of an evaluation: the whole reward, that of the present head, that of the reward model as it came, and the
-gold reward."""
+STATUS_EVERY = 2.0
+"""Seconds from one status.json to the next."""
+QUIET_AFTER = 60.0
+"""Seconds without a line of plain output, after which a line says what the run does."""
 
 
 class LiveTable:
-    """Shows the last steps and the last evaluation of a run. Use it as a context manager."""
+    """Shows the last steps, the last evaluation and what each stage does. Use it as a context manager.
 
-    def __init__(self, config: R2MConfig) -> None:
-        """config: of the run. Without `logging.live`, plain lines are printed in a terminal too."""
-        self._config = config
+    In a run's directory (`follow`) it keeps status.json, from which others see the same.
+    """
+
+    def __init__(self, config: R2MConfig, time_of: Callable[[], float] = time.monotonic) -> None:
+        """config: of the run. Without `logging.live`, plain lines are printed in a terminal too. time_of: a clock."""
+        self._config, self._time_of = config, time_of
         self._rows: list[Mapping[str, float]] = []
         self._evaluations: Sequence[Mapping[str, float]] = ()
         self._notice, self._done, self._total = "", 0, 0
-        self._began = time.monotonic()
+        self._ring: RingStatus | None = None
+        self._directory: Path | None = None
+        self._began = self._said = time_of()
+        self._over = threading.Event()
+        # It must not keep Python from ending: the process may be given up while it stands in a call of a broken disk.
+        self._ticker = threading.Thread(target=self._ticks, name="r2m-status", daemon=True)
         console = Console(file=sys.stdout)
         self._live: Live | None = None
         if config.logging.live and console.is_terminal:
@@ -62,12 +58,25 @@ class LiveTable:
     def __enter__(self) -> Self:
         if self._live:
             self._live.start()
+        self._ticker.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._over.set()
+        self._ticker.join(timeout=2 * STATUS_EVERY)
+        # The last frame stays on the screen, where nothing is under way any more.
+        self._notice, self._ring = "", None
+        self._keep_status("finished" if kind is None else f"{kind.__name__}: {error}")
         if self._live:
-            self._notice = ""  # the last frame stays on the screen, where nothing is under way any more
             self._live.stop()
+
+    def follow(self, directory: Path) -> None:
+        """Keeps status.json in the directory of a run from now on."""
+        self._directory = directory
+
+    def ring(self, status: RingStatus) -> None:
+        """Takes what the ring does now."""
+        self._ring = status
 
     def update(self, metrics: Mapping[str, float], evaluations: Sequence[Mapping[str, float]]) -> None:
         """Takes the metrics of a step and all evaluations so far, and shows what is new.
@@ -83,9 +92,9 @@ class LiveTable:
             self._live.refresh()
             return
         if metrics:
-            print(self._step_line(metrics), flush=True)
+            self._say(step_line(self._view()))
         for evaluation in new:
-            print(_evaluation_line(evaluation), flush=True)
+            self._say(evaluation_line(evaluation))
 
     def message(self, text: str, done: int = 0, total: int = 0) -> None:
         """Says what the run is busy with until the next step, for example building models.
@@ -93,7 +102,7 @@ class LiveTable:
         done, total: the parts of that work, shown as a bar. A total of 0 shows none. Plain output prints a text once.
         """
         if not self._live and text != self._notice:
-            print(text, flush=True)
+            self._say(text)
         self._notice, self._done, self._total = text, done, total
 
     def tell(self, text: str) -> None:
@@ -101,74 +110,42 @@ class LiveTable:
         if self._live:
             self._live.console.print(text, markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            self._say(text)
 
     def render(self) -> RenderableType:
         """Returns what the terminal shows now. A thread of rich calls this four times a second."""
-        parts: list[RenderableType] = [self._header()]
-        if self._notice:
-            parts.append(_with_bar(self._notice, self._done, self._total) if self._total else Text(self._notice))
-        if self._rows:
-            parts.append(self._table())
-        if self._evaluations:
-            parts.append(Text(_evaluation_line(self._evaluations[-1])))
-        return Group(*parts)
+        return rendered(self._view(), self._live.console.height if self._live else sys.maxsize)
 
-    def _header(self) -> RenderableType:
-        step, num_steps = self._step, self._config.run.num_steps
-        times = f"elapsed {_clock(time.monotonic() - self._began)}  ETA {self._eta()}"
-        return _with_bar(f"{self._config.run.name}  step {step}/{num_steps}", step, num_steps, times)
+    def tick(self) -> None:
+        """Writes status.json. In plain output, says what the run does after `QUIET_AFTER` seconds without a line."""
+        self._keep_status()
+        if not self._live and self._time_of() - self._said >= QUIET_AFTER:
+            self._say(status_line(self._status()))
 
-    def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-        for heading in COLUMNS:
-            table.add_column(heading, justify="right")
-        for metrics in self._rows:
-            table.add_row(*(_cell(metrics, key, form) for key, form in COLUMNS.values()))
-        return table
+    def _ticks(self) -> None:
+        while not self._over.wait(STATUS_EVERY):
+            self.tick()
 
-    def _step_line(self, metrics: Mapping[str, float]) -> str:
-        parts = [f"step {self._step}/{self._config.run.num_steps}"]
-        shown = [(heading, *COLUMNS[heading]) for heading in list(COLUMNS)[1:]]
-        parts += [f"{heading} {_cell(metrics, key, form)}" for heading, key, form in shown if key in metrics]
-        return "  ".join([*parts, f"ETA {self._eta()}"])
+    def _keep_status(self, ended: str = "") -> None:
+        # The run itself says that the disk is full, at the next write that matters.
+        if self._directory is not None:
+            with contextlib.suppress(DiskError):
+                write_status(self._directory, self._status(ended))
 
-    @property
-    def _step(self) -> int:
-        return int(self._rows[-1].get("step", 0)) if self._rows else 0
+    def _status(self, ended: str = "") -> Status:
+        return Status(
+            busy_with=self._notice,
+            done=self._done,
+            total=self._total,
+            seconds=self._time_of() - self._began,
+            ring=self._ring,
+            ended=ended,
+        )
 
-    def _eta(self) -> str:
-        """Returns the time that the rest of the run will take, from the mean duration of the steps that are shown."""
-        seconds = [row["time/step"] for row in self._rows if "time/step" in row]
-        if not seconds:
-            return "?"
-        return _clock(sum(seconds) / len(seconds) * (self._config.run.num_steps - self._step))
+    def _view(self) -> View:
+        evaluation = self._evaluations[-1] if self._evaluations else None
+        return View(config=self._config, steps=self._rows, evaluation=evaluation, status=self._status())
 
-
-def _with_bar(text: str, done: int, total: int, after: str = "") -> RenderableType:
-    line = Table.grid(padding=(0, 2))
-    line.add_row(Text(text), ProgressBar(total=total, completed=done, width=30), Text(after))
-    return line
-
-
-def _evaluation_line(evaluation: Mapping[str, float]) -> str:
-    parts = [f"evaluation of policy {evaluation.get('step', 0):.0f}"]
-    for name in EVALUATION_REWARDS:
-        # Without reward functions, clipping and penalties the whole reward is that of the model.
-        same = name == "reward" and evaluation.get(name) in (evaluation.get("proxy"), evaluation.get("frozen"))
-        if name in evaluation and not same:
-            parts.append(f"{name} {evaluation[name]:.3f} ± {evaluation.get(f'{name}_se', 0):.3f}")
-    if "length" in evaluation:
-        parts.append(f"length {evaluation['length']:.1f}")
-    return "  ".join(parts)
-
-
-def _cell(metrics: Mapping[str, float], key: str, form: str) -> str:
-    return form.format(metrics[key]) if key in metrics else ""
-
-
-def _clock(seconds: float) -> str:
-    """Returns a duration as hours:minutes:seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+    def _say(self, line: str) -> None:
+        self._said = self._time_of()
+        print(line, flush=True)

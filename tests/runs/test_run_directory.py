@@ -303,11 +303,11 @@ def test_plain_output_is_one_line_per_step_notice_and_evaluation(config, capsys)
         "KL 3.00",
         "policy age mean 0.5",
         "rollouts 37%",
-        "ETA 0:00:06",
+        "left 0:00:06",
     ]
     assert [part for part in expected if part not in first] == []
     assert evaluation == "evaluation of policy 0  proxy -1.000 ± 0.100  frozen -1.000 ± 0.100  gold 1.500 ± 0.000"
-    assert second.startswith("step 2/4  proxy nan") and third == "step 3/4  ETA 0:00:02"
+    assert second.startswith("step 2/4  proxy nan") and third == "step 3/4  left 0:00:02"
     assert last.startswith("evaluation of policy 2  proxy 0.250 ± 0.200")
 
 
@@ -320,7 +320,7 @@ def test_the_table_keeps_the_last_twelve_steps_and_cuts_no_number_in_80_columns(
     output = io.StringIO()
     Console(file=output, width=80).print(table.render())
     shown = output.getvalue()
-    assert "demo  step 20/40" in shown and "ETA 0:00:40" in shown and "evaluation of policy 2" in shown
+    assert "demo  step 20/40" in shown and "left 0:00:40" in shown and "evaluation of policy 2" in shown
     rows = [line.split() for line in shown.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
     assert [row[0] for row in rows] == [str(step) for step in range(9, 21)]
     assert rows[-1] == ["20", "-20.125", "-20.250", "60.00", "0.5", "1", "0", "1234.5", "100%", "100%", "100%", "100%"]

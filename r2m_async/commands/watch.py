@@ -1,0 +1,25 @@
+"""`r2m watch`: what a run is doing, from another terminal or another machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_watch(commands: Any) -> None:
+    """Adds the command."""
+    text = (
+        "Show a run while another process drives it, from its directory: also on another machine that shares the disk."
+    )
+    watch = commands.add_parser("watch", help=text, description=text)
+    watch.add_argument("run", metavar="RUN", type=Path, help="a run directory of `train`")
+    watch.add_argument("--once", action="store_true", help="show it as it is now, and leave")
+    watch.set_defaults(command=_watch)
+
+
+def _watch(parsed: argparse.Namespace) -> int:
+    from r2m_async.runs.watching import watch
+
+    watch(parsed.run, parsed.once)
+    return 0

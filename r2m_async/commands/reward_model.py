@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def _evaluate_reward_model(parsed: argparse.Namespace) -> int:
     model = Path(parsed.model)
     is_run = (model / "config.yaml").is_file()
     out = parsed.out or (model / "evaluation" if is_run else Path("evaluation") / model.name)
-    print(write_evaluation(evaluate(parsed.model, sources), out), end="")
+    results = evaluate(parsed.model, sources, on_part=lambda what: print(what, file=sys.stderr, flush=True))
+    print(write_evaluation(results, out), end="")
     print(f"results: {out}")
     return 0

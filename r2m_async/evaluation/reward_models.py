@@ -60,6 +60,10 @@ NUM_STATES = 256
 because effective ranks can be compared only for equal numbers of texts."""
 
 
+_RESULTS = ("model", "seed", "num_models", "pairs", "feedback", "splits", "rm_bench", "states", "similarity")
+"""The results of an evaluation, in the order of results.json."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSources:
     """What to evaluate a reward model on. For a run the defaults suffice."""
@@ -92,7 +96,10 @@ class EvaluationSources:
 
 
 def evaluate(
-    model: str, sources: EvaluationSources | None = None, embedded: EmbeddedModels | None = None
+    model: str,
+    sources: EvaluationSources | None = None,
+    embedded: EmbeddedModels | None = None,
+    on_part: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Measures a reward model on all sources, and returns the results by name.
 
@@ -100,18 +107,22 @@ def evaluate(
         `embedded`, or an OUT of `r2m export`. Of an export this is the classifier; on pairs its head with a policy's
         feedback is measured, too (`_feedback_results`).
     embedded: the embedded models, whose policy writes for the splits; None means the default ones.
+    on_part: is told what is done next, and how much of it there is.
 
     A result without a source is None. Raises ConfigError for a model that cannot be loaded and if there is nothing to
     evaluate on, and DataError for files that cannot be read.
     """
     sources = sources or EvaluationSources()
+    on_part(f"loading {model}")
     ensemble = load_ensemble(model, sources.max_tokens, embedded, sources.trust_remote_code)
     is_run = (Path(model) / "config.yaml").is_file()
     of_language = model == "embedded" or (is_run and ensemble.config.data.preferences.startswith("embedded"))
+    on_part("reading the pairs")
     training, pairs = _pairs(ensemble, sources, is_run)
     splits: Mapping[str, Sequence[RankedPrompt]] = {}
     if of_language if sources.embedded is None else sources.embedded:
         check_held_out("--prompts", sources.num_prompts)
+        on_part(f"writing the four splits of the embedded language: {sources.num_prompts} prompts each")
         splits = embedded_splits(embedded or embedded_models(), sources.seed, sources.num_prompts)
     if sources.ranked is not None:
         splits = {**splits, **load_ranked(sources.ranked, sources.split or ensemble.config.data.split)}
@@ -120,19 +131,25 @@ def evaluate(
         raise ConfigError(f"{model}: nothing to evaluate on; give --pairs, --ranked, --rm-bench or --embedded")
     with one_thread():
         scorer = TextScorer(ensemble)
-        results = {
-            "model": model,
-            "seed": sources.seed,
-            "num_models": len(ensemble.models),
-            "pairs": _pair_results(scorer.rewards(chosen_texts(pairs)), scorer.rewards(rejected_texts(pairs)))
-            if pairs
-            else None,
-            "feedback": _feedback_results(model, pairs, sources, embedded) if pairs and is_export(model) else None,
-            "splits": {name: _split_results(scorer, split) for name, split in splits.items()} or None,
-            "rm_bench": _rm_bench_results(scorer, styled) if styled else None,
-            "states": _state_results(scorer, _texts_by_set(training, pairs, splits, styled), sources.seed),
-            "similarity": _similarity_results(scorer, pairs, sources.seed) if len(pairs) > 1 else None,
-        }
+        results: dict[str, Any] = {"model": model, "seed": sources.seed, "num_models": len(ensemble.models)}
+        measured: dict[str, Callable[[], Any]] = {}
+        if pairs:
+            chosen, rejected = chosen_texts(pairs), rejected_texts(pairs)
+            measured["pairs"] = lambda: _pair_results(scorer.rewards(chosen), scorer.rewards(rejected))
+        if pairs and is_export(model):
+            measured["feedback"] = lambda: _feedback_results(model, pairs, sources, embedded)
+        if splits:
+            measured["splits"] = lambda: {name: _split_results(scorer, split) for name, split in splits.items()}
+        if styled:
+            measured["rm_bench"] = lambda: _rm_bench_results(scorer, styled)
+        sets = _texts_by_set(training, pairs, splits, styled)
+        measured["states"] = lambda: _state_results(scorer, sets, sources.seed)
+        if len(pairs) > 1:
+            measured["similarity"] = lambda: _similarity_results(scorer, pairs, sources.seed)
+        for number, (name, measure) in enumerate(measured.items(), 1):
+            on_part(f"measuring {name}: {number} of {len(measured)}")
+            results[name] = measure()
+    results = {name: results.get(name) for name in _RESULTS}
     return results | {"num_texts_cut": scorer.num_cut, "max_tokens": ensemble.max_tokens}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from r2m_async.models.adapters import TrainedPart
 from r2m_async.models.tokens import longest_text
 from r2m_async.models.weights import MasterWeights
 from r2m_async.reward_models.config import RewardModelConfig
-from r2m_async.reward_models.frozen_states import OnTexts, frozen_states
+from r2m_async.reward_models.frozen_states import frozen_states
 from r2m_async.reward_models.preferences import (
     PreferenceData,
     TokenizedPair,
@@ -36,6 +37,8 @@ from r2m_async.runs.checkpoints import saved_config, seal, verified
 from r2m_async.runs.resuming import REWARD_MODEL_MAY_CHANGE, keys_of, refuse_changes
 from r2m_async.whole import whole_directory
 
+OnWork = Callable[[str, int, int], None]
+"""A function that is called with (what is done, parts done, parts in all) to show progress."""
 NUM_SAMPLED = 128
 """Limit on the training pairs whose hidden states are measured beside those of the held-out pairs (BSR Fig. 3)."""
 
@@ -48,25 +51,32 @@ class RewardTrainer:
     """
 
     def __init__(
-        self, config: RewardModelConfig, data: PreferenceData, start: str, on_texts: OnTexts | None = None
+        self,
+        config: RewardModelConfig,
+        data: PreferenceData,
+        start: str,
+        on_work: OnWork = lambda text, done, total: None,
     ) -> None:
         """Loads the model and tokenizes the pairs. A frozen backbone reads all of them here, once.
 
         config: the configuration, with this model's own seed as run.seed.
         data: the pairs as text.
         start: Hugging Face name or directory of the model that training starts from.
-        on_texts: is called while a frozen backbone reads.
+        on_work: is called while a frozen backbone reads, and in evaluations.
 
         Raises ConfigError as `RewardTrainee` does.
         """
         self.config = config
+        self._on_work = on_work
         self.model = RewardTrainee(start, config)
         self.held_out = self._tokenized(data.held_out)
         self.pairs = self._tokenized(data.training)
         if config.model.frozen:
             texts = [text for pair in (*self.pairs, *self.held_out) for text in (pair.chosen, pair.rejected)]
             limit = config.optimizer.tokens_per_microbatch
-            self.model.know_states(frozen_states(self.model, texts, limit, on_texts))
+            self.model.know_states(
+                frozen_states(self.model, texts, limit, partial(on_work, "frozen backbone: texts read once"))
+            )
         num_sampled = min(NUM_SAMPLED, len(self.pairs))
         # Always the same pairs, so that evaluations of different steps can be compared.
         self.sample = random.Random(f"{config.run.seed}/sample").sample(self.pairs, num_sampled)
@@ -157,7 +167,8 @@ class RewardTrainer:
         """
         record = {"step": self.steps_done, "head/weight_norm": head_norm(self.model.classifier.score)}
         for name, pairs in (("held_out", self.held_out), ("training", self.sample)):
-            states = pair_states(self.model, pairs, self.config.optimizer.tokens_per_microbatch)
+            told = partial(self._on_work, f"seed {self.config.run.seed}: evaluation on {name} pairs")
+            states = pair_states(self.model, pairs, self.config.optimizer.tokens_per_microbatch, told)
             if bad := first_bad(states.rewards):
                 reward = _reward_of(pairs[bad[1]], bad[0], states.rewards[tuple(bad)])
                 raise NonFiniteStep(f"evaluation after step {self.steps_done}: {reward}: the model overflows")

@@ -97,12 +97,14 @@ def _found(config: RewardModelConfig, progress: Any) -> tuple[str, PreferenceDat
 
         progress.message("the embedded language's models and preferences: found or built")
         start = str(embedded_preferences().start if start == "embedded" else embedded_models().reward_model)
+    progress.message(f"reading the pairs of {config.data.preferences}")
     return start, load_preference_data(config, start_reader(config))
 
 
 def _train_one(config: RewardModelConfig, data: PreferenceData, start: str, directory: Path, progress: Any) -> None:
     """Trains one model in its folder, from its newest checkpoint if it has one."""
-    trainer = RewardTrainer(config, data, start, progress.texts)
+    progress.message(f"seed {config.run.seed}: loading {start}")
+    trainer = RewardTrainer(config, data, start, progress.work)
     saved = checkpoints(directory)
     if saved:
         trainer.restore(saved[-1])

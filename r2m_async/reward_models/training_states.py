@@ -5,7 +5,7 @@ Shapes: B pairs, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,19 +50,28 @@ class PairStates:
 
 
 @torch.no_grad()
-def pair_states(model: RewardTrainee, pairs: Sequence[TokenizedPair], max_tokens: int) -> PairStates:
+def pair_states(
+    model: RewardTrainee,
+    pairs: Sequence[TokenizedPair],
+    max_tokens: int,
+    on_passes: Callable[[int, int], None] = lambda done, total: None,
+) -> PairStates:
     """Measures the pairs, in forward passes of at most `max_tokens` tokens.
+
+    on_passes: is called with (passes done, passes in all) after each pass of this process.
 
     Within a process group each rank measures a part of the pairs, and all ranks return the whole.
     """
     found = torch.zeros(5, len(pairs), dtype=torch.float64)
-    for part in microbatches(pairs, range(len(pairs)), max_tokens)[rank() :: num_ranks()]:
+    parts = microbatches(pairs, range(len(pairs)), max_tokens)[rank() :: num_ranks()]
+    for number, part in enumerate(parts, 1):
         some = [pairs[index] for index in part]
         rewards, states = model.rewards_and_states([pair.chosen for pair in some] + [pair.rejected for pair in some])
         states_2BD = states.double().view(2, len(some), -1)
         found[:2, part] = rewards.double().view(2, -1).cpu()
         found[2:4, part] = states_2BD.norm(dim=-1).cpu()
         found[4, part] = (states_2BD[0] - states_2BD[1]).norm(dim=-1).cpu()
+        on_passes(number, len(parts))
     # Each rank fills its own columns and leaves 0 in the others, so the sum is the whole.
     summed(found)
     return PairStates(rewards=found[:2], norms=found[2:4], differences=found[4])

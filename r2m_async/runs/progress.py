@@ -1,28 +1,30 @@
-"""Shows the training of reward models in the terminal: as progress bars, or as plain lines if there is no terminal."""
+"""Shows work on reward models in the terminal: as progress bars, or as plain lines if there is no terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Self
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 NUM_PLAIN_LINES = 10
-"""The number of lines that plain output prints for each model."""
+"""The number of lines that plain output prints for each model, if it takes less than `QUIET_AFTER` for each of them."""
+QUIET_AFTER = 10.0
+"""Seconds without a line of plain output, after which the next thing that is done prints one."""
 
 
 class TrainingProgress:
-    """Shows one progress bar for each model that is trained. Use it as a context manager."""
+    """Shows one progress bar for each model that is trained, and one for each other work. Use it as a context manager."""
 
-    def __init__(self, live: bool) -> None:
-        """live: False prints plain lines, in a terminal too."""
+    def __init__(self, live: bool, time_of: Callable[[], float] = time.monotonic) -> None:
+        """live: False prints plain lines, in a terminal too. time_of: a clock, in seconds."""
         console = Console(file=sys.stdout)
         self._progress = Progress(console=console) if live and console.is_terminal else None
-        self._tasks: dict[int, TaskID] = {}
-        self._reading: TaskID | None = None
-        self._tenths = 0
+        self._tasks: dict[int | str, TaskID] = {}
+        self._time_of, self._said = time_of, time_of()
 
     def __enter__(self) -> Self:
         if self._progress:
@@ -36,20 +38,24 @@ class TrainingProgress:
     def message(self, text: str) -> None:
         """Prints one line, above the bars if there are any."""
         if self._progress:
-            self._progress.console.print(text, highlight=False, soft_wrap=True)
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
+            self._said = self._time_of()
             print(text, flush=True)
 
-    def texts(self, done: int, total: int) -> None:
-        """Shows that a frozen backbone has read `done` of `total` texts. `done` rises up to `total`."""
-        text = "frozen backbone: texts read once"
-        if self._progress:
-            if self._reading is None:
-                self._reading = self._progress.add_task(text, total=total)
-            self._progress.update(self._reading, completed=done, total=total)
-        elif (tenths := done * NUM_PLAIN_LINES // total) > self._tenths or done == total:
-            print(f"{text}: {done}/{total}", flush=True)
-            self._tenths = tenths % NUM_PLAIN_LINES
+    def work(self, text: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` parts of some work are done. `done` rises up to `total`.
+
+        text: what work it is. In a terminal its bar is gone at the end.
+        """
+        if not self._progress:
+            self._say_if_quiet(f"{text}: {done}/{total}")
+            return
+        if text not in self._tasks:
+            self._tasks[text] = self._progress.add_task(text, total=total)
+        self._progress.update(self._tasks[text], completed=done, total=total)
+        if done >= total:
+            self._progress.remove_task(self._tasks.pop(text))
 
     def update(self, seed: int, metrics: Mapping[str, float], num_steps: int) -> None:
         """Shows that a model has taken a step.
@@ -68,4 +74,10 @@ class TrainingProgress:
             self._progress.update(self._tasks[seed], completed=step, description=text)
         # A line whenever a tenth of the steps is done.
         elif step * NUM_PLAIN_LINES // num_steps > (step - 1) * NUM_PLAIN_LINES // num_steps:
-            print(f"step {step}/{num_steps}  {text}", flush=True)
+            self.message(f"step {step}/{num_steps}  {text}")
+        else:
+            self._say_if_quiet(f"step {step}/{num_steps}  {text}")
+
+    def _say_if_quiet(self, line: str) -> None:
+        if self._time_of() - self._said >= QUIET_AFTER:
+            self.message(line)

@@ -1,10 +1,11 @@
-"""`r2m train | plan | check | watch | samples | export | study | reward-model | policy-states | bon | eval`: the command line.
+"""`r2m train | plan | check | watch | samples | report | export | study | reward-model | policy-states | bon | eval`: the command line.
 
 r2m train configs/quickstart.yaml run.num_steps=20
 r2m plan  configs/quickstart.yaml --times runs/r2m-20260101-120000
 r2m check configs/presets/dialogue_qwen2.5_3b.yaml
 r2m watch runs/r2m-20260101-120000
 r2m samples runs/r2m-20260101-120000
+r2m report runs/r2m-20260101-120000 runs/vanilla-20260101-130000 --out report.html
 r2m export runs/r2m-20260101-120000 exported
 r2m study configs/studies/variants.yaml studies/variants
 r2m reward-model train configs/reward_model/bsr.yaml run.seed=1
@@ -30,6 +31,7 @@ from r2m_async.commands.answers import add_eval
 from r2m_async.commands.best_of_n import add_best_of_n
 from r2m_async.commands.export import add_export
 from r2m_async.commands.policy_states import add_policy_states
+from r2m_async.commands.report import add_report
 from r2m_async.commands.reward_model import add_reward_model
 from r2m_async.commands.ring import add_ring
 from r2m_async.commands.samples import add_samples
@@ -126,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         add_ring,
         add_watch,
         add_samples,
+        add_report,
         add_export,
         add_study,
         add_reward_model,

@@ -3,6 +3,7 @@
 ring.py           train, plan, check
 samples.py        samples
 watch.py          watch
+report.py         report
 export.py         export
 study.py          study
 reward_model.py   reward-model train, resume, eval

@@ -19,6 +19,7 @@ from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, newest_whol
 from r2m_async.runs.directory import RunDirectory, new_directory, newest_directory
 from r2m_async.runs.live import LiveTable
 from r2m_async.runs.records import append_records
+from r2m_async.runs.report import write_report
 from r2m_async.runs.resuming import changes, check_resumable
 from r2m_async.whole import only_writer, remove_directory, write_file
 
@@ -246,6 +247,12 @@ def _steps(ring: Ring, run: RunDirectory, live: LiveTable, restarts: int) -> Non
     live.update({}, ring.controller.evaluations)
     keep_checkpoint(ring, run)
     remove_directory(run.path / "journal")  # no group of this run is still to be trained
+
+
+def _draw(path: Path) -> None:
+    """Draws the figures of a run, and writes its report."""
+    plot_run(path)
+    write_report([path], path / "report.html")
 
 
 def _record(ring: Ring, run: RunDirectory) -> None:

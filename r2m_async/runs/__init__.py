@@ -6,6 +6,8 @@ resuming.py     says which keys of the config a resumed run may change
 records.py      writes and reads JSON records, one per line, and takes columns of numbers from them
 results.py      writes the results of a command as JSON and as a table
 plots.py        draws the figures of a run, and of several runs compared
+report.py       writes one HTML file that shows a run, or compares several
+panels.py       makes the panels of that file
 trace.py        arranges a trace for people
 samples.py      reads what a run answered to held-out prompts
 drawing.py      holds what all figures share: colours, panels, lines

@@ -191,8 +191,9 @@ def test_a_damaged_status_and_a_directory_of_no_run_are_refused(run, tmp_path, c
 
 
 @pytest.mark.models
-def test_a_finished_run_has_a_status(tiny_config, tmp_path):
+def test_a_finished_run_has_a_status_and_a_report(tiny_config, tmp_path):
     config = tiny_config.run(num_steps=1, output_dir=str(tmp_path)).logging(tensorboard=False, live=False)
     run = train(config, in_process=True)
     status = read_status(run)
     assert status.ended == "finished" and status.ring is None
+    assert (run / "report.html").stat().st_size > 1e6

@@ -18,9 +18,10 @@ from r2m_async.ring.progress import Progress
 from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, newest_whole, saved_config, saved_counts, step_of
 from r2m_async.runs.directory import RunDirectory, new_directory, newest_directory
 from r2m_async.runs.live import LiveTable
-from r2m_async.runs.records import append_records
+from r2m_async.runs.records import append_records, read_trace
 from r2m_async.runs.report import write_report
 from r2m_async.runs.resuming import changes, check_resumable
+from r2m_async.runs.trace import write_trace_events
 from r2m_async.whole import only_writer, remove_directory, write_file
 
 
@@ -208,10 +209,12 @@ class _Run:
 
 
 def _draw(path: Path) -> None:
-    """Draws the figures of a run."""
+    """Draws the figures of a run, and writes its report and its trace for Perfetto."""
     from r2m_async.runs.plots import plot_run  # matplotlib takes its time, and no step should wait for it
 
     plot_run(path)
+    write_report([path], path / "report.html")
+    write_trace_events(read_trace(path / "trace.jsonl"), path / "trace.json")
 
 
 def _newest_whole(path: Path, live: LiveTable) -> Path:
@@ -247,12 +250,6 @@ def _steps(ring: Ring, run: RunDirectory, live: LiveTable, restarts: int) -> Non
     live.update({}, ring.controller.evaluations)
     keep_checkpoint(ring, run)
     remove_directory(run.path / "journal")  # no group of this run is still to be trained
-
-
-def _draw(path: Path) -> None:
-    """Draws the figures of a run, and writes its report."""
-    plot_run(path)
-    write_report([path], path / "report.html")
 
 
 def _record(ring: Ring, run: RunDirectory) -> None:

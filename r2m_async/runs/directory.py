@@ -10,6 +10,7 @@
     journal/           finished groups since the newest checkpoint, if `queue.journal` is set
     resumes.jsonl      one line per `r2m resume`: where it went on, and which keys of the config it changed
     status.json        what the run is doing, or how it ended (`runs.status`)
+    trace.json         the end of the trace for https://ui.perfetto.dev (`runs.trace`)
     report.html        the whole run in one file, for a browser (`runs.report`)
 
 JSON has no NaN and no infinity. Both are written as null, and null is read back as NaN.

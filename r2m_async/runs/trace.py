@@ -1,12 +1,22 @@
-"""Arranges a trace for people: in which row a call is drawn, and which calls belong to the last steps."""
+"""Arranges a trace for people: in which row a call is drawn, which calls belong to the last steps, and trace.json.
+
+trace.json has the same calls in the Trace Event Format, which https://ui.perfetto.dev and chrome://tracing open:
+https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from r2m_async.runs.records import Records
+from r2m_async.whole import write_file
+
+MAX_EVENTS = 100_000
+"""The most calls in trace.json, the last ones of a run: some 15 MB."""
 
 METHODS = ("generate", "embed", "proximal", "score", "train", "weights", "update", "evaluate")
 """The methods of the stages, in the order in which a step passes through them."""
@@ -41,3 +51,30 @@ def last_steps(trace: Records, num_steps: int) -> tuple[float, float, list[Mappi
     # The time ends with the last `train`, and begins with the end of the one before the first of these steps.
     start, end = (trained[-num_steps - 1] if len(trained) > num_steps else first), trained[-1]
     return start, end, [interval for interval in trace if interval["end"] > start and interval["start"] < end]
+
+
+def write_trace_events(trace: Records, path: Path) -> None:
+    """Writes the last `MAX_EVENTS` calls of a trace for Perfetto. trace: records of trace.jsonl. Raises DiskError."""
+    shown = trace[-MAX_EVENTS:]
+    rows = {row: number for number, row in enumerate(sorted({row_of(interval) for interval in shown}), 1)}
+    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "ring"}}]
+    for (*_, name), number in rows.items():
+        named = {"ph": "M", "pid": 1, "tid": number}
+        events.append(named | {"name": "thread_name", "args": {"name": name}})
+        events.append(named | {"name": "thread_sort_index", "args": {"sort_index": number}})
+    for interval in shown:
+        step = interval["step"]
+        events.append(
+            {
+                "ph": "X",  # a whole call: its start and its duration, both in microseconds
+                "name": f"{interval['method']} {step}" if step >= 0 else f"{interval['method']} (evaluation)",
+                "cat": interval["method"],
+                "ts": interval["start"] * 1e6,
+                "dur": (interval["end"] - interval["start"]) * 1e6,
+                "pid": 1,
+                "tid": rows[row_of(interval)],
+                "args": {"step": step, "stage": interval["stage"]},
+            }
+        )
+    content = {"displayTimeUnit": "ms", "otherData": {"calls left out": len(trace) - len(shown)}, "traceEvents": events}
+    write_file(path, json.dumps(content, allow_nan=False))

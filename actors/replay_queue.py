@@ -55,15 +55,15 @@ class ReplayQueue:
         kept |= parts
         self._num_parts += len(kept) - before
 
-    def get(self, group_id: int, name: str) -> tuple[None, Any]:
-        """Returns one part of a group, which stays in the queue.
+    def get(self, group_ids: tuple[int, ...], name: str) -> tuple[None, *tuple[Any, ...]]:
+        """Returns the part of this name of each group, in their order. They stay in the queue.
 
-        Raises KeyError, naming the group and the part, if the queue does not have it.
+        Raises KeyError, naming the group and the part, if the queue does not have one.
         """
-        parts = self._groups.get(group_id, {})
-        if name not in parts:
-            raise KeyError(f"group {group_id} has no {name!r} in the replay queue")
-        return None, parts[name]
+        for group_id in group_ids:
+            if name not in self._groups.get(group_id, {}):
+                raise KeyError(f"group {group_id} has no {name!r} in the replay queue")
+        return None, *(self._groups[group_id][name] for group_id in group_ids)
 
     def free(self, group_ids: tuple[int, ...]) -> tuple[int]:
         """Forgets all parts of these groups. Returns the number of parts that are left in the queue.

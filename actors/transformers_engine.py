@@ -44,7 +44,7 @@ class TransformersEngine:
         self._version = 0
         self._aborted = Aborted()
         """The attempts that `abort` has named."""
-        at_once = config.rollouts.concurrent_groups
+        at_once = config.concurrent_groups
         self._gathered = Gathered(self.generate_batch, at_once, PATIENCE, self._nothing_of)
 
     def load(self, weights: Weights, sent: dict[str, Any] | None = None) -> dict[str, float]:

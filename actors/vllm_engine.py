@@ -123,7 +123,7 @@ class VLLMEngine:
         """Creates and opens the slab. Returns what vLLM's worker needs to open it, too."""
         rollouts = self._config.rollouts
         shape = SlabShape(
-            num_blocks=rollouts.concurrent_groups,
+            num_blocks=self._config.concurrent_groups,
             num_sequences=rollouts.group_size + self._twin,
             num_rows=rollouts.max_prompt_tokens + rollouts.max_new_tokens,
             hidden_size=hidden_size,
@@ -464,7 +464,7 @@ def engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any]) 
         "generation_config": "vllm",  # a checkpoint's own settings would be sampled with and not trained with
         "logprobs_mode": "processed_logprobs",  # of the distribution that tokens are drawn from
         "max_model_len": num_tokens,
-        "max_num_seqs": rollouts.concurrent_groups * (rollouts.group_size + twin) + 1,  # and the probe
+        "max_num_seqs": config.concurrent_groups * (rollouts.group_size + twin) + 1,  # and the probe
         "tensor_parallel_size": rollouts.tensor_parallel,
         "worker_cls": "actors.vllm_worker.EngineWorker",
         "weight_transfer_config": {"backend": BACKENDS[config.weights.transport]},

@@ -172,6 +172,11 @@ else:
     _Logging = LoggingSection
 
 
+RESPONSES_AT_ONCE = 64
+"""The responses that a transformers engine draws at once where nobody says how many. On one core a batch of 64 takes a
+sixth of the time of eight batches of 8 (`benchmarks/stage_costs.py`)."""
+
+
 class R2MConfig(ConfigTree):
     """The config of a run. Make it with `from_yaml` or `from_dict`, or with sections as keyword arguments.
 
@@ -241,6 +246,21 @@ class R2MConfig(ConfigTree):
         """Whether stages may run ahead of each other freely: a bound on an age is above 0, and `lag` is `bounded`."""
         scheduling = self.scheduling
         return scheduling.lag == "bounded" and max(scheduling.max_policy_age, scheduling.max_head_age) > 0
+
+    @property
+    def concurrent_groups(self) -> int:
+        """The number of groups that one rollout actor generates at once.
+
+        It is `rollouts.concurrent_groups` if that is set. Otherwise it is 1 where the order of the groups must not change how
+        they are rounded, where a rollout function drives each response alone, and for vllm, whose memory depends on it.
+        """
+        rollouts = self.rollouts
+        if rollouts.concurrent_groups is not None:
+            return rollouts.concurrent_groups
+        if rollouts.engine == "vllm" or rollouts.function is not None or not self.asynchronous:
+            return 1
+        of_step = -(-rollouts.prompts_per_step // rollouts.num_actors)
+        return max(1, min(of_step, RESPONSES_AT_ONCE // rollouts.group_size))
 
     @property
     def probes_weights(self) -> bool:

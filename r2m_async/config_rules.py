@@ -78,11 +78,12 @@ def exact_lag_takes_one_group_at_a_time(rollouts: RolloutsSection, scheduling: S
     """Under `lag: exact` an actor generates one group at a time, with one version. A batch would round differently."""
     if scheduling.lag != "exact":
         return None
+    at_once = ["concurrent_groups"] if (rollouts.concurrent_groups or 1) > 1 else []
     return one_per_line(
         f"rollouts.{key} is {getattr(rollouts, key)} and scheduling.lag is 'exact': a run gives the same bits "
         f"again only if an actor generates one group at a time, with one version; leave rollouts.{key} out, or use "
         f"lag 'bounded'"
-        for key in changed(rollouts, "concurrent_groups", "in_flight_updates")
+        for key in [*at_once, *changed(rollouts, "in_flight_updates")]
     )
 
 
@@ -134,7 +135,7 @@ def a_rollout_function_is_told_of_before_its_actor_is_killed(rollouts: RolloutsS
 
 def turns_on_transformers_are_sampled_alone(rollouts: RolloutsSection) -> str | None:
     """With a rollout function the transformers engine has no batch, so several groups at once would gain nothing."""
-    if rollouts.function is None or rollouts.engine == "vllm" or rollouts.concurrent_groups == 1:
+    if rollouts.function is None or rollouts.engine == "vllm" or (rollouts.concurrent_groups or 1) == 1:
         return None
     return (
         f"rollouts.concurrent_groups is {rollouts.concurrent_groups} and rollouts.function is {rollouts.function!r}: engine "

@@ -280,9 +280,10 @@ class RolloutsSection(Section):
     """What generates the responses. `transformers` is slow and simple. `vllm` batches requests continuously."""
     num_actors: int = Field(1, gt=0)
     """Number of rollout actors. Each has an engine of its own."""
-    concurrent_groups: int = Field(1, gt=0)
+    concurrent_groups: int | None = Field(None, gt=0)
     """Number of groups that one actor generates at once. Rounding then depends on which groups run together. `transformers`
-    generates those that it is asked for at the same time as one batch, and asks for no others before the batch has ended."""
+    generates those that it is asked for at the same time as one batch, and takes no other before the batch has ended. None:
+    1, but with `transformers` in an asynchronous run as many as an actor has of a step, with 64 responses at most."""
     tensor_parallel: int = Field(1, gt=0)
     """Number of GPUs that one vllm engine spreads its model over."""
     in_flight_updates: bool = False

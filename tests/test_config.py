@@ -595,3 +595,20 @@ def test_the_name_of_an_environment_variable_and_tokens_of_a_tokenizer_are_no_se
     options = {"api_key_env": "JUDGE_KEY", "pad_token": "<pad>", "url": "http://host:8000/v1", "max_tokens": 3}
     config = R2MConfig.from_dict({"reward": {"functions": {"judge": {"function": "m:f", "options": options}}}})
     assert config.to_dict()["reward"]["functions"]["judge"]["options"] == options
+
+
+def test_a_transformers_actor_takes_a_steps_groups_at_once_where_rounding_may_depend_on_them():
+    asynchronous = R2MConfig().scheduling(max_policy_age=1)
+    assert (R2MConfig().concurrent_groups, asynchronous.concurrent_groups) == (1, 8)
+    for alone in (
+        asynchronous.scheduling(lag="exact"),
+        asynchronous.rollouts(engine="vllm"),
+        asynchronous.rollouts(function="mine:play"),
+        asynchronous.rollouts(group_size=65),
+        asynchronous.rollouts(concurrent_groups=1),
+    ):
+        assert alone.concurrent_groups == 1
+    assert asynchronous.rollouts(num_actors=3).concurrent_groups == 3
+    assert asynchronous.rollouts(group_size=20).concurrent_groups == 3
+    assert R2MConfig().rollouts(concurrent_groups=2).concurrent_groups == 2
+    assert R2MConfig().rollouts(concurrent_groups=1).scheduling(lag="exact").concurrent_groups == 1

@@ -154,7 +154,7 @@ def stages_in_process(config: R2MConfig, workload: Workload) -> Stages:
 
     def launch(name: str, make: Make) -> Carrier:
         # One group at a time is never batched, because the size of a batch changes how numbers are rounded.
-        batches = make is _rollout_actor and config.rollouts.concurrent_groups > 1
+        batches = make is _rollout_actor and config.concurrent_groups > 1
         return (LocalBatches if batches else LocalCarrier)(name, make(config, workload))
 
     return _stages(config, launch, local_bytes())

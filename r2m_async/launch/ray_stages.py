@@ -261,7 +261,7 @@ class RayStage:
         groups = {
             "control": 1,
             "weights": 1,
-            "generate": config.rollouts.concurrent_groups,
+            "generate": config.concurrent_groups,
             "embed": embeds_at_once(config),
         }
         remote = ray.remote(concurrency_groups=groups)(_Process)
@@ -284,7 +284,8 @@ class RayStage:
         payloads: list[Any] = []
         results: list[Any] = []
         packed = bytes(encode(without_payloads(list(args), payloads, ray.ObjectRef)))
-        options: dict[str, Any] = {"num_returns": 1 + method.num_payloads}
+        num_payloads = method.payloads_of(args)
+        options: dict[str, Any] = {"num_returns": 1 + num_payloads}
         if method.beside:
             options["concurrency_group"] = method.beside
         # The actor of this moment: a restart may put another in its place while this call waits. And a timeout that
@@ -296,7 +297,7 @@ class RayStage:
                 await self.pid()
                 self._started = True
             references = actor.call.options(**options).remote(method.name, packed, *payloads)
-            report, *results = references if method.num_payloads else [references]
+            report, *results = references if num_payloads else [references]
             async with asyncio.timeout(self._deadline) as within:
                 return decode(await report), *results
         except (ActorDiedError, ActorUnavailableError) as error:

@@ -26,7 +26,7 @@ from transformers import Cache, GenerationConfig
 from r2m_async.config import R2MConfig
 from r2m_async.finite import no_probability
 from r2m_async.models.plays import RolloutFunction, play_group
-from r2m_async.models.policy import feedback_of, logits_of
+from r2m_async.models.policy import LogitsOf, feedback_of
 from r2m_async.models.tokens import ResponseText, end_of_text
 from r2m_async.models.turns import Sampled, SampledTurn, TurnRequest
 from r2m_async.trajectories import PolicyFeedback, Ticket, Trajectory, TrajectoryGroup
@@ -106,7 +106,7 @@ class _Decoder:
         Raises NonFiniteStep if a row has no finite distribution.
         """
         inputs = {name: value for name, value in given.items() if name not in _OF_THE_LOOP}
-        ids = input_ids
+        ids, logits_of = input_ids, LogitsOf(model)
         for drawn in range(self.limit):
             prepared = model.prepare_inputs_for_generation(
                 ids,
@@ -118,7 +118,7 @@ class _Decoder:
             states_RPD = outputs.last_hidden_state
             inputs = model._update_model_kwargs_for_generation(outputs, inputs)
             self._keep(states_RPD)
-            logits_RV = logits_of(model, states_RPD[:, -1], outputs)
+            logits_RV = logits_of(states_RPD[:, -1], outputs)
             if not drawn:
                 rows = torch.arange(len(ids), device=ids.device).repeat_interleave(self.num_rows)
                 ids, logits_RV = ids[rows], logits_RV[rows]

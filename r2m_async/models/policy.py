@@ -193,30 +193,43 @@ def _chosen(
 def logits_of(model: Any, states_ND: Tensor, outputs: Any) -> Tensor:
     """Returns the logits [N, V] of hidden states of the last layer, as the model's own forward pass computes them.
 
-    model: a causal language model of transformers.
-    states_ND: [N, D], hidden states after the final norm.
-    outputs: what the model's base model returned in the pass that made the states.
+    The arguments are those of `LogitsOf`.
+    """
+    return LogitsOf(model)(states_ND, outputs)
+
+
+class LogitsOf:
+    """Computes logits from hidden states of the last layer, as a model's own forward pass does.
 
     Some models do more after the states than one linear layer: Gemma 2 caps its logits, Cohere and Granite scale them.
     So the model's own code is run from the states on, with a base model that returns the states.
     """
-    given = type(outputs)(**{**outputs, "last_hidden_state": states_ND[None]})
-    # A shallow copy: it has the same head, and the model itself stays as it is. Another thread may be computing with the
-    # model or copying its weights out (`config.publishes_beside_passes`).
-    headed = copy.copy(model)
-    headed._modules = model._modules | {model.base_model_prefix: _Given(given)}
-    # The ids only say how long the text is. No layer reads them.
-    ids_1N = torch.zeros(1, len(states_ND), dtype=torch.int64, device=states_ND.device)
-    logits_NV: Tensor = headed(input_ids=ids_1N, use_cache=False).logits[0]
-    return logits_NV
+
+    def __init__(self, model: Any) -> None:
+        """model: a causal language model of transformers."""
+        self._given = _Given()
+        # A shallow copy: it has the same head, and the model itself stays as it is. Another thread may be computing with
+        # the model or copying its weights out (`config.publishes_beside_passes`).
+        self._headed = copy.copy(model)
+        self._headed._modules = model._modules | {model.base_model_prefix: self._given}
+
+    def __call__(self, states_ND: Tensor, outputs: Any) -> Tensor:
+        """Returns the logits [N, V].
+
+        states_ND: [N, D], hidden states after the final norm.
+        outputs: what the model's base model returned in the pass that made the states.
+        """
+        self._given.outputs = type(outputs)(**{**outputs, "last_hidden_state": states_ND[None]})
+        # The ids only say how long the text is. No layer reads them.
+        ids_1N = torch.zeros(1, len(states_ND), dtype=torch.int64, device=states_ND.device)
+        logits_NV: Tensor = self._headed(input_ids=ids_1N, use_cache=False).logits[0]
+        return logits_NV
 
 
 class _Given(nn.Module):
     """Stands for a base model whose outputs are known."""
 
-    def __init__(self, outputs: Any) -> None:
-        super().__init__()
-        self._outputs = outputs
+    outputs: Any = None
 
     @property
     def decoder(self) -> _Given:
@@ -224,7 +237,7 @@ class _Given(nn.Module):
         return self
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return self._outputs
+        return self.outputs
 
 
 def logprobs_and_states(

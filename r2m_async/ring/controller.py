@@ -404,9 +404,8 @@ class Controller:
 
     async def _parts(self, group_ids: tuple[int, ...], part: str) -> list[Payload]:
         """Gets one part of each group from the queue, for example `embeddings`, in the order of `group_ids`."""
-        queue = self.stages.queue
-        asked = (self._calls.ask(queue.get(group_id, part), about=f"group {group_id}") for group_id in group_ids)
-        return [payload for _, payload in await asyncio.gather(*asked)]
+        _, *payloads = await self._calls.ask(self.stages.queue.get(group_ids, part), about=f"{part} {list(group_ids)}")
+        return payloads
 
     async def _end(self) -> None:
         """Makes the present step the last one, and forgets the groups that were admitted for later steps."""

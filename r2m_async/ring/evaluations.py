@@ -146,7 +146,7 @@ class Evaluations:
             return group, feedback, embeddings
 
         self.answered = 0  # an actor that was lost on the way may have answered some
-        at_once = self._state.config.rollouts.concurrent_groups
+        at_once = self._state.config.concurrent_groups
         for first in range(0, len(self._tickets), at_once):
             async with together() as batch:
                 tickets = self._tickets[first : first + at_once]

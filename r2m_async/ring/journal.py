@@ -120,7 +120,7 @@ class Journal:
                 policy_version=report.oldest_version,
                 refill=refill,
             )
-            group = (await state.calls.ask(state.stages.queue.get(group_id, PARTS[0])))[1]
-            taken.append((self._make_ticket(admission), report, group))
+            _, *group = await state.calls.ask(state.stages.queue.get((group_id,), PARTS[0]))
+            taken.append((self._make_ticket(admission), report, *group))
         self.recovered = {"taken": len(taken), "left": dict(+left), "damages": found["damages"]}
         return taken

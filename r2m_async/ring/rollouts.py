@@ -116,7 +116,7 @@ class Rollouts:
         self._evaluations.wake()
         loaded: int | None = None
         running: set[asyncio.Task[Any]] = set()
-        in_flight, at_once = self._config.rollouts.in_flight_updates, self._config.rollouts.concurrent_groups
+        in_flight, at_once = self._config.rollouts.in_flight_updates, self._config.concurrent_groups
 
         def urgent() -> _Job | None:
             return self._urgent(actor, loaded, bool(running))

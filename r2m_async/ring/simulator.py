@@ -275,6 +275,8 @@ class SimulatedStage:
                 num_bytes=self.group_bytes,
             )
             return group_report, ticket.group_id, None
+        if method == "get":
+            return None, *args[0]
         step = args[0] if args and isinstance(args[0], int) else 0
         if method == "train":
             self._version = step + 1
@@ -287,7 +289,6 @@ class SimulatedStage:
             "update": (report, step + 1),
             "score": (report, None),
             "embed": (report, None),
-            "get": (None, None),
             "load_weights": (report,),
         }.get(method, (None,))
 
@@ -409,8 +410,8 @@ QUEUE_CALLS = ("put", "get", "free")
 def queue_time(config: R2MConfig, times: StageTimes) -> float:
     """The seconds per step of all calls of the replay queue."""
     groups = config.rollouts.prompts_per_step
-    # Groups and embeddings are put and got, and what the rollout actors know of the policy's states with them.
-    return times.queue * (groups * (4 + config.wants_rollout_states) + 1)
+    # Each group is put twice, for itself and for its embeddings. All of a step are got together, and freed.
+    return times.queue * (2 * groups + 3 + config.wants_rollout_states)
 
 
 def physical_bound(config: R2MConfig, times: StageTimes, cores: float | None = None) -> float:

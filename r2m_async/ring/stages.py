@@ -43,8 +43,8 @@ class Method:
 
     name: str
     """The name of the method."""
-    num_payloads: int
-    """The number of payloads that the method returns after its report."""
+    num_payloads: int | None
+    """The number of payloads that the method returns after its report. None: one for each item of its first argument."""
     shares: tuple[int, ...]
     """The indices of those payloads of which each rank returns only a part.
 
@@ -54,6 +54,10 @@ class Method:
     """The group of threads in which the method runs. None: a group of one thread, where methods run one by one."""
     ranks: Ranks
     """The ranks that get a call, if the stage has several."""
+
+    def payloads_of(self, args: Sequence[Any]) -> int:
+        """The number of payloads that a call with these arguments returns."""
+        return len(args[0]) if self.num_payloads is None else self.num_payloads
 
 
 class Carrier(Protocol):
@@ -98,11 +102,11 @@ class Call(Generic[R]):
 
     def __await__(self) -> Generator[Any, None, R]:
         answer = yield from self._carrier.call(self.method, *self._args).__await__()
-        return cast(R, answer if self.method.num_payloads else answer[0])
+        return cast(R, answer[0] if self.method.num_payloads == 0 else answer)
 
 
 def method(
-    num_payloads: int = 0, *, shares: tuple[int, ...] = (), beside: Beside | None = None, ranks: Ranks = "all"
+    num_payloads: int | None = 0, *, shares: tuple[int, ...] = (), beside: Beside | None = None, ranks: Ranks = "all"
 ) -> Callable[[F], F]:
     """Returns a decorator that declares a method of a stage.
 
@@ -185,9 +189,9 @@ class QueueStage(Stage):
     def put(self, group_id: int, names: tuple[str, ...], *payloads: Payload) -> Call[int]:
         """Adds parts to a group: one payload for each name. Returns the number of parts in the whole queue."""
 
-    @method(1)
-    def get(self, group_id: int, name: str) -> Call[tuple[None, Payload]]:
-        """Returns one part of a group. The part stays in the queue."""
+    @method(None)
+    def get(self, group_ids: tuple[int, ...], name: str) -> Call[tuple[None, *tuple[Payload, ...]]]:
+        """Returns one part of each group, in their order. The parts stay in the queue."""
 
     @method()
     def free(self, group_ids: tuple[int, ...]) -> Call[int]:

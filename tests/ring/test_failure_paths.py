@@ -108,7 +108,7 @@ def test_an_error_beside_a_hanging_proximal_pass_is_what_the_user_sees_at_once(m
 
 def test_an_error_of_the_queue_beside_a_hanging_proximal_pass_is_seen_at_once():
     stages = stages_of(
-        queue=Faulty("queue", fails={"get": KeyError("group 0 has no 'embeddings'")}, first=2),
+        queue=Faulty("queue", fails={"get": KeyError("group 0 has no 'embeddings'")}, first=1),
         policy=Faulty("policy-learner", hangs=("proximal",)),
     )
     told = drive(stages, train)

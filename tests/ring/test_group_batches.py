@@ -1,5 +1,8 @@
-"""Groups generated as one batch (transformers' engine, `rollouts.concurrent_groups` in one process)."""
+"""Groups generated as one batch (transformers' engine, `rollouts.concurrent_groups`)."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,7 +13,7 @@ from transformers import AutoTokenizer
 
 from actors import transformers_engine
 from r2m_async import reference
-from r2m_async.errors import ConfigError
+from r2m_async.launch import makers
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import TicketOffice, resolve
 from r2m_async.models import generation
@@ -59,17 +62,18 @@ def test_one_group_is_aborted_and_the_other_goes_on(sample):
     assert max(t.num_response_tokens for t in whole.trajectories) > 1
 
 
-def test_the_states_of_the_sampling_passes_are_those_of_one_pass_over_the_responses(sample):
+@pytest.mark.parametrize("cut", [None, 0, 1])
+def test_the_states_of_the_sampling_passes_are_those_of_one_pass_over_the_responses(sample, cut):
+    """Also if the rows of a group leave the batch, because it is cut."""
     draw, (policy, config), tickets = sample
-    for group, feedback in draw(tickets):
+    groups = draw(tickets, aborted=lambda ticket: cut is not None and ticket is tickets[cut])
+    for group, feedback in (one for index, one in enumerate(groups) if index != cut):
         expected = group_feedback(policy, group, config, 4)
         assert (feedback.group_id, feedback.policy_version) == (expected.group_id, 4)
         for own, their in zip(
             (*feedback.hidden_states, feedback.greedy), (*expected.hidden_states, expected.greedy), strict=True
         ):
             torch.testing.assert_close(own, their, atol=1e-4, rtol=1e-4)
-    # Rows of other lengths have left the batch before these ended.
-    assert len({len(t.token_ids) for group, _ in draw(tickets) for t in group.trajectories}) > 2
 
 
 @given(st.lists(st.floats(-40, 5, width=32), min_size=1, max_size=30), st.floats(0, 1, exclude_max=True))
@@ -114,6 +118,48 @@ def test_what_fails_in_a_batch_ends_the_run_with_its_message(tiny_config, monkey
         ring.step()
 
 
-def test_on_ray_the_transformers_engine_takes_one_group_at_a_time(tiny_config):
-    with pytest.raises(ConfigError, match="concurrent_groups is 2 and rollouts.engine is 'transformers': on Ray"):
-        Ring.of(tiny_config.rollouts(concurrent_groups=2))
+@pytest.fixture
+def actor(tiny_config, monkeypatch):
+    """A rollout actor as on Ray, tickets, the sizes of its batches, and what lets a batch begin."""
+    config = tiny_config.rollouts(concurrent_groups=2)
+    workload = resolve(config)
+    office = TicketOffice(config, workload)
+    sizes, begin, real = [], threading.Semaphore(0), transformers_engine.sample_groups
+
+    def held(model, tokenizer, tickets, *how, **further):
+        sizes.append(len(tickets))
+        begin.acquire()
+        return real(model, tokenizer, tickets, *how, **further)
+
+    monkeypatch.setattr(transformers_engine, "sample_groups", held)
+    return makers._rollout_actor(config, workload), [office.group(number, 0) for number in range(4)], sizes, begin
+
+
+def test_groups_that_are_asked_for_at_once_are_one_batch(actor, monkeypatch):
+    actor, tickets, sizes, begin = actor
+    monkeypatch.setattr(actor.engine._gathered, "_patience", 600.0)
+    begin.release(2)
+    with ThreadPoolExecutor(4) as pool:
+        reports = [report for report, _, _ in pool.map(actor.generate, tickets)]
+    assert sizes == [2, 2] and [report.group_id for report in reports] == [0, 1, 2, 3]
+    assert [report.num_responses for report in reports] == [3] * 4
+
+
+def test_a_group_that_is_given_up_while_it_waits_for_a_batch_comes_back_empty_at_once(actor):
+    actor, tickets, sizes, begin = actor
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(actor.generate, tickets[0])
+        while not sizes:
+            time.sleep(0.001)
+        second = pool.submit(actor.generate, tickets[1])
+        third = pool.submit(actor.generate, tickets[2])
+        while len(actor.engine._gathered._line) < 2:
+            time.sleep(0.001)
+        actor.abort(tickets[1].group_id, tickets[1].attempt)
+        report, group, feedback = second.result()
+        assert (report.num_responses, group.trajectories, feedback) == (0, (), None)
+        assert not first.done()
+        actor.abort(tickets[2].group_id, tickets[2].attempt + 1)  # of another attempt
+        begin.release(2)
+        assert first.result()[0].num_responses == third.result()[0].num_responses == 3
+    assert sizes == [1, 1]

@@ -1,8 +1,9 @@
-"""The stages that produce data: rollout actors with their engines, the replay queue and the reward annotator.
+"""The stages that produce data: rollout actors with their engines, the replay queue, the reward annotator, the labeller.
 
 replay_queue.py         keeps every part of every group until both learners have used it
 group_journal.py        the file in which the replay queue keeps finished groups between two checkpoints
 reward_annotator.py     embeds responses with the frozen reward model and scores them with a reward head
+labeller.py             asks which of two responses is better, and hands out the labels
 rollout_actor.py        turns tickets into groups of responses, with one engine
 transformers_engine.py  the engine on transformers
 gathering.py            joins calls of several threads into calls for all of them at once

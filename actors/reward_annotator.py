@@ -60,7 +60,7 @@ class RewardAnnotator:
         self._initial = named_weights(head, 0)  # a copy: later calls overwrite the weights of this very module
         self._config = config
         at_once = AT_ONCE if config.asynchronous else 1  # else rewards would be rounded by what else has arrived
-        self._passes: Gathered[TrajectoryGroup, tuple[Tensor, Tensor]] = Gathered(
+        self._passes: Gathered[TrajectoryGroup, tuple[Tensor, Tensor, list[Tensor]]] = Gathered(
             lambda groups: embed_responses(model, tokenizer, groups, config), at_once
         )
         self._calls: dict[tuple[int, int], Future[Values]] = {}

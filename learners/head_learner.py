@@ -12,9 +12,17 @@ from learners.optimizer_state import moments, restore_moments
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.finite import all_finite
-from r2m_async.models.heads import HeldHead, improve_head
+from r2m_async.models.heads import HeldHead, head_groups, improve_head
 from r2m_async.models.weights import adamw, load_weights, named_weights
-from r2m_async.trajectories import GroupRewards, HeadGroup, PolicyFeedback, RewardEmbeddings, StepReport, Weights
+from r2m_async.trajectories import (
+    GroupRewards,
+    HeadGroup,
+    LabelBatch,
+    PolicyFeedback,
+    RewardEmbeddings,
+    StepReport,
+    Weights,
+)
 
 
 class HeadLearner:
@@ -52,11 +60,13 @@ class HeadLearner:
         embeddings: list[RewardEmbeddings],
         refreshed: Sequence[PolicyFeedback] | None,
         annotated: Sequence[GroupRewards],
+        labels: LabelBatch | None = None,
     ) -> tuple[StepReport, Weights]:
         """Makes the update of one step.
 
         Only the version changes, and no weight, if the step has no groups, if the variant's head does not train, or if
-        the policy learner left the step out. The same holds if the update made the head not finite and was undone.
+        the policy learner left the step out. Labelled pairs teach in such a step, too. No weight changes, either, if the
+        update made the head not finite and was undone.
 
         Args:
             step: the policy step.
@@ -64,39 +74,44 @@ class HeadLearner:
             refreshed: the policy's hidden states on these groups, from the last epoch of the step. It is empty if the
                 policy learner left the step out, and None if the head reads no states.
             annotated: the rewards of these groups that the policy was trained on.
+            labels: the labels that this update uses. None without a `labels.source`.
 
         Returns a report, and the weights of the new version: those that score from now on.
 
         Raises NonFiniteStep if the update is not finite, unless `learner.on_nonfinite` is `skip`.
         """
         metrics: dict[str, float] = {}
-        if self._config.trains_head and embeddings and refreshed is not None and not refreshed:
-            metrics = {"head/skipped_updates": 1.0}
-        elif self._config.trains_head and embeddings:
-            # Empty feedback was dealt with above. So this is None: the head reads no states.
-            feedback: Sequence[PolicyFeedback | None] = refreshed or [None] * len(embeddings)
-            groups = [
-                HeadGroup(embeddings=one, feedback=states, annotated=rewards)
-                for one, states, rewards in zip(embeddings, feedback, annotated, strict=True)
-            ]
-            metrics = self._update(step, groups)
+        if self._config.trains_head:
+            groups = head_groups(embeddings, refreshed, annotated)
+            if groups or (labels and labels.pairs):
+                metrics = self._update(step, groups, labels)
+            elif embeddings:
+                metrics = {"head/skipped_updates": 1.0}
         self._version += 1
         return StepReport(version=self._version, metrics=metrics), named_weights(self._held.scoring, self._version)
 
-    def _update(self, step: int, groups: list[HeadGroup]) -> dict[str, float]:
-        """Updates the head on a step's groups. Returns the metrics, which are means over groups."""
-        terms, counts = improve_head(self._head, self._optimizer, self._held, groups, step, self._config)
+    def _update(self, step: int, groups: list[HeadGroup], labels: LabelBatch | None) -> dict[str, float]:
+        """Updates the head on a step's groups and labels. Returns the metrics, which are means over groups or pairs."""
+        terms, pairs, counts = improve_head(self._head, self._optimizer, self._held, groups, step, self._config, labels)
         if not counts:
             return {"head/skipped_updates": 1.0}
-        return {
-            "head/loss": statistics.fmean(float(term.loss.detach()) for term in terms),
-            "head/bradley_terry": statistics.fmean(float(term.grebt.bradley_terry) for term in terms),
-            "head/group_reward_entropy": statistics.fmean(float(term.grebt.group_reward_entropy) for term in terms),
-            "head/gap": statistics.fmean(float(term.grebt.gap) for term in terms),
-            "head/hold": statistics.fmean(float(term.hold) for term in terms),
-            "head/agreement": statistics.fmean(float(term.agrees) for term in terms),
-            "head/skipped_updates": 0.0,
-        }
+        metrics = {"head/skipped_updates": 0.0}
+        if terms:
+            metrics |= {
+                "head/loss": statistics.fmean(float(term.loss.detach()) for term in terms),
+                "head/bradley_terry": statistics.fmean(float(term.grebt.bradley_terry) for term in terms),
+                "head/group_reward_entropy": statistics.fmean(float(term.grebt.group_reward_entropy) for term in terms),
+                "head/gap": statistics.fmean(float(term.grebt.gap) for term in terms),
+                "head/hold": statistics.fmean(float(term.hold) for term in terms),
+                "head/agreement": statistics.fmean(float(term.agrees) for term in terms),
+            }
+        if labels and labels.new:
+            new = pairs[: len(labels.new)]
+            metrics |= {
+                "labels/bradley_terry": statistics.fmean(float(pair.bradley_terry) for pair in new),
+                "labels/accuracy": statistics.fmean(float(pair.agrees) for pair in new),
+            }
+        return metrics
 
     def state(self) -> tuple[StepReport, dict[str, Any]]:
         """Returns a report, and what `restore` needs to go on bit for bit."""

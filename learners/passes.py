@@ -17,6 +17,7 @@ from learners.shares import MicroBatch, group_shares, rank_microbatches
 from learners.step_batch import StepBatch
 from r2m_async.config import R2MConfig
 from r2m_async.models.policy import policy_pass, proximal_feedback
+from r2m_async.models.reward_probe import PromptStates
 from r2m_async.trajectories import PolicyFeedback, Trajectory
 
 
@@ -54,18 +55,19 @@ class Passes:
         trajectories: Sequence[Trajectory],
         passes: Sequence[MicroBatch],
         mask: Tensor,
-        kept: KeptStates | None = None,
+        *keepers: KeptStates | PromptStates | None,
     ) -> Tensor:
         """Log-probabilities of all ranks' trajectories under `model`, [B, T] float32 on the CPU, 0 on padding.
 
-        If `kept` is given, the hidden states of this rank's trajectories go there.
+        The hidden states of this rank's trajectories go to each of `keepers` that is not None.
         """
         logprobs_BT = torch.zeros(mask.shape)
         for one in passes:
             chosen = [trajectories[row] for row in one.rows]
             part_BT, states, _ = self.forward(model, chosen)
-            if one.counts and kept:
-                kept.keep(one.rows, states)
+            for kept in keepers:
+                if one.counts and kept:
+                    kept.keep(one.rows, states)
             if one.counts:
                 logprobs_BT[list(one.rows), : part_BT.shape[1]] = part_BT.cpu()
         # Every row is 0 but on the rank that computed it, so the sum over ranks puts all rows together.

@@ -44,6 +44,7 @@ from r2m_async.models.policy_objective import (
     step_advantages,
     step_place,
 )
+from r2m_async.models.reward_probe import PromptStates, probe_of
 from r2m_async.models.reward_scale import RewardScale
 from r2m_async.models.weights import MovingReference
 from r2m_async.objectives import next_kl_coef
@@ -85,6 +86,7 @@ class PolicyLearner:
         self._kl_coef = config.objective.kl_coef
         """The KL coefficient of the present step. It changes under `objective.kl_target` alone."""
         self._scale = RewardScale(config)
+        self._probe = probe_of(estimator, config)
         self._moving: MovingReference | None = None
         if config.model.reference_every is not None:
             with backend.as_reference() as reference:
@@ -164,7 +166,8 @@ class PolicyLearner:
         mask, passes = response_mask(trajectories), self._passes.of_groups(trajectories, rows)
         reads_own = self._config.reads_feedback and self._config.feedback.source == "learner"
         states = KeptStates(self.backend.policy.device, self._config) if reads_own else None
-        old = self._passes.logprobs(self.backend.policy, trajectories, passes, mask, states)
+        prompts = PromptStates(trajectories, self._config) if self._probe else None
+        old = self._passes.logprobs(self.backend.policy, trajectories, passes, mask, states, prompts)
         with self.backend.as_reference() as model:
             reference = self._passes.logprobs(model, trajectories, passes, mask)
         batch = StepBatch(
@@ -177,6 +180,7 @@ class PolicyLearner:
             old=old,
             reference=reference,
             values=self.critic.values(trajectories, passes, mask) if self.critic else None,
+            prompts=self.backend.total(prompts.taken(self._width)) if prompts else None,
         )
         self._compared = self._compared or batch.compared_with_sampler(self._version, self._config)
         # Under `skip`, `train` finds such numbers again and leaves the step out.
@@ -214,6 +218,11 @@ class PolicyLearner:
         self._end_step()
         return StepReport(version=self._version, metrics=metrics), refreshed
 
+    @property
+    def _width(self) -> int:
+        """The number of values in one hidden state of the policy."""
+        return int(self.backend.policy.config.get_text_config().hidden_size)
+
     def _end_step(self) -> None:
         """Makes the weights the next version, and moves the reference if it is due, whatever the step has trained."""
         self._version += 1
@@ -229,7 +238,15 @@ class PolicyLearner:
         # All advantages come before the first update. So a step that fails here leaves the policy as it was.
         try:
             advantages, returns = step_advantages(
-                self._estimator, scored, batch.old, batch.reference, self._config_now, batch.values, self._scale
+                self._estimator,
+                scored,
+                batch.old,
+                batch.reference,
+                self._config_now,
+                batch.values,
+                self._scale,
+                self._probe,
+                batch.prompts,
             )
         except NonFiniteStep as error:
             if self._config.learner.on_nonfinite == "stop":
@@ -328,6 +345,8 @@ class PolicyLearner:
         state = {"version": self._version, "kl_coef": self._kl_coef} | self.backend.state(self._version, path)
         if self._config.reward.normalize == "running":
             state["reward_scale"] = self._scale.state()
+        if self._probe:
+            state["reward_probe"] = self._probe.state()
         if self.critic:
             state["critic"] = self.critic.state(self._version, path)
         if self._moving:
@@ -345,6 +364,8 @@ class PolicyLearner:
             self.critic.restore(state["critic"], path)
         if self._config.reward.normalize == "running":
             self._scale.restore(state["reward_scale"])
+        if self._probe:
+            self._probe.restore(state["reward_probe"])
         if self._moving:
             self._moving.restore(state["reference"])
         if not (self.backend.finite() and (self.critic is None or self.critic.backend.finite())):

@@ -40,6 +40,8 @@ class StepBatch:
     """[B, T] float32: log-probabilities under pi_ref, 0 on padding."""
     values: Tensor | None
     """[B, T] float32: the critic's values at the start of the step, 0 on padding. None without a critic."""
+    prompts: Tensor | None
+    """[B, D_p] float32: pi_old's state at the end of each prompt. None unless the estimator needs states."""
 
     @property
     def place(self) -> str:

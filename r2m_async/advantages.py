@@ -43,7 +43,7 @@ class AdvantageNotFinite(ConfigError):
 WHITENINGS = ("none", "responses", "tokens")
 """What `advantage.whiten` may be: the choices of `whitened`, and `none` for leaving the advantages as they are."""
 
-FLAGS = ("needs_greedy", "kl_in_reward", "needs_values", "per_token", "group_relative", "whole_batch")
+FLAGS = ("needs_greedy", "kl_in_reward", "needs_values", "needs_states", "per_token", "group_relative", "whole_batch")
 """What an estimator may say of itself: the fields of `Estimator` with these names say what each means."""
 
 
@@ -72,6 +72,11 @@ class AdvantageInputs:
 
     Masked entries may hold anything. It is None unless the estimator asked for values.
     """
+    baselines: Tensor | None = None
+    """[n, K] the reward that a probe on the policy's states predicts for each response, from its prompt alone.
+
+    It is None unless the estimator asked for states.
+    """
     reward_parts: Tensor | None = None
     """[n, K, R] the R rewards whose weighted sum a reward is: the model's, those of functions, and the penalties.
 
@@ -92,7 +97,7 @@ class AdvantageInputs:
         tokens = (n, k, self.response_mask.shape[-1])
         expected = dict.fromkeys(("response_mask", "logprobs", "ref_logprobs", "values"), tokens)
         parts = () if self.reward_parts is None else tuple(self.reward_parts.shape[2:])
-        shapes = {"greedy_rewards": (n,), "reward_parts": (n, k, *parts), "part_weights": parts}
+        shapes = {"greedy_rewards": (n,), "baselines": (n, k), "reward_parts": (n, k, *parts), "part_weights": parts}
         for name, shape in (*expected.items(), *shapes.items()):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
@@ -125,6 +130,11 @@ class Estimator:
     """If True, a critic is trained, and the estimator returns a pair (advantages, returns).
 
     The returns are [n, K, T]. They are the critic's targets.
+    """
+    needs_states: bool = False
+    """If True, a probe predicts the reward of each prompt from the policy's states (`AdvantageInputs.baselines`).
+
+    Its settings are the options `strength` and `decay` of the estimator (`models.reward_probe.RewardProbe`).
     """
     per_token: bool = False
     """If True, every token has an advantage of its own. A ratio per response could not weigh them: it needs
@@ -168,6 +178,7 @@ def register_advantage(
     needs_greedy: bool = False,
     kl_in_reward: bool = False,
     needs_values: bool = False,
+    needs_states: bool = False,
     per_token: bool = False,
     group_relative: bool = False,
     whole_batch: bool = False,
@@ -184,6 +195,7 @@ def register_advantage(
         "needs_greedy": needs_greedy,
         "kl_in_reward": kl_in_reward,
         "needs_values": needs_values,
+        "needs_states": needs_states,
         "per_token": per_token,
         "group_relative": group_relative,
         "whole_batch": whole_batch,
@@ -418,6 +430,27 @@ def remax(inputs: AdvantageInputs) -> Tensor:
             "advantage remax needs greedy_rewards, got None: rollouts must generate a greedy twin per prompt"
         )
     return inputs.rewards - inputs.greedy_rewards[:, None]
+
+
+@register_advantage("probe", needs_states=True)
+def probe(inputs: AdvantageInputs, *, strength: float = 0.1, decay: float = 0.9) -> Tensor:
+    """A probe's baseline: a response's reward minus the reward that a linear probe predicts for its prompt.
+
+    The probe reads the policy's state at the end of the prompt, and has learnt from earlier steps alone. So a group may
+    have a single response, and no response is compared with another. The idea is that of arXiv 2605.07579; the fit is
+    this project's own (`models/reward_probe.py`).
+
+    Args:
+        strength: the penalty of the probe's ridge regression, as a share of the mean variance of a state's entry.
+        decay: how much the rewards of a step count for the probe one step later.
+
+    Returns [n, K]. Raises ConfigError when `baselines` is None.
+    """
+    if inputs.baselines is None:
+        raise ConfigError(
+            "advantage probe needs baselines, got None: a probe must predict them from the policy's states"
+        )
+    return inputs.rewards - inputs.baselines
 
 
 @register_advantage("reinforce_pp", kl_in_reward=True, per_token=True, whole_batch=True)

@@ -26,13 +26,13 @@ import msgpack
 from r2m_async import trajectories
 from r2m_async.errors import CodecError
 
-SCHEMA = 8
+SCHEMA = 9
 """The version of the format. Increase it with any change of the layout or of a record's fields."""
-READABLE = (6, 7, SCHEMA)
+READABLE = (6, 7, 8, SCHEMA)
 """The schemas that `decode` reads. It refuses all others.
 
 Schema 6 had all fields but those that `trajectories` has had a default of None for since. Schema 7 had all but
-`GroupReport.newest_version`, which no file of that time holds.
+`GroupReport.newest_version`, which no file of that time holds. Schema 8 had no labels.
 """
 
 _MAGIC = b"R2MC"

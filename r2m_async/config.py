@@ -48,6 +48,9 @@ from r2m_async.config_sections import (
     HeadSection as HeadSection,
 )
 from r2m_async.config_sections import (
+    LabelsSection as LabelsSection,
+)
+from r2m_async.config_sections import (
     LearnerSection as LearnerSection,
 )
 from r2m_async.config_sections import (
@@ -109,6 +112,9 @@ if TYPE_CHECKING:
     class _Head(HeadSection):
         __call__ = _changes(HeadSection)
 
+    class _Labels(LabelsSection):
+        __call__ = _changes(LabelsSection)
+
     class _Feedback(FeedbackSection):
         __call__ = _changes(FeedbackSection)
 
@@ -156,6 +162,7 @@ else:
     _Model = ModelSection
     _Reward = RewardSection
     _Head = HeadSection
+    _Labels = LabelsSection
     _Feedback = FeedbackSection
     _Rollouts = RolloutsSection
     _Scheduling = SchedulingSection
@@ -193,6 +200,7 @@ class R2MConfig(ConfigTree):
     model: _Model = _Model()
     reward: _Reward = _Reward()
     head: _Head = _Head()
+    labels: _Labels = _Labels()
     feedback: _Feedback = _Feedback()
     rollouts: _Rollouts = _Rollouts()
     scheduling: _Scheduling = _Scheduling()
@@ -229,7 +237,7 @@ class R2MConfig(ConfigTree):
     @property
     def reads_feedback(self) -> bool:
         """Whether the head of this variant needs the policy's hidden states (the feedback)."""
-        return self.head.variant not in ("vanilla", "iterative_head")
+        return self.head.variant not in ("vanilla", "iterative_head", "iterative_model")
 
     @property
     def wants_rollout_states(self) -> bool:

@@ -17,6 +17,7 @@ from r2m_async.config_records import one_name_for_the_prompt
 from r2m_async.config_sections import (
     DataSection,
     HeadSection,
+    LabelsSection,
     LearnerSection,
     ModelSection,
     ObjectiveSection,
@@ -347,7 +348,7 @@ def a_head_that_does_not_move_needs_no_hold(head: HeadSection) -> str | None:
     return one_per_line(
         f"head.{key} is {getattr(head, key)!r} and head.variant is {head.variant!r}: the head of this "
         f"variant is not trained; leave head.{key} out, or use variant 'r2m'"
-        for key in changed(head, "hold", "pair_source")
+        for key in changed(head, "hold", "pair_source", "ensemble")
     )
 
 
@@ -359,6 +360,76 @@ def options_of_a_hold_need_that_hold(head: HeadSection) -> str | None:
         f"{' or '.join(map(repr, of))} reads this key; use that hold, or leave head.{key} out"
         for key, of in readers.items()
         if changed(head, key) and head.hold not in of
+    )
+
+
+def pessimism_needs_an_ensemble(head: HeadSection) -> str | None:
+    """One head has no spread."""
+    if head.pessimism == 0 or head.ensemble > 1:
+        return None
+    return (
+        f"head.pessimism is {head.pessimism} and head.ensemble is 1: one head has no standard deviation; use an ensemble of "
+        f"several, or leave head.pessimism out"
+    )
+
+
+def labels_teach_a_head(labels: LabelsSection, head: HeadSection) -> str | None:
+    """The head learns from labels, so there must be one that learns."""
+    if labels.source is None or head.trains:
+        return None
+    return (
+        f"labels.source is {labels.source!r} and head.variant is {head.variant!r}: the head of this variant is not trained, so "
+        f"nothing would learn from labels; use variant 'r2m' or 'iterative_head', or leave labels out"
+    )
+
+
+def options_of_labels_need_a_source(labels: LabelsSection) -> str | None:
+    """Keys about labels need somebody who gives them, and keys about a replay need a replay."""
+    if labels.source is None:
+        return one_per_line(
+            f"labels.{key} is {getattr(labels, key)!r} and labels.source is None: there are no labels; name a source, or leave "
+            f"labels.{key} out"
+            for key in changed(labels, *type(labels).model_fields)
+        )
+    if labels.replay == 0 and changed(labels, "replay_from"):
+        return (
+            f"labels.replay_from is {labels.replay_from} and labels.replay is 0: no pair is used once more; set labels.replay, "
+            f"or leave labels.replay_from out"
+        )
+    return None
+
+
+def exact_lag_waits_for_labels(labels: LabelsSection, scheduling: SchedulingSection) -> str | None:
+    """Under `lag: exact` a label is used at a fixed age. Without waiting, it depends on the time when it is used."""
+    if labels.source is None or labels.wait or scheduling.lag != "exact":
+        return None
+    return (
+        "labels.wait is False and scheduling.lag is 'exact': which update uses a label depends on the time when it comes, so "
+        "the run could not be repeated; use labels.wait true, or lag 'bounded'"
+    )
+
+
+def a_wait_for_labels_ends_before_the_ring_counts_as_still(
+    labels: LabelsSection, scheduling: SchedulingSection
+) -> str | None:
+    """Whoever waits for a label must give it up before the run is ended because nothing moves."""
+    if labels.source is None or not labels.wait or labels.timeout < scheduling.stall_after:
+        return None
+    return (
+        f"labels.timeout is {labels.timeout:g} and scheduling.stall_after is {scheduling.stall_after:g}: the run would end "
+        f"while it waits for a label; use a smaller timeout, or a larger stall_after"
+    )
+
+
+def a_step_has_the_pairs_that_are_asked_about(labels: LabelsSection, rollouts: RolloutsSection) -> str | None:
+    """No response is in two pairs, so a group has at most K // 2 of them."""
+    most = rollouts.prompts_per_step * (rollouts.group_size // 2)
+    if labels.source is None or labels.budget <= most:
+        return None
+    return (
+        f"labels.budget is {labels.budget}, and a step has at most {most} pairs: rollouts.prompts_per_step "
+        f"{rollouts.prompts_per_step} groups, and of rollouts.group_size {rollouts.group_size} responses none is in two pairs; "
+        f"use a budget of at most {most}"
     )
 
 
@@ -526,6 +597,12 @@ RULES: tuple[Rule, ...] = (
     refills_need_rewards_that_are_known,
     a_head_that_does_not_move_needs_no_hold,
     options_of_a_hold_need_that_hold,
+    pessimism_needs_an_ensemble,
+    labels_teach_a_head,
+    options_of_labels_need_a_source,
+    exact_lag_waits_for_labels,
+    a_wait_for_labels_ends_before_the_ring_counts_as_still,
+    a_step_has_the_pairs_that_are_asked_about,
     the_prompt_has_one_name,
     options_of_records_need_records,
     a_head_needs_a_reward_model,

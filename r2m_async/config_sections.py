@@ -224,11 +224,12 @@ class RewardSection(Section):
 class HeadSection(Section):
     """The reward head, which turns the reward model's embedding of a response into a reward, and how it is trained."""
 
-    variant: Literal["r2m", "vanilla", "r2m_no_train", "r2m_noise", "iterative_head"] = "r2m"
+    variant: Literal["r2m", "vanilla", "r2m_no_train", "r2m_noise", "iterative_head", "iterative_model"] = "r2m"
     """What the head reads, and whether it is trained. `r2m` reads the policy's hidden states (the feedback) and is
     trained. `r2m_no_train` is R2M w/o Train: it reads them and is not trained. `r2m_noise` reads noise in their place
     and is trained. `iterative_head` is Iterative RM_Head: the reward model's own scoring head, which is trained without
-    feedback. `vanilla` is the reward model as it came. The paper's R2M w/o BT and w/o GRE are `r2m` with `alpha` 1
+    feedback. `iterative_model` is the whole reward model, its backbone included, which is trained without feedback. It is
+    sent anew with every update, and trained on the CPU. `vanilla` is the reward model as it came. The paper's R2M w/o BT and w/o GRE are `r2m` with `alpha` 1
     and 0."""
     width: int = Field(2048, gt=0)
     """Width d of the head's cross-attention (Eq. 3)."""
@@ -254,6 +255,11 @@ class HeadSection(Section):
     """Weight of the penalty that `hold: divergence` and `hold: bsr` add to Eq. 7."""
     hold_decay: float = Field(0.9, gt=0, lt=1)
     """Decay of the moving average of `hold: average`, per update. Near 1 the head that scores changes slowly."""
+    ensemble: int = Field(1, gt=0)
+    """Number of heads. Several learn from the same groups and labels, each of which a head sees as often as a Poisson
+    number with mean 1 says (bootstrap), and score together. It is not in the paper."""
+    pessimism: float = Field(0.0, ge=0)
+    """kappa: the reward of an ensemble is the mean of its heads' minus kappa times their standard deviation."""
     lr: float = Field(1e-6, gt=0)
     """Learning rate of the head. It stays the same for the whole run."""
 
@@ -261,6 +267,50 @@ class HeadSection(Section):
     def trains(self) -> bool:
         """Whether the head of this variant is trained."""
         return self.variant not in ("vanilla", "r2m_no_train")
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the head of this variant is a whole reward model, which reads tokens in the place of embeddings."""
+        return self.variant == "iterative_model"
+
+
+class LabelsSection(Section):
+    """Labels: somebody is asked, while the run goes on, which of two responses is better, and the head learns the answers.
+
+    docs/labels.md says what becomes of a label. It is not in the paper, whose head learns from its own ranking alone.
+    """
+
+    source: str | None = None
+    """Who gives the labels: a function as `module:attr`, `judge` (a language model on a server), `people` (a web page), or
+    `file` (a watched file). None: there are no labels."""
+    options: Options = Field(default_factory=dict)
+    """Keyword arguments of the source. docs/labels.md lists those of each."""
+    budget: int = Field(8, gt=0)
+    """The most pairs that are asked about in a step. No response is in two pairs."""
+    pairs: Literal["extremes", "uncertain", "random"] = "extremes"
+    """Which pairs of a group are asked about first. `extremes`: the best and the worst response by the head's rewards.
+    `uncertain`: those on which the heads of `head.ensemble` differ most, or the one head and the frozen reward model.
+    `random`: any two."""
+    max_age: int = Field(4, ge=0)
+    """The largest age of a label, in steps: the step whose head update uses it first, minus the step of its responses. A
+    pair without a label by then is given up."""
+    wait: bool = False
+    """If true, a label is used by the head update exactly `max_age` steps after its own, which waits for it: the run can be
+    reproduced, and it waits for people, too. If false, the first head update after the label has come uses it, and
+    nothing waits."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds after which a pair without a label is given up, however old it is in steps."""
+    max_failed: int = Field(16, ge=0)
+    """The most labels in a row for which the source may fail. One more ends the run with its error."""
+    replay: int = Field(0, ge=0)
+    """How many labelled pairs of earlier updates each head update sees once more."""
+    replay_from: int = Field(256, gt=0)
+    """Among how many of the newest labelled pairs these are drawn. That many are kept, with their hidden states."""
+    self_weight: float = Field(1.0, ge=0, le=LARGEST)
+    """How much a group of which no pair was asked about counts in the Bradley-Terry term, beside a labelled pair, which
+    counts 1. Such a group teaches the head by the head's own ranking (Eq. 5). 0: labels alone teach."""
+    noise: float = Field(0.0, ge=0, lt=1)
+    """For studies: the probability that a label is turned round before it is used."""
 
 
 class FeedbackSection(Section):
@@ -363,8 +413,8 @@ class ClusterSection(Section):
     """
 
     stable: dict[str, str] = Field(default_factory=lambda: {"ray.io/market-type": "!spot"})
-    """Labels of the nodes for what a run cannot go on without: the replay queue, the head learner and the ranks of the policy
-    learner. They lie on as few nodes as possible."""
+    """Labels of the nodes for what a run cannot go on without: the replay queue, the head learner, the labeller and the ranks of
+    the policy learner. They lie on as few nodes as possible."""
     rollouts: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes for the rollout actors, which may be lost at any time. They lie on as many nodes as possible."""
     annotators: dict[str, str] = Field(default_factory=lambda: {"ray.io/market-type": "!spot"})
@@ -407,7 +457,7 @@ class AdvantageSection(Section):
     """The advantage estimator, which turns the rewards of a step into advantages."""
 
     name: str = "rloo"
-    """rloo, rloo_kl, grpo, grpo_batch, dr_grpo, opo, gdpo, remax, reinforce_pp, reinforce_pp_baseline, gae, the name of a
+    """rloo, rloo_kl, grpo, grpo_batch, dr_grpo, opo, gdpo, remax, probe, reinforce_pp, reinforce_pp_baseline, gae, the name of a
     registered estimator, or a user's own as `module:attr`. `docs/algorithms.md` says what each is."""
     options: Options = Field(default_factory=dict)
     """Keyword arguments of the estimator."""

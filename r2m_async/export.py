@@ -13,7 +13,8 @@
 
 An R2M head reads the policy's states, so scoring needs both directories. The variants `vanilla` and `iterative_head`
 read no states. For them, the run's head also becomes the scoring head of the exported classifier, rounded to its dtype,
-and the classifier gives the rewards by itself. A run without a reward model (`reward.model: null`) leaves a policy alone.
+and the classifier gives the rewards by itself. Under `iterative_model` the run's head is the whole classifier. An ensemble of heads
+is no classifier: the exported one stays as it came, and `RewardScorer` has the ensemble's rewards. A run without a reward model (`reward.model: null`) leaves a policy alone.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _REWARD_KEYS = {
     "run": ("seed",),
     "model": ("dtype", "attention"),
     "reward": ("dtype", "max_tokens", "functions", "clip", "length_penalty", "missing_eos_penalty", "overlong"),
-    "head": ("variant", "width", "omega_floor", "omega_horizon"),
+    "head": ("variant", "width", "omega_floor", "omega_horizon", "ensemble", "pessimism"),
     "feedback": ("dtype",),
 }
 """The keys of the config, by section, on which the reward of a response depends, apart from the models."""
@@ -169,7 +170,8 @@ class RewardScorer:
             check_tokens("model.policy", name, self._policy_tokenizer, self._policy.config)
         models = (self._reward_model, self._policy)
         rm_hidden_size, policy_hidden_size = (_hidden_size(model) if model else 0 for model in models)
-        head = build_head(scoring_head(self._reward_model), rm_hidden_size, policy_hidden_size, self._config)
+        phi = scoring_head(self._reward_model)
+        head = build_head(phi, rm_hidden_size, policy_hidden_size, self._config, self._reward_model)
         weights = Weights(version=self._step, tensors=load_file(reward / "r2m_head.safetensors"))
         if initial_policy is None:
             load_weights(head, weights)
@@ -314,9 +316,12 @@ def _write_reward_model(directory: Path, weights: Weights, models: Models, confi
     assert name is not None, "a run without a reward model leaves none"
     model = load_reward_model(name, config)
     phi = scoring_head(model)
-    head = build_head(phi, models.reward_hidden_size, models.policy_hidden_size, config)
+    head = build_head(phi, models.reward_hidden_size, models.policy_hidden_size, config, model)
     _fill(head, weights, "reward.model", name)
-    if not config.reads_feedback:
+    # No classifier computes what several heads do together, or a head that reads states: it stays as it came.
+    if config.head.ensemble == 1 and config.head.reads_tokens:
+        model.load_state_dict(head.model.state_dict())
+    elif config.head.ensemble == 1 and not config.reads_feedback:
         phi.load_state_dict(head.scoring_head.state_dict())
     save_classifier(model, directory)
     save_file(weights.tensors, directory / "r2m_head.safetensors")

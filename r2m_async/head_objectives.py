@@ -30,7 +30,9 @@ class GrebtTerms:
     """The GREBT loss and its parts: scalars, each a mean over groups. Only `loss` carries a gradient."""
 
     loss: Tensor
-    """(1 - alpha) times the Bradley-Terry term plus alpha times the group reward entropy (Eq. 7)."""
+    """(1 - alpha) times the Bradley-Terry term plus alpha times the group reward entropy (Eq. 7).
+
+    The Bradley-Terry term has a further weight where some groups learn from labels (`pair_weights`)."""
     bradley_terry: Tensor
     """The Bradley-Terry term (Eq. 5), before its weight."""
     group_reward_entropy: Tensor
@@ -85,7 +87,9 @@ def grebt(rewards: Tensor, alpha: float, pair_rewards: Tensor | None = None) -> 
     return grebt_terms(rewards, alpha, pair_rewards).loss
 
 
-def grebt_terms(rewards: Tensor, alpha: float, pair_rewards: Tensor | None = None) -> GrebtTerms:
+def grebt_terms(
+    rewards: Tensor, alpha: float, pair_rewards: Tensor | None = None, pair_weight: float = 1.0
+) -> GrebtTerms:
     """The GREBT loss of a batch of groups, with its parts (Eq. 5-7).
 
     Args:
@@ -93,6 +97,7 @@ def grebt_terms(rewards: Tensor, alpha: float, pair_rewards: Tensor | None = Non
         alpha: weight of the group reward entropy, in [0, 1]. The Bradley-Terry term has 1 - alpha.
         pair_rewards: [n, K] rewards that choose the best and the worst response of each group, without gradient. None:
             `rewards` choose. The Bradley-Terry term compares the `rewards` of these two responses.
+        pair_weight: a further weight of the Bradley-Terry term. It is 1 in the paper (`pair_weights`).
 
     If all pair rewards of a group are equal, the first response is both best and worst. The term is then log 2, without
     gradient.
@@ -109,11 +114,49 @@ def grebt_terms(rewards: Tensor, alpha: float, pair_rewards: Tensor | None = Non
     rejected_n1 = rewards.gather(1, pairs_nK.argmin(1, keepdim=True))
     pair_loss, entropy = bradley_terry(chosen_n1, rejected_n1), group_reward_entropy(rewards)
     return GrebtTerms(
-        loss=(1 - alpha) * pair_loss + alpha * entropy,
+        loss=(1 - alpha) * pair_weight * pair_loss + alpha * entropy,
         bradley_terry=pair_loss.detach(),
         group_reward_entropy=entropy.detach(),
         gap=(chosen_n1 - rejected_n1).detach().mean(),
     )
+
+
+def pair_weights(num_labelled: int, num_own: int, own_weight: float) -> tuple[float, float]:
+    """The weights of one labelled pair and of one pair that the head ranks itself, in the mean of the Bradley-Terry terms.
+
+    The loss of an update with labels is (1 - alpha) times a weighted mean of -log sigmoid(r_w - r_l) over all pairs, plus
+    alpha times the mean of the group reward entropy (Eq. 6). A labelled pair counts once. A pair of Eq. 5, which the head
+    has ranked itself, counts `own_weight` times. The paper has no labels: without any, this is its Eq. 7.
+
+    Args:
+        num_labelled: the number of labelled pairs.
+        num_own: the number of groups that were not asked about, each of which has one pair of Eq. 5.
+        own_weight: 0 or more.
+
+    Returns (weight of a labelled pair, weight of an own pair). Over all pairs they add up to 1, or to 0 if nothing counts.
+    """
+    total = num_labelled + own_weight * num_own
+    return (1 / total, own_weight / total) if total else (0.0, 0.0)
+
+
+def pessimistic(rewards: Tensor, kappa: float) -> Tensor:
+    """The rewards [K] of an ensemble: the mean of its heads minus `kappa` times their population std.
+
+    rewards: [M, K], by the M heads. The rewards of a head that is alone are returned as they are.
+    """
+    if len(rewards) == 1:
+        return rewards[0]
+    mean_K = rewards.mean(0)
+    return mean_K - kappa * rewards.std(0, correction=0) if kappa else mean_K
+
+
+def preference_doubt(rewards: Tensor) -> Tensor:
+    """[K, K]: how far M reward models are apart on which of two responses is better, from 0 to 1/2.
+
+    rewards: [M, K]. The doubt is the population std, over the models, of sigmoid(r_i - r_j): of the probability that
+    Bradley-Terry gives to response i against response j. For two models it is half the difference of their probabilities.
+    """
+    return torch.sigmoid(rewards[:, :, None] - rewards[:, None]).std(0, correction=0)
 
 
 def preference_divergence(rewards: Tensor, frozen_rewards: Tensor) -> Tensor:

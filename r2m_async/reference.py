@@ -3,7 +3,8 @@
 `train(config)` follows the paper (R2M, arXiv 2601.22664) line by line. The numbers in its comments are the line numbers
 of Algorithm 1. With staleness bounds above 0 it is the same algorithm with fixed delays: step t samples with policy
 version max(0, t - max_policy_age) and scores with head version max(0, t - max_head_age). The ring does the same under
-`scheduling.lag: exact`.
+`scheduling.lag: exact`. With a `labels.source` the head's update of step t uses the labels of step t - labels.max_age,
+as the ring does under `labels.wait`.
 
 Tests compare the ring with this file, bit for bit. Both call the same functions for the mathematics: sampling, scoring,
 advantages, losses, and the update of the head. So equality proves the ring's schedule: which versions meet which data,
@@ -24,10 +25,13 @@ from torch import Tensor
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep, RewardFailed
 from r2m_async.finite import all_finite
+from r2m_async.labels.pairs import chosen_pairs, pair_of, replayed_indices, with_noise
+from r2m_async.labels.questions import Question
+from r2m_async.labels.sources import source_of
 from r2m_async.launch.workload import TicketOffice, Workload, resolve
 from r2m_async.models.critic import load_critic, proximal_values, response_values
 from r2m_async.models.generation import play_with_model, sample_groups
-from r2m_async.models.heads import HeldHead, build_head, improve_head, reward_spread, score_group
+from r2m_async.models.heads import HeldHead, build_head, head_groups, improve_head, reward_spread, score_group
 from r2m_async.models.loading import load_policy, one_thread
 from r2m_async.models.plays import rollout_function
 from r2m_async.models.policy import (
@@ -51,12 +55,16 @@ from r2m_async.models.policy_objective import (
 )
 from r2m_async.models.pretrained import pretrained_tokenizer
 from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
+from r2m_async.models.reward_probe import PromptStates, probe_of
 from r2m_async.models.reward_scale import RewardScale
 from r2m_async.models.weights import MasterWeights, MovingReference, adamw, named_weights
 from r2m_async.objectives import next_kl_coef, sequence_kl, value_loss
 from r2m_async.trajectories import (
     GroupRewards,
     HeadGroup,
+    Label,
+    LabelBatch,
+    LabelledPair,
     PolicyFeedback,
     RewardEmbeddings,
     ScoredGroup,
@@ -90,12 +98,16 @@ def train(config: R2MConfig, workload: Workload | None = None, engine: Any = Non
         engine: an `actors.rollout_actor.RolloutEngine` that samples the responses. None: transformers samples them.
             An engine is given to compare with a ring that uses the same engine.
 
-    Raises ConfigError if `model.lora` is set, and NonFiniteStep for a number that is NaN or infinite. Under
+    Raises ConfigError if `model.lora` is set, or labels come without `labels.wait`, and NonFiniteStep for a number that is NaN or infinite. Under
     `learner.on_nonfinite: skip` most such numbers only cause an update to be left out, as in the ring.
     """
     if config.model.lora:
         raise ConfigError(
             "model.lora is set: Algorithm 1 (r2m_async/reference.py) trains all weights of the policy; leave model.lora out"
+        )
+    if config.labels.source is not None and not config.labels.wait:
+        raise ConfigError(
+            "labels.wait is False: Algorithm 1 (r2m_async/reference.py) has no clock that labels could come by; set labels.wait true"
         )
     with one_thread():
         algorithm = _Algorithm1(config, workload or resolve(config), engine)
@@ -114,6 +126,8 @@ class _Step:
     """Those of all groups, in their order."""
     old: Tensor
     """[B, T] log-probabilities under pi_old, the policy at the start of the step."""
+    prompts: Tensor
+    """[B, D] pi_old's state at the end of each prompt."""
     embeddings: list[RewardEmbeddings]
     rewards: list[GroupRewards]
 
@@ -140,6 +154,7 @@ class _Algorithm1:
             workload.reward_hidden_size,
             workload.policy_hidden_size,
             config,
+            self._reward_model,
         ).to(self._policy.device)
         self._policy_tokenizer = pretrained_tokenizer("model.policy", workload.policy, config.model.trust_remote_code)
         reward_model = workload.reward_model
@@ -162,6 +177,10 @@ class _Algorithm1:
         self._rewards: list[list[float]] = []
         self._voided_in_a_row = 0
         self._scale = RewardScale(config)
+        self._probe = probe_of(workload.estimator, config)
+        self._source = source_of(config) if config.labels.source else None
+        self._labelled: list[list[LabelledPair]] = []
+        """Per step, the pairs of its groups that were labelled."""
 
     def step(self, number: int) -> None:
         """One pass through the loop of Algorithm 1."""
@@ -169,7 +188,7 @@ class _Algorithm1:
         step = self._score(number, groups, feedback, embeddings)
         # A step all of whose groups were given up trains nothing, but it still counts as a version of policy and head.
         refreshed = self._improve_policy(step) if groups else None
-        if self._config.trains_head and refreshed is not None:
+        if self._config.trains_head:
             self._improve_head(step, refreshed)
         every = self._config.model.reference_every
         if every is not None and (number + 1) % every == 0:
@@ -258,8 +277,16 @@ class _Algorithm1:
             score_group(self._heads[version], embedding, one, number, version, config)
             for embedding, one in zip(embeddings, feedback, strict=True)
         ]
+        prompts = PromptStates(trajectories, config)
+        prompts.keep(range(len(trajectories)), states)
         return _Step(
-            number=number, groups=groups, trajectories=trajectories, old=old, embeddings=embeddings, rewards=rewards
+            number=number,
+            groups=groups,
+            trajectories=trajectories,
+            old=old,
+            prompts=prompts.taken(states[0].shape[1] if states else 0),
+            embeddings=embeddings,
+            rewards=rewards,
         )
 
     def _improve_policy(self, step: _Step) -> list[Tensor] | None:
@@ -271,7 +298,7 @@ class _Algorithm1:
         values = proximal_values(self._critic, trajectories, config) if self._critic else None
         try:
             advantages, returns = step_advantages(  # 9
-                self._estimator, scored, step.old, ref, config, values, self._scale
+                self._estimator, scored, step.old, ref, config, values, self._scale, self._probe, step.prompts
             )
         except NonFiniteStep:
             if config.learner.on_nonfinite == "stop":
@@ -337,24 +364,62 @@ class _Algorithm1:
             ).loss.backward()
         self._critic_optimizer.step(config.learning_rate(step.number, config.critic.lr), step.place)
 
-    def _improve_head(self, step: _Step, refreshed: list[Tensor]) -> None:
-        """Lines 16 to 20: the head's update on the refreshed states."""
+    def _improve_head(self, step: _Step, refreshed: list[Tensor] | None) -> None:
+        """Lines 16 to 20: the head's update on the refreshed states. They are None for a step that is left out."""
         config, size = self._config, self._config.rollouts.group_size
-        head_groups = []
-        for index, embedding in enumerate(step.embeddings):
-            states_now = PolicyFeedback(
-                group_id=embedding.group_id,
-                hidden_states=tuple(refreshed[index * size : (index + 1) * size]),
-                greedy=None,
-                policy_version=step.number,
-            )
-            group = HeadGroup(  # 16
-                embeddings=embedding,
-                feedback=states_now if config.reads_feedback else None,
-                annotated=step.rewards[index],
-            )
-            head_groups.append(group)
-        improve_head(self._head, self._head_optimizer, self._held, head_groups, step.number, config)  # 17-20
+        feedback: list[PolicyFeedback] | None = []
+        if refreshed is not None:
+            feedback = None
+            if config.reads_feedback:
+                feedback = [
+                    PolicyFeedback(
+                        group_id=embedding.group_id,
+                        hidden_states=tuple(refreshed[index * size : (index + 1) * size]),
+                        greedy=None,
+                        policy_version=step.number,
+                    )
+                    for index, embedding in enumerate(step.embeddings)
+                ]
+        groups = head_groups(step.embeddings, feedback, step.rewards)  # 16
+        labels = self._labels_of(step, groups) if self._source else None
+        if groups or (labels and labels.pairs):
+            improve_head(self._head, self._head_optimizer, self._held, groups, step.number, config, labels)  # 17-20
+
+    def _labels_of(self, step: _Step, groups: list[HeadGroup]) -> LabelBatch:
+        """Asks about pairs of a step at once, and returns the labels that its head update uses: those of an earlier step."""
+        config = self._config
+        asked = chosen_pairs(step.number, step.groups, step.embeddings, step.rewards, config)
+        learns = {group.embeddings.group_id: group for group in groups}
+        answered = [with_noise(self._answered(label, step), config) for label in asked]
+        self._labelled.append(
+            [
+                LabelledPair(label=label, group=pair_of(learns[label.group_id], _best_first(label)))
+                for label in answered
+                if label.chosen is not None and label.group_id in learns
+            ]
+        )
+        due = step.number - config.labels.max_age
+        earlier = [pair for pairs in self._labelled[: max(0, due)] for pair in pairs][-config.labels.replay_from :]
+        return LabelBatch(
+            step=step.number,
+            asked=tuple(sorted({label.group_id for label in asked})),
+            new=tuple(self._labelled[due]) if due >= 0 else (),
+            replayed=tuple(earlier[index] for index in replayed_indices(step.number, len(earlier), config)),
+        )
+
+    def _answered(self, label: Label, step: _Step) -> Label:
+        """A label with the answer of `labels.source`."""
+        (group,) = (group for group in step.groups if group.ticket.group_id == label.group_id)
+        first, second = (group.trajectories[index] for index in label.pair)
+        assert self._source is not None
+        question = Question(label=label, prompt=group.ticket.prompt, responses=(first, second))
+        return self._source.ask(question).result().of(label)
+
+
+def _best_first(label: Label) -> tuple[int, int]:
+    """The two responses of a label, the preferred one first."""
+    first, second = label.pair
+    return (first, second) if label.chosen == first else (second, first)
 
 
 class _Optimizer:

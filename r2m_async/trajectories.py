@@ -224,6 +224,11 @@ class RewardEmbeddings:
     penalties: Tensor | None = None
     """[K] float32, 0 or less: what the penalties of the section `reward` add. None without penalties. `bonus` contains
     it."""
+    input_ids: tuple[Tensor, ...] | None = None
+    """K tensors [S] int64: the responses as the reward model reads them, for a head that reads tokens
+    (`head.variant: iterative_model`). None for others."""
+    greedy_input_ids: Tensor | None = None
+    """The same for the greedy twin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +249,8 @@ class GroupRewards:
     parts: Tensor | None = None
     """[K, R] float32: what `rewards` is the weighted sum of, before the weights (`RewardSection.parts`): the model's
     reward as it is clipped, each reward function, the penalties."""
+    members: Tensor | None = None
+    """[M, K] float32: the rewards by each head of an ensemble. None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +278,73 @@ class HeadGroup:
     """The refreshed feedback: the policy's states in the last epoch of the step. None if the head reads no feedback."""
     annotated: GroupRewards
     """The rewards that the policy was trained on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """What a labeller was asked, and perhaps answered, about two responses to one prompt.
+
+    `chosen` and `reason` say how far it has come. Both are None: it is asked. `chosen` alone is set: it is a preference.
+    With a `reason` it teaches nothing.
+    """
+
+    group_id: int
+    """The group of the two responses."""
+    step: int
+    """The policy step of the group. The label's age at a later step counts from here."""
+    pair: tuple[int, int]
+    """The indices of the two responses in the group, in the order in which they were shown."""
+    chosen: int | None = None
+    """The index of the preferred response, one of `pair`."""
+    reason: str | None = None
+    """Why it teaches nothing: `tie`, `refused`, `disagreed` (the two orders), `failed`, `timeout`, `late`, `left_out`."""
+    who: str | None = None
+    """Who has answered."""
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """The group and the two responses. A run asks about no pair twice."""
+        return self.group_id, *self.pair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledPair:
+    """Two responses to one prompt of which one was preferred, with what the head needs to learn that."""
+
+    label: Label
+    group: HeadGroup
+    """The two alone: the preferred response, then the other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelBatch:
+    """The labels of one head update."""
+
+    step: int
+    """The step of the update."""
+    asked: tuple[int, ...]
+    """The groups of this step of which a pair was asked. They learn from labels, and not from the head's own ranking."""
+    new: tuple[LabelledPair, ...]
+    """The pairs whose labels are used for the first time."""
+    replayed: tuple[LabelledPair, ...]
+    """Pairs of earlier updates that are used once more."""
+
+    @property
+    def pairs(self) -> tuple[LabelledPair, ...]:
+        """All pairs that this update learns from."""
+        return *self.new, *self.replayed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelReport:
+    """What the label stage reports to the controller."""
+
+    version: int
+    """The policy step of the call."""
+    labels: tuple[Label, ...]
+    """The pairs that were asked, or all labels whose fate is decided: used, or given up for a reason."""
+    records: list[dict[str, Any]]
+    """What is to be written of the labels, as JSON values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -251,6 +251,8 @@ def test_inputs_of_another_shape_or_dtype_are_refused():
         AdvantageInputs(rewards=torch.zeros(2, 3), response_mask=mask, ref_logprobs=torch.zeros(2, 3, 5))
     with pytest.raises(ValueError, match=r"values must be \[2, 3, 4\]"):
         AdvantageInputs(rewards=torch.zeros(2, 3), response_mask=mask, values=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"baselines must be \[2, 3\]"):
+        AdvantageInputs(rewards=torch.zeros(2, 3), response_mask=mask, baselines=torch.zeros(2))
     with pytest.raises(ValueError, match="must be bool"):
         AdvantageInputs(rewards=torch.zeros(2, 3), response_mask=mask.int())
 
@@ -264,7 +266,8 @@ def test_builtins_carry_their_flags():
         "rloo": (False, False), "grpo": (False, False), "remax": (True, False),
         "reinforce_pp": (False, True), "reinforce_pp_baseline": (False, True),
     }  # fmt: skip
-    assert [name for name in (*flags, "gae") if get_advantage(name).needs_values] == ["gae"]
+    assert [name for name in (*flags, "gae", "probe") if get_advantage(name).needs_values] == ["gae"]
+    assert [name for name in (*flags, "gae", "probe") if get_advantage(name).needs_states] == ["probe"]
     assert get_advantage("gae").kl_in_reward
 
 

@@ -120,6 +120,8 @@ def test_every_mistake_of_a_config_is_named_at_once():
             ["objective.num_minibatches is 9", "rollouts.prompts_per_step is 8"],
         ),
         ({"rollouts": {"group_size": 1}}, ["rollouts.group_size is 1", "head.variant is 'r2m'"]),
+        ({"head": {"pessimism": 0.5}}, ["head.pessimism is 0.5", "head.ensemble is 1"]),
+        ({"head": {"variant": "vanilla", "ensemble": 3}}, ["head.ensemble is 3", "head.variant is 'vanilla'"]),
         ({"learner": {"warmup": 5}, "run": {"num_steps": 5}}, ["learner.warmup is 5", "run.num_steps is 5"]),
         ({"learner": {"num_ranks": 2}}, ["learner.num_ranks is 2", "learner.backend is 'torch'"]),
         ({"learner": {"zero_stage": 1}}, ["learner.zero_stage is 1", "learner.backend is 'torch'"]),
@@ -148,6 +150,35 @@ def test_what_two_keys_contradict_is_refused_with_both_and_a_remedy(sections, nu
     message = refusal(**sections)
     assert all(number in message for number in numbers)
     assert any(remedy in message for remedy in ("use ", "name ", "at most"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "numbers"),
+    [
+        ({"labels": {"source": "m:f"}, "head": {"variant": "vanilla"}}, ["labels.source is 'm:f'", "is 'vanilla'"]),
+        ({"labels": {"budget": 2}}, ["labels.budget is 2", "labels.source is None"]),
+        (
+            {"labels": {"source": "m:f", "replay_from": 9}},
+            ["labels.replay_from is 9", "labels.replay is 0"],
+        ),
+        (
+            {"labels": {"source": "m:f"}, "scheduling": {"lag": "exact"}},
+            ["labels.wait is False", "scheduling.lag is 'exact'"],
+        ),
+        (
+            {"labels": {"source": "m:f", "wait": True, "timeout": 99}, "scheduling": {"stall_after": 99}},
+            ["labels.timeout is 99", "scheduling.stall_after is 99"],
+        ),
+        (
+            {"labels": {"source": "m:f", "budget": 9}, "rollouts": {"prompts_per_step": 8, "group_size": 3}},
+            ["labels.budget is 9", "at most 8 pairs"],
+        ),
+    ],
+)
+def test_labels_that_nobody_gives_learns_or_could_repeat_are_refused_with_a_remedy(sections, numbers):
+    message = refusal(**sections)
+    assert all(number in message for number in numbers)
+    assert any(remedy in message for remedy in ("use ", "name ", "set "))
 
 
 def test_what_the_cross_checks_just_allow_is_allowed():
@@ -333,8 +364,9 @@ def test_what_is_left_open_follows_from_other_keys():
         "bfloat16",
         "bfloat16",
     )
-    reads = {variant: config.head(variant=variant).reads_feedback for variant in ("r2m", "vanilla", "iterative_head")}
-    assert reads == {"r2m": True, "vanilla": False, "iterative_head": False}
+    variants = ("r2m", "vanilla", "iterative_head", "iterative_model")
+    reads = {variant: config.head(variant=variant).reads_feedback for variant in variants}
+    assert reads == {"r2m": True, "vanilla": False, "iterative_head": False, "iterative_model": False}
     trains = {
         variant: config.head(variant=variant).trains_head for variant in ("r2m", "r2m_no_train", "iterative_head")
     }
@@ -354,7 +386,7 @@ def test_every_file_under_configs_loads_and_is_named_after_itself(path):
     assert R2MConfig.from_yaml(path).run.name == path.stem
 
 
-def test_every_variant_of_the_paper_has_a_file():
+def test_every_variant_has_a_file():
     found = {path.stem: R2MConfig.from_yaml(path).head for path in VARIANTS}
     assert {name: (head.variant, head.alpha) for name, head in found.items()} == {
         "r2m": ("r2m", 0.3),
@@ -362,6 +394,7 @@ def test_every_variant_of_the_paper_has_a_file():
         "r2m_no_train": ("r2m_no_train", 0.3),
         "r2m_noise": ("r2m_noise", 0.3),
         "iterative_head": ("iterative_head", 0.3),
+        "iterative_model": ("iterative_model", 0.3),
         "r2m_no_bt": ("r2m", 1.0),
         "r2m_no_gre": ("r2m", 0.0),
         "pretrained_rm": ("vanilla", 0.3),

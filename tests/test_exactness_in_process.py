@@ -1,6 +1,8 @@
 """The ring in one process against the reference: every claim of exactness that needs no Ray, in seconds."""
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +60,7 @@ def test_with_both_bounds_zero_the_ring_is_algorithm_1_bit_for_bit(tiny_config):
     assert_same_bits(tiny_config.run(num_steps=5))
 
 
-@pytest.mark.parametrize("variant", ["vanilla", "r2m_no_train", "r2m_noise", "iterative_head"])
+@pytest.mark.parametrize("variant", ["vanilla", "r2m_no_train", "r2m_noise", "iterative_head", "iterative_model"])
 def test_every_variant_is_the_references_bit_for_bit(tiny_config, variant):
     assert_same_bits(tiny_config.head(variant=variant))
 
@@ -96,6 +98,61 @@ def test_pairs_chosen_by_other_rewards_are_the_references_bit_for_bit(tiny_confi
     assert_same_bits(tiny_config.head(pair_source=pair_source))
 
 
+def test_an_ensemble_of_heads_and_a_whole_model_with_a_twin_are_the_references_bit_for_bit(tiny_config):
+    config = tiny_config.head(omega_horizon=1, omega_floor=0.0, ensemble=3, pessimism=0.7, hold="bsr")
+    assert_same_bits(config)
+    mean, pessimistic = (reference.train(config.head(pessimism=kappa)).rewards for kappa in (0.0, 0.7))
+    assert all(
+        low <= high
+        for one, other in zip(pessimistic[:1], mean[:1], strict=True)
+        for low, high in zip(one, other, strict=True)
+    )
+    assert mean[0] != pessimistic[0]
+    assert_same_bits(tiny_config.head(variant="iterative_model").advantage(name="remax"))
+
+
+@pytest.fixture
+def labelled(tiny_config, monkeypatch):
+    """A ring whose head learns from labels: of the longer text, in some pairs of no preference."""
+    monkeypatch.setitem(sys.modules, "longer", SimpleNamespace(longer=longer))
+    return tiny_config.head(omega_horizon=2, omega_floor=0.0).labels(source="longer:longer", budget=2, wait=True)
+
+
+def longer(first, second):
+    lengths = len(first.split()), len(second.split())
+    return "tie" if lengths[0] == lengths[1] else "first" if lengths[0] > lengths[1] else "second"
+
+
+ASYNCHRONOUS = {"max_policy_age": 2, "max_head_age": 1, "lag": "exact"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "max_age", "scheduling"),
+    [("r2m", 0, {}), ("r2m", 2, {}), ("r2m", 1, ASYNCHRONOUS), ("iterative_model", 1, ASYNCHRONOUS)],
+)
+def test_labels_that_come_late_are_the_references_with_the_same_delay_bit_for_bit(
+    labelled, variant, max_age, scheduling
+):
+    config = labelled.run(num_steps=4).head(variant=variant).labels(max_age=max_age).scheduling(**scheduling)
+    assert_same_bits(config)
+    theirs, ours = (reference.train(one).head.tensors for one in (config.labels(max_age=3 - max_age), config))
+    assert any(not torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("labels", "head"),
+    [
+        ({"pairs": "uncertain", "self_weight": 0.0, "replay": 3, "replay_from": 4}, {"alpha": 0.0}),
+        ({"pairs": "random", "self_weight": 0.5, "noise": 0.4, "budget": 1}, {"hold": "bsr", "variant": "r2m_noise"}),
+        ({"pairs": "uncertain"}, {"variant": "iterative_head", "ensemble": 2, "pessimism": 1.0}),
+    ],
+    ids=["uncertain and replayed", "random and noisy", "an ensemble"],
+)
+def test_every_choice_of_pairs_replays_and_noise_are_the_references_bit_for_bit(labelled, labels, head):
+    config = labelled.run(num_steps=5).labels(max_age=1, **labels).head(**head)
+    assert_same_bits(config)
+
+
 @pytest.mark.parametrize("ages", [(1, 0), (0, 2), (3, 2)])
 def test_exact_lag_is_the_reference_with_the_same_delays(tiny_config, ages):
     policy_age, head_age = ages
@@ -109,6 +166,12 @@ def test_exact_lag_is_the_reference_with_the_same_delays(tiny_config, ages):
 )
 def test_every_estimator_is_the_references_bit_for_bit(tiny_config, estimator, ratio):
     assert_same_bits(tiny_config.advantage(name=estimator).objective(ratio=ratio, num_minibatches=2))
+
+
+def test_a_probes_baseline_is_the_references_bit_for_bit_with_one_response_a_prompt_too(tiny_config):
+    config = tiny_config.run(num_steps=4).advantage(name="probe", options={"decay": 0.5})
+    assert_same_bits(config.scheduling(max_policy_age=1, lag="exact").feedback(source="learner"))
+    assert_same_bits(config.rollouts(group_size=1, prompts_per_step=4).head(variant="vanilla"))
 
 
 def test_the_kl_in_rloos_reward_and_whitening_are_the_references_bit_for_bit(tiny_config):

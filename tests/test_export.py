@@ -162,7 +162,7 @@ def annotated(run: Path, config: R2MConfig, prompt: Prompt, finished: bool) -> G
     group = TrajectoryGroup(ticket=ticket, trajectories=tuple(map(trajectory, RESPONSES)), greedy=None)
     policy, model = load_policy(config.model.policy, config), load_reward_model(config.reward.model, config)
     load_weights(policy, policy_weights)
-    head = build_head(scoring_head(model), 48, 32, config)
+    head = build_head(scoring_head(model), 48, 32, config, model)
     annotator = RewardAnnotator(model, AutoTokenizer.from_pretrained(config.reward.model), head, config)
     feedback = group_feedback(policy, group, config, version) if config.reads_feedback else None
     _, embeddings = annotator.embed(group)
@@ -171,7 +171,7 @@ def annotated(run: Path, config: R2MConfig, prompt: Prompt, finished: bool) -> G
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("variant", ["r2m", "r2m_noise", "vanilla", "iterative_head"])
+@pytest.mark.parametrize("variant", ["r2m", "r2m_noise", "vanilla", "iterative_head", "iterative_model"])
 def test_the_scorer_gives_the_annotators_rewards_bit_for_bit(saved_run, tiny_config, tmp_path, variant, finished):
     config = tiny_config.head(variant=variant, lr=0.05, omega_floor=0.2)
     run = saved_run(config)
@@ -195,7 +195,7 @@ def test_turns_and_every_key_that_a_reward_depends_on_score_as_in_the_ring(
     monkeypatch.syspath_prepend(tmp_path)
     base = copied_model(tiny(family, False), tmp_path / "base", TEMPLATE)
     config = tiny_config.model(policy=base, dtype="bfloat16", attention="eager").feedback(dtype="float32")
-    config = config.head(variant="r2m_noise", lr=0.05, omega_floor=0.2, omega_horizon=6)
+    config = config.head(variant="r2m_noise", lr=0.05, omega_floor=0.2, omega_horizon=6, ensemble=2, pessimism=2.0)
     config = config.reward(dtype="bfloat16", max_tokens=8, clip=1e3, length_penalty=0.125, missing_eos_penalty=0.5)
     config = config.reward(overlong={"start": 1})
     config = config.reward(functions=["own_rewards:stones"])
@@ -217,7 +217,8 @@ def test_turns_and_every_key_that_a_reward_depends_on_score_as_in_the_ring(
 
         path = tmp_path / "out/reward_model/r2m_head.json"
         record = json.loads(path.read_text())
-        keys = [(section, key) for section, keys in record["config"].items() for key in keys if key != "width"]
+        shapes = ("width", "ensemble")  # without them the weights would not fit
+        keys = [(section, key) for section, keys in record["config"].items() for key in keys if key not in shapes]
         for section, key in keys:
             others = {name: dict(values) for name, values in record["config"].items()}
             del others[section][key]
@@ -228,7 +229,7 @@ def test_turns_and_every_key_that_a_reward_depends_on_score_as_in_the_ring(
             )
 
 
-@pytest.mark.parametrize("variant", ["vanilla", "iterative_head"])
+@pytest.mark.parametrize("variant", ["vanilla", "iterative_head", "iterative_model"])
 def test_a_head_that_reads_no_feedback_is_the_classifiers_own(saved_run, tiny_config, tmp_path, variant):
     config = tiny_config.head(variant=variant, lr=0.05)
     export(saved_run(config), tmp_path / "out")
@@ -243,8 +244,13 @@ def test_a_head_that_reads_no_feedback_is_the_classifiers_own(saved_run, tiny_co
             assert loaded(ids).logits.item() == pytest.approx(reward.item(), abs=1e-5)
 
 
-def test_under_an_r2m_head_the_classifier_stays_the_frozen_one(plain_run, tiny_config, tmp_path):
-    export(plain_run, tmp_path / "out")
+@pytest.mark.parametrize(
+    "head", [{}, {"variant": "iterative_head", "ensemble": 2, "lr": 0.05}], ids=["r2m", "ensemble"]
+)
+def test_under_a_head_that_no_classifier_can_be_the_classifier_stays_the_frozen_one(
+    saved_run, tiny_config, tmp_path, head
+):
+    export(saved_run(tiny_config.head(**head)), tmp_path / "out")
     frozen, base = (
         AutoModelForSequenceClassification.from_pretrained(path).state_dict()
         for path in (tmp_path / "out/reward_model", tiny_config.reward.model)

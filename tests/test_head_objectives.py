@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r2m_async.head_objectives import bradley_terry, grebt, grebt_terms, group_reward_entropy
+from r2m_async.head_objectives import (
+    bradley_terry,
+    grebt,
+    grebt_terms,
+    group_reward_entropy,
+    pessimistic,
+    preference_doubt,
+)
 
 F64 = torch.float64
 
@@ -138,3 +145,29 @@ def test_malformed_arguments_are_refused():
         grebt(torch.zeros(3, 2), 0.3, torch.zeros(1, 2))
     with pytest.raises(ValueError, match="one shape"):
         bradley_terry(torch.zeros(3), torch.zeros(3, 1))
+
+
+# Several heads
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(2, 5), st.floats(0, 3))
+def test_pessimism_and_doubt_agree_with_literal_loops(seed, heads, k, kappa):
+    rewards = torch.randn(heads, k, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+    def mean_and_std(values):
+        mean = sum(values) / len(values)
+        return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+
+    for j, reward in enumerate(pessimistic(rewards, kappa).tolist()):
+        mean, std = mean_and_std(rewards[:, j].tolist())
+        assert reward == pytest.approx(mean - kappa * std)
+    for i, row in enumerate(preference_doubt(rewards).tolist()):
+        for j, doubt in enumerate(row):
+            sigmoids = [1 / (1 + math.exp(-(head[i] - head[j]))) for head in rewards.tolist()]
+            assert doubt == pytest.approx(mean_and_std(sigmoids)[1], abs=1e-9)
+
+
+def test_doubt_by_hand():
+    doubt = preference_doubt(torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)]]))
+    assert doubt.tolist() == [[0, pytest.approx(0.25)], [pytest.approx(0.25), 0]]

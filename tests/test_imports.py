@@ -21,14 +21,15 @@ WINGS = {
     "ring": set(),
     "models": {"data", "rewards"},
     "rewards": {"data", "models"},
+    "labels": {"data", "rewards"},
     "runs": {"ring"},
     "from_scratch": {"data", "models"},
-    "launch": {"actors", "data", "from_scratch", "learners", "models", "rewards", "ring", "runs"},
+    "launch": {"actors", "data", "from_scratch", "labels", "learners", "models", "rewards", "ring", "runs"},
     "reward_models": {"data", "from_scratch", "models", "runs"},
     "evaluation": {"actors", "data", "from_scratch", "models", "reward_models", "runs"},
     "studies": {"evaluation", "from_scratch", "launch", "models", "reward_models", "runs"},
     "commands": {"evaluation", "from_scratch", "launch", "models", "reward_models", "ring", "runs", "studies"},
-    "actors": {"models", "rewards"},
+    "actors": {"labels", "models", "rewards"},
     "learners": {"models"},
 }
 """The wings that each wing may know."""
@@ -37,7 +38,7 @@ DOORS = {
     "cli": {"commands"},
     "algorithm": {"launch", "runs"},
     "export": {"data", "launch", "models", "runs"},
-    "reference": {"launch", "models"},
+    "reference": {"labels", "launch", "models"},
 }
 """The wings that a public module may know. All others know none."""
 

@@ -33,6 +33,10 @@ class Stream(IntEnum):
     HEAD_DROPOUT = 6
     REFILLS = 7
     REFILL_PROMPTS = 8
+    LABEL_PAIRS = 9
+    LABEL_NOISE = 10
+    LABEL_REPLAY = 11
+    HEAD_BOOTSTRAP = 12
 
 
 def sampling_seed(seed: int, group_id: int, stream: int = Stream.ROLLOUTS) -> int:

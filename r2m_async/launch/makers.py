@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import actors
 import learners
 import r2m_async
+from actors.labeller import Labeller
 from actors.replay_queue import ReplayQueue
 from actors.reward_annotator import RewardAnnotator
 from actors.rollout_actor import RolloutActor, RolloutEngine
@@ -39,6 +40,7 @@ def _stages(config: R2MConfig, launch: Launch, others: dict[str, Callable[..., A
         annotators=tuple(launch(f"annotator-{index}", _reward_annotator) for index in replicas),
         policy=launch("policy-learner", _policy_learner),
         head=launch("head-learner", _head_learner),
+        labels=launch("labeller", _labeller) if config.labels.source else None,
         **others,
     )
 
@@ -85,7 +87,7 @@ def _reward_annotator(config: R2MConfig, workload: Workload) -> RewardAnnotator:
     if workload.reward_model is None:
         return RewardAnnotator(None, None, build_head(None, 0, workload.policy_hidden_size, config), config)
     model = load_reward_model(workload.reward_model, config)
-    head = build_head(scoring_head(model), workload.reward_hidden_size, workload.policy_hidden_size, config)
+    head = build_head(scoring_head(model), workload.reward_hidden_size, workload.policy_hidden_size, config, model)
     tokenizer = pretrained_tokenizer("reward.model", workload.reward_model, config.reward.trust_remote_code)
     return RewardAnnotator(model, tokenizer, head, config)
 
@@ -132,16 +134,27 @@ def _policy_rank(rank: int, host: str, port: int) -> Make:
 def _head_learner(config: R2MConfig, workload: Workload) -> HeadLearner:
     """Makes the head learner. Its head has no meaningful weights before `start` or `restore` brings them."""
     from r2m_async.models.heads import build_head
-    from r2m_async.models.reward import classifier_skeleton, scoring_head
+    from r2m_async.models.reward import classifier_skeleton, load_reward_model, scoring_head
 
-    reward_model = workload.reward_model
+    reward_model, model = workload.reward_model, None
     phi = None
-    if reward_model:
+    if reward_model and config.head.reads_tokens:
+        # No skeleton: a model has buffers, too, which come with no weights.
+        model = load_reward_model(reward_model, config.run(device="cpu"))
+        phi = scoring_head(model)
+    elif reward_model:
         skeleton = classifier_skeleton(reward_model, config.reward.trust_remote_code)
         phi = scoring_head(skeleton).to_empty(device="cpu")
-    head = build_head(phi, workload.reward_hidden_size, workload.policy_hidden_size, config)
+    head = build_head(phi, workload.reward_hidden_size, workload.policy_hidden_size, config, model)
     # It stays on the CPU: it makes one small update per step, and must take no GPU memory from other stages.
     return HeadLearner(head, config)
+
+
+def _labeller(config: R2MConfig, workload: Workload) -> Labeller:
+    """Makes the labeller with the source that `labels.source` names."""
+    from r2m_async.labels.sources import source_of
+
+    return Labeller(source_of(config), config)
 
 
 def stages_in_process(config: R2MConfig, workload: Workload) -> Stages:
@@ -179,7 +192,7 @@ def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
             return processes.stage(name, make, workload, num_gpus, deadline)
         if make is _replay_queue:
             return processes.stage(name, _queue_of_buffers, workload, 0.0)
-        on_cpu = make is _head_learner or (make is _reward_annotator and not workload.reward_model)
+        on_cpu = make in (_head_learner, _labeller) or (make is _reward_annotator and not workload.reward_model)
         return processes.stage(name, make, workload, 0.0 if on_cpu else gpus)
 
     return _stages(config, launch, {**ray_bytes(), "watch": processes.ray.watch, "stacks": processes.stacks})

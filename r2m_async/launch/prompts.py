@@ -14,6 +14,8 @@ from r2m_async.data.records import Record, load_records
 from r2m_async.data.sources import is_local, items_of
 from r2m_async.errors import ConfigError
 from r2m_async.from_scratch import language
+from r2m_async.labels.functions import KNOWN as LABELLER_KNOWS
+from r2m_async.labels.sources import missing_columns
 from r2m_async.launch.model_checks import Reader, prompt_check, shown
 from r2m_async.plugins import nearest
 from r2m_async.rewards.arguments import INFO, KNOWN, keys_read
@@ -95,7 +97,7 @@ def column_bytes(prompts: Sequence[Prompt]) -> int:
 
 
 def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str]]]) -> None:
-    """Checks that the data has the columns that the reward functions ask for.
+    """Checks that the data has the columns that the reward functions and `labels.source` ask for.
 
     Args:
         config: the config of the run.
@@ -109,6 +111,13 @@ def check_columns(config: R2MConfig, records: Iterable[tuple[str, Collection[str
     noted = () if config.rollouts.function is None else (INFO,)
     for record, own_columns in records:
         columns = (*own_columns, *noted)
+        if lacking := missing_columns(config, own_columns):
+            raise ConfigError(
+                f"labels.source {config.labels.source!r} asks for {' and '.join(map(repr, lacking))}, and {record} has no such "
+                f"column{nearest(lacking[0], [*LABELLER_KNOWS, *own_columns])}; it is given {', '.join(LABELLER_KNOWS)}, the columns of "
+                f"the record ({', '.join(own_columns) or 'none here'}) and `labels.options`; give the parameter a default, or set "
+                f"the option"
+            )
         for one in functions:
             style, asks = one.signature.style(columns), f"{one.key} {one.setting.function!r}"
             if style is None and (unknown := one.signature.unknown(columns)):

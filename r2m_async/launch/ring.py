@@ -22,7 +22,7 @@ from r2m_async.launch.workload import TicketOffice, Workload, plan_of, resolve
 from r2m_async.models.weight_files import weights_digest
 from r2m_async.ring.controller import Controller
 from r2m_async.ring.progress import Progress
-from r2m_async.ring.stages import Call
+from r2m_async.ring.stages import Call, LocalCarrier
 from r2m_async.ring.status import RingStatus
 from r2m_async.ring.tasks import STOP_TIMEOUT
 from r2m_async.runs.checkpoints import kept_versions, read_checkpoint, saved_counts, write_parts
@@ -116,6 +116,8 @@ class Ring:
                     "rank; use backend 'torch', or run the stages on Ray"
                 )
             stages = stages_in_process(config, self.workload.without_prompts())
+            if stages.labels:
+                self._close = cast(LocalCarrier, stages.labels.carrier).stage.close
         else:
             processes = RayProcesses(config, ray)
             # At once, so that `stop` ends Ray even if one of the next lines raises.
@@ -135,7 +137,8 @@ class Ring:
                 policies = {} if config.weights.direct else kept_versions(saved, "policy_weights_", stages)
                 heads = kept_versions(saved, "head_weights_", stages)
                 learners = (policy, str(resume.absolute()), head)
-                await self.controller.start(policies, heads, learners, self._journals)
+                labels = stages.from_bytes(saved["labeller"]) if stages.labels else None
+                await self.controller.start(policies, heads, learners, self._journals, labels)
                 if self._journals:
                     await self.controller.journal.begin(self._journals)
             else:
@@ -225,6 +228,7 @@ class Ring:
 
         async def pids() -> dict[str, list[int]]:
             each = (*stages.rollouts, stages.queue, *stages.annotators, stages.policy, stages.head)
+            each = each if stages.labels is None else (*each, stages.labels)
             return {stage.name: await stage.carrier.pids() for stage in each}
 
         return self._run(pids())

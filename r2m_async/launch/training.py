@@ -253,8 +253,9 @@ def _steps(ring: Ring, run: RunDirectory, live: LiveTable, restarts: int) -> Non
 
 
 def _record(ring: Ring, run: RunDirectory) -> None:
-    """Writes the evaluations and the trace as far as the ring has come."""
+    """Writes the evaluations, the labels and the trace as far as the ring has come."""
     run.write_trace(ring.controller.take_trace())
+    run.write_labels(ring.controller.take_labels())
     run.write_evaluations(ring.controller.evaluations, ring.controller.samples)
 
 

@@ -18,6 +18,7 @@ from r2m_async.config_rules import changed
 from r2m_async.data.prompts import PromptStream
 from r2m_async.data.seeds import Stream, prompt_order, sampling_seed
 from r2m_async.errors import ConfigError, all_at_once
+from r2m_async.labels.sources import check_source
 from r2m_async.launch.model_checks import (
     Reader,
     check_critic,
@@ -31,6 +32,7 @@ from r2m_async.models.attention import check_attention
 from r2m_async.models.liger import check_liger
 from r2m_async.models.plays import INFO_BYTES, rollout_function
 from r2m_async.models.pretrained import brings_code, pretrained_config
+from r2m_async.models.reward_probe import probe_of
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.policy_losses import CLIPS, Loss, check_loss_options, get_loss
 from r2m_async.rewards.calls import functions_of, gold_of
@@ -164,7 +166,9 @@ def check_code(config: R2MConfig) -> Estimator:
     def find_estimator() -> None:
         found.append(get_advantage(config.advantage.name))
         all_at_once(
-            lambda: check_options(found[0], config.advantage.options), lambda: check_estimator(found[0], config)
+            lambda: check_options(found[0], config.advantage.options),
+            lambda: check_estimator(found[0], config),
+            lambda: probe_of(found[0], config),
         )
 
     all_at_once(
@@ -389,12 +393,17 @@ def check_engine(config: R2MConfig) -> None:
 
 
 def check_functions(config: R2MConfig) -> None:
-    """Raises ConfigError if `rollouts.function`, `reward.functions` or `evaluation.gold` cannot be found or called.
+    """Raises ConfigError if a function that the config names cannot be found or called.
 
-    What a reward function asks for of the data is checked by `check_columns`, once the data is read. The embedded
+    They are `rollouts.function`, `reward.functions`, `evaluation.gold` and `labels.source`. What a function asks for of the data is checked by `check_columns`, once the data is read. The embedded
     language has no columns, so with it everything is checked here.
     """
-    all_at_once(lambda: rollout_function(config), lambda: functions_of(config), lambda: gold_of(config))
+    all_at_once(
+        lambda: rollout_function(config),
+        lambda: functions_of(config),
+        lambda: gold_of(config),
+        lambda: check_source(config),
+    )
     if config.data.prompts == "embedded":
         check_columns(config, [("the embedded language", ())])
 
@@ -408,7 +417,8 @@ def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_
     - P, T and S = P + T are the most tokens of a prompt, of a response, and of both,
     - F is the bytes of one number of the policy's hidden states, or 0 if the head reads none. They count twice, because
       the ring holds the states as sampled and later as refreshed,
-    - D_p and D_m are the hidden sizes of the policy and of the reward model.
+    - D_p and D_m are the hidden sizes of the policy and of the reward model. A head that reads tokens takes 8 bytes more for
+      each that the reward model may read: `reward.max_tokens`, or one for each byte of the text.
 
     A token takes 16 bytes for its id, its log-probability and its version. A response also takes 256 bytes per token
     for its text, and 4 D_m bytes for its reward token embedding. The prompt takes 512 bytes per token. The constants
@@ -427,6 +437,8 @@ def worst_group_bytes(config: R2MConfig, policy_hidden_size: int, reward_hidden_
     per_response = 16 * tokens + 256 * new + 2 * width * (tokens - 1) * policy_hidden_size + 4 * reward_hidden_size
     if config.rollouts.function is not None:
         per_response += tokens + INFO_BYTES
+    if config.head.reads_tokens:
+        per_response += 8 * (config.reward.max_tokens or 512 * prompt + 256 * new)
     return (config.rollouts.group_size + greedy_twin) * (per_response + 1024) + 512 * prompt + 4096
 
 

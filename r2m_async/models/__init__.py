@@ -17,6 +17,7 @@ plays.py             generates a group with the user's rollout function
 turns.py             defines what such a function's turn asks of an engine, and what the engine answers
 generator.py         defines what an engine for a fixed policy is asked and returns, and has one on transformers
 reward.py            splits the reward model into backbone and scoring head, and adds the user's reward functions
+reward_probe.py      predicts the reward of a prompt from the policy's states, for estimators that need that
 reward_scale.py      centres and normalises the rewards of a step
 heads.py             builds the reward head, scores groups with it, and updates it
 critic.py            predicts values of response tokens, for advantage estimators that need them

@@ -28,6 +28,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
 from r2m_async.finite import first_bad
 from r2m_async.models.policy import response_mask
+from r2m_async.models.reward_probe import RewardProbe
 from r2m_async.models.reward_scale import RewardScale
 from r2m_async.objectives import PolicyLoss, WeightBounds, aggregate, kl_loss, loss_denominator, policy_loss
 from r2m_async.plugins import called
@@ -101,6 +102,8 @@ def step_advantages(
     config: R2MConfig,
     values_BT: Tensor | None = None,
     scale: RewardScale | None = None,
+    probe: RewardProbe | None = None,
+    states_BD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the advantages of a step's trajectories, and the returns if there is a critic.
 
@@ -109,6 +112,8 @@ def step_advantages(
     values_BT: [B, T], values by the critic at the start of the step, or None without a critic.
     scale: the scale of rewards, which remembers those of earlier steps under `reward.normalize: running`. None makes one
         that has seen nothing.
+    probe: predicts the reward of each prompt, and learns from the step. None without an estimator that needs states.
+    states_BD: [B, D], the state of each response's prompt, for the probe.
 
     The advantages are [B] or [B, T], as the estimator gives them. The returns are [B, T], or None without a critic. The
     estimator sees groups of one size at a time. So groups that the schedule cut are estimated apart from whole ones.
@@ -121,6 +126,14 @@ def step_advantages(
     check_passes(whole, logprobs_BT, ref_BT, values_BT, config)
     named = step_place(whole[0].ticket.due_step, whole)
     scaled = dict(zip(map(id, scored), (scale or RewardScale(config)).scaled(scored), strict=True))
+    baselines_B = None
+    if probe is not None:
+        assert states_BD is not None
+        if bad := first_bad(states_BD):
+            raise NonFiniteStep(
+                f"{row_place(whole, bad[0])}: the policy's state at the end of the prompt is not finite"
+            )
+        baselines_B = probe.baselines(states_BD, torch.cat([scaled[id(one)][0] for one in scored]))
     mask_BT = response_mask([trajectory for group in whole for trajectory in group.trajectories])
     options = dict(config.advantage.options)
     if estimator.kl_in_reward and estimator.accepts("beta"):
@@ -148,6 +161,7 @@ def step_advantages(
                 torch.stack([_greedy(one, scaled[id(one)][1]) for one in groups]) if estimator.needs_greedy else None
             ),
             values=None if values_BT is None else values_BT[index_nK],
+            baselines=None if baselines_B is None else baselines_B[index_nK],
             **_parts(groups, config),
         )
         order += index_nK.flatten().tolist()

@@ -228,7 +228,7 @@ def embed_group(
     group: TrajectoryGroup,
     config: R2MConfig,
     calls: Future[Values] | None = None,
-    passes: Callable[[TrajectoryGroup], tuple[Tensor, Tensor]] | None = None,
+    passes: Callable[[TrajectoryGroup], tuple[Tensor, Tensor, list[Tensor]]] | None = None,
 ) -> RewardEmbeddings:
     """Returns the reward token embeddings, bonuses and frozen rewards of a group.
 
@@ -248,9 +248,9 @@ def embed_group(
     if calls is None and config.reward.functions:
         calls = start_calls(group, config)
     both, place, num = _responses(group), group.ticket.place, len(group.trajectories)
-    rte, frozen = torch.zeros(len(both), 0), torch.zeros(num)
+    rte, frozen, rows = torch.zeros(len(both), 0), torch.zeros(num), list[Tensor]()
     if model is not None:
-        rte, frozen = passes(group) if passes else embed_responses(model, tokenizer, [group], config)[0]
+        rte, frozen, rows = passes(group) if passes else embed_responses(model, tokenizer, [group], config)[0]
     values = calls.result() if calls else ((),) * len(both)
     penalties = [_penalty(trajectory, config) for trajectory in both]
     bonus = torch.tensor(
@@ -275,6 +275,8 @@ def embed_group(
         frozen_rewards=frozen,
         functions=torch.tensor(values[:num]) if calls else None,
         penalties=torch.tensor([-sum(own) for own in penalties[:num]]) if config.reward.has_penalties else None,
+        input_ids=tuple(rows[:num]) if config.head.reads_tokens else None,
+        greedy_input_ids=rows[num] if twin and config.head.reads_tokens else None,
     )
     check_embeddings(embeddings, place, config)
     return embeddings
@@ -288,8 +290,9 @@ def _responses(group: TrajectoryGroup) -> tuple[Trajectory, ...]:
 @torch.no_grad()
 def embed_responses(
     model: PreTrainedModel, tokenizer: Any, groups: Sequence[TrajectoryGroup], config: R2MConfig
-) -> list[tuple[Tensor, Tensor]]:
-    """Returns for each group the embeddings of all its responses, and the frozen rewards of those that were sampled.
+) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
+    """Returns for each group the embeddings of all its responses, the frozen rewards of those that were sampled, and the
+    tokens [S] of each response as the reward model reads it.
 
     The embeddings are [K, D_m], or [K + 1, D_m] if there is a greedy twin. The frozen rewards are [K]. Both are float32 on
     the CPU. The responses of all groups go through the model together, those of similar lengths in one pass. So rounding
@@ -317,7 +320,7 @@ def embed_responses(
         rte = torch.stack([of_text[row] for row in range(first, last)])
         sampled = rte[: len(group.trajectories)].to(model.device)
         frozen = torch.func.functional_call(phi, weights, (sampled,)).squeeze(-1).cpu()
-        embedded.append((rte, frozen))
+        embedded.append((rte, frozen, [torch.tensor(text) for text in texts[first:last]]))
         first = last
     return embedded
 

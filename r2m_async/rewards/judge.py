@@ -9,8 +9,7 @@ from typing import Any
 import regex
 
 from r2m_async.errors import ConfigError
-from r2m_async.rewards.packages import needs
-from r2m_async.rewards.servers import check_server, reply_of
+from r2m_async.rewards.servers import chat_reply, check_chat, filled, question_of
 
 TEMPLATE = """Rate the answer to the question from {low} (useless) to {high} (could not be better). Reply with the number alone.
 
@@ -55,25 +54,10 @@ async def judge(
     there is no number or more than one, because which of them rates would be a guess, and if it lies beyond `low` and
     `high`. Raises ConnectionError if the server cannot be reached, and ValueError if it refuses.
     """
-    question = messages[0]["content"] if len(messages) == 1 else _transcript(messages)
-    filled = {"prompt": question, "response": response, "low": f"{low:g}", "high": f"{high:g}"}
-    # In one pass: the texts may hold such braces themselves.
-    told = regex.sub(r"\{(prompt|response|low|high)\}", lambda match: filled[match[1]], template)
-    request = {
-        "model": model,
-        "messages": [{"role": "user", "content": told}],
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        **(body or {}),
-    }
-    address = f"{url.rstrip('/')}/chat/completions"
-    replied = await reply_of(address, request, api_key_env)
-    try:
-        reply = replied["choices"][0]["message"]["content"] or ""
-    except (KeyError, IndexError, TypeError):
-        raise ValueError(
-            f"{address} replied {str(replied)[:200]}, which has no message; is it the right URL?"
-        ) from None
+    told = filled(
+        template, {"prompt": question_of(messages), "response": response, "low": f"{low:g}", "high": f"{high:g}"}
+    )
+    reply = await chat_reply(told, url, model, max_tokens, temperature, api_key_env, body)
     of_scale = rf"(?:/|\bout\s+of)\s*{regex.escape(f'{high:g}')}(?![\d.]*\d)"
     numbers = set(map(float, regex.findall(_NUMBER, regex.sub(of_scale, " ", reply, flags=regex.IGNORECASE))))
     if len(numbers) != 1:
@@ -87,11 +71,6 @@ async def judge(
     return (rating - low) / (high - low)
 
 
-def _transcript(messages: Sequence[Mapping[str, str]]) -> str:
-    """The turns of a conversation as one text."""
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
-
-
 def _check(
     url: str = "http://",
     model: str = "any",
@@ -103,20 +82,11 @@ def _check(
     api_key_env: str | None = None,
     body: Mapping[str, Any] | None = None,
 ) -> None:
-    needs("httpx", "httpx")
-    check_server(url, api_key_env)
-    if not (isinstance(model, str) and model):
-        raise ConfigError(f"model is {model!r}; give the name that the server has for its model")
+    check_chat(url, model, max_tokens, temperature, api_key_env, body)
     if not isinstance(template, str) or "{response}" not in template:
         raise ConfigError(f"template is {template!r}, without {{response}}: the judge would not see what it rates")
     if not (all(isinstance(one, int | float) and math.isfinite(one) for one in (low, high)) and low < high):
         raise ConfigError(f"low is {low!r} and high is {high!r}; give two numbers, the smaller first")
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens!r}; give a number of tokens, 1 or more")
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature < 0:
-        raise ConfigError(f"temperature is {temperature!r}; give a number, 0 or more")
-    if body is not None and not isinstance(body, Mapping):
-        raise ConfigError(f"body is {body!r}; give a mapping of further keys of the request")
 
 
 judge.check_options = _check  # type: ignore[attr-defined]

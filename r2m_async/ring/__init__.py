@@ -7,6 +7,7 @@ evaluations.py   evaluates versions of the policy during a run
 delivery.py      brings versions of the policy into the engines of rollout actors
 stages.py        declares the methods of every stage as the controller sees them, and runs stages in this process
 state.py         what all loops share
+labels.py        the clock and the book of labels, and their way to the head's update
 journal.py       keeps finished groups between two checkpoints, and takes them up in a resumed run
 progress.py      how far a run has come, as a checkpoint keeps it
 status.py        what the ring is doing at one moment

@@ -5,6 +5,8 @@
       policy weights                        training loop: proximal pass | score -> train
                    |                               |                         ^
                    +-------------------------------+-> head loop: update ----+ head weights
+                                                              ^
+                       pairs of a scored step -> labeller ----+ labels (labels.py), if there is a `labels.source`
 
 Data moves to the right. A *ticket* becomes a *group*, which is all responses to one prompt. Groups get rewards, and the
 rewards train the policy. Versions move to the left: new weights of the policy go back to the rollouts, and new weights
@@ -33,6 +35,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import StalledRun
 from r2m_async.ring.evaluations import Evaluations
 from r2m_async.ring.journal import Journal
+from r2m_async.ring.labels import Labels
 from r2m_async.ring.overage import overage_loop
 from r2m_async.ring.progress import Progress
 from r2m_async.ring.rollouts import Rollouts
@@ -57,6 +60,8 @@ class _HeadWork:
     """The refreshed feedback: the policy's hidden states on these groups, from the last epoch of the step."""
     rewards: Payload
     """The rewards of these groups that the policy was trained on."""
+    asked: asyncio.Task[None] | None
+    """The task that lets pairs of these groups be asked about. None without a `labels.source`."""
 
 
 STATUS_EVERY = 1.0
@@ -103,6 +108,8 @@ class Controller:
         self._evaluations = Evaluations(self._state, evaluation_tickets, progress.evaluation)
         self.journal = Journal(self._state, make_ticket)
         self._rollouts = Rollouts(self._state, self._evaluations, self.journal, make_ticket)
+        self.labels = Labels(self._state, progress.labels) if stages.labels else None
+        """The labels of the run. None without a `labels.source`."""
         self._head_queue: deque[_HeadWork] = deque()
         self._publication: asyncio.Task[Any] | None = None
         """The task that publishes the newest policy version, until the training loop has waited for it."""
@@ -124,6 +131,7 @@ class Controller:
         heads: dict[int, Payload] | None = None,
         learners: tuple[Payload, str, Payload] | None = None,
         journals: str | None = None,
+        labels: Payload | None = None,
     ) -> None:
         """Gets the first versions of policy and head, and starts the loops.
 
@@ -135,11 +143,14 @@ class Controller:
             learners: what the policy learner restores, the directory of the checkpoint, and what the head learner
                 restores. None: nothing is restored.
             journals: the folder of the journals whose groups are taken up. None: there is none.
+            labels: what the label stage restores. None: nothing, or there is no such stage.
 
         Raises StageLost if the cluster on which the stages run is gone. Raises what a stage raises.
         """
         self._tasks.spawn(self.stages.watch())
         await self._tasks.finish(self._first_versions(policies, heads, learners), "the stages to start")
+        if self.stages.labels and labels is not None:
+            await self._tasks.finish(self._calls.ask(self.stages.labels.restore(labels)), "the labels")
         if journals is not None:
             await self._tasks.finish(self._rollouts.take_up(journals), "the journal")
         loops = [self._training_loop(), self._head_loop(), overage_loop(self._state), self._watchdog()]
@@ -228,11 +239,21 @@ class Controller:
     def progress(self) -> Progress:
         """How far the run has come. Call it when `drain` has returned, and before the next `step`."""
         newest = self.evaluations[-1] if self.evaluations else None
-        return self.metrics.progress(self.schedule, now(), stopped_at_kl=self._stopped_at_kl, evaluation=newest)
+        labels = self.labels.book.saved() if self.labels else {}
+        return self.metrics.progress(
+            self.schedule, now(), stopped_at_kl=self._stopped_at_kl, evaluation=newest, labels=labels
+        )
 
     def take_trace(self) -> list[Interval]:
         """Returns the intervals of the trace since the last call. The one that ended first comes first."""
         taken, self.metrics.trace = self.metrics.trace, []
+        return taken
+
+    def take_labels(self) -> list[dict[str, Any]]:
+        """Returns the records of the labels that have come since the last call."""
+        if self.labels is None:
+            return []
+        taken, self.labels.records = self.labels.records, []
         return taken
 
     def status(self) -> RingStatus:
@@ -295,6 +316,8 @@ class Controller:
             policy = both.create_task(self._calls.ask(self.stages.policy.state(directory)))
             head = both.create_task(self._calls.ask(self.stages.head.state()))
         payloads = {"policy_learner": policy.result()[1], "head_learner": head.result()[1]}
+        if self.stages.labels:
+            payloads["labeller"] = (await self._calls.ask(self.stages.labels.state()))[1]
         kept = self._versions.needed_policies()
         # The learner sends weights to the engines itself, so these payloads hold no tensors. An export needs them.
         if self.config.weights.direct:
@@ -355,11 +378,21 @@ class Controller:
             proximal = passes.create_task(self._calls.traced(stages.policy.proximal(step, groups), step=step))
             scoring = passes.create_task(self._score(assembly, head, proximal))
         scored, embeddings, rewards = scoring.result()
+        asked = None
+        if self.labels:  # beside the training of the policy: whoever answers takes time
+            asked = self._tasks.spawn(self.labels.ask(step, groups, embeddings, rewards))
         await self._stalls_for_publication()
         trained, refreshed = await self._calls.traced(stages.policy.train(step, rewards), step=step)
         self.schedule.policy_trained(step, now())
         self._head_queue.append(
-            _HeadWork(step=step, group_ids=group_ids, embeddings=embeddings, refreshed=refreshed, rewards=rewards)
+            _HeadWork(
+                step=step,
+                group_ids=group_ids,
+                embeddings=embeddings,
+                refreshed=refreshed,
+                rewards=rewards,
+                asked=asked,
+            )
         )
         measured = scored.metrics | trained.metrics
         metrics = self.metrics.of_step(assembly, self.schedule, measured, now())
@@ -450,22 +483,31 @@ class Controller:
 
     async def _head_loop(self) -> None:
         """Consumes the refreshed feedback, embeddings and rewards of one step after the other. Waits for the next step
-        that the policy has trained. It is unblocked by the training loop. Produces head versions, and frees the groups
-        of the step in the queue."""
+        that the policy has trained, and under `labels.wait` for its labels. It is unblocked by the training loop, and by
+        whoever gives labels. Produces head versions, and frees the groups of the step in the queue."""
         while True:
             await self._waits.until(lambda: self._head_queue, "head learner", "refreshed feedback")
             work = self._head_queue.popleft()
             async with in_step(work.step, work.group_ids):
+                labels, of_labels = await self._labels_for(work)
                 report, weights = await self._calls.traced(
-                    self.stages.head.update(work.step, work.embeddings, work.refreshed, work.rewards), step=work.step
+                    self.stages.head.update(work.step, work.embeddings, work.refreshed, work.rewards, labels),
+                    step=work.step,
                 )
-            self.metrics.standing["head"] = {"head/step": float(work.step + 1), **report.metrics}
+            self.metrics.standing["head"] = {"head/step": float(work.step + 1), **report.metrics, **of_labels}
             # The weights are there before the schedule knows of the version: from then on a step may be scored with it.
             self._versions.heads[work.step + 1] = weights
             freed = self.schedule.head_trained(work.step)
             self._versions.drop_heads()
             await self._calls.ask(self.stages.queue.free(freed))
             self._waits.notify()
+
+    async def _labels_for(self, work: _HeadWork) -> tuple[Payload | None, dict[str, float]]:
+        """The labels of a head update, and the metrics of all labels. None and no metrics without a `labels.source`."""
+        if self.labels is None or work.asked is None:
+            return None, {}
+        await self._waits.work(work.asked, "head learner", "its pairs to be asked about")
+        return await self.labels.due(work.step, work.refreshed)
 
     async def _watchdog(self) -> None:
         """Ends the run, by raising StalledRun, if nothing has moved for `scheduling.stall_after` seconds.

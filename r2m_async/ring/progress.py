@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,8 @@ class Progress:
     """The KL to the reference at which `objective.kl_stop` ended the run. None if it did not."""
     head_update: Mapping[str, float] = field(default_factory=dict)
     """What the head's last update measured. The metrics of the next step show it."""
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    """The book of labels (`labels.LabelBook.saved`). Empty without a `labels.source`."""
     evaluation: Mapping[str, float] | None = None
     """The newest evaluation. None if there was none."""
 

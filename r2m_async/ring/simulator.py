@@ -21,7 +21,7 @@ from r2m_async.errors import ConfigError, StageLost, StalledRun
 from r2m_async.ring.controller import Controller
 from r2m_async.ring.stages import Method, Stages, local_bytes
 from r2m_async.schedule import Admission, Plan, Schedule
-from r2m_async.trajectories import GroupReport, Prompt, StepReport, Ticket
+from r2m_async.trajectories import GroupReport, LabelReport, Prompt, StepReport, Ticket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,9 @@ class StageTimes:
     """
     update: float = 0.0
     """Seconds of one head update."""
+    labels: float = 0.0
+    """Seconds for which one head update waits for its labels, under `labels.wait`. They count if there is a
+    `labels.source`."""
     queue: float = 0.0
     """Seconds of one call of the replay queue, with what the driver and Ray do besides in a step, per such call."""
     generate_spread: float = 0.0
@@ -289,6 +292,8 @@ class SimulatedStage:
             "update": (report, step + 1),
             "score": (report, None),
             "embed": (report, None),
+            "ask": (LabelReport(version=step, labels=(), records=[]),),
+            "labels": (LabelReport(version=step, labels=(), records=[]), None),
             "load_weights": (report,),
         }.get(method, (None,))
 
@@ -328,6 +333,7 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0, cores: float |
         annotators=tuple(stage(f"annotator-{index}") for index in range(config.reward.replicas)),
         policy=stage("policy-learner"),
         head=stage("head-learner"),
+        labels=stage("labeller") if config.labels.source else None,
         **local_bytes(),
     )
     results, _ = run_virtually(config, plan, stages)
@@ -422,7 +428,7 @@ def physical_bound(config: R2MConfig, times: StageTimes, cores: float | None = N
     - B `generate` / rollout actors,
     - B `embed` / replicas + `score`,
     - `proximal` + `train`, and `weights` if the copy cannot overlap with the proximal pass,
-    - `update`,
+    - `update`, and `labels` if there is a `labels.source`,
     - with `cores`, all of this and the calls of the queue, divided by their number.
 
     The time of `load_weights` is left out of the first, because the schedule decides how often an actor loads weights.
@@ -442,7 +448,7 @@ def physical_bound(config: R2MConfig, times: StageTimes, cores: float | None = N
         groups * times.generate / config.rollouts.num_actors,
         groups * times.embed / config.reward.replicas + times.score,
         times.proximal + times.train + copying,
-        times.update,
+        times.update + times.labels * (config.labels.source is not None),
         work / cores if cores else 0.0,
     )
 
@@ -455,7 +461,8 @@ def serial_time(config: R2MConfig, times: StageTimes) -> float:
     groups = config.rollouts.prompts_per_step
     rollouts = -(-groups // config.rollouts.num_actors) * times.generate + times.load_weights
     annotation = groups * times.embed / config.reward.replicas + times.score
-    learners = times.proximal + times.train + times.weights + times.update
+    labels = times.labels * (config.labels.source is not None)
+    learners = times.proximal + times.train + times.weights + times.update + labels
     return rollouts + annotation + learners + queue_time(config, times)
 
 

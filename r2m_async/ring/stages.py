@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, NewType, Protocol, TypeVar, cast
 
 from r2m_async.codec import decode, encode
-from r2m_async.trajectories import EvaluationReport, GroupReport, StepReport, Ticket
+from r2m_async.trajectories import EvaluationReport, GroupReport, LabelReport, StepReport, Ticket
 
 Payload = NewType("Payload", object)
 """What a stage made for another stage: an object of this process, or a reference to an object in another process."""
@@ -334,7 +334,12 @@ class HeadStage(Stage):
 
     @method(1)
     def update(
-        self, step: int, embeddings: list[Payload], refreshed: Payload, annotated: Payload
+        self,
+        step: int,
+        embeddings: list[Payload],
+        refreshed: Payload,
+        annotated: Payload,
+        labels: Payload | None = None,
     ) -> Call[tuple[StepReport, Payload]]:
         """Makes one update of the head on the groups of a step. The payload is the weights of the new version.
 
@@ -343,6 +348,7 @@ class HeadStage(Stage):
             embeddings: the reward token embeddings of each group.
             refreshed: the refreshed feedback, as the policy learner's `train` made it.
             annotated: the rewards of the groups, as `score` made them.
+            labels: the labels of this update, as the label stage's `labels` made them. None without a `labels.source`.
         """
 
     @method(1)
@@ -352,6 +358,42 @@ class HeadStage(Stage):
     @method()
     def restore(self, state: Payload) -> Call[int]:
         """Goes on from what `state` returned. Returns the head version."""
+
+
+class LabelStage(Stage):
+    """The labeller, which asks which of two responses is better, and keeps what was answered (`actors.labeller.Labeller`)."""
+
+    @method()
+    def ask(self, step: int, groups: list[Payload], embeddings: list[Payload], rewards: Payload) -> Call[LabelReport]:
+        """Chooses pairs of a step, and begins to ask about them. It does not wait for answers.
+
+        Args:
+            step: the policy step.
+            groups: the groups of the step.
+            embeddings: the reward token embeddings of each group.
+            rewards: the rewards of the groups, as `score` made them.
+
+        The report has the pairs.
+        """
+
+    @method(1, beside="control")
+    def labels(self, step: int, refreshed: Payload) -> Call[tuple[LabelReport, Payload]]:
+        """Hands out the labels that the head update of a step may use. Under `labels.wait` it waits for them.
+
+        Args:
+            step: the policy step.
+            refreshed: the refreshed feedback of the step, as the policy learner's `train` made it.
+
+        The report has all labels whose fate is decided. The payload is what the head learns from.
+        """
+
+    @method(1)
+    def state(self) -> Call[tuple[StepReport, Payload]]:
+        """Saves the pairs that wait, and those that may be used once more. The payload is what `restore` needs."""
+
+    @method()
+    def restore(self, state: Payload) -> Call[int]:
+        """Goes on from what `state` returned. Pairs without an answer are asked about again. Returns their number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,6 +407,8 @@ class Stages:
     """Replicas of the frozen reward model. All of them embed, and the first one also scores."""
     policy: PolicyStage
     head: HeadStage
+    labels: LabelStage | None = None
+    """The labeller. None without a `labels.source`."""
     to_bytes: Callable[[Payload], Awaitable[memoryview]]
     """Returns the bytes of a payload, as `codec.encode` wrote them."""
     from_bytes: Callable[[Any], Payload]
@@ -383,6 +427,7 @@ class Stages:
         annotators: tuple[Carrier, ...],
         policy: Carrier,
         head: Carrier,
+        labels: Carrier | None = None,
         **others: Any,
     ) -> Stages:
         """Makes the stages of a ring from the carrier of each.
@@ -395,6 +440,7 @@ class Stages:
             annotators=tuple(map(AnnotatorStage, annotators)),
             policy=PolicyStage(policy),
             head=HeadStage(head),
+            labels=LabelStage(labels) if labels else None,
             **others,
         )
 

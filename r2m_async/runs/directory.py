@@ -5,6 +5,10 @@
     evaluation.jsonl   one line per evaluation
     samples.jsonl      one line per evaluation and held-out prompt: a response to read, as `r2m samples` shows it
     trace.jsonl        one line per call of a stage (`step_metrics.Interval`)
+    labels.jsonl       one line per preference that somebody gave, as `r2m reward-model train` reads pairs; if there is a
+                       `labels.source`
+    labels_void.jsonl  one line per pair that was asked about and has no preference, with the reason
+    labels_cut.jsonl   the preferences that a resumed run has cut off: it asks for those steps again
     events.out.*       the step metrics for TensorBoard, if `logging.tensorboard` is on
     checkpoints/       step-000040 and so on, each a directory that `Ring.save` wrote (docs/checkpoints.md)
     journal/           finished groups since the newest checkpoint, if `queue.journal` is set
@@ -31,14 +35,21 @@ from typing import TYPE_CHECKING, Any, Self
 from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import DataError, DiskError
 from r2m_async.runs.records import append_records, cut_partial_line
-from r2m_async.whole import disk_errors, whole_directory
+from r2m_async.whole import append, disk_errors, whole_directory
 
 if TYPE_CHECKING:
     from r2m_async.ring.step_metrics import Interval
 
 
 RECORDS = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "trace.jsonl")
-"""The files to which a run appends."""
+"""The files to which every run appends."""
+LABELS = ("labels.jsonl", "labels_void.jsonl")
+"""Those to which a run with labels appends, too."""
+
+
+def _files(config: R2MConfig) -> tuple[str, ...]:
+    """The files to which a run with this config appends."""
+    return (*RECORDS, *LABELS) if config.labels.source else RECORDS
 
 
 class RunDirectory:
@@ -57,8 +68,8 @@ class RunDirectory:
             first_step: the policy steps that the run has taken. TensorBoard shows no older value of a later step.
             num_evaluations: how many of the evaluations that `write_evaluations` will be given are in the file already.
         """
-        self.path = path
-        for name in RECORDS:
+        self.path, self._files = path, _files(config)
+        for name in self._files:
             cut_partial_line(path / name)
         self._num_evaluations, self._num_samples = num_evaluations, 0
         self._tensorboard = None
@@ -93,6 +104,8 @@ class RunDirectory:
                     f"{path / name}: has {has} bytes, and had {lengths[name]} when the checkpoint of step {first_step} was "
                     f"saved: records are lost. Bring the file back, or remove {', '.join(lengths)}: they then begin anew"
                 )
+        if LABELS[0] in there:  # labels cost somebody's time or money
+            append(path / "labels_cut.jsonl", (path / LABELS[0]).read_bytes()[lengths[LABELS[0]] :])
         with disk_errors(path):
             for name in there:
                 os.truncate(path / name, lengths[name])
@@ -100,7 +113,7 @@ class RunDirectory:
 
     def lengths(self) -> dict[str, int]:
         """How long each file of records is now, in bytes by name. A checkpoint keeps it for `resume`."""
-        return {name: (self.path / name).stat().st_size for name in RECORDS}
+        return {name: (self.path / name).stat().st_size for name in self._files}
 
     def write_step(self, metrics: dict[str, float]) -> None:
         """Appends the metrics of one policy step.
@@ -122,6 +135,12 @@ class RunDirectory:
         append_records(self.path / "samples.jsonl", samples[self._num_samples :])
         append_records(self.path / "evaluation.jsonl", evaluations[self._num_evaluations :])
         self._num_evaluations, self._num_samples = len(evaluations), len(samples)
+
+    def write_labels(self, records: Sequence[dict[str, Any]]) -> None:
+        """Appends what has become of pairs that were asked about. `Controller.take_labels` returns each record once."""
+        for name, void in zip(LABELS, (False, True), strict=True):
+            if chosen := [record for record in records if (record["reason"] is not None) == void]:
+                append_records(self.path / name, chosen)
 
     def write_trace(self, intervals: Sequence[Interval]) -> None:
         """Appends intervals. `Controller.take_trace` returns each interval once."""

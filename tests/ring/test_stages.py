@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 
+from actors.labeller import Labeller
 from actors.replay_queue import ReplayQueue
 from actors.reward_annotator import RewardAnnotator
 from actors.rollout_actor import RolloutActor
@@ -16,6 +17,7 @@ from r2m_async.ring.stages import (
     AnnotatorStage,
     Call,
     HeadStage,
+    LabelStage,
     LocalBatches,
     LocalCarrier,
     PolicyStage,
@@ -30,6 +32,7 @@ STAGES = {
     AnnotatorStage: RewardAnnotator,
     PolicyStage: PolicyLearner,
     HeadStage: HeadLearner,
+    LabelStage: Labeller,
 }
 
 
@@ -100,7 +103,7 @@ def test_a_simulated_stage_answers_every_method_with_as_many_payloads():
         arguments = [inspect.Parameter.empty] * len(parameters(inspect.getattr_static(declared, name).__wrapped__))
         return await stage.carrier.call(declared.methods()[name], *arguments)
 
-    for declared in (AnnotatorStage, PolicyStage, HeadStage):
+    for declared in (AnnotatorStage, PolicyStage, HeadStage, LabelStage):
         for name, method in declared.methods().items():
             if name in ("state", "restore", "start", "open_channel", "connect", "send"):
                 continue  # a simulated run keeps nothing and has no channels

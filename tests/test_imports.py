@@ -217,7 +217,7 @@ def test_the_wall_clock_is_read_for_names_and_records_alone():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in wall
     }
-    names_and_records = ("runs.directory", "launch.training", "evaluation.answering")
+    names_and_records = ("runs.directory", "runs.status", "launch.training", "evaluation.answering")
     assert reads == {f"r2m_async.{name}" for name in names_and_records}
 
 

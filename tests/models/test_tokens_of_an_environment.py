@@ -19,7 +19,7 @@ from actors.rollout_actor import RolloutActor
 from learners.step_batch import StepBatch
 from learners.step_statistics import batch_metrics
 from r2m_async.advantages import AdvantageInputs, advantages_and_returns, get_advantage
-from r2m_async.codec import decode, encode
+from r2m_async.codec import SCHEMA, decode, encode
 from r2m_async.config import R2MConfig
 from r2m_async.errors import WeightMismatch
 from r2m_async.models.critic import load_critic, proximal_values
@@ -105,7 +105,7 @@ def test_buffers_of_before_there_was_a_mask_are_read_and_an_ordinary_response_is
     assert back.token_ids.tolist() == [3, 4, 5] and back.behaviour_logprobs.tolist() == [0.0, 0.0, -0.5]
     assert (back.written, back.info, back.text, back.num_policy_tokens) == (None, None, "t", 1)
     now = bytes(encode(back))
-    assert (before[4], now[4]) == (6, 8) and before[:4] + before[5:] == now[:4] + now[5:]
+    assert (before[4], now[4]) == (6, SCHEMA) and before[:4] + before[5:] == now[:4] + now[5:]
 
 
 def literal_logprobs(model, one: Trajectory, temperature: float) -> dict[int, torch.Tensor]:
@@ -307,7 +307,7 @@ def test_learner_and_engine_are_compared_on_the_policys_tokens_alone(tiny_config
     assert mask.tolist() == [[True, True]]
 
     def batch(old):
-        given = {"step": 0, "groups": (group,), "trajectories": (one,), "rows": (range(1),), "values": None}
+        given = {"step": 0, "groups": (group,), "trajectories": (one,), "rows": (range(1),), "values": None, "prompts": None}
         return StepBatch(**given, mask=mask, behaviour=behaviour, old=old, reference=old)
 
     assert batch(behaviour.clone()).compared_with_sampler(0, tiny_config)

@@ -2,10 +2,10 @@
 
     python benchmarks/async_speedup.py [--config CONFIG] [--steps N] [--rounds N] [--json FILE] [section.key=value ...]
 
-Synchronous rings (both bounds 0) and asynchronous ones (both 1) run by turns. The simulator gets the stage times of the
-synchronous rings, the cores of this machine, and what the synchronous rings took of them besides: their CPU time that no
-stage's call explains, which is that of the driver, the queue and Ray. It then predicts both. The bound is what no schedule
-can undercut: the busiest stage, or the CPU time of a step on all cores.
+Synchronous rings (both bounds 0) and asynchronous ones (both 1) run by turns, and generate as many groups at once. The
+simulator gets the stage times of the synchronous rings, the cores of this machine, and what the synchronous rings took of
+them besides: their CPU time that no stage's call explains, which is that of the driver, the queue and Ray. It then predicts
+both. The bound is what no schedule can undercut: the busiest stage, or the CPU time of a step on all cores.
 
 All numbers are seconds per step, medians over the rounds. Start-up and the first steps are left out.
 """
@@ -84,6 +84,8 @@ def main() -> None:
     parsed = parser.parse_args()
     config = R2MConfig.from_yaml(parsed.config, parsed.overrides).evaluation(every=None).run(num_steps=parsed.steps)
     configs = {name: config.scheduling(max_policy_age=age, max_head_age=age) for name, age in AGES.items()}
+    at_once = configs["asynchronous"].concurrent_groups
+    configs = {name: own.rollouts(concurrent_groups=at_once) for name, own in configs.items()}
     workload, cores = resolve(config), len(os.sched_getaffinity(0))
     runs: dict[str, list[Run]] = {name: [] for name in AGES}
     for _ in range(parsed.rounds):
@@ -94,7 +96,7 @@ def main() -> None:
     times = times_of_run([interval for one in synchronous for interval in one.trace])
     cpu = statistics.median(sum(one.cpu.values()) for one in synchronous)
     calls = queue_time(config, dataclasses.replace(times, queue=1.0))
-    times = dataclasses.replace(times, queue=max(0.0, cpu - serial_time(config, times)) / calls)
+    times = dataclasses.replace(times, queue=max(0.0, cpu - serial_time(configs["synchronous"], times)) / calls)
     measured = {name: statistics.median(one.seconds for one in ones) for name, ones in runs.items()}
     predicted = {name: simulate(own, times, cores=cores).seconds_per_step for name, own in configs.items()}
     bound = physical_bound(configs["asynchronous"], times, cores)

@@ -471,7 +471,7 @@ def test_a_group_none_of_which_finished_is_reported_empty(tiny_config):
     engine.abort(0, 0)  # before it starts
     report, group, feedback = RolloutActor(engine, 0).generate(ticket)
     assert (report.num_responses, group.trajectories, feedback) == (0, (), None)
-    assert report.num_tokens == config.rollouts.group_size, "one token each, until the abort was seen"
+    assert report.num_tokens == 0, "the abort was seen before a token was drawn"
 
 
 def test_what_importance_sampling_does_is_told_by_policy_age(tiny_config):

@@ -307,7 +307,14 @@ def test_learner_and_engine_are_compared_on_the_policys_tokens_alone(tiny_config
     assert mask.tolist() == [[True, True]]
 
     def batch(old):
-        given = {"step": 0, "groups": (group,), "trajectories": (one,), "rows": (range(1),), "values": None, "prompts": None}
+        given = {
+            "step": 0,
+            "groups": (group,),
+            "trajectories": (one,),
+            "rows": (range(1),),
+            "values": None,
+            "prompts": None,
+        }
         return StepBatch(**given, mask=mask, behaviour=behaviour, old=old, reference=old)
 
     assert batch(behaviour.clone()).compared_with_sampler(0, tiny_config)

@@ -49,7 +49,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -211,10 +210,11 @@ class Job:
     def start(self) -> subprocess.Popen[bytes]:
         """Starts the run, or starts it again."""
         (self.folder / "pids.json").unlink(missing_ok=True)
-        temporary = {"TMPDIR": str(self.folder / "tmp"), "RAY_TMPDIR": str(self.folder / "ray"), "RAY_ADDRESS": ""}
+        own = {"TMPDIR": str(self.folder / "tmp"), "RAY_TMPDIR": str(self.folder / "ray"), "RAY_ADDRESS": ""}
+        own["RAY_worker_niceness"] = "0"  # Ray's own is 15: beside other work its workers would hardly run
         with self.log.open("ab") as log:
             command = [sys.executable, __file__, "--drive", str(self.folder)]
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | temporary)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | own)
         if self.memory:
             (self.memory / "cgroup.procs").write_text(str(process.pid))
         self.starts += 1
@@ -398,19 +398,16 @@ class Outcomes:
 
     tried: int = 0
     survived: int = 0
-    by: Counter[str] = field(default_factory=Counter)
+    by: dict[str, int] = field(default_factory=dict)
     """How the run went on: `itself`, or as a job that was `started again`."""
     seconds: list[float] = field(default_factory=list)
     """What each has cost: the time until the run had taken `MORE` steps, without that of as many undisturbed ones."""
 
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> Outcomes:
-        """What was saved before."""
-        return cls(**saved | {"by": Counter(saved.get("by", {}))})
 
-
-def strike(job: Job, kind: str, rng: random.Random, outcomes: Outcomes, per_step: float) -> bool:
+def strike(job: Job, kind: str, rng: random.Random, outcomes: Outcomes) -> bool:
     """One fault, at a moment of the next two steps. Waits for the recovery, and returns whether the run has recovered."""
+    assert job.run
+    per_step = Ended.of(job.run).per_step
     time.sleep(rng.random() * 2 * per_step)
     starts, step = job.starts, job.step()
     if step >= job.config.run.num_steps - MORE:
@@ -425,7 +422,8 @@ def strike(job: Job, kind: str, rng: random.Random, outcomes: Outcomes, per_step
         outcomes.seconds.append(max(0.0, time.monotonic() - began - MORE * per_step))
     print(f"{kind}: {outcomes.seconds[-1]:.1f} s", flush=True)
     outcomes.survived += 1
-    outcomes.by["itself" if job.starts == starts else "started again"] += 1
+    how = "itself" if job.starts == starts else "started again"
+    outcomes.by[how] = outcomes.by.get(how, 0) + 1
     return True
 
 
@@ -433,17 +431,17 @@ def strike(job: Job, kind: str, rng: random.Random, outcomes: Outcomes, per_step
 
 
 @dataclass(frozen=True)
-class Undisturbed:
-    """A run that nothing disturbed."""
+class Ended:
+    """What has come of a run so far."""
 
     learners: dict[str, str]
-    """Digests of the states and the weights of both learners at its end, by the file's name."""
+    """Digests of the states and the weights of both learners, by the file's name."""
     per_step: float
     """Seconds of a step, the median."""
 
     @classmethod
-    def of(cls, run: Path) -> Undisturbed:
-        """A finished run."""
+    def of(cls, run: Path) -> Ended:
+        """Of a run directory with a checkpoint of its last step, or one that has none of it yet."""
         records = read_records(run / "metrics.jsonl")
         folder = checkpoint_path(run, len(records))
         files = [path for name in ("policy", "head") for path in folder.glob(f"{name}_*.msgpack")]
@@ -451,7 +449,7 @@ class Undisturbed:
         return cls(learners, statistics.median(record["time/step"] for record in records))
 
 
-def undisturbed_run(ring: str, arguments: argparse.Namespace) -> tuple[list[str], Undisturbed | None]:
+def undisturbed_run(ring: str, arguments: argparse.Namespace) -> tuple[list[str], Ended | None]:
     """What is wrong with a run that nothing disturbs, and what it is. DeepSpeed and vLLM need processes of their own."""
     if ring != "transformers":
         return one_run(ring, arguments, {}, None, -1)
@@ -459,10 +457,10 @@ def undisturbed_run(ring: str, arguments: argparse.Namespace) -> tuple[list[str]
     from r2m_async.models.loading import one_thread
 
     with tempfile.TemporaryDirectory() as folder, one_thread(), contextlib.redirect_stdout(sys.stderr):
-        return [], Undisturbed.of(training.train(config_of(ring, arguments, Path(folder)), in_process=True))
+        return [], Ended.of(training.train(config_of(ring, arguments, Path(folder)), in_process=True))
 
 
-def faults_of(job: Job, undisturbed: Undisturbed | None) -> Iterator[str]:
+def faults_of(job: Job, undisturbed: dict[str, str] | None) -> Iterator[str]:
     """What is wrong with a run that has reached its end."""
     run, config = job.run, job.config
     assert run
@@ -476,8 +474,8 @@ def faults_of(job: Job, undisturbed: Undisturbed | None) -> Iterator[str]:
     if any(record["age/policy_max"] > 1 or record["age/head"] > 1 for record in records):
         yield "a bound is broken"
     if undisturbed and config.scheduling.lag == "exact":
-        learners = Undisturbed.of(run).learners
-        yield from (f"{name} is another" for name, it in undisturbed.learners.items() if learners.get(name) != it)
+        learners = Ended.of(run).learners
+        yield from (f"{name} is another" for name, digest in undisturbed.items() if learners.get(name) != digest)
     if left := [str(path) for path in run.rglob("*") if path.name.startswith(".") or path.name == "journal"]:
         yield f"half-written files are left: {left}"
 
@@ -499,8 +497,12 @@ def left_behind(job: Job, shared: set[str], within: float = 60.0) -> list[str]:
 
 
 def one_run(
-    ring: str, arguments: argparse.Namespace, table: dict[str, Outcomes], undisturbed: Undisturbed | None, number: int
-) -> tuple[list[str], Undisturbed | None]:
+    ring: str,
+    arguments: argparse.Namespace,
+    table: dict[str, Outcomes],
+    undisturbed: dict[str, str] | None,
+    number: int,
+) -> tuple[list[str], Ended | None]:
     """One run, with faults until each kind has its number, and the rest of the steps without.
 
     Returns what is wrong with it. If nothing is, it also returns what is to be known of it as an undisturbed one.
@@ -513,11 +515,11 @@ def one_run(
                 if reason := CANNOT[kind](job):
                     print(f"{kind!r} is left out: {reason}", flush=True)
                     del table[kind]
-            wrong += to_the_end(job, table, arguments.each, rng, undisturbed.per_step if undisturbed else 0.0)
+            wrong += to_the_end(job, table, arguments.each, rng)
             if not wrong:
                 assert job.run
                 wrong += faults_of(job, undisturbed)
-                known = Undisturbed.of(job.run)
+                known = Ended.of(job.run)
         wrong += left_behind(job, shared)
     if wrong:  # what had seemed to be survived was not
         for kind, one in table.items():
@@ -525,7 +527,7 @@ def one_run(
     return wrong, known
 
 
-def to_the_end(job: Job, table: dict[str, Outcomes], each: int, rng: random.Random, per_step: float) -> Iterator[str]:
+def to_the_end(job: Job, table: dict[str, Outcomes], each: int, rng: random.Random) -> Iterator[str]:
     """Lets a job take all its steps, and hurts it on the way. Yields why it does not reach its end, if it does not."""
     last = job.config.run.num_steps
     if not job.wait_for(2):
@@ -533,7 +535,7 @@ def to_the_end(job: Job, table: dict[str, Outcomes], each: int, rng: random.Rand
         return
     while job.step() < last - MORE and (kinds := [kind for kind, one in table.items() if one.tried < each]):
         kind = rng.choice(kinds)
-        if not strike(job, kind, rng, table[kind], per_step):
+        if not strike(job, kind, rng, table[kind]):
             yield f"no step within {PATIENCE:g} s after {kind!r}: {job.told()}"
             return
     # Its end may have been hurt: a job that is started again then finds a finished run, or a checkpoint to make.
@@ -573,7 +575,7 @@ def table_of(results: dict[str, Any]) -> str:
         text.append(f"### {name}\n")
         text += [f"| {' | '.join(line)} |" for line in lines]
         text.append(
-            f"\n{ring['runs']} runs of {ring['how']['steps']} steps of {ring['undisturbed']['per_step']:.2f} s, "
+            f"\n{ring['runs']} runs of {ring['how']['steps']} steps of {ring['per_step']:.2f} s, "
             f"`lag: {ring['how']['lag']}`, on {ring['machine']}. Wrong with them at their end: {wrong}.\n"
         )
     return "\n".join(text)
@@ -634,19 +636,27 @@ def main() -> int:
         how = {"steps": arguments.steps, "lag": arguments.lag}
         known = results.get(ring, {"how": None, "faults": {}, "wrong": [], "runs": 0})
         if known["how"] != how:
-            wrong, undisturbed = undisturbed_run(ring, arguments)
-            if not undisturbed or wrong:
+            wrong, ended = undisturbed_run(ring, arguments)
+            if not ended or wrong:
                 print("\n".join(wrong), file=sys.stderr)
                 return 1
-            keep(ring, known := {**known, "how": how, "undisturbed": asdict(undisturbed)})
+            known |= {"how": how, "undisturbed": ended.learners, "per_step": ended.per_step}
+            keep(ring, known)
         kinds = arguments.kinds or RINGS[ring][1]
-        table = {kind: Outcomes.of(known["faults"].get(kind, {})) for kind in kinds}
+        table = {kind: Outcomes(**known["faults"].get(kind, {})) for kind in kinds}
         while any(one.tried < arguments.each for one in table.values()):
-            wrong, _ = one_run(ring, arguments, table, Undisturbed(**known["undisturbed"]), known["runs"])
+            tried = sum(one.tried for one in table.values())
+            wrong, ended = one_run(ring, arguments, table, known["undisturbed"], known["runs"])
             known |= {"runs": known["runs"] + 1, "wrong": known["wrong"] + wrong}
+            known |= {"per_step": ended.per_step} if ended else {}
             known["faults"] |= {kind: asdict(one) for kind, one in table.items()}
             keep(ring, known)
             print(table_of({ring: known}), flush=True)
+            if not wrong and tried == sum(one.tried for one in table.values()):
+                print(
+                    f"nothing was there to be hurt: {[kind for kind, one in table.items() if one.tried < arguments.each]}"
+                )
+                return 1
     return int(any(ring["wrong"] for ring in results.values()))
 
 

@@ -4,7 +4,7 @@
     python benchmarks/soak.py --steps 200
 
 It is `r2m train` on Ray, with a checkpoint every 10 steps, an evaluation every 50 and two rollout actors in exact mode with ages.
-After each step these are measured, in MiB:
+After every fifth step these are measured, in MiB:
 
 - the memory of each process of the run (resident set), Ray's own processes among them,
 - what Ray's object store holds, and how many objects that are,
@@ -39,6 +39,8 @@ from r2m_async.launch.ring import Ring
 from r2m_async.whole import write_file
 
 MIB = 2.0**20
+EVERY = 5
+"""Steps from one measurement to the next."""
 PARTS = 10
 """Parts of the steps whose slopes are compared."""
 Numbers = dict[str, float]
@@ -55,7 +57,7 @@ def config_of(num_steps: int, output_dir: str) -> R2MConfig:
 
 def measured(ring: Ring, run: Path) -> Numbers:
     """What the processes, the object store, the disk and shared memory take now. All but the number of objects is in MiB."""
-    from ray._private.internal_api import node_stats
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     names = {number: name for name, numbers in ring.process_ids().items() for number in numbers}
     found: Numbers = {}
@@ -64,7 +66,7 @@ def measured(ring: Ring, run: Path) -> Numbers:
         with suppress(psutil.NoSuchProcess):
             name = "driver" if process == me else names.get(process.pid, process.name().removeprefix("ray::"))
             found[name] = found.get(name, 0.0) + process.memory_info().rss / MIB
-    store = node_stats().store_stats
+    store = get_memory_info_reply(get_state_from_address()).store_stats
     found["object store"] = store.object_store_bytes_used / MIB
     found["objects in the store (number)"] = float(store.num_local_objects)
     records = ("metrics.jsonl", "trace.jsonl", "evaluation.jsonl", "samples.jsonl")
@@ -76,13 +78,15 @@ def measured(ring: Ring, run: Path) -> Numbers:
 
 
 def soak(config: R2MConfig) -> tuple[dict[str, list[float]], float]:
-    """Trains, and returns the measurements of all steps by name, and the seconds that the run has taken."""
+    """Trains, and returns the measurements by name, and the seconds that the run has taken."""
     series: dict[str, list[float]] = {}
     began = time.monotonic()
 
     class Watched(Ring):
         def step(self) -> dict[str, float]:
             metrics = super().step()
+            if metrics["step"] % EVERY:
+                return metrics
             (run,) = Path(config.run.output_dir).iterdir()
             with suppress(FileNotFoundError):  # a checkpoint that is replaced at this moment
                 for name, number in measured(self, run).items():
@@ -95,9 +99,9 @@ def soak(config: R2MConfig) -> tuple[dict[str, list[float]], float]:
 
 
 def slope(numbers: list[float]) -> tuple[float, float, float]:
-    """(mean, slope for 1,000 steps, error of the slope) of the numbers of steps, without the first fifth."""
+    """(mean, slope for 1,000 steps, error of the slope) of what was measured, without the first fifth."""
     kept = np.array(numbers[len(numbers) // 5 :])
-    steps = np.arange(len(kept)) / 1000
+    steps = np.arange(len(kept)) * EVERY / 1000
     parts = [
         np.polyfit(x, y, 1)[0]
         for x, y in zip(np.array_split(steps, PARTS), np.array_split(kept, PARTS), strict=True)

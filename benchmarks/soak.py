@@ -57,6 +57,7 @@ def config_of(num_steps: int, output_dir: str) -> R2MConfig:
 
 def measured(ring: Ring, run: Path) -> Numbers:
     """What the processes, the object store, the disk and shared memory take now. All but the number of objects is in MiB."""
+    import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     names = {number: name for name, numbers in ring.process_ids().items() for number in numbers}
@@ -66,7 +67,7 @@ def measured(ring: Ring, run: Path) -> Numbers:
         with suppress(psutil.NoSuchProcess):
             name = "driver" if process == me else names.get(process.pid, process.name().removeprefix("ray::"))
             found[name] = found.get(name, 0.0) + process.memory_info().rss / MIB
-    store = get_memory_info_reply(get_state_from_address()).store_stats
+    store = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
     found["object store"] = store.object_store_bytes_used / MIB
     found["objects in the store (number)"] = float(store.num_local_objects)
     records = ("metrics.jsonl", "trace.jsonl", "evaluation.jsonl", "samples.jsonl")

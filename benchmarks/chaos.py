@@ -570,6 +570,10 @@ def table_of(results: dict[str, Any]) -> str:
     text = []
     for name, ring in results.items():
         rows = [row_of(kind, one) for kind, one in sorted(ring["faults"].items()) if one["tried"]]
+        kills = [one["seconds"] for kind, one in ring["faults"].items() if kind.startswith("kill ") and one["seconds"]]
+        if len(kills) > 1:
+            share = 1 - statistics.fmean(map(statistics.fmean, kills)) / 60
+            rows.append(["any kill, each kind as often", "", "", "", "", "", f"{100 * max(0.0, share):.0f} %"])
         lines = [head, ["---"] * len(head), *rows]
         wrong = "; ".join(ring["wrong"]) or "nothing"
         text.append(f"### {name}\n")

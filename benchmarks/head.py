@@ -140,7 +140,7 @@ def main() -> None:
     for name, size in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--literal-rounds", type=int, default=2)
+    parser.add_argument("--literal-rounds", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"python benchmarks/head.py on {machine()}", flush=True)

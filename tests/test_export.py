@@ -36,7 +36,7 @@ from r2m_async.trajectories import GroupRewards, Prompt, Ticket, Trajectory, Tra
 
 pytestmark = pytest.mark.models
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "export.md"
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}:{% endif %}"
 )
@@ -464,10 +464,10 @@ def test_a_checkpoint_that_was_being_written_when_the_run_died_is_not_taken(run_
     assert RewardScorer(tmp_path / "out", "cpu").score(TEXT, RESPONSES).isfinite().all()
 
 
-def test_the_readmes_commands_and_python_take_a_run_with_you(run_config, monkeypatch, capsys, tmp_path):
-    section = README.read_text(encoding="utf-8").partition("## Take the result with you")[2].partition("\n## ")[0]
-    (command,) = re.findall(r"^    r2m (export) \S+ (\S+)", section, re.MULTILINE)
-    (python,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+def test_the_pages_commands_and_python_take_a_run_with_you(run_config, monkeypatch, capsys, tmp_path):
+    page = PAGE.read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    r2m (export) \S+ (\S+)", page, re.MULTILINE)
+    (python,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.setattr(sys, "path", [*sys.path])  # to which `main` adds
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(run_config.to_yaml(), encoding="utf-8")
@@ -479,7 +479,7 @@ def test_the_readmes_commands_and_python_take_a_run_with_you(run_config, monkeyp
         "policy        exported/policy",
         "reward model  exported/reward_model",
     ]
-    exec(compile(python, "README.md", "exec"), {})
+    exec(compile(python, "export.md", "exec"), {})
     assert re.search(r"tensor\(\[-?\d+\.\d+, -?\d+\.\d+\]\)", capsys.readouterr().out)
     assert main([command[0], run, command[1]]) == 2
     assert capsys.readouterr().err == "r2m: OUT exported: is there already; name a new directory or an empty one\n"

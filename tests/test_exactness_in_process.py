@@ -171,7 +171,7 @@ def test_every_estimator_is_the_references_bit_for_bit(tiny_config, estimator, r
 def test_a_probes_baseline_is_the_references_bit_for_bit_with_one_response_a_prompt_too(tiny_config):
     config = tiny_config.run(num_steps=4).advantage(name="probe", options={"decay": 0.5})
     assert_same_bits(config.scheduling(max_policy_age=1, lag="exact").feedback(source="learner"))
-    assert_same_bits(config.rollouts(group_size=1, prompts_per_step=4).head(variant="vanilla"))
+    assert_same_bits(config.head(variant="vanilla").rollouts(group_size=1, prompts_per_step=4))
 
 
 def test_the_kl_in_rloos_reward_and_whitening_are_the_references_bit_for_bit(tiny_config):

@@ -24,8 +24,8 @@ from r2m_async.trajectories import Trajectory, WeightProbe, Weights
 
 _PROBE_LENGTH = 12
 """P, the number of tokens in the fixed text."""
-_BLOCK = 64 << 20
-"""Bytes of a block of memory that copies of parameters share. What of it is not used takes no memory."""
+_ALIGNMENT = 64
+"""Bytes at whose multiples a received parameter begins."""
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -47,31 +47,9 @@ def named_weights(model: Any, version: int, probe: bool = False) -> Weights:
     version: the number of this version.
     probe: whether the result carries a `WeightProbe`. The model must then be a language model.
     """
-    tensors = copied(model.named_parameters())
+    # The clone is needed on a CPU, where `cpu()` returns the parameter itself, which the next update would change.
+    tensors = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     return Weights(version=version, tensors=tensors, probe=weight_probe(model) if probe else None)
-
-
-@torch.no_grad()
-def copied(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns copies of parameters on the CPU by name. Each parameter is read before the next one is asked for.
-
-    The copies lie in a few large blocks: most of the time of a copy would otherwise go into mapping new memory page by page,
-    and numpy asks for large pages.
-    """
-    copies: dict[str, Tensor] = {}
-    block, end = torch.empty(0, dtype=torch.uint8), 0
-    for name, parameter in parameters:
-        if end + parameter.nbytes > len(block):
-            block, end = torch.from_numpy(np.empty(max(_BLOCK, parameter.nbytes), np.uint8)), 0
-        copy = block[end : end + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        copies[name] = copy.copy_(parameter)
-        end += _aligned(parameter.nbytes)
-    return copies
-
-
-def _aligned(num_bytes: int) -> int:
-    """The next multiple of 64, at which a parameter may begin."""
-    return -(-num_bytes // 64) * 64
 
 
 @torch.no_grad()
@@ -133,7 +111,7 @@ class ReceivedWeights:
         dtypes = [getattr(torch, name) for name in dtype_names]
         counts = [math.prod(shape) for shape in shapes]
         sizes = [count * dtype.itemsize for count, dtype in zip(counts, dtypes, strict=True)]
-        starts = [0, *itertools.accumulate(map(_aligned, sizes))]
+        starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
         if len(self._buffer) < starts[-1]:
             self._buffer = torch.from_numpy(np.empty(starts[-1], np.uint8))  # numpy asks for large pages
         tensors = [

@@ -5,8 +5,7 @@ from datetime import timedelta
 
 import torch
 
-from r2m_async.models import weights
-from r2m_async.models.weights import ReceivedWeights, broadcast, copied
+from r2m_async.models.weights import ReceivedWeights, broadcast
 
 
 def groups():
@@ -49,27 +48,3 @@ def test_every_parameter_arrives_as_it_was_sent_and_the_next_version_takes_the_s
         for work in works:
             work.wait()
     assert len(set(places)) == 6, "a parameter took other memory in another version"
-
-
-def test_copies_have_the_bits_of_the_parameters_and_stay_when_these_move(monkeypatch):
-    monkeypatch.setattr(weights, "_BLOCK", 256)  # some fill up a block, and one is larger than a block
-    parameters = {
-        "transposed": torch.randn(5, 3).T,
-        "scalar": torch.tensor(2.5),
-        "short": torch.randn(70).bfloat16(),
-        "empty": torch.empty(0, 4),
-        "large": torch.randn(30, 30, requires_grad=True),
-        "last": torch.arange(3),
-    }
-    expected = {name: one.detach().clone() for name, one in parameters.items()}
-
-    def one_by_one():
-        """As ranks give parameters that they share out: each holds until the next is asked for."""
-        for name, parameter in parameters.items():
-            yield name, parameter
-            parameter.detach().zero_()
-
-    copies = copied(one_by_one())
-    assert list(copies) == list(parameters)
-    for name, copy in copies.items():
-        assert copy.dtype == expected[name].dtype and not copy.requires_grad and torch.equal(copy, expected[name])

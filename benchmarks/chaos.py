@@ -655,7 +655,7 @@ def main() -> int:
             known |= {"per_step": ended.per_step} if ended else {}
             known["faults"] |= {kind: asdict(one) for kind, one in table.items()}
             keep(ring, known)
-            print(table_of({ring: known}), flush=True)
+            print(table_of({ring: results[ring]}), flush=True)
             if not wrong and tried == sum(one.tried for one in table.values()):
                 print(
                     f"nothing was there to be hurt: {[kind for kind, one in table.items() if one.tried < arguments.each]}"

@@ -297,7 +297,7 @@ def test_labels_that_no_node_has_end_the_run_in_time_with_what_the_cluster_has(e
     done = on_eight_gpus(
         RANKS.replace("config.logging", 'config.cluster(stable={"rack": "none"}, wait=3.0).logging'), eight_gpus
     )
-    said = done.stderr.rpartition("ConfigError: ")[2]
+    said = done.stderr.rpartition("NoRoom: ")[2]
     assert said.startswith(
         "cluster.stable is {rack: none} and the cluster has no room for 2 x {GPU: 1} (policy-learner-0, policy-learner-1)"
     )

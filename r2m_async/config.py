@@ -180,8 +180,8 @@ else:
 
 
 RESPONSES_AT_ONCE = 64
-"""The responses that a transformers engine draws at once where nobody says how many. On one core a batch of 64 takes a
-sixth of the time of eight batches of 8 (`benchmarks/stage_costs.py`)."""
+"""The responses that a transformers engine draws at once where nobody says how many. `benchmarks/stage_costs.py` compares a
+batch of 64 with eight batches of 8."""
 
 
 class R2MConfig(ConfigTree):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -111,6 +112,20 @@ def test_a_head_update_is_measured_against_a_full_one(tmp_path):
         assert num_bytes / 1e6 < peaks[name] < 5 * num_bytes / 1e6
     assert result["full / head"]["peak_mb"] == pytest.approx(peaks["full"] / peaks["head"])
     assert result["full / head"]["seconds"] == pytest.approx(result["seconds"]["full"] / result["seconds"]["head"])
+
+
+def test_the_forms_of_every_stage_are_measured_on_the_same_step(tmp_path, tiny_config):
+    (tmp_path / "tiny.yaml").write_text(tiny_config.to_yaml(), encoding="utf-8")
+    command = [sys.executable, ROOT / "benchmarks" / "stage_costs.py", "--config", tmp_path / "tiny.yaml"]
+    command += ["--rounds", "1", "--json", tmp_path / "result.json"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, check=True, capture_output=True, timeout=200, env=os.environ | {"PYTHONPATH": path})
+    result = json.loads((tmp_path / "result.json").read_text())
+    stages = Counter(name.partition(":")[0] for name in result["cpu_seconds_of_a_step"])
+    assert stages == {"generate": 4, "train": 3, "embed": 2, "adamw": 2}
+    assert len(result["ratios"]) == stages.total() - len(stages)
+    assert "train: one padded pass / similar lengths" in result["ratios"]
+    assert result["tokens"]["own"] <= result["tokens"]["with padding"]
 
 
 def test_the_loops_start_at_the_learners_log_probs_and_the_flops_are_those_that_torch_counts(learner_step):

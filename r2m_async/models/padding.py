@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MOST_PADDING = 128
-"""The most padding of a pass, in tokens. A further pass costs a small policy as much as 66 more tokens in the passes that
-there are (`benchmarks/stage_costs.py`), and a large one next to nothing."""
+"""The most padding of a pass, in tokens. A further pass costs a small policy as much as some tens of tokens more in the passes
+that there are (`pass_in_tokens` of `benchmarks/stage_costs.py`), and a large one next to nothing."""
 
 
 def similar_lengths(lengths: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:

@@ -4,10 +4,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from r2m_async import codec
 from r2m_async.cli import main
 from r2m_async.errors import ConfigError, DataError, NoRoom, StageLost, StalledRun
 from r2m_async.launch import training
@@ -219,13 +223,12 @@ def test_other_weights_of_a_frozen_model_are_refused(config, ended_early, key):
 def test_a_finished_run_is_left_as_it_is_and_goes_on_when_its_end_is_moved(finished, ended_early, capsys):
     run = ended_early(STEPS)
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix in (".jsonl", ".yaml")}
-    assert main(["resume", str(run), "--in-process"]) == 0
+    resumed(run)
     assert "is finished after 5 steps; to go on, raise run.num_steps" in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.suffix in (".jsonl", ".yaml")}
     with pytest.raises(ConfigError, match=r"head\.omega_horizon"):
         resumed(run, "run.num_steps=6")
-    with one_thread():
-        assert main(["resume", str(run), "run.num_steps=6", "head.omega_horizon=5", "--in-process"]) == 0
+    resumed(run, "run.num_steps=6", "head.omega_horizon=5")
     assert [record["step"] for record in read_records(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -403,6 +406,27 @@ def test_a_retried_job_goes_on_with_the_run_of_its_name_or_begins_one(config, tm
     assert second != first and "has no checkpoint: a new run begins" in capsys.readouterr().out
     assert newest_directory(str(tmp_path), "job") == second
     assert newest_directory(str(tmp_path), "jo") is None
+
+
+def test_from_the_command_line_a_killed_run_is_resumed_to_the_bits_of_an_undisturbed_one(config, finished, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(config.run(output_dir=str(tmp_path)).to_yaml())
+    command = [sys.executable, "-m", "r2m_async.cli", "train", str(path), "--in-process", "--resume-if-exists"]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (runs := list(tmp_path.glob("r2m-*/checkpoints/step-000002"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (run,) = {one.parent.parent for one in runs}
+    assert main(["resume", str(run), "--in-process"]) == 0
+    assert untimed(run, "metrics.jsonl") == untimed(finished, "metrics.jsonl")
+    for name in ("policy", "head"):
+        mine, theirs = (
+            codec.decode((checkpoint_path(one, STEPS) / f"{name}_weights_5.msgpack").read_bytes())
+            for one in (run, finished)
+        )
+        assert all(bool((mine.tensors[key] == theirs.tensors[key]).all()) for key in theirs.tensors)
 
 
 def test_in_the_same_job_too_a_damaged_checkpoint_is_named_and_without_a_whole_one_the_loss_is_what_is_told(

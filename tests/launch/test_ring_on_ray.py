@@ -52,6 +52,23 @@ def test_with_both_bounds_zero_twenty_steps_on_ray_are_the_references_bit_for_bi
         assert_same_bits(ring, reference.train(config), seen)
 
 
+def test_an_asynchronous_exact_run_survives_kill_minus_9_with_the_same_bits(tiny_config):
+    config = tiny_config.run(num_steps=20).rollouts(num_actors=3)
+    config = config.scheduling(max_policy_age=2, max_head_age=1, lag="exact")
+    with Ring.of(config) as ring:
+        seen = record_groups(ring)
+        for step in range(20):
+            if step in (5, 11):
+                kill_one_rollout_actor(ring)
+            metrics = ring.step()
+            assert metrics["age/policy_max"] == min(step, 2) and metrics["age/head"] == min(step, 1)
+        ring.drain()
+        schedule = ring.controller.schedule
+        assert schedule.reissued["actor_died"] >= 1
+        assert schedule.policy_ledger.trained == schedule.head_ledger.trained == 40 == schedule.policy_ledger.admitted
+        assert_same_bits(ring, reference.train(config), seen)
+
+
 def test_a_checkpoint_resumes_an_exact_run_bit_for_bit(tiny_config, tmp_path):
     config = tiny_config.run(num_steps=6).scheduling(max_policy_age=2, max_head_age=1, lag="exact")
     with Ring.of(config) as ring:

@@ -40,6 +40,9 @@ _IMPORTED = {
     "vllm": ("actors.vllm_engine",),
 }
 """What the stages of a ring import. Names and no imports: these modules come to know of this one."""
+_UNREAD = {"PL_DISABLE_FORK"}
+"""Environment variables that a runtime environment may set in a forked worker, since none of the imports made before reads
+them. Tune sets this one for its trials, and all actors of a trial inherit it."""
 _prepared: WorkerTemplate | None = None
 
 
@@ -179,7 +182,10 @@ def become(
 
 
 def ask(arguments: list[str]) -> None:
-    """Has a worker forked, or goes on as Ray's own `setup_worker.py` does. Two arguments are for that file alone."""
+    """Has a worker forked, or goes on as Ray's own `setup_worker.py` does. Two arguments are for that file alone.
+
+    It goes on so, too, where a runtime environment wants another Python, or variables that an import may have read.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--serialized-runtime-env-context", type=json.loads, default={})
     parser.add_argument("--language")
@@ -187,11 +193,14 @@ def ask(arguments: list[str]) -> None:
     worker = {
         "program": program,
         "arguments": rest,
-        "environment": dict(os.environ),
         "directory": os.getcwd(),
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),  # which Ray has set
     }
-    if not setup.serialized_runtime_env_context:  # else it is to be another Python, or in another environment
+    context = dict(setup.serialized_runtime_env_context)
+    variables = context.pop("env_vars", {})
+    same_python = context.pop("py_executable", sys.executable) == sys.executable
+    if same_python and variables.keys() <= _UNREAD and not any(context.values()):
+        worker["environment"] = {**os.environ, **variables}
         with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(PATIENCE)
             connection.connect(f"\0{os.environ[ADDRESS]}")

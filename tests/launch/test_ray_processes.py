@@ -1,6 +1,7 @@
 """Stages in real processes that fail, hang and die; and Ray itself, frozen, dead or not there. One small stage, no models."""
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray._private.runtime_env.context import RuntimeEnvContext
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, StageLost
@@ -147,10 +149,25 @@ print("its own way", os.path.basename(sys.argv[0]), *sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("answer", ["nobody", "no", "silence"])
+def serialized(**context):
+    """A runtime environment as Ray hands it to its setup worker."""
+    return f"--serialized-runtime-env-context={RuntimeEnvContext(**context).serialize()}"
+
+
+OTHERS = {
+    "another library's variable": serialized(env_vars={"OMP_NUM_THREADS": "4"}),
+    "another Python": serialized(py_executable="/usr/bin/python"),
+    "a container": serialized(override_worker_entrypoint="/worker.py"),
+    "a prefix": serialized(command_prefix=["cd", "/"]),
+}
+
+
+@pytest.mark.parametrize("answer", ["nobody", "no", "silence", *OTHERS])
 def test_a_worker_that_nobody_forks_is_started_in_rays_own_way(tmp_path, answer):
     (tmp_path / "setup_worker.py").write_text(NOT_RAYS)
     arguments = ["--language=PYTHON", str(tmp_path / "default_worker.py"), "--node-ip-address=10.0.0.1"]
+    if answer in OTHERS:
+        arguments.insert(0, OTHERS[answer])
     ask = f"import sys; from r2m_async.launch import forked_workers as f; f.PATIENCE = 0.5; f.ask({arguments})"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0r2m-test-{os.getpid()}")
@@ -163,7 +180,27 @@ def test_a_worker_that_nobody_forks_is_started_in_rays_own_way(tmp_path, answer)
                 connection.recv(1 << 20)
                 connection.send(b"no")
             said = asks.stdout.readline()  # no end comes: what was sent in silence keeps the output open
-    assert said.split() == ["its", "own", "way", "setup_worker.py", *arguments]
+        if answer in OTHERS:
+            listener.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+    assert said.split() == " ".join(["its own way setup_worker.py", *arguments]).split()
+
+
+def test_a_trial_of_tune_has_its_workers_forked_with_its_variables():
+    arguments = [serialized(env_vars={"PL_DISABLE_FORK": "1"}), "/ray/default_worker.py", "--node-ip-address=10.0.0.1"]
+    ask = f"from r2m_async.launch import forked_workers as f; f.ask({arguments})"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0r2m-test-{os.getpid()}")
+        listener.listen()
+        environment = os.environ | {forked_workers.ADDRESS: f"r2m-test-{os.getpid()}"}
+        with subprocess.Popen([sys.executable, "-c", ask], env=environment) as asks:
+            connection, _ = listener.accept()
+            worker = json.loads(connection.recv(1 << 20))
+            connection.send(b"yes")
+            assert asks.wait() == 0
+    assert (worker["program"], worker["arguments"]) == ("/ray/default_worker.py", arguments[2:])
+    assert worker["environment"] == environment | {"PL_DISABLE_FORK": "1"}
 
 
 def test_a_process_that_dies_whenever_it_starts_is_told_at_once_with_the_reason(stage):

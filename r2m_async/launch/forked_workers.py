@@ -135,16 +135,19 @@ def serve(listener: socket.socket, engine: str) -> None:
                 continue  # an abstract socket has no permissions: anybody on this machine may have found it
             message, outputs, _, _ = socket.recv_fds(connection, 1 << 20, 3)
             worker = json.loads(message)
-            job = {name: worker["environment"][name] for name in ("RAY_JOB_ID", "RAY_RAYLET_PID")}
-            if not served and job["RAY_JOB_ID"].strip("f"):  # Ray's first workers wait for any job
-                os.environ.update(job)
+            # Ray sets variables of its own for its workers, as the job, and whether they have to show a token.
+            rays = {name: value for name, value in worker["environment"].items() if name.startswith("RAY_")}
+            if not served and rays["RAY_JOB_ID"].strip("f"):  # Ray's first workers wait for any job
+                for name in [name for name in os.environ if name.startswith("RAY_")]:
+                    del os.environ[name]
+                os.environ.update(rays)
                 import ray  # noqa: F401  # at its import it takes these from the environment, for good
 
                 for module in _IMPORTED[engine]:  # vLLM imports ray
                     import_module(module)
                 gc.freeze()
-                served = job
-            ours = not served or job == served
+                served = rays
+            ours = not served or rays == served
             with suppress(BrokenPipeError):  # whoever asked did not wait so long
                 connection.send(b"yes" if ours else b"no")
                 if ours and os.fork() == 0:

@@ -23,6 +23,7 @@ from tiny import WORDS, save_tiny_model
 from r2m_async import reference
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, StageLost, WeightMismatch
+from r2m_async.from_scratch.cache import cache_root
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import resolve
 
@@ -489,9 +490,15 @@ def test_no_engine_outlives_a_driver_killed_with_minus_9(vllm_config, tmp_path):
 def test_the_quickstart_on_vllm_trains_from_the_command_line(tmp_path):
     r2m = str(Path(sys.executable).with_name("r2m"))
     command = [r2m, "train", str(QUICKSTART), "run.num_steps=3", f"run.output_dir={tmp_path / 'runs'}"]
+    # A user has none of the variables that the Makefile and the tests set, so Ray asks its workers for a token. It makes one.
+    users = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_", "TRANSFORMERS_"))
+    }
+    users |= {"HOME": str(tmp_path), "R2M_CACHE": str(cache_root())}
     with open(tmp_path / "log", "wb") as log:
-        ended = subprocess.run(command, stdout=log, stderr=log, cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": "local"})
+        ended = subprocess.run(command, stdout=log, stderr=log, cwd=tmp_path, env=users, timeout=600)
     assert ended.returncode == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / ".ray" / "auth_token").is_file()
     (run,) = (tmp_path / "runs").iterdir()
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3]

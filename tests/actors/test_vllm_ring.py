@@ -445,12 +445,9 @@ DRIVER = """
 import os
 import sys
 
-import ray
-
 from r2m_async.config import R2MConfig
 from r2m_async.launch.ring import Ring
 
-ray.init(address="local", include_dashboard=False, num_cpus=2, object_store_memory=200 * 2**20, log_to_driver=False)
 ring = Ring.of(R2MConfig.from_yaml(sys.argv[1]))
 ring.step()
 os.write(int(sys.argv[2]), str(ring.process_ids()["rollout-0"][0]).encode())
@@ -467,7 +464,8 @@ def test_no_engine_outlives_a_driver_killed_with_minus_9(vllm_config, tmp_path):
     stepped, writer = os.pipe()
     with open(tmp_path / "log", "wb") as log:
         command = [sys.executable, "-c", DRIVER, str(tmp_path / "ring.yaml"), str(writer)]
-        driver = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[writer])
+        local = os.environ | {"RAY_ADDRESS": "local"}
+        driver = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[writer], env=local)
     os.close(writer)
     try:
         actor = word_of(stepped, seconds=200)

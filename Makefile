@@ -9,7 +9,7 @@ export RAY_AUTH_MODE ?= disabled
 # Two tests at a time, on two cores; the 25 slowest at the end.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --durations 25 --timeout 900
 
-.PHONY: train smollm2 test test-fast test-all test-kernels chaos fuzz bench bench-check check
+.PHONY: train smollm2 test test-fast test-all test-kernels chaos fuzz bench bench-check check docs dist
 
 train: $(VENV)/.ready
 	$(BIN)/r2m train configs/quickstart.yaml
@@ -65,6 +65,23 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documents as a site, in site/. Whatever the build warns of, such as a link to nothing, ends it; not so with --quiet, which
+# hides warnings from --strict. The notice that is left out is about the theme's own future.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# A wheel and an archive of the sources, in dist/. The wheel is made of that archive. It is installed in an environment of its own,
+# and trains two steps in an empty folder.
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build
+	$(PYTHON) -m venv dist/try/.venv
+	dist/try/.venv/bin/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	dist/try/.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl
+	cp configs/quickstart.yaml dist/try
+	cd dist/try && .venv/bin/r2m check quickstart.yaml && .venv/bin/r2m train quickstart.yaml run.num_steps=2
+	rm -rf dist/try
 
 # torch comes first, at its pinned version, so that no other package draws another build of it. vLLM draws torchvision
 # and its kin, which exist for no CPU build of torch: vLLM works without them, and not with the wrong ones.

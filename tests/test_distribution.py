@@ -1,0 +1,85 @@
+"""`make dist`: the wheel holds all that the commands read, asks for what its extras name, and has the version of the newest tag."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("actors", "learners", "r2m_async")
+
+pytest.importorskip("build", reason="the extra `test` is not installed")
+pytest.importorskip("hatch_vcs", reason="the extra `test` is not installed")
+
+
+def done(*command: object, cwd: Path, **variables: str) -> str:
+    """What a command printed that had to succeed."""
+    environment = {**os.environ, **variables}
+    ran = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The wheel, and the archive of the sources that it was made of."""
+    out = tmp_path_factory.mktemp("dist")
+    done(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def test_the_wheel_has_every_file_of_the_packages_and_the_archive_every_config(built):
+    with zipfile.ZipFile(built[0]) as wheel, tarfile.open(built[1]) as archive:
+        packed, sources = wheel.namelist(), archive.getnames()
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in packed if ".dist-info/" not in name} == files
+    assert "r2m_async/runs/report.html" in files
+    inside = {name.partition("/")[2] for name in sources}
+    assert files <= inside and {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")} <= inside
+
+
+@pytest.mark.ring
+def test_the_wheel_trains_and_reports_in_an_empty_folder(built, tiny_config, tmp_path):
+    home, empty = tmp_path / "home", tmp_path / "empty"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-index"]
+    done(*pip, "--target", home, built[0], cwd=empty)
+    (empty / "tiny.yaml").write_text(tiny_config.run(name="tiny").to_yaml(), encoding="utf-8")
+
+    where = "import actors, learners, r2m_async; print(actors.__path__, learners.__path__, r2m_async.__path__)"
+    assert done(sys.executable, "-c", where, cwd=empty, PYTHONPATH=str(home)).count(str(home)) == 3
+    words = ("train", "tiny.yaml", "run.num_steps=2", "--in-process")
+    done(sys.executable, "-P", home / "bin" / "r2m", *words, cwd=empty, PYTHONPATH=str(home))
+    [run] = (empty / "runs").iterdir()
+    assert len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    assert "plotly" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_version_is_that_of_the_newest_tag(tmp_path):
+    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+
+    def version() -> str:
+        return done(sys.executable, "-m", "hatchling", "version", cwd=tmp_path).strip()
+
+    def git(*words: str) -> None:
+        name = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "tag.gpgsign=false"]
+        done("git", *name, "-c", "commit.gpgsign=false", *words, cwd=tmp_path)
+
+    assert version() == "0.2.dev0"  # files without a repository
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    assert version().startswith("0.2.dev1+g")  # a clone without tags
+    git("tag", "v0.3.0")
+    assert version() == "0.3.0"
+    git("commit", "-q", "--allow-empty", "-m", "two")
+    assert version().startswith("0.3.1.dev1+g")

@@ -1,4 +1,4 @@
-"""`make dist`: the wheel holds all that the commands read, asks for what its extras name, and has the version of the newest tag."""
+"""`make dist`: the wheel holds all that the commands read, and has the version of the newest tag."""
 
 import os
 import subprocess

@@ -24,7 +24,12 @@ BESIDE = "repository"
 PYTHON = {
     "python/api.md": (
         "The config, the algorithm, exports",
-        ["r2m_async.config.R2MConfig", "r2m_async.algorithm.R2M", "r2m_async.export"],
+        [
+            "r2m_async.config.R2MConfig",
+            "r2m_async.config_tree.ConfigTree",
+            "r2m_async.algorithm.R2M",
+            "r2m_async.export",
+        ],
     ),
     "python/functions.md": (
         "What functions of yours are given",
@@ -48,8 +53,6 @@ PYTHON = {
     ),
 }
 """Pages of the reference, each with its title and the modules or classes whose docstrings it shows."""
-
-
 KEYS = ("reference/config.md", "reference/reward_model_config.md")
 """Pages of the keys of configs."""
 

@@ -1,8 +1,10 @@
-"""`r2m train | plan | check | watch | samples | report | export | study | reward-model | policy-states | bon | eval`: the command line.
+"""`r2m init | train | plan | check | config | watch | samples | report | export | study | reward-model | policy-states | bon | eval`: the command line.
 
+r2m init --policy embedded --reward embedded --cpu --out first.yaml
 r2m train configs/quickstart.yaml run.num_steps=20
 r2m plan  configs/quickstart.yaml --times runs/r2m-20260101-120000
 r2m check configs/presets/dialogue_qwen2.5_3b.yaml
+r2m config --explain scheduling.max_policy_age
 r2m watch runs/r2m-20260101-120000
 r2m samples runs/r2m-20260101-120000
 r2m report runs/r2m-20260101-120000 runs/vanilla-20260101-130000 --out report.html
@@ -25,13 +27,16 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from r2m_async.commands.answers import add_eval
 from r2m_async.commands.best_of_n import add_best_of_n
+from r2m_async.commands.config import add_config
 from r2m_async.commands.export import add_export
+from r2m_async.commands.init import add_init
 from r2m_async.commands.policy_states import add_policy_states
 from r2m_async.commands.report import add_report
+from r2m_async.commands.results import document, only_to_stderr
 from r2m_async.commands.reward_model import add_reward_model
 from r2m_async.commands.ring import add_ring
 from r2m_async.commands.samples import add_samples
@@ -54,14 +59,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
     The status is 0 if the command is done, 1 if it failed, and 2 for a mistake of the user's. It is 128 + n if signal n
-    asked the command to leave. With every status but 0, one message on standard error says why.
+    asked the command to leave. With every status but 0, one message on standard error says why. With `--json` standard
+    output is one JSON document and nothing else (docs/failures.md).
     """
     # The user's own `module:attr` functions are looked for in the current folder, after everything that is installed.
     sys.path.append(os.getcwd())
-    parsed = _parsed(arguments)
+    if "--json" not in (sys.argv[1:] if arguments is None else arguments):
+        return _run(_parsed(arguments))[0]
+    with only_to_stderr():
+        try:
+            status, told = _run(_parsed(arguments))
+        except _Unreadable as error:
+            status, told = 2, error.message
+        except Exception as error:
+            traceback.print_exc()
+            status, told = 1, f"{type(error).__name__}: {error}"
+    print(document(status, told))
+    return status
+
+
+def _run(parsed: argparse.Namespace) -> tuple[int, dict[str, Any] | str]:
+    """Runs a command that was parsed. Returns its exit status, and its result or the message that says why it failed."""
     try:
         with interruptible():
-            return int(parsed.command(parsed))
+            done = parsed.command(parsed)
+            return done if isinstance(done, tuple) else (0, done)
     except (ConfigError, DataError) as error:
         return _tell(error, 2, error, parsed)
     except (StageLost, StalledRun, StepFailed, WeightMismatch, CodecError, DiskError) as error:
@@ -85,11 +107,12 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _tell(what: object, status: int, error: BaseException, parsed: argparse.Namespace) -> int:
+def _tell(what: object, status: int, error: BaseException, parsed: argparse.Namespace) -> tuple[int, str]:
     if getattr(parsed, "traceback", False):
         traceback.print_exception(error)
-    print("\n".join([f"r2m: {what}", *getattr(error, "__notes__", ())]), file=sys.stderr)
-    return status
+    message = "\n".join([str(what), *getattr(error, "__notes__", ())])
+    print(f"r2m: {message}", file=sys.stderr)
+    return status, message
 
 
 def entry() -> None:
@@ -111,13 +134,29 @@ def entry() -> None:
     sys.exit(status)
 
 
+class _Unreadable(SystemExit):
+    """The arguments cannot be read. The usage and the message have been shown."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser with the option `--traceback`. argparse makes the parsers of the commands of the same class."""
+    """A parser with the options of all commands. argparse makes the parsers of the commands of the same class."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
         text = "show where an error arose, also where a message says all that a user needs"
         self.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=text)
+        text = "print the result as one JSON document; everything else goes to standard error"
+        self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
+
+    def error(self, message: str) -> NoReturn:
+        """Shows the usage and the message, and leaves."""
+        self.print_usage(sys.stderr)
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise _Unreadable(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # In the order in which `r2m --help` lists them.
     for add in (
+        add_init,
         add_ring,
+        add_config,
         add_watch,
         add_samples,
         add_report,

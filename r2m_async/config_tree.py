@@ -371,7 +371,7 @@ def _explain(problem: Any, sections: dict[str, Any]) -> str:
             f"leave it out and use rollouts.temperature"
         )
     if problem["type"] == "extra_forbidden":
-        return f"{key}: no such key{_nearest(location, sections)}"
+        return f"{key}: no such key{nearest(location, sections)}"
     if not location:
         return str(problem["msg"]).removeprefix("Value error, ")
     why = problem["msg"].removeprefix("Value error, ")
@@ -383,7 +383,7 @@ def _explain(problem: Any, sections: dict[str, Any]) -> str:
     return told
 
 
-def _nearest(location: list[str], sections: dict[str, Any]) -> str:
+def nearest(location: list[str], sections: dict[str, Any]) -> str:
     """The end of a message about an unknown key: the same key in another section, a similar one, or all valid keys.
 
     Args:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from r2m_async.commands.arguments import add_trust, directory
+from r2m_async.commands.results import results_in
 
 
 def add_eval(commands: Any) -> None:
@@ -66,16 +67,17 @@ def add_eval(commands: Any) -> None:
     rate.set_defaults(command=_win_rate)
 
 
-def _generate_answers(parsed: argparse.Namespace) -> int:
+def _generate_answers(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.evaluation.answering import GenerationSettings, generate_answers
 
     names = [field.name for field in dataclasses.fields(GenerationSettings)]
     settings = GenerationSettings(**{name: getattr(parsed, name) for name in names})
-    print(f"answers: {generate_answers(parsed.model, parsed.prompts, parsed.out, settings, parsed.name)}")
-    return 0
+    answers = generate_answers(parsed.model, parsed.prompts, parsed.out, settings, parsed.name)
+    print(f"answers: {answers}")
+    return {"answers": str(answers)}
 
 
-def _judge(parsed: argparse.Namespace) -> int:
+def _judge(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.evaluation.judging import judge, write_judgement
 
     out = parsed.out or parsed.outputs.with_name(f"{parsed.outputs.stem}-judged")
@@ -84,10 +86,10 @@ def _judge(parsed: argparse.Namespace) -> int:
     )
     print(write_judgement(judged, out), end="")
     print(f"results: {out}")
-    return 0
+    return results_in(out)
 
 
-def _win_rate(parsed: argparse.Namespace) -> int:
+def _win_rate(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.evaluation.alpaca_length_control import load_gamed_baselines
     from r2m_async.evaluation.judging import read_annotations, win_rate_table, win_rates
     from r2m_async.runs.results import write_results
@@ -99,4 +101,4 @@ def _win_rate(parsed: argparse.Namespace) -> int:
     write_results(out, results, told)
     print(told, end="")
     print(f"results: {out}")
-    return 0
+    return results_in(out)

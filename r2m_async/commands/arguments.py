@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from r2m_async.errors import ConfigError
@@ -30,3 +31,21 @@ def check_split(parsed: argparse.Namespace) -> None:
     """Raises ConfigError if `--split` is given, but neither `--pairs` nor `--ranked`, whose split it would be."""
     if parsed.split is not None and parsed.pairs is None and getattr(parsed, "ranked", None) is None:
         raise ConfigError(f"--split {parsed.split}: is a split of --pairs, which is not given; give both or neither")
+
+
+def whole_number(value: str) -> int:
+    """Converts an argument to a whole number, 0 or more. Raises ArgumentTypeError if it is none."""
+    if not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{value!r} is no whole number of 0 or more")
+    return int(value)
+
+
+def positive(value: str) -> float:
+    """Converts an argument to a finite number above 0. Raises ArgumentTypeError if it is none."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{value!r} is no finite number above 0")
+    return number

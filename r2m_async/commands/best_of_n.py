@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r2m_async.commands.arguments import add_trust, directory
+from r2m_async.commands.results import results_in
 from r2m_async.errors import ConfigError
 
 
@@ -34,7 +35,7 @@ def add_best_of_n(commands: Any) -> None:
     bon.set_defaults(command=_best_of_n)
 
 
-def _best_of_n(parsed: argparse.Namespace) -> int:
+def _best_of_n(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.evaluation.best_of_n import embedded_pool, load_pool, measure_best_of_n, write_best_of_n, write_pool
     from r2m_async.from_scratch.embedded import embedded_models
     from r2m_async.from_scratch.language import check_held_out
@@ -56,4 +57,4 @@ def _best_of_n(parsed: argparse.Namespace) -> int:
     results = measure_best_of_n(parsed.models, pool, parsed.gold, parsed.n, parsed.max_tokens, parsed.trust_remote_code)
     print(write_best_of_n(results, parsed.out), end="")
     print(f"results: {parsed.out}")
-    return 0
+    return results_in(parsed.out)

@@ -21,12 +21,17 @@ def add_export(commands: Any) -> None:
     export.set_defaults(command=_export)
 
 
-def _export(parsed: argparse.Namespace) -> int:
+def _export(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.export import export
 
     checkpoint = export(parsed.source, parsed.out, parsed.trust_remote_code)
     print(f"checkpoint    {checkpoint}")
     print(f"policy        {parsed.out / 'policy'}")
     reward_model = parsed.out / "reward_model"
-    print(f"reward model  {reward_model if reward_model.exists() else 'none: reward.model is null'}")
-    return 0
+    there = reward_model.exists()
+    print(f"reward model  {reward_model if there else 'none: reward.model is null'}")
+    return {
+        "checkpoint": str(checkpoint),
+        "policy": str(parsed.out / "policy"),
+        "reward_model": str(reward_model) if there else None,
+    }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r2m_async.commands.arguments import add_trust, check_split, directory
+from r2m_async.commands.results import results_in
 
 
 def add_policy_states(commands: Any) -> None:
@@ -31,7 +32,7 @@ def add_policy_states(commands: Any) -> None:
     states.set_defaults(command=_policy_states)
 
 
-def _policy_states(parsed: argparse.Namespace) -> int:
+def _policy_states(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.evaluation.policy_states import PolicySources, policy_states, write_policy_states
 
     check_split(parsed)
@@ -48,4 +49,4 @@ def _policy_states(parsed: argparse.Namespace) -> int:
     out = parsed.out or Path("policy_states") / Path(parsed.policy).name
     print(write_policy_states(policy_states(sources), out), end="")
     print(f"results: {out}")
-    return 0
+    return results_in(out)

@@ -19,10 +19,10 @@ def add_report(commands: Any) -> None:
     report.set_defaults(command=_report)
 
 
-def _report(parsed: argparse.Namespace) -> int:
+def _report(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.runs.report import write_report
 
     out = parsed.out or (parsed.runs[0] / "report.html" if len(parsed.runs) == 1 else Path("report.html"))
     write_report(parsed.runs, out)
     print(f"report: {out}")
-    return 0
+    return {"report": str(out)}

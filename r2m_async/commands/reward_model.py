@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from r2m_async.commands.arguments import add_trust, check_split, directory
+from r2m_async.commands.results import results_in
+from r2m_async.config_reference import keys_by_section
+from r2m_async.reward_models.config import RewardModelConfig
 
 
 def add_reward_model(commands: Any) -> None:
@@ -17,7 +20,13 @@ def add_reward_model(commands: Any) -> None:
         required=True, metavar="VERB"
     )
     text = "Train on {prompt, chosen, rejected}: a progress bar, then models, metrics and a plot in the run directory."
-    train = verbs.add_parser("train", help=text, description=text)
+    train = verbs.add_parser(
+        "train",
+        help=text,
+        description=text,
+        epilog=keys_by_section(RewardModelConfig, "--reward-model "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     train.add_argument("config", metavar="CONFIG", help="a YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="set over the file's keys")
     train.set_defaults(command=_train_reward_model)
@@ -67,31 +76,29 @@ def add_reward_model(commands: Any) -> None:
     evaluate.set_defaults(command=_evaluate_reward_model)
 
 
-def _train_reward_model(parsed: argparse.Namespace) -> int:
-    from r2m_async.reward_models.config import RewardModelConfig
-
+def _train_reward_model(parsed: argparse.Namespace) -> dict[str, Any]:
     config = RewardModelConfig.from_yaml(parsed.config, parsed.overrides)
     from r2m_async.reward_models.process_group import process_group
     from r2m_async.reward_models.training import train
 
     with process_group(config.run.device):
-        print(f"run directory: {train(config)}")
-    return 0
+        run = train(config)
+    print(f"run directory: {run}")
+    return {"run_directory": str(run)}
 
 
-def _resume_reward_model(parsed: argparse.Namespace) -> int:
-    from r2m_async.reward_models.config import RewardModelConfig
-
+def _resume_reward_model(parsed: argparse.Namespace) -> dict[str, Any]:
     config = RewardModelConfig.from_yaml(parsed.run / "config.yaml")
     from r2m_async.reward_models.process_group import process_group
     from r2m_async.reward_models.training import resume
 
     with process_group(config.run.device):
-        print(f"run directory: {resume(parsed.run)}")
-    return 0
+        run = resume(parsed.run)
+    print(f"run directory: {run}")
+    return {"run_directory": str(run)}
 
 
-def _evaluate_reward_model(parsed: argparse.Namespace) -> int:
+def _evaluate_reward_model(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.evaluation.reward_models import EvaluationSources, evaluate, write_evaluation
 
     check_split(parsed)
@@ -113,4 +120,4 @@ def _evaluate_reward_model(parsed: argparse.Namespace) -> int:
     results = evaluate(parsed.model, sources, on_part=lambda what: print(what, file=sys.stderr, flush=True))
     print(write_evaluation(results, out), end="")
     print(f"results: {out}")
-    return 0
+    return results_in(out)

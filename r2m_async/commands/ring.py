@@ -11,18 +11,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from r2m_async.commands.arguments import positive, whole_number
+from r2m_async.commands.results import result_of_run
 from r2m_async.config import R2MConfig
+from r2m_async.config_reference import keys_by_section
 from r2m_async.errors import ConfigError
 from r2m_async.ring.simulator import StageTimes, simulate, times_of_run
 
-Command: TypeAlias = Callable[[R2MConfig, argparse.Namespace], int]
+Command: TypeAlias = Callable[[R2MConfig, argparse.Namespace], dict[str, Any]]
 
 
 def add_ring(commands: Any) -> None:
     """Adds the three commands that read a config of the ring."""
 
+    keys = keys_by_section(R2MConfig)
+
     def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
+        added = commands.add_parser(
+            name, help=text, description=text, epilog=keys, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         added.add_argument("config", metavar="CONFIG", help="a YAML file")
         added.add_argument("overrides", nargs="*", metavar="section.key=value", help="set over the file's keys")
         added.set_defaults(command=lambda parsed: command(R2MConfig.from_yaml(parsed.config, parsed.overrides), parsed))
@@ -43,7 +50,7 @@ def add_ring(commands: Any) -> None:
     resume.add_argument("--in-process", action="store_true", help=text_of_one)
     resume.set_defaults(command=_resume)
     plan = add("plan", _plan, "Predict throughput, idle shares and ages on a virtual clock, for given stage times.")
-    plan.add_argument("--times", metavar="RUN", type=Path, help="a run directory whose measured stage times are taken")
+    _add_times(plan)
     plan.add_argument(
         "--cores", metavar="N", type=float, help="cores that all stages share (default: each has its own)"
     )
@@ -54,15 +61,38 @@ def add_ring(commands: Any) -> None:
     check = add("check", _check, "Load a config, say what it resolves to and whether it can run, without a GPU.")
     text = "also compare with the Ray cluster at ADDRESS, or at RAY_ADDRESS; comes last"
     check.add_argument("--cluster", nargs="?", const="", metavar="ADDRESS", help=text)
+    check.add_argument(
+        "--gpus", type=whole_number, metavar="N", help="GPUs that the run will have (default: those of this machine)"
+    )
+    text = "memory of one of them (default: that of this machine's; without either nothing is compared)"
+    check.add_argument("--gpu-memory", type=positive, metavar="GIB", help=text)
+    _add_times(check)
 
 
-def _train(config: R2MConfig, parsed: argparse.Namespace) -> int:
+def _add_times(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that names a run whose stage times are taken."""
+    parser.add_argument(
+        "--times", metavar="RUN", type=Path, help="a run directory whose measured stage times are taken"
+    )
+
+
+def _measured_times(run: Path) -> StageTimes:
+    """The mean stage times of a run. Raises ConfigError if it has no readable trace."""
+    from r2m_async.runs.records import read_trace
+
+    try:
+        return times_of_run(read_trace(run / "trace.jsonl"))
+    except OSError as error:
+        raise ConfigError(f"--times {run}: has no readable trace.jsonl ({error.strerror})") from None
+
+
+def _train(config: R2MConfig, parsed: argparse.Namespace) -> dict[str, Any]:
     _prepare(config, parsed)
     from r2m_async.launch.training import train
 
     directory = train(config, in_process=parsed.in_process, resume_if_exists=parsed.resume_if_exists)
     print(f"run directory: {directory}")
-    return 0
+    return result_of_run(directory)
 
 
 def _prepare(config: R2MConfig, parsed: argparse.Namespace) -> None:
@@ -73,24 +103,18 @@ def _prepare(config: R2MConfig, parsed: argparse.Namespace) -> None:
         forked_workers.prepare(config.rollouts.engine)
 
 
-def _resume(parsed: argparse.Namespace) -> int:
+def _resume(parsed: argparse.Namespace) -> dict[str, Any]:
     if (path := parsed.run / "config.yaml").is_file():
         _prepare(R2MConfig.from_yaml(path, parsed.overrides), parsed)
     from r2m_async.launch.training import resume
 
-    print(f"run directory: {resume(parsed.run, parsed.overrides, in_process=parsed.in_process)}")
-    return 0
+    directory = resume(parsed.run, parsed.overrides, in_process=parsed.in_process)
+    print(f"run directory: {directory}")
+    return result_of_run(directory)
 
 
-def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
-    from r2m_async.runs.records import read_trace
-
-    times = StageTimes()
-    if parsed.times:
-        try:
-            times = times_of_run(read_trace(parsed.times / "trace.jsonl"))
-        except OSError as error:
-            raise ConfigError(f"--times {parsed.times}: has no readable trace.jsonl ({error.strerror})") from None
+def _plan(config: R2MConfig, parsed: argparse.Namespace) -> dict[str, Any]:
+    times = _measured_times(parsed.times) if parsed.times else StageTimes()
     given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(StageTimes)}
     times = dataclasses.replace(times, **{name: value for name, value in given.items() if value is not None})
     if parsed.cores is not None and not 0 < parsed.cores < math.inf:
@@ -113,47 +137,73 @@ def _plan(config: R2MConfig, parsed: argparse.Namespace) -> int:
         f"bound {config.scheduling.max_policy_age}"
     )
     print(f"head age      max {prediction.head_age_max:g}  bound {config.scheduling.max_head_age}")
-    return 0
+    print(f"discarded     {prediction.discarded:.1%} of all groups, as late (scheduling.overage)")
+    return {"stage_times": dataclasses.asdict(times), **dataclasses.asdict(prediction)}
 
 
-def _check(config: R2MConfig, parsed: argparse.Namespace) -> int:
+def _check(config: R2MConfig, parsed: argparse.Namespace) -> dict[str, Any]:
     """Checks a config and prints what it resolves to.
 
     It downloads no model. A model that is not on this machine is named, and the rest is checked without it.
     """
     from r2m_async.launch.makers import check_rollout_engine
+    from r2m_async.launch.preflight import preflight
     from r2m_async.launch.prompts import check_data
     from r2m_async.launch.workload import check_code, check_models, check_queue, worst_group_bytes
 
     estimator = check_code(config)
     responses = config.rollouts.prompts_per_step * config.rollouts.group_size
     print(config.to_yaml(), end="")
-    print(f"# step: {responses} responses, {config.objective.epochs * config.objective.num_minibatches} policy updates")
-    print(f"# policy age at most {config.scheduling.max_policy_age}, head age at most {config.scheduling.max_head_age}")
-    there, sizes, unchecked = _models_on_this_machine(config)
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        print(f"# {line}")
+
+    tell(f"step: {responses} responses, {config.objective.epochs * config.objective.num_minibatches} policy updates")
+    tell(f"policy age at most {config.scheduling.max_policy_age}, head age at most {config.scheduling.max_head_age}")
+    there, sizes, unchecked = _models_on_this_machine(config, tell)
     readers, notes = check_models(config, there)
     for note in notes:
-        print(f"# {note}")
+        tell(note)
     if "model.policy" in there and (reason := check_rollout_engine(config, there["model.policy"])):
-        print(f"# model.policy: whether rollouts.engine can run it was not checked: {reason}")
+        tell(f"model.policy: whether rollouts.engine can run it was not checked: {reason}")
     in_columns = check_data(config, readers)
+    group_bytes = None
     if {"model.policy", "reward.model"} <= sizes.keys():
         group_bytes = worst_group_bytes(config, sizes["model.policy"], sizes["reward.model"], estimator.needs_greedy)
         group_bytes += in_columns
         check_queue(config, group_bytes)
         steps = config.queue.max_bytes / (group_bytes * config.rollouts.prompts_per_step)
-        print(f"# queue: at most {group_bytes} bytes a group; max_bytes holds {steps:.1f} whole steps")
+        tell(f"queue: at most {group_bytes} bytes a group; max_bytes holds {steps:.1f} whole steps")
+    for line in preflight(config, there, group_bytes, estimator.needs_values, parsed.gpus, parsed.gpu_memory):
+        tell(line)
+    if parsed.times:
+        prediction = simulate(config, _measured_times(parsed.times))
+        tell(
+            f"predicted: {prediction.seconds_per_step:.3f} s a step, policy age at most {prediction.policy_age_max:g}, head "
+            f"age at most {prediction.head_age_max:g}, {prediction.discarded:.1%} of all groups discarded as late"
+        )
+    else:
+        tell("discarded groups: not predicted without stage times; --times RUN takes those of a run")
     if parsed.cluster is not None:
         from r2m_async.launch.cluster_check import check_cluster
 
         for line in check_cluster(config, parsed.cluster):
-            print(f"# {line}")
-    print(f"# ok, but for {' and '.join(unchecked)}, not checked" if unchecked else "# ok")
-    return 0
+            tell(line)
+    tell(f"ok, but for {' and '.join(unchecked)}, not checked" if unchecked else "ok")
+    return {"config": config.to_dict(), "lines": lines, "changes": _changes(lines), "not_checked": unchecked}
 
 
-def _models_on_this_machine(config: R2MConfig) -> tuple[dict[str, str], dict[str, int], list[str]]:
-    """Looks which models of a config are on this machine, and prints the others.
+def _changes(lines: list[str]) -> list[str]:
+    """What `check` says has to be changed."""
+    return [line.removeprefix("change: ") for line in lines if line.startswith("change: ")]
+
+
+def _models_on_this_machine(
+    config: R2MConfig, tell: Callable[[str], None]
+) -> tuple[dict[str, str], dict[str, int], list[str]]:
+    """Looks which models of a config are on this machine, and tells of the others.
 
     Returns the models that are there, by the key of the config; the hidden sizes of those whose config is there; and the
     keys of the models that cannot be checked.
@@ -181,7 +231,7 @@ def _models_on_this_machine(config: R2MConfig) -> tuple[dict[str, str], dict[str
         if name is None:
             continue
         if name in BUILT_HERE and key in ("model.policy", "reward.model"):
-            print(f"# {key}: {name} is built by `r2m train`{', and was before' if key in built else ''}")
+            tell(f"{key}: {name} is built by `r2m train`{', and was before' if key in built else ''}")
             if key not in built:
                 continue
             name = built[key]
@@ -192,9 +242,9 @@ def _models_on_this_machine(config: R2MConfig) -> tuple[dict[str, str], dict[str
             there[key] = name
             continue
         unchecked.append(key)
-        print(f"# {key}: {name} is not on this machine: it was not checked")
+        tell(f"{key}: {name} is not on this machine: it was not checked")
     for key in ("model.reference", "critic.model"):
         if key in there and "model.policy" not in there:
             unchecked.append(key)
-            print(f"# {key}: whether {there[key]} reads the tokens of model.policy was not checked")
+            tell(f"{key}: whether {there[key]} reads the tokens of model.policy was not checked")
     return there, sizes, unchecked

@@ -24,7 +24,7 @@ def add_samples(commands: Any) -> None:
     samples.set_defaults(command=_samples)
 
 
-def _samples(parsed: argparse.Namespace) -> int:
+def _samples(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.runs.records import read_metrics
     from r2m_async.runs.results import markdown_table
     from r2m_async.runs.samples import prompt_text, read_samples
@@ -49,7 +49,7 @@ def _samples(parsed: argparse.Namespace) -> int:
         print(f"\n{name}: {_shown(prompt_text(of_step[steps[0], name]['prompt']), '  ').lstrip()}")
         for step in dict.fromkeys((steps[0], steps[-1])):
             print(_answer(of_step[step, name]))
-    return 0
+    return {"evaluations": evaluations, "samples": list(of_step.values())}
 
 
 def _with_error(evaluation: Mapping[str, Any], name: str) -> str:

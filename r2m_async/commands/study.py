@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r2m_async.commands.arguments import directory
+from r2m_async.commands.results import results_in
 
 
 def add_study(commands: Any) -> None:
@@ -21,11 +22,12 @@ def add_study(commands: Any) -> None:
     study.set_defaults(command=_study)
 
 
-def _study(parsed: argparse.Namespace) -> int:
+def _study(parsed: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from r2m_async.studies.study import run_study
 
     failed = run_study(parsed.study, parsed.out, parsed.workers)
     for table in (parsed.out / "table.md", parsed.out / "reward_models" / "table.md"):
         if table.exists():
             print(table.read_text(encoding="utf-8"), end="")
-    return 1 if failed else 0
+    compared = results_in(parsed.out) if (parsed.out / "results.json").exists() else {"directory": str(parsed.out)}
+    return (1 if failed else 0), compared | {"failed": failed}

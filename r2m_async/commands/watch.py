@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from r2m_async.commands.results import result_of_run
+
 
 def add_watch(commands: Any) -> None:
     """Adds the command."""
@@ -18,8 +20,8 @@ def add_watch(commands: Any) -> None:
     watch.set_defaults(command=_watch)
 
 
-def _watch(parsed: argparse.Namespace) -> int:
+def _watch(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.runs.watching import watch
 
     watch(parsed.run, parsed.once)
-    return 0
+    return result_of_run(parsed.run)

@@ -5,6 +5,9 @@ prompts.py         reads the prompts of a config, and checks its data
 makers.py          makes each stage; no other file here imports actors and learners
 ring.py            holds `Ring`, one run that is taken step by step, saved and restored
 training.py        does what `r2m train` does: runs a ring to its end, into a run directory
+memory.py          estimates the memory of each process, by part
+initial_config.py makes a first config for models and hardware
+preflight.py       says which ages a run can reach, and what it needs of memory, disk, versions and ports
 cluster_check.py   compares what a config asks of a cluster with what the cluster has
 gpus.py            shares out the GPUs of a cluster to the processes of a ring
 placement.py       says what each process asks of a cluster, and reserves its room there

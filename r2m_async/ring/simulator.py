@@ -86,6 +86,8 @@ class Prediction:
     """The largest policy age of the run, in steps."""
     head_age_max: float
     """The largest head age of the run, in steps."""
+    discarded: float
+    """Share of the run's groups that are given up as late (`scheduling.overage: drop`)."""
 
 
 class VirtualClockLoop(asyncio.SelectorEventLoop):
@@ -336,7 +338,7 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0, cores: float |
         labels=stage("labeller") if config.labels.source else None,
         **local_bytes(),
     )
-    results, _ = run_virtually(config, plan, stages)
+    results, schedule = run_virtually(config, plan, stages)
     steady = results[len(results) // 2 :]
     per_step = (results[-1]["time/since_start"] - results[0]["time/since_start"]) / max(1, len(results) - 1)
     idle = {key: _mean(steady, key) for key in steady[-1] if key.startswith("idle/")}
@@ -348,6 +350,7 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0, cores: float |
         policy_age_mean=_mean(steady, "age/policy_mean"),
         policy_age_max=max(result["age/policy_max"] for result in results),
         head_age_max=max(result["age/head"] for result in results),
+        discarded=schedule.voided_so_far().total() / (config.run.num_steps * config.rollouts.prompts_per_step),
     )
 
 

@@ -141,7 +141,7 @@ class Labeller:
                 turned = with_noise(label, self._config)
                 records.append(_record(one, turned, step, turned != label))
                 if turned.reason is None:
-                    new.append(_labelled(one, turned))
+                    new.append(_labelled(one, turned, self._config.labels.rereads))
             replayed = tuple(self._pool[index] for index in replayed_indices(step, len(self._pool), self._config))
             if self._config.labels.replay:
                 self._pool = [*self._pool, *new][-self._config.labels.replay_from :]
@@ -230,11 +230,15 @@ class Labeller:
         return (len(self._asked),)
 
 
-def _labelled(one: _Asked, label: Label) -> LabelledPair:
-    """A pair with its preference, the preferred response first."""
+def _labelled(one: _Asked, label: Label, rereads: bool) -> LabelledPair:
+    """A pair with its preference, the preferred response first. rereads: whether the policy will read it once more."""
     assert one.group is not None
     order = (0, 1) if label.chosen == label.pair[0] else (1, 0)
-    return LabelledPair(label=label, group=pair_of(one.group, order))
+    first, second = (one.question.responses[index] for index in order)
+    group = pair_of(one.group, order)
+    if rereads:
+        return LabelledPair(label=label, group=replace(group, feedback=None), trajectories=(first, second))
+    return LabelledPair(label=label, group=group)
 
 
 def _record(one: _Asked, label: Label, step: int, turned: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from r2m_async.trajectories import (
     HeadGroup,
     LabelBatch,
     PolicyFeedback,
+    RereadPair,
     RewardEmbeddings,
     StepReport,
     Weights,
@@ -61,6 +62,7 @@ class HeadLearner:
         refreshed: Sequence[PolicyFeedback] | None,
         annotated: Sequence[GroupRewards],
         labels: LabelBatch | None = None,
+        reread: Sequence[RereadPair] | None = None,
     ) -> tuple[StepReport, Weights]:
         """Makes the update of one step.
 
@@ -75,12 +77,15 @@ class HeadLearner:
                 policy learner left the step out, and None if the head reads no states.
             annotated: the rewards of these groups that the policy was trained on.
             labels: the labels that this update uses. None without a `labels.source`.
+            reread: what the present policy makes of the labelled pairs. None if they keep what they came with.
 
         Returns a report, and the weights of the new version: those that score from now on.
 
         Raises NonFiniteStep if the update is not finite, unless `learner.on_nonfinite` is `skip`.
         """
         metrics: dict[str, float] = {}
+        if labels and reread is not None:
+            labels = labels.reread(reread)
         if self._config.trains_head:
             groups = head_groups(embeddings, refreshed, annotated)
             if groups or (labels and labels.pairs):

@@ -34,6 +34,7 @@ from learners.step_statistics import StepStatistics, batch_metrics
 from r2m_async.advantages import Estimator
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, NonFiniteStep
+from r2m_async.models.pairs import pair_trajectories, reread_pairs
 from r2m_async.models.policy import behaviour_logprobs, response_mask
 from r2m_async.models.policy_objective import (
     check_passes,
@@ -50,7 +51,9 @@ from r2m_async.models.weights import MovingReference
 from r2m_async.objectives import next_kl_coef
 from r2m_async.trajectories import (
     GroupRewards,
+    LabelBatch,
     PolicyFeedback,
+    RereadPair,
     ScoredGroup,
     StepReport,
     TrajectoryGroup,
@@ -222,6 +225,26 @@ class PolicyLearner:
     def _width(self) -> int:
         """The number of values in one hidden state of the policy."""
         return int(self.backend.policy.config.get_text_config().hidden_size)
+
+    def reread(self, step: int, labels: LabelBatch) -> tuple[StepReport, tuple[RereadPair, ...]]:
+        """Reads the labelled pairs of a head update with the policy as it is now, after the step.
+
+        Args:
+            step: the policy step.
+            labels: the labels. Every pair has its trajectories.
+
+        Returns a report, and what the policy makes of each pair of this rank. Raises LearnerOutOfMemory.
+        """
+        report = StepReport(version=self._version, metrics={})
+        trajectories = pair_trajectories(labels)
+        if not trajectories:
+            return report, ()
+        pairs = [range(start, start + 2) for start in range(0, len(trajectories), 2)]
+        with memory_enough_for(f"step {step}, its labelled pairs"):
+            passes, mask = self._passes.of_groups(trajectories, pairs), response_mask(trajectories)
+            kept = KeptStates(self.backend.policy.device, self._config)
+            self._passes.logprobs(self.backend.policy, trajectories, passes, mask, kept)
+        return report, reread_pairs(labels, kept.taken(), step)
 
     def _end_step(self) -> None:
         """Makes the weights the next version, and moves the reference if it is due, whatever the step has trained."""

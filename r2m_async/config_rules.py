@@ -383,6 +383,16 @@ def labels_teach_a_head(labels: LabelsSection, head: HeadSection) -> str | None:
     )
 
 
+def refreshed_states_are_read(labels: LabelsSection, head: HeadSection) -> str | None:
+    """Pairs are read once more for a head that reads states."""
+    if labels.states == "kept" or head.variant in ("r2m", "r2m_noise"):
+        return None
+    return (
+        f"labels.states is {labels.states!r} and head.variant is {head.variant!r}: the head of this variant reads no states; use "
+        f"states 'kept', or variant 'r2m'"
+    )
+
+
 def options_of_labels_need_a_source(labels: LabelsSection) -> str | None:
     """Keys about labels need somebody who gives them, and keys about a replay need a replay."""
     if labels.source is None:
@@ -599,6 +609,7 @@ RULES: tuple[Rule, ...] = (
     options_of_a_hold_need_that_hold,
     pessimism_needs_an_ensemble,
     labels_teach_a_head,
+    refreshed_states_are_read,
     options_of_labels_need_a_source,
     exact_lag_waits_for_labels,
     a_wait_for_labels_ends_before_the_ring_counts_as_still,

@@ -302,6 +302,9 @@ class LabelsSection(Section):
     """Seconds after which a pair without a label is given up, however old it is in steps."""
     max_failed: int = Field(16, ge=0)
     """The most labels in a row for which the source may fail. One more ends the run with its error."""
+    states: Literal["kept", "refreshed"] = "kept"
+    """Which of the policy's hidden states a labelled pair teaches with. `kept`: those of the last epoch of its own step.
+    `refreshed`: those of the policy as it is before the update, which reads the pairs once more."""
     replay: int = Field(0, ge=0)
     """How many labelled pairs of earlier updates each head update sees once more."""
     replay_from: int = Field(256, gt=0)
@@ -311,6 +314,11 @@ class LabelsSection(Section):
     counts 1. Such a group teaches the head by the head's own ranking (Eq. 5). 0: labels alone teach."""
     noise: float = Field(0.0, ge=0, lt=1)
     """For studies: the probability that a label is turned round before it is used."""
+
+    @property
+    def rereads(self) -> bool:
+        """Whether the policy reads labelled pairs once more before the head's update."""
+        return self.source is not None and self.states == "refreshed"
 
 
 class FeedbackSection(Section):

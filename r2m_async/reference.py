@@ -33,6 +33,7 @@ from r2m_async.models.critic import load_critic, proximal_values, response_value
 from r2m_async.models.generation import play_with_model, sample_groups
 from r2m_async.models.heads import HeldHead, build_head, head_groups, improve_head, reward_spread, score_group
 from r2m_async.models.loading import load_policy, one_thread
+from r2m_async.models.pairs import pair_trajectories, reread_pairs
 from r2m_async.models.plays import rollout_function
 from r2m_async.models.policy import (
     behaviour_logprobs,
@@ -382,6 +383,8 @@ class _Algorithm1:
                 ]
         groups = head_groups(step.embeddings, feedback, step.rewards)  # 16
         labels = self._labels_of(step, groups) if self._source else None
+        if labels and config.labels.rereads:
+            labels = self._reread(labels, step.number)
         if groups or (labels and labels.pairs):
             improve_head(self._head, self._head_optimizer, self._held, groups, step.number, config, labels)  # 17-20
 
@@ -393,7 +396,7 @@ class _Algorithm1:
         answered = [with_noise(self._answered(label, step), config) for label in asked]
         self._labelled.append(
             [
-                LabelledPair(label=label, group=pair_of(learns[label.group_id], _best_first(label)))
+                self._labelled_pair(label, learns[label.group_id], step)
                 for label in answered
                 if label.chosen is not None and label.group_id in learns
             ]
@@ -406,6 +409,22 @@ class _Algorithm1:
             new=tuple(self._labelled[due]) if due >= 0 else (),
             replayed=tuple(earlier[index] for index in replayed_indices(step.number, len(earlier), config)),
         )
+
+    def _labelled_pair(self, label: Label, group: HeadGroup, step: _Step) -> LabelledPair:
+        """Two responses of a group, the preferred one first."""
+        first, second = _best_first(label)
+        pair = pair_of(group, (first, second))
+        if not self._config.labels.rereads:
+            return LabelledPair(label=label, group=pair)
+        (sampled,) = (one for one in step.groups if one.ticket.group_id == label.group_id)
+        both = sampled.trajectories[first], sampled.trajectories[second]
+        return LabelledPair(label=label, group=pair, trajectories=both)
+
+    def _reread(self, labels: LabelBatch, number: int) -> LabelBatch:
+        """The labels with the states of the policy as it is after the step."""
+        trajectories = pair_trajectories(labels)
+        _, states = proximal_pass(self._policy, trajectories, self._config) if trajectories else (None, ())
+        return labels.reread(reread_pairs(labels, dict(enumerate(states)), number))
 
     def _answered(self, label: Label, step: _Step) -> Label:
         """A label with the answer of `labels.source`."""

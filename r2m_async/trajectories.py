@@ -10,8 +10,8 @@ hidden size of the reward model, P tokens of the probe. Tensors inside these typ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -314,6 +314,18 @@ class LabelledPair:
     label: Label
     group: HeadGroup
     """The two alone: the preferred response, then the other."""
+    trajectories: tuple[Trajectory, Trajectory] | None = None
+    """The same two in full, if the policy reads them anew for this update (`labels.states: refreshed`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RereadPair:
+    """What the present policy makes of a labelled pair."""
+
+    group_id: int
+    """The place of the pair in `LabelBatch.pairs`."""
+    feedback: PolicyFeedback | None
+    """The policy's states on the two. None if the head reads none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,6 +345,14 @@ class LabelBatch:
     def pairs(self) -> tuple[LabelledPair, ...]:
         """All pairs that this update learns from."""
         return *self.new, *self.replayed
+
+    def reread(self, pairs: Sequence[RereadPair]) -> LabelBatch:
+        """The same labels with the states of the present policy. `pairs` has one for each of `pairs`, in their order."""
+        own = [
+            replace(pair, group=replace(pair.group, feedback=again.feedback))
+            for pair, again in zip(self.pairs, pairs, strict=True)
+        ]
+        return replace(self, new=tuple(own[: len(self.new)]), replayed=tuple(own[len(self.new) :]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

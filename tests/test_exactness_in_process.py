@@ -1,8 +1,6 @@
 """The ring in one process against the reference: every claim of exactness that needs no Ray, in seconds."""
 
 import dataclasses
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,10 +110,10 @@ def test_an_ensemble_of_heads_and_a_whole_model_with_a_twin_are_the_references_b
 
 
 @pytest.fixture
-def labelled(tiny_config, monkeypatch):
+def labelled(tiny_config):
     """A ring whose head learns from labels: of the longer text, in some pairs of no preference."""
-    monkeypatch.setitem(sys.modules, "longer", SimpleNamespace(longer=longer))
-    return tiny_config.head(omega_horizon=2, omega_floor=0.0).labels(source="longer:longer", budget=2, wait=True)
+    source = f"{__name__}:longer"
+    return tiny_config.head(omega_horizon=2, omega_floor=0.0).labels(source=source, budget=2, wait=True)
 
 
 def longer(first, second):
@@ -144,13 +142,17 @@ def test_labels_that_come_late_are_the_references_with_the_same_delay_bit_for_bi
     [
         ({"pairs": "uncertain", "self_weight": 0.0, "replay": 3, "replay_from": 4}, {"alpha": 0.0}),
         ({"pairs": "random", "self_weight": 0.5, "noise": 0.4, "budget": 1}, {"hold": "bsr", "variant": "r2m_noise"}),
+        ({"states": "refreshed", "replay": 2, "max_age": 2}, {}),
         ({"pairs": "uncertain"}, {"variant": "iterative_head", "ensemble": 2, "pessimism": 1.0}),
     ],
-    ids=["uncertain and replayed", "random and noisy", "an ensemble"],
+    ids=["uncertain and replayed", "random and noisy", "refreshed", "an ensemble"],
 )
 def test_every_choice_of_pairs_replays_and_noise_are_the_references_bit_for_bit(labelled, labels, head):
-    config = labelled.run(num_steps=5).labels(max_age=1, **labels).head(**head)
+    config = labelled.run(num_steps=5).labels(**{"max_age": 1} | labels).head(**head)
     assert_same_bits(config)
+    if "states" in labels:
+        kept, refreshed = (reference.train(one).head.tensors for one in (config.labels(states="kept"), config))
+        assert any(not torch.equal(kept[name], tensor) for name, tensor in refreshed.items())
 
 
 @pytest.mark.parametrize("ages", [(1, 0), (0, 2), (3, 2)])

@@ -10,6 +10,7 @@ weights.py           copies parameters, fingerprints them for the way to an engi
 batches.py           forms batches of texts: which go together, and how they are padded
 padding.py           decides which sequences go through a model in one pass
 policy.py            computes log-probabilities and hidden states of given trajectories
+pairs.py             reads labelled pairs with the present policy
 policy_objective.py  computes the advantages of a step and the policy loss (Eq. 2) of one microbatch
 generation.py        samples groups of responses with transformers
 conversation.py      holds the tokens of one response, which a policy and an environment write in turns

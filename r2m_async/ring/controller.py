@@ -27,9 +27,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import StalledRun
@@ -49,6 +49,17 @@ from r2m_async.trajectories import StepReport, Ticket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Due:
+    """The labels of a head update. All are None without a `labels.source`."""
+
+    labels: Payload | None = None
+    reread: Payload | None = None
+    """What the policy makes of the labelled pairs, if it reads them once more."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The counts and ages of all labels so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _HeadWork:
     """A step that the policy has trained and the head has not: the payloads for one head update."""
 
@@ -62,6 +73,8 @@ class _HeadWork:
     """The rewards of these groups that the policy was trained on."""
     asked: asyncio.Task[None] | None
     """The task that lets pairs of these groups be asked about. None without a `labels.source`."""
+    due: _Due | None = None
+    """The labels of this update, if the policy has read them once more. None: they are still to be got."""
 
 
 STATUS_EVERY = 1.0
@@ -344,8 +357,8 @@ class Controller:
 
     async def _training_loop(self) -> None:
         """Consumes the groups of one step after the other. Waits until the driver wants a step, until each group of the
-        step has arrived or was given up, and for a head version that is young enough. It is unblocked by the driver,
-        the rollout loops and the head loop. Produces policy versions, and work for the head loop."""
+        step has arrived or was given up, and for a head version that is young enough. With `labels.wait` and refreshed
+        states it waits for labels, too. It is unblocked by the driver, the rollout loops and the head loop. Produces policy versions, and work for the head loop."""
         while not self.finished:
             learner = "policy learner"
             await self._waits.until(lambda: self._steps_wanted > 0, learner, "the driver to want a step")
@@ -384,16 +397,16 @@ class Controller:
         await self._stalls_for_publication()
         trained, refreshed = await self._calls.traced(stages.policy.train(step, rewards), step=step)
         self.schedule.policy_trained(step, now())
-        self._head_queue.append(
-            _HeadWork(
-                step=step,
-                group_ids=group_ids,
-                embeddings=embeddings,
-                refreshed=refreshed,
-                rewards=rewards,
-                asked=asked,
-            )
+        work = _HeadWork(
+            step=step,
+            group_ids=group_ids,
+            embeddings=embeddings,
+            refreshed=refreshed,
+            rewards=rewards,
+            asked=asked,
         )
+        if not self.config.labels.rereads:
+            self._head_queue.append(work)
         measured = scored.metrics | trained.metrics
         metrics = self.metrics.of_step(assembly, self.schedule, measured, now())
         metrics["rollouts/actors"] = float(len(self._state.present))
@@ -408,6 +421,11 @@ class Controller:
         self._publication = self._tasks.spawn(self._publish(step + 1, evaluated_by))
         if not self.config.publishes_beside_passes:
             await self._stalls_for_publication()
+        if self.config.labels.rereads:
+            # Here, because in its next step the policy moves on.
+            due = await self._due(work)
+            _, reread = await self._calls.traced(stages.policy.reread(step, cast(Payload, due.labels)), step=step)
+            self._head_queue.append(replace(work, due=replace(due, reread=reread)))
         self._waits.notify()
         return metrics
 
@@ -489,12 +507,10 @@ class Controller:
             await self._waits.until(lambda: self._head_queue, "head learner", "refreshed feedback")
             work = self._head_queue.popleft()
             async with in_step(work.step, work.group_ids):
-                labels, of_labels = await self._labels_for(work)
-                report, weights = await self._calls.traced(
-                    self.stages.head.update(work.step, work.embeddings, work.refreshed, work.rewards, labels),
-                    step=work.step,
-                )
-            self.metrics.standing["head"] = {"head/step": float(work.step + 1), **report.metrics, **of_labels}
+                due = work.due or await self._due(work)
+                parts = work.embeddings, work.refreshed, work.rewards, due.labels, due.reread
+                report, weights = await self._calls.traced(self.stages.head.update(work.step, *parts), step=work.step)
+            self.metrics.standing["head"] = {"head/step": float(work.step + 1), **report.metrics, **due.metrics}
             # The weights are there before the schedule knows of the version: from then on a step may be scored with it.
             self._versions.heads[work.step + 1] = weights
             freed = self.schedule.head_trained(work.step)
@@ -502,12 +518,13 @@ class Controller:
             await self._calls.ask(self.stages.queue.free(freed))
             self._waits.notify()
 
-    async def _labels_for(self, work: _HeadWork) -> tuple[Payload | None, dict[str, float]]:
-        """The labels of a head update, and the metrics of all labels. None and no metrics without a `labels.source`."""
+    async def _due(self, work: _HeadWork) -> _Due:
+        """Gets the labels of a head update. Under `labels.wait` it waits for them."""
         if self.labels is None or work.asked is None:
-            return None, {}
+            return _Due()
         await self._waits.work(work.asked, "head learner", "its pairs to be asked about")
-        return await self.labels.due(work.step, work.refreshed)
+        labels, metrics = await self.labels.due(work.step, work.refreshed)
+        return _Due(labels=labels, metrics=metrics)
 
     async def _watchdog(self) -> None:
         """Ends the run, by raising StalledRun, if nothing has moved for `scheduling.stall_after` seconds.

@@ -291,6 +291,7 @@ class SimulatedStage:
             "initial_head": (report, 0),
             "proximal": (report, None),
             "train": (report, None),
+            "reread": (report, None),
             "update": (report, step + 1),
             "score": (report, None),
             "embed": (report, None),

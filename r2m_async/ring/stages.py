@@ -289,6 +289,17 @@ class PolicyStage(Stage):
         The payload is the refreshed feedback: the policy's hidden states on these groups, from the last epoch.
         """
 
+    @method(1, shares=(0,))
+    def reread(self, step: int, labels: Payload) -> Call[tuple[StepReport, Payload]]:
+        """Reads labelled pairs with the policy as it is after a step.
+
+        Args:
+            step: the policy step.
+            labels: the labels of its head update, as the label stage's `labels` made them.
+
+        The payload is what the policy makes of each pair.
+        """
+
     @method(1, beside="weights", ranks="whole")
     def weights(self, whole: bool = False) -> Call[tuple[StepReport, Payload]]:
         """Publishes the present version of the policy. The payload is its weights.
@@ -340,6 +351,7 @@ class HeadStage(Stage):
         refreshed: Payload,
         annotated: Payload,
         labels: Payload | None = None,
+        reread: Payload | None = None,
     ) -> Call[tuple[StepReport, Payload]]:
         """Makes one update of the head on the groups of a step. The payload is the weights of the new version.
 
@@ -349,6 +361,7 @@ class HeadStage(Stage):
             refreshed: the refreshed feedback, as the policy learner's `train` made it.
             annotated: the rewards of the groups, as `score` made them.
             labels: the labels of this update, as the label stage's `labels` made them. None without a `labels.source`.
+            reread: what the policy learner's `reread` made of them. None if they are not read once more.
         """
 
     @method(1)

@@ -1,12 +1,15 @@
 """A run with labels on disk: its files, its end and its resumption, and its labels as pairs for a reward model."""
 
+import os
 import shutil
-import sys
-from types import SimpleNamespace
+import signal
 
 import pytest
+from rings import assert_same_bits
 
-from r2m_async.errors import ConfigError
+from r2m_async import reference
+from r2m_async.errors import ConfigError, StageLost
+from r2m_async.launch.ring import Ring
 from r2m_async.launch.training import resume, train
 from r2m_async.launch.workload import check_functions
 from r2m_async.models.loading import one_thread
@@ -27,17 +30,10 @@ def wants_more(first, second, answer, colour="red"): ...
 
 
 @pytest.fixture(scope="module")
-def labeller():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "labeller", SimpleNamespace(longer=longer, wants_more=wants_more))
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(labeller, tiny_config, tmp_path_factory):
+def finished(tiny_config, tmp_path_factory):
     config = tiny_config.run(num_steps=STEPS, output_dir=str(tmp_path_factory.mktemp("runs")))
     config = config.scheduling(max_policy_age=1, max_head_age=1, lag="exact").checkpoint(every=1, keep=STEPS)
-    config = config.labels(source="labeller:longer", budget=2, wait=True, max_age=2, replay=2)
+    config = config.labels(source=f"{__name__}:longer", budget=2, wait=True, max_age=2, replay=2)
     with one_thread():
         return train(config, in_process=True)
 
@@ -71,7 +67,7 @@ def test_every_pair_that_was_asked_about_is_in_one_file_with_its_age_and_who_lab
     labels, void = (read_records(finished / name) for name in ("labels.jsonl", "labels_void.jsonl"))
     assert labels and void
     assert {record["age"] for record in (*labels, *void)} == {2.0} and {one["who"] for one in labels} == {
-        "labeller:longer"
+        f"{__name__}:longer"
     }
     assert {record["reason"] for record in void} == {"tie"}
     assert all(len(one["chosen"].split()) > len(one["rejected"].split()) for one in labels)
@@ -93,12 +89,16 @@ def test_a_reward_model_is_trained_on_the_labels_of_a_run(finished):
     assert [pair.chosen_finished for pair in pairs] == [label["chosen_finished"] for label in labels]
 
 
-def test_a_source_that_cannot_be_asked_is_refused_before_the_run(labeller, tiny_config):
+def test_a_source_that_cannot_be_asked_is_refused_before_the_run(tiny_config):
     for source, options, message in (
-        ("labeller:nobody", {}, "labels.source = 'labeller:nobody': module 'labeller' has no callable 'nobody'"),
-        ("labeller:longer", {"second": "x"}, "labels.options has 'second', which the source is given for each pair"),
-        ("labeller:longer", {"sekond": 1}, "labels.options has 'sekond' and labeller:longer has no such parameter"),
-        ("r2m_async.labels:by_score", {"score": "labeller:nothing"}, "labels.options.score = 'labeller:nothing'"),
+        (f"{__name__}:nobody", {}, f"module '{__name__}' has no callable 'nobody'"),
+        (f"{__name__}:longer", {"second": "x"}, "labels.options has 'second', which the source is given for each pair"),
+        (
+            f"{__name__}:longer",
+            {"sekond": 1},
+            f"labels.options has 'sekond' and {__name__}:longer has no such parameter",
+        ),
+        ("r2m_async.labels:by_score", {"score": f"{__name__}:nothing"}, f"labels.options.score = '{__name__}:nothing'"),
         ("r2m_async.labels:by_score", {}, "missing 1 required positional argument: 'score'"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -106,10 +106,31 @@ def test_a_source_that_cannot_be_asked_is_refused_before_the_run(labeller, tiny_
 
 
 @pytest.mark.models
-def test_a_column_that_the_source_asks_for_and_the_data_does_not_have_is_refused(labeller, tiny_config):
+def test_a_column_that_the_source_asks_for_and_the_data_does_not_have_is_refused(tiny_config):
     from r2m_async.launch.workload import resolve
 
-    config = tiny_config.labels(source="labeller:wants_more", budget=2)
+    config = tiny_config.labels(source=f"{__name__}:wants_more", budget=2)
     with pytest.raises(ConfigError, match="asks for 'answer', and .*prompts.jsonl:1 has no such column"):
         resolve(config)
     resolve(config.labels(options={"answer": "yes"}))
+
+
+@pytest.mark.ring
+@pytest.mark.usefixtures("ray_session")
+def test_on_ray_late_labels_are_the_references_bit_for_bit_and_a_lost_labeller_ends_the_run_by_name(tiny_config):
+    config = tiny_config.run(num_steps=5).scheduling(max_policy_age=1, max_head_age=1, lag="exact")
+    config = config.labels(source=f"{__name__}:longer", budget=2, wait=True, max_age=1, replay=2)
+    with Ring.of(config) as ring:
+        while not ring.finished:
+            ring.step()
+        ring.drain()
+        assert_same_bits(ring, reference.train(config))
+        records = ring.controller.take_labels()
+        assert {record["age"] for record in records} == {1} and len(records) == 8
+    with Ring.of(config) as ring:
+        ring.step()
+        os.kill(ring.process_ids()["labeller"][0], signal.SIGKILL)
+        with pytest.raises(StageLost, match="labeller was lost during"):
+            while not ring.finished:
+                ring.step()
+            ring.drain()

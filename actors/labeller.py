@@ -17,7 +17,7 @@ from typing import Any
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import FunctionFailed
-from r2m_async.labels.pairs import chosen_pairs, pair_of, replayed_indices, with_noise
+from r2m_async.labels.pairs import chosen_pairs, offline_indices, pair_of, replayed_indices, with_noise
 from r2m_async.labels.questions import Answer, Question, Source
 from r2m_async.trajectories import (
     GroupRewards,
@@ -53,9 +53,15 @@ class _Asked:
 class Labeller:
     """Asks about pairs, and hands out labels."""
 
-    def __init__(self, source: Source, config: R2MConfig) -> None:
-        """Begins with nothing asked. `source` gives the labels."""
-        self._source, self._config = source, config
+    def __init__(self, source: Source | None, config: R2MConfig, offline: Sequence[TrajectoryGroup] = ()) -> None:
+        """Begins with nothing asked.
+
+        Args:
+            source: gives the labels. None: nothing is asked.
+            config: the run's config.
+            offline: the pairs of `labels.offline`, each as a group of two.
+        """
+        self._source, self._config, self._offline = source, config, tuple(offline)
         self._asked: dict[tuple[int, int, int], _Asked] = {}
         """The pairs that wait, in the order in which they were asked about."""
         self._scored: dict[int, dict[int, tuple[RewardEmbeddings, GroupRewards]]] = {}
@@ -83,7 +89,7 @@ class Labeller:
 
         Returns a report with the pairs.
         """
-        labels = chosen_pairs(step, groups, embeddings, rewards, self._config)
+        labels = chosen_pairs(step, groups, embeddings, rewards, self._config) if self._source else ()
         by_id = {group.ticket.group_id: group for group in groups}
         wanted = {label.group_id for label in labels}
         with self._lock:
@@ -100,6 +106,7 @@ class Labeller:
 
     def _begin(self, question: Question, group: HeadGroup | None) -> None:
         """Asks about a pair."""
+        assert self._source is not None
         self._asked[question.label.key] = _Asked(question, self._source.ask(question), time.monotonic(), group)
 
     async def before_labels(self, step: int, refreshed: Sequence[PolicyFeedback] | None) -> None:
@@ -141,11 +148,13 @@ class Labeller:
                 turned = with_noise(label, self._config)
                 records.append(_record(one, turned, step, turned != label))
                 if turned.reason is None:
-                    new.append(_labelled(one, turned, self._config.labels.rereads))
+                    new.append(_labelled(one, turned, self._config.labels.states == "refreshed"))
             replayed = tuple(self._pool[index] for index in replayed_indices(step, len(self._pool), self._config))
             if self._config.labels.replay:
                 self._pool = [*self._pool, *new][-self._config.labels.replay_from :]
-        batch = LabelBatch(step=step, asked=asked, new=tuple(new), replayed=replayed)
+        drawn = offline_indices(step, len(self._offline), self._config)
+        offline = tuple(self._offline[index] for index in drawn)
+        batch = LabelBatch(step=step, asked=asked, new=tuple(new), replayed=replayed, offline=offline)
         return LabelReport(version=step, labels=tuple(settled), records=records), batch
 
     def _due(self, step: int) -> list[_Asked]:
@@ -199,7 +208,8 @@ class Labeller:
 
     def close(self) -> None:
         """Ends the source. Whoever is asked still is heard no more."""
-        self._source.close()
+        if self._source:
+            self._source.close()
 
     # Checkpoints
 

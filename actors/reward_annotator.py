@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from actors.gathering import Gathered
 from r2m_async.config import R2MConfig
 from r2m_async.models.heads import frozen_whole_rewards, reward_spread, score_group
-from r2m_async.models.reward import embed_group, embed_responses
+from r2m_async.models.reward import embed_group, embed_offline, embed_responses
 from r2m_async.models.weights import load_weights, named_weights
 from r2m_async.reward_metrics import ranking_accuracy
 from r2m_async.rewards.calls import Values, gold_of, start_calls
 from r2m_async.trajectories import (
     EvaluationReport,
     GroupRewards,
+    LabelBatch,
     PolicyFeedback,
     RewardEmbeddings,
     Sample,
@@ -107,6 +108,16 @@ class RewardAnnotator:
         if self._config.rollouts.max_refills > 0:
             metrics["spread"] = reward_spread(embeddings, self._config)
         return StepReport(version=group.ticket.group_id, metrics=metrics), embeddings
+
+    def embed_pairs(self, step: int, labels: LabelBatch) -> tuple[StepReport, tuple[RewardEmbeddings, ...]]:
+        """Computes the reward token embeddings of the pairs of `labels.offline` in a head update. Nobody is rewarded for them.
+
+        step: the policy step. labels: the labels of its head update.
+
+        Returns a report, and the embeddings of each pair. Raises NonFiniteStep as `embed` does.
+        """
+        embedded = embed_offline(self._model, self._tokenizer, labels.offline, self._config)
+        return StepReport(version=step, metrics={}), embedded
 
     def score(
         self,

@@ -12,12 +12,14 @@ from learners.optimizer_state import moments, restore_moments
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
 from r2m_async.finite import all_finite
-from r2m_async.models.heads import HeldHead, head_groups, improve_head
+from r2m_async.models.heads import HeldHead, PairTerms, head_groups, improve_head
+from r2m_async.models.pairs import OFFLINE_LABELLER, completed
 from r2m_async.models.weights import adamw, load_weights, named_weights
 from r2m_async.trajectories import (
     GroupRewards,
     HeadGroup,
     LabelBatch,
+    LabelledPair,
     PolicyFeedback,
     RereadPair,
     RewardEmbeddings,
@@ -63,6 +65,7 @@ class HeadLearner:
         annotated: Sequence[GroupRewards],
         labels: LabelBatch | None = None,
         reread: Sequence[RereadPair] | None = None,
+        embedded: Sequence[RewardEmbeddings] | None = None,
     ) -> tuple[StepReport, Weights]:
         """Makes the update of one step.
 
@@ -77,7 +80,8 @@ class HeadLearner:
                 policy learner left the step out, and None if the head reads no states.
             annotated: the rewards of these groups that the policy was trained on.
             labels: the labels that this update uses. None without a `labels.source`.
-            reread: what the present policy makes of the labelled pairs. None if they keep what they came with.
+            reread: what the present policy makes of pairs among them. None if it reads none.
+            embedded: the reward token embeddings of those from a data set. None if the policy reads none.
 
         Returns a report, and the weights of the new version: those that score from now on.
 
@@ -85,7 +89,7 @@ class HeadLearner:
         """
         metrics: dict[str, float] = {}
         if labels and reread is not None:
-            labels = labels.reread(reread)
+            labels = completed(labels, reread, embedded or (), self._config)
         if self._config.trains_head:
             groups = head_groups(embeddings, refreshed, annotated)
             if groups or (labels and labels.pairs):
@@ -110,12 +114,13 @@ class HeadLearner:
                 "head/hold": statistics.fmean(float(term.hold) for term in terms),
                 "head/agreement": statistics.fmean(float(term.agrees) for term in terms),
             }
-        if labels and labels.new:
-            new = pairs[: len(labels.new)]
-            metrics |= {
-                "labels/bradley_terry": statistics.fmean(float(pair.bradley_terry) for pair in new),
-                "labels/accuracy": statistics.fmean(float(pair.agrees) for pair in new),
-            }
+        if labels:
+            metrics |= _label_metrics(labels.new, pairs[: len(labels.new)], "labels/")
+            offline = [place for place, pair in enumerate(labels.pairs) if pair.label.who == OFFLINE_LABELLER]
+            own = [labels.pairs[place] for place in offline]
+            metrics |= _label_metrics(own, [pairs[place] for place in offline], "labels/offline_")
+            if own:
+                metrics["labels/offline_max_weight"] = max(pair.weight for pair in own)
         return metrics
 
     def state(self) -> tuple[StepReport, dict[str, Any]]:
@@ -144,3 +149,13 @@ class HeadLearner:
         self._version = state["weights"].version
         restore_moments(self._optimizer, state["optimizer"])
         return (self._version,)
+
+
+def _label_metrics(labelled: Sequence[LabelledPair], terms: Sequence[PairTerms], prefix: str) -> dict[str, float]:
+    """Means over labelled pairs. Without any there are none."""
+    if not labelled:
+        return {}
+    return {
+        f"{prefix}bradley_terry": statistics.fmean(float(term.bradley_terry) for term in terms),
+        f"{prefix}accuracy": statistics.fmean(float(term.agrees) for term in terms),
+    }

@@ -34,7 +34,7 @@ from learners.step_statistics import StepStatistics, batch_metrics
 from r2m_async.advantages import Estimator
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, NonFiniteStep
-from r2m_async.models.pairs import pair_trajectories, reread_pairs
+from r2m_async.models.pairs import reread_pairs
 from r2m_async.models.policy import behaviour_logprobs, response_mask
 from r2m_async.models.policy_objective import (
     check_passes,
@@ -56,6 +56,7 @@ from r2m_async.trajectories import (
     RereadPair,
     ScoredGroup,
     StepReport,
+    Trajectory,
     TrajectoryGroup,
     Weights,
 )
@@ -227,24 +228,32 @@ class PolicyLearner:
         return int(self.backend.policy.config.get_text_config().hidden_size)
 
     def reread(self, step: int, labels: LabelBatch) -> tuple[StepReport, tuple[RereadPair, ...]]:
-        """Reads the labelled pairs of a head update with the policy as it is now, after the step.
+        """Reads pairs of a head update with the policy as it is now, after the step (`LabelBatch.unread`).
 
         Args:
             step: the policy step.
-            labels: the labels. Every pair has its trajectories.
+            labels: the labels of the update.
 
         Returns a report, and what the policy makes of each pair of this rank. Raises LearnerOutOfMemory.
         """
-        report = StepReport(version=self._version, metrics={})
-        trajectories = pair_trajectories(labels)
-        if not trajectories:
+        report, unread, policy = StepReport(version=self._version, metrics={}), labels.unread, self.backend.policy
+        if not unread:
             return report, ()
-        pairs = [range(start, start + 2) for start in range(0, len(trajectories), 2)]
-        with memory_enough_for(f"step {step}, its labelled pairs"):
-            passes, mask = self._passes.of_groups(trajectories, pairs), response_mask(trajectories)
-            kept = KeptStates(self.backend.policy.device, self._config)
-            self._passes.logprobs(self.backend.policy, trajectories, passes, mask, kept)
-        return report, reread_pairs(labels, kept.taken(), step)
+        with memory_enough_for(f"step {step}, the pairs of its head update"):
+            kept, offline = KeptStates(policy.device, self._config), unread[len(unread) - len(labels.offline) :]
+            ratios = self._sums(policy, unread, kept)[2 * (len(unread) - len(offline)) :]
+            if offline:
+                with self.backend.as_reference() as reference:
+                    ratios = ratios - self._sums(reference, offline)
+            read = reread_pairs(labels, kept.taken(), ratios, step, self._config)
+        return report, read
+
+    def _sums(self, model: Any, pairs: Sequence[tuple[Trajectory, ...]], kept: KeptStates | None = None) -> Tensor:
+        """The log-probabilities of the two responses of each pair, summed over tokens: [2 P]. States go to `kept`."""
+        trajectories = [trajectory for pair in pairs for trajectory in pair]
+        rows = [range(start, start + 2) for start in range(0, len(trajectories), 2)]
+        passes, mask = self._passes.of_groups(trajectories, rows), response_mask(trajectories)
+        return self._passes.logprobs(model, trajectories, passes, mask, kept).sum(1)
 
     def _end_step(self) -> None:
         """Makes the weights the next version, and moves the reference if it is due, whatever the step has trained."""

@@ -375,11 +375,12 @@ def pessimism_needs_an_ensemble(head: HeadSection) -> str | None:
 
 def labels_teach_a_head(labels: LabelsSection, head: HeadSection) -> str | None:
     """The head learns from labels, so there must be one that learns."""
-    if labels.source is None or head.trains:
+    if not labels.active or head.trains:
         return None
+    key = "offline" if labels.source is None else "source"
     return (
-        f"labels.source is {labels.source!r} and head.variant is {head.variant!r}: the head of this variant is not trained, so "
-        f"nothing would learn from labels; use variant 'r2m' or 'iterative_head', or leave labels out"
+        f"labels.{key} is {getattr(labels, key)!r} and head.variant is {head.variant!r}: the head of this variant is not trained, "
+        f"so nothing would learn from labels; use variant 'r2m' or 'iterative_head', or leave labels out"
     )
 
 
@@ -395,11 +396,19 @@ def refreshed_states_are_read(labels: LabelsSection, head: HeadSection) -> str |
 
 def options_of_labels_need_a_source(labels: LabelsSection) -> str | None:
     """Keys about labels need somebody who gives them, and keys about a replay need a replay."""
-    if labels.source is None:
+    of_both = () if labels.source is None and labels.offline is None else ("self_weight",)
+    of_offline = ("offline", "offline_pairs", "offline_weight", "offline_temper")
+    keys = [key for key in type(labels).model_fields if key not in (*of_both, *of_offline)]
+    missing = {
+        "source": () if labels.source else changed(labels, *keys),
+        "offline": () if labels.offline else changed(labels, *of_offline),
+    }
+    if any(missing.values()):
         return one_per_line(
-            f"labels.{key} is {getattr(labels, key)!r} and labels.source is None: there are no labels; name a source, or leave "
-            f"labels.{key} out"
-            for key in changed(labels, *type(labels).model_fields)
+            f"labels.{key} is {getattr(labels, key)!r} and labels.{of} is None: there are no such labels; name a source in "
+            f"labels.{of}, or leave labels.{key} out"
+            for of, wrong in missing.items()
+            for key in wrong
         )
     if labels.replay == 0 and changed(labels, "replay_from"):
         return (

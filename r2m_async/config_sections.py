@@ -312,13 +312,29 @@ class LabelsSection(Section):
     self_weight: float = Field(1.0, ge=0, le=LARGEST)
     """How much a group of which no pair was asked about counts in the Bradley-Terry term, beside a labelled pair, which
     counts 1. Such a group teaches the head by the head's own ranking (Eq. 5). 0: labels alone teach."""
+    offline: str | None = None
+    """Source of preference pairs that the head learns from beside labels, or without any: records in the forms of
+    `data.preferences`, or `embedded` for pairs of the embedded language. Each is weighted by how much likelier its
+    responses are under the policy than under the reference policy (OCRM). None: no such pairs."""
+    offline_pairs: int = Field(8, gt=0)
+    """How many of these pairs each head update sees, drawn at random."""
+    offline_weight: float = Field(1.0, gt=0, le=LARGEST)
+    """How much such a pair counts in the mean, beside a labelled pair, which counts 1."""
+    offline_temper: float = Field(0.001, ge=0)
+    """The weight of a pair is the ratio of the probabilities of both its responses to this power, divided by the mean
+    over the pairs of the update. 1 is the whole ratio, which few pairs would dominate. 0 weighs all alike."""
     noise: float = Field(0.0, ge=0, lt=1)
     """For studies: the probability that a label is turned round before it is used."""
 
     @property
+    def active(self) -> bool:
+        """Whether the head learns from pairs that somebody else has ranked."""
+        return self.source is not None or self.offline is not None
+
+    @property
     def rereads(self) -> bool:
-        """Whether the policy reads labelled pairs once more before the head's update."""
-        return self.source is not None and self.states == "refreshed"
+        """Whether the policy reads pairs for the head's update."""
+        return self.offline is not None or (self.source is not None and self.states == "refreshed")
 
 
 class FeedbackSection(Section):

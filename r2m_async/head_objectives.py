@@ -121,21 +121,36 @@ def grebt_terms(
     )
 
 
-def pair_weights(num_labelled: int, num_own: int, own_weight: float) -> tuple[float, float]:
+def importance_weights(log_ratios: Tensor, temper: float) -> Tensor:
+    """[P]: the importance weights of P preference pairs of a data set, with mean 1 (OCRM, arXiv 2507.15507).
+
+    The two responses of a pair were drawn from another policy than the one whose responses are scored. With x_i the
+    log-ratio of pair i, its weight is exp(`temper` x_i), divided by the mean of all P of them.
+
+    Args:
+        log_ratios: [P], log pi(y_w|x) + log pi(y_l|x) less the same under the policy that the data are taken to be from.
+        temper: 1 is the ratio itself, whose variance grows with the length of responses. Less flattens the weights.
+            0 weighs all pairs alike. The authors' script for TL;DR has 0.001.
+    """
+    return (temper * log_ratios).softmax(0) * len(log_ratios)
+
+
+def pair_weights(labelled: float, num_own: int, own_weight: float) -> tuple[float, float]:
     """The weights of one labelled pair and of one pair that the head ranks itself, in the mean of the Bradley-Terry terms.
 
     The loss of an update with labels is (1 - alpha) times a weighted mean of -log sigmoid(r_w - r_l) over all pairs, plus
-    alpha times the mean of the group reward entropy (Eq. 6). A labelled pair counts once. A pair of Eq. 5, which the head
+    alpha times the mean of the group reward entropy (Eq. 6). A labelled pair counts once, and one of a
+    data set as often as its importance weight says. A pair of Eq. 5, which the head
     has ranked itself, counts `own_weight` times. The paper has no labels: without any, this is its Eq. 7.
 
     Args:
-        num_labelled: the number of labelled pairs.
+        labelled: the sum of the weights of all labelled pairs, each of which has 1 but for those of a data set.
         num_own: the number of groups that were not asked about, each of which has one pair of Eq. 5.
         own_weight: 0 or more.
 
-    Returns (weight of a labelled pair, weight of an own pair). Over all pairs they add up to 1, or to 0 if nothing counts.
+    Returns (weight of a labelled pair that counts once, weight of an own pair). Over all pairs they add up to 1, or to 0 if nothing counts.
     """
-    total = num_labelled + own_weight * num_own
+    total = labelled + own_weight * num_own
     return (1 / total, own_weight / total) if total else (0.0, 0.0)
 
 

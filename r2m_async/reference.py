@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep, RewardFailed
 from r2m_async.finite import all_finite
-from r2m_async.labels.pairs import chosen_pairs, pair_of, replayed_indices, with_noise
+from r2m_async.labels.pairs import chosen_pairs, offline_indices, pair_of, replayed_indices, with_noise
 from r2m_async.labels.questions import Question
 from r2m_async.labels.sources import source_of
 from r2m_async.launch.workload import TicketOffice, Workload, resolve
@@ -33,7 +34,7 @@ from r2m_async.models.critic import load_critic, proximal_values, response_value
 from r2m_async.models.generation import play_with_model, sample_groups
 from r2m_async.models.heads import HeldHead, build_head, head_groups, improve_head, reward_spread, score_group
 from r2m_async.models.loading import load_policy, one_thread
-from r2m_async.models.pairs import pair_trajectories, reread_pairs
+from r2m_async.models.pairs import completed, reread_pairs
 from r2m_async.models.plays import rollout_function
 from r2m_async.models.policy import (
     behaviour_logprobs,
@@ -55,7 +56,7 @@ from r2m_async.models.policy_objective import (
     step_place,
 )
 from r2m_async.models.pretrained import pretrained_tokenizer
-from r2m_async.models.reward import embed_group, load_reward_model, scoring_head
+from r2m_async.models.reward import embed_group, embed_offline, load_reward_model, scoring_head
 from r2m_async.models.reward_probe import PromptStates, probe_of
 from r2m_async.models.reward_scale import RewardScale
 from r2m_async.models.weights import MasterWeights, MovingReference, adamw, named_weights
@@ -180,6 +181,7 @@ class _Algorithm1:
         self._scale = RewardScale(config)
         self._probe = probe_of(workload.estimator, config)
         self._source = source_of(config) if config.labels.source else None
+        self._offline = workload.offline
         self._labelled: list[list[LabelledPair]] = []
         """Per step, the pairs of its groups that were labelled."""
 
@@ -382,7 +384,7 @@ class _Algorithm1:
                     for index, embedding in enumerate(step.embeddings)
                 ]
         groups = head_groups(step.embeddings, feedback, step.rewards)  # 16
-        labels = self._labels_of(step, groups) if self._source else None
+        labels = self._labels_of(step, groups) if config.labels.active else None
         if labels and config.labels.rereads:
             labels = self._reread(labels, step.number)
         if groups or (labels and labels.pairs):
@@ -391,7 +393,9 @@ class _Algorithm1:
     def _labels_of(self, step: _Step, groups: list[HeadGroup]) -> LabelBatch:
         """Asks about pairs of a step at once, and returns the labels that its head update uses: those of an earlier step."""
         config = self._config
-        asked = chosen_pairs(step.number, step.groups, step.embeddings, step.rewards, config)
+        asked: tuple[Label, ...] = ()
+        if self._source:
+            asked = chosen_pairs(step.number, step.groups, step.embeddings, step.rewards, config)
         learns = {group.embeddings.group_id: group for group in groups}
         answered = [with_noise(self._answered(label, step), config) for label in asked]
         self._labelled.append(
@@ -408,23 +412,32 @@ class _Algorithm1:
             asked=tuple(sorted({label.group_id for label in asked})),
             new=tuple(self._labelled[due]) if due >= 0 else (),
             replayed=tuple(earlier[index] for index in replayed_indices(step.number, len(earlier), config)),
+            offline=tuple(self._offline[index] for index in offline_indices(step.number, len(self._offline), config)),
         )
 
     def _labelled_pair(self, label: Label, group: HeadGroup, step: _Step) -> LabelledPair:
         """Two responses of a group, the preferred one first."""
         first, second = _best_first(label)
         pair = pair_of(group, (first, second))
-        if not self._config.labels.rereads:
+        if self._config.labels.states == "kept":
             return LabelledPair(label=label, group=pair)
         (sampled,) = (one for one in step.groups if one.ticket.group_id == label.group_id)
         both = sampled.trajectories[first], sampled.trajectories[second]
         return LabelledPair(label=label, group=pair, trajectories=both)
 
     def _reread(self, labels: LabelBatch, number: int) -> LabelBatch:
-        """The labels with the states of the policy as it is after the step."""
-        trajectories = pair_trajectories(labels)
-        _, states = proximal_pass(self._policy, trajectories, self._config) if trajectories else (None, ())
-        return labels.reread(reread_pairs(labels, dict(enumerate(states)), number))
+        """The labels with what the policy, as it is after the step, makes of pairs among them."""
+        config, unread = self._config, labels.unread
+        if not unread:
+            return labels
+        logprobs, states = proximal_pass(self._policy, _flat(unread), config)
+        first = len(unread) - len(labels.offline)
+        ratios = logprobs.sum(1)[2 * first :]
+        if labels.offline:
+            ratios = ratios - token_logprobs(self._reference, _flat(unread[first:]), config).sum(1)
+        read = reread_pairs(labels, dict(enumerate(states)), ratios, number, config)
+        embedded = embed_offline(self._reward_model, self._reward_tokenizer, labels.offline, config)
+        return completed(labels, read, embedded, config)
 
     def _answered(self, label: Label, step: _Step) -> Label:
         """A label with the answer of `labels.source`."""
@@ -433,6 +446,11 @@ class _Algorithm1:
         assert self._source is not None
         question = Question(label=label, prompt=group.ticket.prompt, responses=(first, second))
         return self._source.ask(question).result().of(label)
+
+
+def _flat(pairs: Sequence[tuple[Trajectory, ...]]) -> list[Trajectory]:
+    """The trajectories of all pairs, one after the other."""
+    return [trajectory for pair in pairs for trajectory in pair]
 
 
 def _best_first(label: Label) -> tuple[int, int]:

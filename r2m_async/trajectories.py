@@ -10,8 +10,8 @@ hidden size of the reward model, P tokens of the probe. Tensors inside these typ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -316,6 +316,8 @@ class LabelledPair:
     """The two alone: the preferred response, then the other."""
     trajectories: tuple[Trajectory, Trajectory] | None = None
     """The same two in full, if the policy reads them anew for this update (`labels.states: refreshed`)."""
+    weight: float = 1.0
+    """How much the pair counts beside others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,9 +325,11 @@ class RereadPair:
     """What the present policy makes of a labelled pair."""
 
     group_id: int
-    """The place of the pair in `LabelBatch.pairs`."""
+    """The place of the pair in `LabelBatch.unread`."""
     feedback: PolicyFeedback | None
     """The policy's states on the two. None if the head reads none."""
+    log_ratio: Tensor | None = None
+    """log pi - log pi_ref, summed over all tokens of both responses: a scalar tensor. None but for pairs of `offline`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,18 +345,19 @@ class LabelBatch:
     replayed: tuple[LabelledPair, ...]
     """Pairs of earlier updates that are used once more."""
 
+    offline: tuple[TrajectoryGroup, ...] = ()
+    """Pairs of `labels.offline`, each as a group of two: the preferred response, then the other."""
+
     @property
     def pairs(self) -> tuple[LabelledPair, ...]:
-        """All pairs that this update learns from."""
+        """All pairs that this update learns from, but for those in `offline`."""
         return *self.new, *self.replayed
 
-    def reread(self, pairs: Sequence[RereadPair]) -> LabelBatch:
-        """The same labels with the states of the present policy. `pairs` has one for each of `pairs`, in their order."""
-        own = [
-            replace(pair, group=replace(pair.group, feedback=again.feedback))
-            for pair, again in zip(self.pairs, pairs, strict=True)
-        ]
-        return replace(self, new=tuple(own[: len(self.new)]), replayed=tuple(own[len(self.new) :]))
+    @property
+    def unread(self) -> list[tuple[Trajectory, ...]]:
+        """The two trajectories of each pair that the policy reads for this update: those of `offline` come last."""
+        own = [pair.trajectories for pair in self.pairs if pair.trajectories is not None]
+        return [*own, *(group.trajectories for group in self.offline)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

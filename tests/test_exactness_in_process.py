@@ -155,6 +155,20 @@ def test_every_choice_of_pairs_replays_and_noise_are_the_references_bit_for_bit(
         assert any(not torch.equal(kept[name], tensor) for name, tensor in refreshed.items())
 
 
+@pytest.mark.parametrize("variant", ["r2m", "iterative_head"])
+def test_weighted_pairs_of_a_data_set_are_the_references_bit_for_bit_with_labels_and_without(
+    labelled, tiny_config, pairs_file, variant
+):
+    offline = {"offline": str(pairs_file), "offline_pairs": 3, "offline_temper": 0.5}
+    alone = tiny_config.rollouts(max_new_tokens=12).head(variant=variant, alpha=0.0)
+    config = alone.labels(**offline, self_weight=0.0).scheduling(max_policy_age=1, max_head_age=1, lag="exact")
+    assert_same_bits(config)
+    whole, flat = (reference.train(config.labels(offline_temper=temper)).head.tensors for temper in (0.5, 0.0))
+    assert any(not torch.equal(whole[name], tensor) for name, tensor in flat.items()), "the weights count"
+    both = labelled.rollouts(max_new_tokens=12).head(variant=variant).labels(**offline, max_age=1)
+    assert_same_bits(both.labels(states="refreshed") if variant == "r2m" else both)
+
+
 @pytest.mark.parametrize("ages", [(1, 0), (0, 2), (3, 2)])
 def test_exact_lag_is_the_reference_with_the_same_delays(tiny_config, ages):
     policy_age, head_age = ages

@@ -12,6 +12,7 @@ from r2m_async.head_objectives import (
     grebt,
     grebt_terms,
     group_reward_entropy,
+    importance_weights,
     pessimistic,
     preference_doubt,
 )
@@ -171,3 +172,21 @@ def test_pessimism_and_doubt_agree_with_literal_loops(seed, heads, k, kappa):
 def test_doubt_by_hand():
     doubt = preference_doubt(torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)]]))
     assert doubt.tolist() == [[0, pytest.approx(0.25)], [pytest.approx(0.25), 0]]
+
+
+# Pairs of a data set
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-200, 200), min_size=1, max_size=6), st.sampled_from([0.0, 0.001, 0.5, 1.0]))
+def test_importance_weights_agree_with_a_literal_loop(log_ratios, temper):
+    ratios = [math.exp(temper * (one - max(log_ratios))) for one in log_ratios]
+    mean = sum(ratios) / len(ratios)
+    expected = [ratio / mean for ratio in ratios]
+    assert importance_weights(torch.tensor(log_ratios, dtype=F64), temper).tolist() == pytest.approx(expected)
+
+
+def test_importance_weights_by_hand():
+    weights = importance_weights(torch.tensor([math.log(3), 0.0]), 1.0)
+    assert weights.tolist() == pytest.approx([1.5, 0.5])
+    assert importance_weights(torch.tensor([50.0, -50.0]), 0.0).tolist() == [1.0, 1.0]

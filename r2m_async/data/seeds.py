@@ -37,6 +37,7 @@ class Stream(IntEnum):
     LABEL_NOISE = 10
     LABEL_REPLAY = 11
     HEAD_BOOTSTRAP = 12
+    OFFLINE_PAIRS = 13
 
 
 def sampling_seed(seed: int, group_id: int, stream: int = Stream.ROLLOUTS) -> int:

@@ -136,3 +136,12 @@ def replayed_indices(step: int, num_pairs: int, config: R2MConfig) -> list[int]:
     """
     rng = random.Random(sampling_seed(config.run.seed, step, Stream.LABEL_REPLAY))
     return sorted(rng.sample(range(num_pairs), min(config.labels.replay, num_pairs)))
+
+
+def offline_indices(step: int, num_pairs: int, config: R2MConfig) -> list[int]:
+    """Returns which of the pairs of `labels.offline` the update of a step sees, in their order.
+
+    They are `labels.offline_pairs` of the `num_pairs`, or all if there are fewer.
+    """
+    rng = random.Random(sampling_seed(config.run.seed, step, Stream.OFFLINE_PAIRS))
+    return sorted(rng.sample(range(num_pairs), min(config.labels.offline_pairs, num_pairs)))

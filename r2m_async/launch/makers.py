@@ -7,6 +7,7 @@ process loads only what its own stage needs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -40,7 +41,7 @@ def _stages(config: R2MConfig, launch: Launch, others: dict[str, Callable[..., A
         annotators=tuple(launch(f"annotator-{index}", _reward_annotator) for index in replicas),
         policy=launch("policy-learner", _policy_learner),
         head=launch("head-learner", _head_learner),
-        labels=launch("labeller", _labeller) if config.labels.source else None,
+        labels=launch("labeller", _labeller) if config.labels.active else None,
         **others,
     )
 
@@ -151,10 +152,10 @@ def _head_learner(config: R2MConfig, workload: Workload) -> HeadLearner:
 
 
 def _labeller(config: R2MConfig, workload: Workload) -> Labeller:
-    """Makes the labeller with the source that `labels.source` names."""
+    """Makes the labeller with the source that `labels.source` names, and with the pairs of `labels.offline`."""
     from r2m_async.labels.sources import source_of
 
-    return Labeller(source_of(config), config)
+    return Labeller(source_of(config) if config.labels.source else None, config, workload.offline)
 
 
 def stages_in_process(config: R2MConfig, workload: Workload) -> Stages:
@@ -182,9 +183,12 @@ def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
         processes: starts the processes. Its config and its shares of GPUs are used.
         workload: the resolved workload of the config.
     """
-    config, gpus = processes.config, processes.gpus
+    config, gpus, with_pairs = processes.config, processes.gpus, workload
+    workload = replace(workload, offline=())
 
     def launch(name: str, make: Make) -> Carrier:
+        if make is _labeller:
+            return processes.stage(name, make, with_pairs, 0.0)
         if make is _policy_learner and config.learner.backend == "deepspeed":
             return processes.gang(name, _policy_rank, workload, gpus)
         if make is _rollout_actor:
@@ -192,7 +196,7 @@ def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
             return processes.stage(name, make, workload, num_gpus, deadline)
         if make is _replay_queue:
             return processes.stage(name, _queue_of_buffers, workload, 0.0)
-        on_cpu = make in (_head_learner, _labeller) or (make is _reward_annotator and not workload.reward_model)
+        on_cpu = make is _head_learner or (make is _reward_annotator and not workload.reward_model)
         return processes.stage(name, make, workload, 0.0 if on_cpu else gpus)
 
     return _stages(config, launch, {**ray_bytes(), "watch": processes.ray.watch, "stacks": processes.stacks})

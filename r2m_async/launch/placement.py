@@ -88,7 +88,7 @@ def groups(config: R2MConfig, gpus: float) -> tuple[Group, ...]:
         annotator = {**(annotator if annotator != ANYWHERE else {}), "memory": float(cluster.annotator_memory)}
     engine = {"GPU": gpus * rollouts.tensor_parallel} if gpus else ANYWHERE
     stable = {**dict.fromkeys(ranks, gpu), "queue": ANYWHERE, "head-learner": ANYWHERE}
-    if config.labels.source:
+    if config.labels.active:
         stable["labeller"] = ANYWHERE
     return (
         Group("cluster.stable", cluster.stable, "PACK", stable),

@@ -12,15 +12,16 @@ from r2m_async.data.pairs import read_prompt
 from r2m_async.data.prompts import load_preferences, load_prompts
 from r2m_async.data.records import Record, load_records
 from r2m_async.data.sources import is_local, items_of
-from r2m_async.errors import ConfigError
+from r2m_async.errors import ConfigError, DataError
 from r2m_async.from_scratch import language
 from r2m_async.labels.functions import KNOWN as LABELLER_KNOWS
 from r2m_async.labels.sources import missing_columns
 from r2m_async.launch.model_checks import Reader, prompt_check, shown
+from r2m_async.models.pairs import offline_group
 from r2m_async.plugins import nearest
 from r2m_async.rewards.arguments import INFO, KNOWN, keys_read
 from r2m_async.rewards.calls import functions_of, gold_of
-from r2m_async.trajectories import Prompt
+from r2m_async.trajectories import Prompt, TrajectoryGroup
 
 
 def record_options(config: R2MConfig) -> dict[str, Any]:
@@ -83,6 +84,38 @@ def read_prompts(
         )
     cut = len(loaded.prompts) - held
     return loaded.prompts[:cut], loaded.prompts[cut:], dict(skipped)
+
+
+def read_offline(config: R2MConfig, tokenizer: Any) -> tuple[tuple[TrajectoryGroup, ...], dict[str, int]]:
+    """Reads the pairs of `labels.offline`. tokenizer: the policy's.
+
+    Returns each pair as a group of two (`models.pairs.offline_group`), and how many records were left out by reason. A pair
+    is left out if its prompt or a response is longer than `rollouts.max_prompt_tokens` and `rollouts.max_new_tokens` allow.
+
+    Raises DataError if the source cannot be used, or has no pair that is short enough.
+    """
+    source = config.labels.offline
+    if source is None:
+        return (), {}
+    if source == "embedded":
+        from r2m_async.from_scratch.preferences import embedded_preferences
+
+        loaded = load_preferences(str(embedded_preferences().training))
+    else:
+        loaded = load_preferences(source, **record_options(config))
+    limits, groups = config.rollouts, list[TrajectoryGroup]()
+    for pair in loaded.pairs:
+        group = offline_group(len(groups), pair.prompt, (pair.chosen, pair.rejected), tokenizer)
+        responses = [one.num_response_tokens for one in group.trajectories]
+        if group.trajectories[0].prompt_len <= limits.max_prompt_tokens and max(responses) <= limits.max_new_tokens:
+            groups.append(group)
+    if not groups:
+        raise DataError(
+            f"labels.offline {source!r}: none of its {len(loaded.pairs)} pairs fits into rollouts.max_prompt_tokens "
+            f"{limits.max_prompt_tokens} and rollouts.max_new_tokens {limits.max_new_tokens}; raise them, or name other pairs"
+        )
+    too_long = len(loaded.pairs) - len(groups)
+    return tuple(groups), {**loaded.skipped, **({"longer than rollouts allow": too_long} if too_long else {})}
 
 
 def _language_prompt(text: str, tokenizer: object | None) -> Prompt:

@@ -27,7 +27,14 @@ from r2m_async.launch.model_checks import (
     check_reward_model,
     prompt_check,
 )
-from r2m_async.launch.prompts import check_columns, column_bytes, columns_to_tell, read_prompts, record_options
+from r2m_async.launch.prompts import (
+    check_columns,
+    column_bytes,
+    columns_to_tell,
+    read_offline,
+    read_prompts,
+    record_options,
+)
 from r2m_async.models.attention import check_attention
 from r2m_async.models.liger import check_liger
 from r2m_async.models.plays import INFO_BYTES, rollout_function
@@ -39,7 +46,7 @@ from r2m_async.rewards.calls import functions_of, gold_of
 from r2m_async.ring.progress import Progress
 from r2m_async.ring.simulator import plan_without_models
 from r2m_async.schedule import Admission, Plan
-from r2m_async.trajectories import Prompt, Ticket
+from r2m_async.trajectories import Prompt, Ticket, TrajectoryGroup
 
 BUILT_HERE = ("embedded", "from_scratch")
 """Values of `model.policy` and `reward.model` for which `resolve` builds a model. All others name existing models."""
@@ -65,6 +72,8 @@ class Workload:
     """The prompts that are trained on."""
     eval_prompts: tuple[Prompt, ...]
     """The held-out prompts of the evaluation. Empty if there is no evaluation."""
+    offline: tuple[TrajectoryGroup, ...] = ()
+    """The pairs of `labels.offline`, each as a group of two responses."""
     skipped: dict[str, int]
     """For each reason, the number of records that were left out under `data.on_bad_record: skip`."""
     notes: tuple[str, ...] = ()
@@ -111,13 +120,15 @@ def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | No
     prompts, held_out, skipped = read_prompts(config, readers["model.policy"].tokenizer, prompt_check(readers))
     records = [(one.prompt_id, one.columns) for one in (*prompts, *held_out)]
     check_columns(config, records)
+    offline, left_out = read_offline(config, readers["model.policy"].tokenizer)
     return Workload(
         **models._asdict(),
         reference=config.model.reference or models.policy,
         critic=(config.critic.model or models.policy) if estimator.needs_values else None,
         prompts=prompts,
         eval_prompts=held_out,
-        skipped=skipped,
+        offline=offline,
+        skipped={**skipped, **{f"labels.offline: {reason}": count for reason, count in left_out.items()}},
         notes=(*notes, *columns_to_tell(config, records)),
         estimator=estimator,
     )

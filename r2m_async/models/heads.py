@@ -416,7 +416,7 @@ def label_losses(
             terms.append(term.detach())
             gaps.append((chosen - rejected).detach())
             if seen := bootstrap_weight(pair.label.group_id, member, config):
-                loss = loss + seen * weight * term
+                loss = loss + seen * (weight * pair.weight) * term
         mean_gap = torch.stack(gaps).mean()
         yield PairTerms(loss=loss, bradley_terry=torch.stack(terms).mean(), agrees=mean_gap > 0)
 
@@ -425,7 +425,8 @@ def _pair_weights(groups: Sequence[HeadGroup], labels: LabelBatch, config: R2MCo
     """Returns the weights of one labelled pair and of one pair of the head's own in an update (`pair_weights`)."""
     asked = set(labels.asked)
     num_own = sum(group.embeddings.group_id not in asked for group in groups)
-    return pair_weights(len(labels.pairs), num_own, config.labels.self_weight)
+    labelled = sum(pair.weight for pair in labels.pairs)
+    return pair_weights(labelled, num_own, config.labels.self_weight)
 
 
 def _passes(groups: Sequence[HeadGroup]) -> list[list[HeadGroup]]:

@@ -282,6 +282,14 @@ def embed_group(
     return embeddings
 
 
+def embed_offline(
+    model: PreTrainedModel | None, tokenizer: Any, groups: Sequence[TrajectoryGroup], config: R2MConfig
+) -> tuple[RewardEmbeddings, ...]:
+    """Returns the embeddings of pairs of a data set, without any reward function. Arguments are those of `embed_group`."""
+    alone = config.reward(functions=())
+    return tuple(embed_group(model, tokenizer, group, alone) for group in groups)
+
+
 def _responses(group: TrajectoryGroup) -> tuple[Trajectory, ...]:
     """The responses of a group. Its greedy twin comes last, if it has one."""
     return (*group.trajectories, *(() if group.greedy is None else (group.greedy,)))

@@ -54,7 +54,9 @@ class _Due:
 
     labels: Payload | None = None
     reread: Payload | None = None
-    """What the policy makes of the labelled pairs, if it reads them once more."""
+    """What the policy makes of pairs among them, if it reads any."""
+    embedded: Payload | None = None
+    """The reward token embeddings of pairs of a data set, if the policy reads any."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The counts and ages of all labels so far."""
 
@@ -357,8 +359,9 @@ class Controller:
 
     async def _training_loop(self) -> None:
         """Consumes the groups of one step after the other. Waits until the driver wants a step, until each group of the
-        step has arrived or was given up, and for a head version that is young enough. With `labels.wait` and refreshed
-        states it waits for labels, too. It is unblocked by the driver, the rollout loops and the head loop. Produces policy versions, and work for the head loop."""
+        step has arrived or was given up, and for a head version that is young enough. With `labels.wait` it also waits
+        for labels, if the policy reads their pairs once more. It is unblocked by the driver, the rollout loops, the head
+        loop and whoever gives labels. Produces policy versions, and work for the head loop."""
         while not self.finished:
             learner = "policy learner"
             await self._waits.until(lambda: self._steps_wanted > 0, learner, "the driver to want a step")
@@ -423,9 +426,7 @@ class Controller:
             await self._stalls_for_publication()
         if self.config.labels.rereads:
             # Here, because in its next step the policy moves on.
-            due = await self._due(work)
-            _, reread = await self._calls.traced(stages.policy.reread(step, cast(Payload, due.labels)), step=step)
-            self._head_queue.append(replace(work, due=replace(due, reread=reread)))
+            self._head_queue.append(replace(work, due=await self._read(step, await self._due(work))))
         self._waits.notify()
         return metrics
 
@@ -508,7 +509,7 @@ class Controller:
             work = self._head_queue.popleft()
             async with in_step(work.step, work.group_ids):
                 due = work.due or await self._due(work)
-                parts = work.embeddings, work.refreshed, work.rewards, due.labels, due.reread
+                parts = work.embeddings, work.refreshed, work.rewards, due.labels, due.reread, due.embedded
                 report, weights = await self._calls.traced(self.stages.head.update(work.step, *parts), step=work.step)
             self.metrics.standing["head"] = {"head/step": float(work.step + 1), **report.metrics, **due.metrics}
             # The weights are there before the schedule knows of the version: from then on a step may be scored with it.
@@ -525,6 +526,14 @@ class Controller:
         await self._waits.work(work.asked, "head learner", "its pairs to be asked about")
         labels, metrics = await self.labels.due(work.step, work.refreshed)
         return _Due(labels=labels, metrics=metrics)
+
+    async def _read(self, step: int, due: _Due) -> _Due:
+        """Lets the policy read pairs of a head update, and an annotator embed those of a data set."""
+        labels, stages = cast(Payload, due.labels), self.stages
+        async with together() as both:
+            read = both.create_task(self._calls.traced(stages.policy.reread(step, labels), step=step))
+            embed = both.create_task(self._calls.traced(stages.annotators[0].embed_pairs(step, labels), step=step))
+        return replace(due, reread=read.result()[1], embedded=embed.result()[1])
 
     async def _watchdog(self) -> None:
         """Ends the run, by raising StalledRun, if nothing has moved for `scheduling.stall_after` seconds.

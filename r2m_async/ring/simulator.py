@@ -292,6 +292,7 @@ class SimulatedStage:
             "proximal": (report, None),
             "train": (report, None),
             "reread": (report, None),
+            "embed_pairs": (report, None),
             "update": (report, step + 1),
             "score": (report, None),
             "embed": (report, None),
@@ -336,7 +337,7 @@ def simulate(config: R2MConfig, times: StageTimes, seed: int = 0, cores: float |
         annotators=tuple(stage(f"annotator-{index}") for index in range(config.reward.replicas)),
         policy=stage("policy-learner"),
         head=stage("head-learner"),
-        labels=stage("labeller") if config.labels.source else None,
+        labels=stage("labeller") if config.labels.active else None,
         **local_bytes(),
     )
     results, schedule = run_virtually(config, plan, stages)
@@ -452,7 +453,7 @@ def physical_bound(config: R2MConfig, times: StageTimes, cores: float | None = N
         groups * times.generate / config.rollouts.num_actors,
         groups * times.embed / config.reward.replicas + times.score,
         times.proximal + times.train + copying,
-        times.update + times.labels * (config.labels.source is not None),
+        times.update + times.labels * config.labels.active,
         work / cores if cores else 0.0,
     )
 
@@ -465,7 +466,7 @@ def serial_time(config: R2MConfig, times: StageTimes) -> float:
     groups = config.rollouts.prompts_per_step
     rollouts = -(-groups // config.rollouts.num_actors) * times.generate + times.load_weights
     annotation = groups * times.embed / config.reward.replicas + times.score
-    labels = times.labels * (config.labels.source is not None)
+    labels = times.labels * config.labels.active
     learners = times.proximal + times.train + times.weights + times.update + labels
     return rollouts + annotation + learners + queue_time(config, times)
 

@@ -252,6 +252,17 @@ class AnnotatorStage(Stage):
                 all of them.
         """
 
+    @method(1)
+    def embed_pairs(self, step: int, labels: Payload) -> Call[tuple[StepReport, Payload]]:
+        """Runs the frozen backbone on the pairs of a data set in a head update (`labels.offline`).
+
+        Args:
+            step: the policy step.
+            labels: the labels of its head update, as the label stage's `labels` made them.
+
+        The payload is the embeddings of each pair.
+        """
+
     @method()
     def evaluate(
         self,
@@ -291,7 +302,7 @@ class PolicyStage(Stage):
 
     @method(1, shares=(0,))
     def reread(self, step: int, labels: Payload) -> Call[tuple[StepReport, Payload]]:
-        """Reads labelled pairs with the policy as it is after a step.
+        """Reads pairs with the policy as it is after a step: labelled ones, or those of a data set.
 
         Args:
             step: the policy step.
@@ -352,6 +363,7 @@ class HeadStage(Stage):
         annotated: Payload,
         labels: Payload | None = None,
         reread: Payload | None = None,
+        embedded: Payload | None = None,
     ) -> Call[tuple[StepReport, Payload]]:
         """Makes one update of the head on the groups of a step. The payload is the weights of the new version.
 
@@ -361,7 +373,8 @@ class HeadStage(Stage):
             refreshed: the refreshed feedback, as the policy learner's `train` made it.
             annotated: the rewards of the groups, as `score` made them.
             labels: the labels of this update, as the label stage's `labels` made them. None without a `labels.source`.
-            reread: what the policy learner's `reread` made of them. None if they are not read once more.
+            reread: what the policy learner's `reread` made of them. None if it reads no pairs.
+            embedded: what the annotator's `embed_pairs` made of them. None if the policy learner reads no pairs.
         """
 
     @method(1)

@@ -26,13 +26,14 @@ import msgpack
 from r2m_async import trajectories
 from r2m_async.errors import CodecError
 
-SCHEMA = 9
+SCHEMA = 10
 """The version of the format. Increase it with any change of the layout or of a record's fields."""
-READABLE = (6, 7, 8, SCHEMA)
+READABLE = (6, 7, 8, 9, SCHEMA)
 """The schemas that `decode` reads. It refuses all others.
 
 Schema 6 had all fields but those that `trajectories` has had a default of None for since. Schema 7 had all but
-`GroupReport.newest_version`, which no file of that time holds. Schema 8 had no labels.
+`GroupReport.newest_version`, which no file of that time holds. Schema 8 had no labels. In schema 9 labelled pairs had no
+`weight`: `decode` refuses those alone, by name.
 """
 
 _MAGIC = b"R2MC"

@@ -64,14 +64,19 @@ def plot_run(directory: Path) -> list[Path]:
     return [save(figure, directory / f"{name}.png") for name, figure in figures.items()]
 
 
-def compare_runs(directories: Mapping[str, Sequence[Path]], out: Path) -> Path:
+def compare_runs(
+    directories: Mapping[str, Sequence[Path]],
+    out: Path,
+    curves: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+) -> Path:
     """Draws `comparison_figure` of several runs into the file `out`, and returns its path.
 
-    directories: for each label the run directories, which differ in their seed. Raises DiskError, and DataError if a
-    record cannot be read.
+    directories: for each label the run directories, which differ in their seed. curves: those of `comparison_figure`.
+
+    Raises DiskError, and DataError if a record cannot be read.
     """
     runs = {label: [read_metrics(path / "metrics.jsonl") for path in paths] for label, paths in directories.items()}
-    return save(comparison_figure(runs), out)
+    return save(comparison_figure(runs, curves), out)
 
 
 def reward_figure(steps: Records, evaluations: Records) -> Figure:
@@ -181,31 +186,41 @@ def stages_figure(trace: Records, num_steps: int = NUM_TRACED_STEPS) -> Figure:
     return figure
 
 
-def comparison_figure(runs: Mapping[str, Sequence[Records]]) -> Figure:
+def comparison_figure(
+    runs: Mapping[str, Sequence[Records]], curves: Mapping[str, Mapping[str, Sequence[Any]]] | None = None
+) -> Figure:
     """Draws the rewards of several set-ups in one figure.
 
     runs: for each label the records of metrics.jsonl, once for each seed.
+    curves: for each label `step`, and under `proxy`, `proxy_half_width`, `gold` and `gold_half_width` the mean over seeds at
+        each step and half the width of its interval, None where it is not known. A label with curves has a
+        band in the place of thin lines.
 
     The proxy reward is above, and the gold reward below if it is known.
 
-    A thick line is the mean over the seeds of a label. Each seed has a thin line too, unless there are more labels than
-    colours. Against the step (left), the mean ends where the shortest run ends. Against the KL (right), the steps of
-    all seeds are put into bins with equally many steps and averaged, which compares the rewards at the same KL.
+    A thick line is the mean over the seeds of a label. Each seed has a thin line too, or the label its band, unless there
+    are more labels than colours. Against the step (left), the mean ends where the shortest run ends. Against the KL
+    (right), the steps of all seeds are put into bins with equally many steps and averaged, which compares the rewards at
+    the same KL.
     """
     everything = [record for seeds in runs.values() for seed in seeds for record in seed]
     rows = REWARDS if has(everything, "reward/gold") else REWARDS[:1]
     figure, axes = grid(len(rows), 2)
-    for (by_step, by_kl), (key, _, axis_label) in zip(axes, rows, strict=True):
+    for (by_step, by_kl), (key, name, axis_label) in zip(axes, rows, strict=True):
         for (label, seeds), drawn in zip(runs.items(), line_cycle(len(runs)), strict=True):
             thin, thick = drawn | {"lw": 0.7, "alpha": 0.45}, drawn | {"lw": 2.2}
-            curves = [(column(seed, "step"), samples_kl(seed), column(seed, key)) for seed in seeds]
+            of_seeds = [(column(seed, "step"), samples_kl(seed), column(seed, key)) for seed in seeds]
             # With more labels than colours, labels differ in their line style alone, which a thin line does not show.
-            for step, kl, reward in curves if len(runs) <= len(COLORS) else ():
+            few, own = len(runs) <= len(COLORS), (curves or {}).get(label)
+            if own and few:
+                steps, mean, half = (np.array(own[of], float) for of in ("step", name, f"{name}_half_width"))
+                by_step.fill_between(steps, mean - half, mean + half, color=drawn["color"], alpha=0.15, lw=0)
+            for step, kl, reward in of_seeds if few and not own else ():
                 by_step.plot(step, reward, **thin)
                 by_kl.plot(*binned(kl, reward), **thin)
             num_seeds = f"{len(seeds)} seed" + "s" * (len(seeds) != 1)
-            by_step.plot(*mean_curve([(step, reward) for step, _, reward in curves]), label=label, **thick)
-            kls, rewards = (np.concatenate([curve[place] for curve in curves]) for place in (1, 2))
+            by_step.plot(*mean_curve([(step, reward) for step, _, reward in of_seeds]), label=label, **thick)
+            kls, rewards = (np.concatenate([curve[place] for curve in of_seeds]) for place in (1, 2))
             by_kl.plot(*binned(kls, rewards), label=f"{label} ({num_seeds})", **thick)
         by_step.set_ylabel(axis_label)
     _label_bottom(axes)

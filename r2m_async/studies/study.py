@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import ConfigError, DataError
@@ -105,6 +105,8 @@ class Study(BaseModel):
     models."""
     kl_levels: tuple[PositiveFloat, ...] = Field((1.0, 2.0, 4.0, 8.0), min_length=1)
     """KL from the reference at which gold rewards are compared, in nats per response."""
+    at_steps: tuple[PositiveInt, ...] = ()
+    """Steps at which gold rewards are compared, each as the mean over the five steps that end there."""
     in_process: bool = True
     """Whether runs use the one-process ring, without Ray. Its numbers are the same unless the question is one of
     asynchrony."""
@@ -287,7 +289,7 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
         cells: dict[str, dict[int, Path]] = defaultdict(dict)
         for run in runs:
             cells[run.cell][run.seed] = out / "runs" / run.name
-        compare_cells(cells, study.kl_levels, study.against, out, study.draw)
+        compare_cells(cells, study.kl_levels, study.against, out, study.draw, study.at_steps)
     return failed
 
 

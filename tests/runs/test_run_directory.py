@@ -267,6 +267,21 @@ def test_the_comparison_draws_every_seed_and_their_mean_over_the_steps_they_shar
     assert [text.get_text() for text in legend.get_texts()] == ["vanilla (2 seeds)", "R2M (1 seed)"]
 
 
+def test_curves_give_a_label_a_band_in_the_place_of_its_seeds_lines():
+    seeds = [[step_metrics(step, **{"reward/mean": reward + step}) for step in (1, 2)] for reward in (0, 2)]
+    known = {"step": [1, 2], "proxy": [2.0, 3.0], "proxy_half_width": [0.5, None], "gold": [1.0, 1.0]}
+    curves = {"vanilla": known | {"gold_half_width": [0.25, 0.5]}}
+    figure = comparison_figure({"vanilla": seeds, "R2M": seeds}, curves)
+    proxy, gold = figure.axes[0], figure.axes[2]
+    assert len([line for line in proxy.get_lines() if line.get_label().startswith("_")]) == len(seeds)
+    for axes, (low, high) in ((proxy, (1.5, 2.5)), (gold, (0.5, 1.5))):
+        (band,) = axes.collections
+        drawn = band.get_paths()[0].vertices[:, 1]
+        assert (drawn.min(), drawn.max()) == (low, high)
+    many = {str(number): seeds for number in range(7)}
+    assert not any(axes.collections for axes in comparison_figure(many, dict.fromkeys(many, curves["vanilla"])).axes)
+
+
 def test_runs_are_compared_in_one_picture(finished_run, tmp_path):
     out = compare_runs({"vanilla": [finished_run], "R2M": [finished_run]}, tmp_path / "comparison.png")
     assert_drawn(out)

@@ -384,6 +384,24 @@ def test_kl_is_that_of_the_policy_that_sampled_where_a_run_has_it():
     assert summary(steps, (2, 4), 4.0) == pytest.approx(summary(steps_of([0, 2, 4], [0.0, 1.0, 3.0]), (2, 4), 4.0))
 
 
+def test_gold_is_told_at_steps_as_the_mean_of_the_five_that_end_there_and_over_all_steps():
+    steps = [
+        {
+            "step": at,
+            "kl/sequence": float(at),
+            "reward/gold": float(at**2),
+            "time/since_start": 0.0,
+            "labels/used": 2.0 * at,
+        }
+        for at in range(1, 9)
+    ]
+    told = summary(steps, (1.0,), 4.0, at_steps=(3, 7, 9))
+    assert told["gold_at_step_7"] == pytest.approx((9 + 16 + 25 + 36 + 49) / 5)
+    assert told["gold_at_step_3"] == pytest.approx((1 + 4 + 9) / 3) and math.isnan(told["gold_at_step_9"])
+    assert told["gold_mean"] == pytest.approx(204 / 8) and told["labels"] == 16
+    assert "labels" not in summary(steps_of([0, 1], [0.0, 1.0]), (1.0,), 1.0)
+
+
 @pytest.fixture
 def runs_of(tmp_path):
     """`runs_of(cell, {seed: gold})`: run directories whose gold is 0 at KL 0 and that at KL 4; not there for None."""
@@ -406,7 +424,7 @@ def runs_of(tmp_path):
 
 def test_a_figure_shows_what_is_named_of_its_kind_or_all(runs_of, tmp_path, monkeypatch):
     shown: list[list[str]] = []
-    monkeypatch.setattr("r2m_async.studies.cells.compare_runs", lambda drawn, out: shown.append(list(drawn)))
+    monkeypatch.setattr("r2m_async.studies.cells.compare_runs", lambda drawn, out, curves: shown.append(list(drawn)))
     cells = {name: runs_of(name, {1: 1.0, 2: gold}) for name, gold in (("one", 2.0), ("two", 3.0), ("lost", 4.0))}
     shutil.rmtree(cells["lost"][1])
     shutil.rmtree(cells["lost"][2])
@@ -424,7 +442,8 @@ def test_cells_are_compared_seed_by_seed_with_those_named(runs_of, tmp_path):
     }
     compare_cells(cells, (4.0, 8.0), ["base", "more"], tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert (list(results), results["area_to_kl"]) == (["cells", "against", "area_to_kl", "failed"], pytest.approx(4.0))
+    assert list(results) == ["cells", "against", "area_to_kl", "failed", "curves"]
+    assert results["area_to_kl"] == pytest.approx(4.0)
     assert [list(results["against"][baseline]) for baseline in results["against"]] == [
         ["more", "bare"],
         ["base", "bare"],
@@ -443,6 +462,25 @@ def test_cells_are_compared_seed_by_seed_with_those_named(runs_of, tmp_path):
     assert "KL from 0 to 4, which" in table and table.count("\n## Less ") == 2
     assert table_rows(tmp_path)["more"][-1] == "3 of 4" and table_rows(tmp_path)["base"][-1] == "4"
     assert "" in table_rows(tmp_path)["bare"] and "" not in table_rows(tmp_path)["base"]
+
+
+def test_curves_are_the_means_over_seeds_at_each_step_that_every_run_has(runs_of, tmp_path):
+    cells = {
+        "three": runs_of("three", {1: 1.0, 2: 2.0, 3: 6.0}),
+        "one": runs_of("one", {1: 4.0}),
+        "none": {1: tmp_path / "absent"},
+    }
+    records = read_metrics(cells["three"][3] / "metrics.jsonl")
+    (cells["three"][3] / "metrics.jsonl").unlink()
+    append_records(cells["three"][3] / "metrics.jsonl", [records[0] | {"reward/gold": None}, *records[1:9]])
+    compare_cells(cells, (4.0,), [], tmp_path, at_steps=[8])
+    results = json.loads((tmp_path / "results.json").read_text())
+    three, one = results["curves"]["three"], results["curves"]["one"]
+    assert three["step"] == list(range(1, 10)) and one["step"] == list(range(1, 11))
+    assert three["gold"] == pytest.approx([0] * 5 + [3.0] * 4) and three["kl"] == pytest.approx([0] * 5 + [4.0] * 4)
+    assert three["gold_half_width"][-1] == pytest.approx(interval([1.0, 2.0, 6.0])["half_width"])
+    assert three["proxy"][-1] == pytest.approx(6.0) and one["gold_half_width"] == [None] * 10
+    assert results["cells"]["three"]["gold_at_step_8"]["mean"] == pytest.approx(3.0 * 3 / 5)
 
 
 def test_the_area_of_all_cells_goes_equally_far(runs_of, tmp_path):

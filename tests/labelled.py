@@ -1,4 +1,4 @@
-"""Small groups with texts, embeddings, rewards and states, for tests of labels."""
+"""Small groups with texts, embeddings, rewards and states, and a source of labels, for tests of labels."""
 
 import torch
 
@@ -11,6 +11,12 @@ from r2m_async.trajectories import (
     Trajectory,
     TrajectoryGroup,
 )
+
+
+def longer(first, second):
+    """Prefers the text of more words."""
+    lengths = len(first.split()), len(second.split())
+    return "tie" if lengths[0] == lengths[1] else "first" if lengths[0] > lengths[1] else "second"
 
 
 def groups_of_texts(step, prompts, size, first=None):

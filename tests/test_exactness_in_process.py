@@ -112,13 +112,8 @@ def test_an_ensemble_of_heads_and_a_whole_model_with_a_twin_are_the_references_b
 @pytest.fixture
 def labelled(tiny_config):
     """A ring whose head learns from labels: of the longer text, in some pairs of no preference."""
-    source = f"{__name__}:longer"
-    return tiny_config.head(omega_horizon=2, omega_floor=0.0).labels(source=source, budget=2, wait=True)
-
-
-def longer(first, second):
-    lengths = len(first.split()), len(second.split())
-    return "tie" if lengths[0] == lengths[1] else "first" if lengths[0] > lengths[1] else "second"
+    head = tiny_config.head(omega_horizon=2, omega_floor=0.0)
+    return head.labels(source="labelled:longer", budget=2, wait=True)
 
 
 ASYNCHRONOUS = {"max_policy_age": 2, "max_head_age": 1, "lag": "exact"}

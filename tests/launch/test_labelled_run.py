@@ -21,11 +21,6 @@ from r2m_async.runs.records import read_records
 STEPS = 5
 
 
-def longer(first, second):
-    lengths = len(first.split()), len(second.split())
-    return "tie" if lengths[0] == lengths[1] else "first" if lengths[0] > lengths[1] else "second"
-
-
 def wants_more(first, second, answer, colour="red"): ...
 
 
@@ -33,7 +28,7 @@ def wants_more(first, second, answer, colour="red"): ...
 def finished(tiny_config, tmp_path_factory):
     config = tiny_config.run(num_steps=STEPS, output_dir=str(tmp_path_factory.mktemp("runs")))
     config = config.scheduling(max_policy_age=1, max_head_age=1, lag="exact").checkpoint(every=1, keep=STEPS)
-    config = config.labels(source=f"{__name__}:longer", budget=2, wait=True, max_age=2, replay=2)
+    config = config.labels(source="labelled:longer", budget=2, wait=True, max_age=2, replay=2)
     with one_thread():
         return train(config, in_process=True)
 
@@ -67,7 +62,7 @@ def test_every_pair_that_was_asked_about_is_in_one_file_with_its_age_and_who_lab
     labels, void = (read_records(finished / name) for name in ("labels.jsonl", "labels_void.jsonl"))
     assert labels and void
     assert {record["age"] for record in (*labels, *void)} == {2.0} and {one["who"] for one in labels} == {
-        f"{__name__}:longer"
+        "labelled:longer"
     }
     assert {record["reason"] for record in void} == {"tie"}
     assert all(len(one["chosen"].split()) > len(one["rejected"].split()) for one in labels)
@@ -92,11 +87,11 @@ def test_a_reward_model_is_trained_on_the_labels_of_a_run(finished):
 def test_a_source_that_cannot_be_asked_is_refused_before_the_run(tiny_config):
     for source, options, message in (
         (f"{__name__}:nobody", {}, f"module '{__name__}' has no callable 'nobody'"),
-        (f"{__name__}:longer", {"second": "x"}, "labels.options has 'second', which the source is given for each pair"),
+        ("labelled:longer", {"second": "x"}, "labels.options has 'second', which the source is given for each pair"),
         (
-            f"{__name__}:longer",
+            "labelled:longer",
             {"sekond": 1},
-            f"labels.options has 'sekond' and {__name__}:longer has no such parameter",
+            "labels.options has 'sekond' and labelled:longer has no such parameter",
         ),
         ("r2m_async.labels:by_score", {"score": f"{__name__}:nothing"}, f"labels.options.score = '{__name__}:nothing'"),
         ("r2m_async.labels:by_score", {}, "missing 1 required positional argument: 'score'"),
@@ -119,7 +114,7 @@ def test_a_column_that_the_source_asks_for_and_the_data_does_not_have_is_refused
 @pytest.mark.usefixtures("ray_session")
 def test_on_ray_late_labels_are_the_references_bit_for_bit_and_a_lost_labeller_ends_the_run_by_name(tiny_config):
     config = tiny_config.run(num_steps=5).scheduling(max_policy_age=1, max_head_age=1, lag="exact")
-    config = config.labels(source=f"{__name__}:longer", budget=2, wait=True, max_age=1, replay=2)
+    config = config.labels(source="labelled:longer", budget=2, wait=True, max_age=1, replay=2)
     with Ring.of(config) as ring:
         while not ring.finished:
             ring.step()

@@ -373,6 +373,16 @@ def pessimism_needs_an_ensemble(head: HeadSection) -> str | None:
     )
 
 
+def steering_needs_a_head_that_trains(head: HeadSection) -> str | None:
+    """No response moves a head that stays as it is."""
+    if head.steering == 0 or head.trains:
+        return None
+    return (
+        f"head.steering is {head.steering} and head.variant is {head.variant!r}: the head of this variant is not trained, so no "
+        f"response moves it; use variant 'r2m' or 'iterative_head', or leave head.steering out"
+    )
+
+
 def labels_teach_a_head(labels: LabelsSection, head: HeadSection) -> str | None:
     """The head learns from labels, so there must be one that learns."""
     if not labels.active or head.trains:
@@ -617,6 +627,7 @@ RULES: tuple[Rule, ...] = (
     a_head_that_does_not_move_needs_no_hold,
     options_of_a_hold_need_that_hold,
     pessimism_needs_an_ensemble,
+    steering_needs_a_head_that_trains,
     labels_teach_a_head,
     refreshed_states_are_read,
     options_of_labels_need_a_source,

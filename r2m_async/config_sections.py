@@ -260,6 +260,10 @@ class HeadSection(Section):
     number with mean 1 says (bootstrap), and score together. It is not in the paper."""
     pessimism: float = Field(0.0, ge=0)
     """kappa: the reward of an ensemble is the mean of its heads' minus kappa times their standard deviation."""
+    steering: float = Field(0.0, ge=0)
+    """gamma: the policy's reward for a response is less by gamma times how far the head would move in favour of this response
+    if it learnt from it (arXiv 2605.04266). It is not in R2M's paper. It takes a backward pass of the head for each
+    response."""
     lr: float = Field(1e-6, gt=0)
     """Learning rate of the head. It stays the same for the whole run."""
 

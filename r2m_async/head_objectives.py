@@ -165,6 +165,18 @@ def pessimistic(rewards: Tensor, kappa: float) -> Tensor:
     return mean_K - kappa * rewards.std(0, correction=0) if kappa else mean_K
 
 
+def steering_penalty(gradients: Tensor) -> Tensor:
+    """[K]: how far an update of the head on each response of a group would move the head in that response's own favour.
+
+    It is <g_k, g_k - g>, with g_k the gradient of the reward of response k with respect to the head's parameters, and g the
+    mean of the group's. Source: the first-order ("practical") foresighted policy optimisation of arXiv 2605.04266, by its
+    published code. There g is the gradient at one response of the reference policy to the same prompt. A group has none.
+
+    gradients: [K, P], of a head of P parameters.
+    """
+    return (gradients * (gradients - gradients.mean(0))).sum(1)
+
+
 def preference_doubt(rewards: Tensor) -> Tensor:
     """[K, K]: how far M reward models are apart on which of two responses is better, from 0 to 1/2.
 

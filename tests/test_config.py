@@ -121,6 +121,7 @@ def test_every_mistake_of_a_config_is_named_at_once():
         ),
         ({"rollouts": {"group_size": 1}}, ["rollouts.group_size is 1", "head.variant is 'r2m'"]),
         ({"head": {"pessimism": 0.5}}, ["head.pessimism is 0.5", "head.ensemble is 1"]),
+        ({"head": {"steering": 0.5, "variant": "vanilla"}}, ["head.steering is 0.5", "head.variant is 'vanilla'"]),
         ({"head": {"variant": "vanilla", "ensemble": 3}}, ["head.ensemble is 3", "head.variant is 'vanilla'"]),
         ({"learner": {"warmup": 5}, "run": {"num_steps": 5}}, ["learner.warmup is 5", "run.num_steps is 5"]),
         ({"learner": {"num_ranks": 2}}, ["learner.num_ranks is 2", "learner.backend is 'torch'"]),

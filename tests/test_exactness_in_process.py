@@ -96,6 +96,13 @@ def test_pairs_chosen_by_other_rewards_are_the_references_bit_for_bit(tiny_confi
     assert_same_bits(tiny_config.head(pair_source=pair_source))
 
 
+@pytest.mark.parametrize("variant", ["r2m", "iterative_head"])
+def test_the_steering_penalty_is_the_references_bit_for_bit_and_counts(tiny_config, variant):
+    config = tiny_config.head(omega_floor=0.0, omega_horizon=2, variant=variant, steering=0.3)
+    assert_same_bits(config)
+    assert reference.train(config.head(steering=0.0)).rewards[0] != reference.train(config).rewards[0]
+
+
 def test_an_ensemble_of_heads_and_a_whole_model_with_a_twin_are_the_references_bit_for_bit(tiny_config):
     config = tiny_config.head(omega_horizon=1, omega_floor=0.0, ensemble=3, pessimism=0.7, hold="bsr")
     assert_same_bits(config)

@@ -15,6 +15,7 @@ from r2m_async.head_objectives import (
     importance_weights,
     pessimistic,
     preference_doubt,
+    steering_penalty,
 )
 
 F64 = torch.float64
@@ -172,6 +173,20 @@ def test_pessimism_and_doubt_agree_with_literal_loops(seed, heads, k, kappa):
 def test_doubt_by_hand():
     doubt = preference_doubt(torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)]]))
     assert doubt.tolist() == [[0, pytest.approx(0.25)], [pytest.approx(0.25), 0]]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 5))
+def test_the_steering_penalty_agrees_with_a_literal_loop(seed, k, size):
+    gradients = torch.randn(k, size, dtype=F64, generator=torch.Generator().manual_seed(seed)).tolist()
+    mean = [sum(one[at] for one in gradients) / k for at in range(size)]
+    expected = [sum(g * (g - m) for g, m in zip(one, mean, strict=True)) for one in gradients]
+    assert steering_penalty(torch.tensor(gradients, dtype=F64)).tolist() == pytest.approx(expected)
+
+
+def test_a_response_whose_gradient_is_the_groups_has_no_steering_penalty():
+    assert steering_penalty(torch.tensor([[1.0, 2.0]] * 3)).tolist() == [0, 0, 0]
+    assert steering_penalty(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])).tolist() == [1, 1, 0]
 
 
 # Pairs of a data set

@@ -38,6 +38,7 @@ from r2m_async.head_objectives import (
     pair_weights,
     pessimistic,
     preference_divergence,
+    steering_penalty,
 )
 from r2m_async.models.batches import right_padded
 from r2m_async.models.reward import reward_token_embeddings, scoring_head
@@ -210,7 +211,8 @@ def score_group(
     head_version: int,
     config: R2MConfig,
 ) -> GroupRewards:
-    """Returns the rewards of a group: those of the reward head, clipped to `reward.clip`, plus the bonuses.
+    """Returns the rewards of a group: those of the reward head, clipped to `reward.clip`, plus the bonuses, minus the penalty
+    of `head.steering`. The greedy twin has no such penalty.
 
     embeddings: the group's reward token embeddings and bonuses. If they have a greedy twin, it is scored too.
     feedback: the policy's hidden states on the group, or None if the head reads no feedback.
@@ -225,6 +227,8 @@ def score_group(
     members_MK = member_rewards(head, embeddings, states, omega).cpu()
     model_rewards = pessimistic(members_MK, config.head.pessimism)
     clipped = _clipped(model_rewards, config)
+    if config.head.steering:
+        clipped = clipped - config.head.steering * _steering(head, embeddings, states, omega)
     rewards = clipped + embeddings.bonus
     greedy = None
     of_all = [rewards]
@@ -249,6 +253,25 @@ def score_group(
         parts=_parts(clipped, embeddings, config),
         members=members_MK if len(members_MK) > 1 else None,
     )
+
+
+@torch.enable_grad()
+def _steering(head: nn.Module, embeddings: RewardEmbeddings, states: Sequence[Tensor] | None, omega: float) -> Tensor:
+    """Returns the `steering_penalty` [K] of each response, on the CPU. Of an ensemble it is the mean over the heads."""
+    penalties = []
+    for member in members_of(head):
+        parameters, rewards = list(member.parameters()), rewards_of(member, embeddings, states, omega)
+        gradients = [
+            torch.cat(
+                [
+                    part.flatten()
+                    for part in torch.autograd.grad(reward, parameters, retain_graph=True, materialize_grads=True)
+                ]
+            )
+            for reward in rewards
+        ]
+        penalties.append(steering_penalty(torch.stack(gradients)).cpu())
+    return torch.stack(penalties).mean(0)
 
 
 def reward_spread(embeddings: RewardEmbeddings, config: R2MConfig) -> float:

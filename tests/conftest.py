@@ -9,6 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: workers would starve beside another test
 
+import gc
 import json
 import random
 import signal
@@ -56,6 +57,13 @@ def pytest_collection_modifyitems(items):
 
     counts = Counter((part(item), item.path) for item in items)
     items.sort(key=lambda item: (part(item), counts[part(item), item.path] if part(item) == 2 else 0))
+
+
+@pytest.fixture(autouse=True)
+def what_is_there_already_is_not_searched_for_garbage():
+    """The imports alone are millions of objects, through which an engine goes seven times as it starts and ends."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

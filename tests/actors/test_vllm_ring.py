@@ -493,6 +493,7 @@ def test_the_quickstart_on_vllm_trains_from_the_command_line(tmp_path):
         name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_", "TRANSFORMERS_"))
     }
     users |= {"HOME": str(tmp_path), "R2M_CACHE": str(cache_root())}
+    users["RAY_worker_niceness"] = "0"  # with Ray's own, its workers would starve beside another test
     with open(tmp_path / "log", "wb") as log:
         ended = subprocess.run(command, stdout=log, stderr=log, cwd=tmp_path, env=users, timeout=600)
     assert ended.returncode == 0, (tmp_path / "log").read_text()

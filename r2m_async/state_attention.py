@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_CACHE_LINE = 64
+"""Bytes. The memory of each new CPU tensor begins at a multiple of it."""
+
 
 def attended(probe_BP: Tensor, states: Tensor | Sequence[Tensor], offsets: Tensor | None = None) -> Tensor:
     """Returns the attention-weighted mean of each response's states: [B, P], in the dtype of the probes.
@@ -137,10 +140,14 @@ class _Attention(torch.autograd.Function):
 
 
 def _converted(parts: Sequence[Tensor], dtype: torch.dtype) -> Any:
-    """Yields the states of each response in `dtype`: themselves, or in a buffer that the next response overwrites."""
+    """Yields the states of each response in `dtype`: themselves, or in a buffer that the next response overwrites.
+
+    A product with a vector is rounded in another way where the rows begin at another place within a cache line. States that
+    came in a message lie wherever it lies, so they are copied unless they begin as torch's own tensors do.
+    """
     buffer = None
     for rows_SP in parts:
-        if rows_SP.dtype == dtype:
+        if rows_SP.dtype == dtype and rows_SP.is_contiguous() and rows_SP.data_ptr() % _CACHE_LINE == 0:
             yield rows_SP
             continue
         if buffer is None:

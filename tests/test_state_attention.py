@@ -45,6 +45,22 @@ def test_a_list_and_the_same_states_end_to_end_give_the_same_bits():
     assert torch.equal(packed, attended(probe_BP, states_NP.bfloat16().float().split(LENGTHS)))
 
 
+@pytest.mark.parametrize("P", [12, 32, 50])
+@pytest.mark.parametrize("layout", ["packed", "list"])
+def test_bits_do_not_depend_on_where_in_memory_the_states_lie(P, layout):
+    """A message from another process lies anywhere, and MKL rounds a product by where its rows begin."""
+    probe_BP, states_NP = (one.float().detach() for one in inputs(P))
+    probe_BP.requires_grad_()
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    seen = []
+    for shift in range(17):
+        memory = torch.empty(states_NP.numel() + 32)
+        moved_NP = memory[shift : shift + states_NP.numel()].view_as(states_NP).copy_(states_NP)
+        context_BP = attended(probe_BP, *((moved_NP, offsets) if layout == "packed" else (moved_NP.split(LENGTHS),)))
+        seen.append((context_BP, *torch.autograd.grad(context_BP.square().sum(), probe_BP)))
+    assert all(torch.equal(one, first) for others in seen for one, first in zip(others, seen[0], strict=True))
+
+
 def test_a_list_that_does_not_fit_is_refused_with_the_shapes():
     probe_BP, states_NP = inputs()
     parts = states_NP.split(LENGTHS)

@@ -453,8 +453,8 @@ def undisturbed_run(ring: str, arguments: argparse.Namespace) -> tuple[list[str]
     """What is wrong with a run that nothing disturbs, and what it is. DeepSpeed and vLLM need processes of their own."""
     if ring != "transformers":
         return one_run(ring, arguments, {}, None, -1)
+    from r2m_async.cpu_threads import one_thread
     from r2m_async.launch import training
-    from r2m_async.models.loading import one_thread
 
     with tempfile.TemporaryDirectory() as folder, one_thread(), contextlib.redirect_stdout(sys.stderr):
         return [], Ended.of(training.train(config_of(ring, arguments, Path(folder)), in_process=True))

@@ -24,8 +24,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from r2m_async.config import R2MConfig
+from r2m_async.cpu_threads import one_thread
 from r2m_async.launch.ring import Ring
-from r2m_async.models.loading import load_policy, one_thread
+from r2m_async.models.loading import load_policy
 from r2m_async.models.policy import group_feedback
 from r2m_async.models.pretrained import quiet
 from r2m_async.models.weights import load_weights, named_weights

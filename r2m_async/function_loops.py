@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from r2m_async.cpu_threads import share_threads
+
 T = TypeVar("T")
 
 
@@ -18,6 +20,7 @@ def turning_loop(name: str) -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
 
     def turn() -> None:
+        share_threads()
         # A model that a function runs would else keep its graph, as if it were trained.
         torch.set_grad_enabled(False)
         loop.run_forever()

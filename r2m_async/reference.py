@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from r2m_async.config import R2MConfig
+from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep, RewardFailed
 from r2m_async.finite import all_finite
 from r2m_async.labels.pairs import chosen_pairs, offline_indices, pair_of, replayed_indices, with_noise
@@ -33,7 +34,7 @@ from r2m_async.launch.workload import TicketOffice, Workload, resolve
 from r2m_async.models.critic import load_critic, proximal_values, response_values
 from r2m_async.models.generation import play_with_model, sample_groups
 from r2m_async.models.heads import HeldHead, build_head, head_groups, improve_head, reward_spread, score_group
-from r2m_async.models.loading import load_policy, one_thread
+from r2m_async.models.loading import load_policy
 from r2m_async.models.pairs import completed, reread_pairs
 from r2m_async.models.plays import rollout_function
 from r2m_async.models.policy import (

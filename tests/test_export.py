@@ -20,6 +20,7 @@ from actors.reward_annotator import RewardAnnotator
 from r2m_async.cli import main
 from r2m_async.codec import decode
 from r2m_async.config import R2MConfig
+from r2m_async.cpu_threads import one_thread
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.export import RewardScorer, _portable, export
@@ -27,7 +28,7 @@ from r2m_async.launch import ring as launch
 from r2m_async.launch import training
 from r2m_async.launch.ring import Ring
 from r2m_async.models.heads import build_head
-from r2m_async.models.loading import load_policy, one_thread
+from r2m_async.models.loading import load_policy
 from r2m_async.models.policy import group_feedback
 from r2m_async.models.reward import load_reward_model, scoring_head
 from r2m_async.models.weights import load_weights

@@ -27,7 +27,7 @@ WINGS = {
     "launch": {"actors", "data", "from_scratch", "labels", "learners", "models", "rewards", "ring", "runs"},
     "reward_models": {"data", "from_scratch", "models", "runs"},
     "evaluation": {"actors", "data", "from_scratch", "models", "reward_models", "runs"},
-    "studies": {"evaluation", "from_scratch", "launch", "models", "reward_models", "runs"},
+    "studies": {"evaluation", "from_scratch", "launch", "reward_models", "runs"},
     "commands": {"evaluation", "from_scratch", "launch", "models", "reward_models", "ring", "runs", "studies"},
     "actors": {"labels", "models", "rewards"},
     "learners": {"models"},

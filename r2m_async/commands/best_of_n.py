@@ -36,10 +36,10 @@ def add_best_of_n(commands: Any) -> None:
 
 
 def _best_of_n(parsed: argparse.Namespace) -> dict[str, Any]:
+    from r2m_async.cpu_threads import one_thread
     from r2m_async.evaluation.best_of_n import embedded_pool, load_pool, measure_best_of_n, write_best_of_n, write_pool
     from r2m_async.from_scratch.embedded import embedded_models
     from r2m_async.from_scratch.language import check_held_out
-    from r2m_async.models.loading import one_thread
 
     if parsed.pool is not None:
         pool = load_pool(parsed.pool)

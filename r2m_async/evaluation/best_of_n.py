@@ -218,8 +218,8 @@ def measure_best_of_n(
     for a model that cannot be loaded, for a pool with fewer than `max_n` samples to a prompt, and for a pool without
     gold rewards if `gold` is None.
     """
+    from r2m_async.cpu_threads import one_thread
     from r2m_async.errors import ConfigError
-    from r2m_async.models.loading import one_thread
 
     fewest = min(len(one.responses) for one in pool)
     if not 1 <= max_n <= fewest:

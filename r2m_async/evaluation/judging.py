@@ -247,7 +247,7 @@ class _Judge:
 
     def _model_rewards(self, texts: Sequence[JudgedText]) -> np.ndarray:
         """Rewards [N] of N answers by the reward model."""
-        from r2m_async.models.loading import one_thread
+        from r2m_async.cpu_threads import one_thread
 
         assert self._model is not None
         with one_thread():

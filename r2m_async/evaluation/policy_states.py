@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from r2m_async import reward_metrics
+from r2m_async.cpu_threads import one_thread
 from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.prompts import policy_reads
 from r2m_async.data.raw_text import without_start
@@ -33,7 +34,7 @@ from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 from r2m_async.evaluation.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
 from r2m_async.export import is_export
 from r2m_async.finite import check_weights
-from r2m_async.models.loading import one_thread, settled
+from r2m_async.models.loading import settled
 from r2m_async.models.pretrained import pretrained_model, pretrained_tokenizer
 from r2m_async.models.tokens import check_known, check_tokens, longest_text, response_ids
 from r2m_async.reward_models.config import RewardModelConfig

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from r2m_async import reward_metrics
+from r2m_async.cpu_threads import one_thread
 from r2m_async.data.records import Content
 from r2m_async.errors import ConfigError
 from r2m_async.evaluation.ranked_prompts import (
@@ -50,7 +51,6 @@ from r2m_async.evaluation.text_states import (
 from r2m_async.export import RewardScorer, initial_policy_of, is_export
 from r2m_async.from_scratch.embedded import EmbeddedModels, embedded_models
 from r2m_async.from_scratch.language import check_held_out
-from r2m_async.models.loading import one_thread
 from r2m_async.reward_models.ensemble import RewardEnsemble
 from r2m_async.reward_models.preferences import PairReader, ScoredPair, given_pairs, load_preference_data
 from r2m_async.runs.results import markdown_table, write_results

@@ -30,6 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from r2m_async.cpu_threads import one_thread
 from r2m_async.data import reward_text
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.from_scratch import language, pretraining
@@ -37,7 +38,6 @@ from r2m_async.from_scratch.cache import cached_directory, made_by
 from r2m_async.from_scratch.language import gold_reward, prompts, sample_response
 from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
 from r2m_async.models import batches
-from r2m_async.models.loading import one_thread
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 HEAD_WIDTH = 32

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from r2m_async.cpu_threads import one_thread
 from r2m_async.from_scratch import embedded, language
 from r2m_async.from_scratch.cache import cached_directory, made_by
 from r2m_async.from_scratch.embedded import EmbeddedModels, Sample, embedded_models, sample_policy
 from r2m_async.from_scratch.language import sample_response
 from r2m_async.from_scratch.pretraining import train_language_model
-from r2m_async.models.loading import one_thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

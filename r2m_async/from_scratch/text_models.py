@@ -34,6 +34,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from r2m_async.cpu_threads import one_thread
 from r2m_async.data import prompts, records, reward_text
 from r2m_async.data.pairs import Preference, read_prompt, read_response
 from r2m_async.data.prompts import load_preferences, prompt_text
@@ -44,7 +45,6 @@ from r2m_async.from_scratch import pretraining
 from r2m_async.from_scratch.cache import cached_directory, made_by
 from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
 from r2m_async.models import batches
-from r2m_async.models.loading import one_thread
 
 OnStage = Callable[[str, int, int], None]
 """A function that is called with (name of the stage, steps done, steps in all) to show progress."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from r2m_async.config import LabelsSection
+from r2m_async.cpu_threads import share_threads
 from r2m_async.errors import ConfigError, FunctionFailed
 from r2m_async.function_loops import OncePerProcess, turning_loop
 from r2m_async.labels.questions import REASONS, Answer, Question
@@ -105,6 +106,7 @@ class FunctionSource:
 
     def _one_by_one(self) -> None:
         """Calls the function for one question after the other."""
+        share_threads()
         # A model that the function runs would else keep its graph, as if it were trained.
         torch.set_grad_enabled(False)
         while (turn := self._turns.get()) is not None:

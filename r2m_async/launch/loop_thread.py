@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
+from r2m_async.cpu_threads import share_threads
 from r2m_async.errors import StalledRun
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class LoopThread:
         self._thread.start()
 
     def _turn(self) -> None:
+        share_threads()
         try:
             self._loop.run_forever()
         except BaseException as error:  # of a task, SystemExit and KeyboardInterrupt pass through the loop and end it

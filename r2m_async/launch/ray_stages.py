@@ -219,6 +219,9 @@ class _Process:
         """
         import numpy as np
 
+        from r2m_async.cpu_threads import share_threads
+
+        share_threads()  # each of Ray's concurrency groups has threads of its own
         # The replay queue only stores payloads, so it gets and returns the buffers themselves.
         items = payloads if self._opaque else [decode(payload) for payload in payloads]
         report, *results = getattr(self._stage, method)(*with_payloads(decode(packed), items))

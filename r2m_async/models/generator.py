@@ -95,7 +95,7 @@ class TransformersGenerator:
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedText]:
         """Answers all requests, and returns the responses in the order of the requests."""
-        from r2m_async.models.loading import one_thread
+        from r2m_async.cpu_threads import one_thread
 
         with one_thread():
             return [self._generate(request) for request in requests]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -170,17 +168,3 @@ def checkpoint_activations(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Lets torch use one CPU thread within the block, and as many as before after it.
-
-    A sum on the CPU rounds differently when more threads share it. With one thread, the bits are always the same.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -18,10 +18,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.models.attention import check_attention
 from r2m_async.models.liger import check_liger
-from r2m_async.models.loading import one_thread
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.ensemble import seed_directory
 from r2m_async.reward_models.preferences import (

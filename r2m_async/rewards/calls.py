@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 import torch
 
 from r2m_async.config import R2MConfig, RewardFunction
+from r2m_async.cpu_threads import share_threads
 from r2m_async.errors import FunctionFailed, FunctionsHang, RewardFailed, all_at_once
 from r2m_async.finite import response_name
 from r2m_async.function_loops import OncePerProcess, turning_loop
@@ -296,6 +297,7 @@ def _in_thread(work: Callable[[], T], name: str) -> tuple[Future[T], threading.T
     ended: Future[T] = Future()
 
     def run() -> None:
+        share_threads()
         result = work()
         if ended.set_running_or_notify_cancel():  # else its deadline has passed, and nobody waits for it
             ended.set_result(result)

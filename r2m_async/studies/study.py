@@ -333,9 +333,9 @@ def _train_reward_models(
 
 def _sample_pool(best_of_n: BestOfN, path: Path) -> None:
     """Draws the samples for best-of-n and writes them to `path`."""
+    from r2m_async.cpu_threads import one_thread
     from r2m_async.evaluation.best_of_n import embedded_pool, write_pool
     from r2m_async.from_scratch.embedded import embedded_models
-    from r2m_async.models.loading import one_thread
 
     with one_thread():
         write_pool(embedded_pool(embedded_models(), best_of_n.seed, best_of_n.prompts, best_of_n.n), path)
@@ -361,9 +361,9 @@ def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
     tree: the config as plain values, which can be pickled.
     directory: where the run directory appears once it is whole.
     """
+    from r2m_async.cpu_threads import one_thread
     from r2m_async.launch.ring import Ring
     from r2m_async.launch.training import keep_checkpoint
-    from r2m_async.models.loading import one_thread
     from r2m_async.runs.directory import RunDirectory
 
     config = R2MConfig.from_dict(tree)

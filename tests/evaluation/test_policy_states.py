@@ -13,12 +13,12 @@ from tiny import WORDS, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from r2m_async.cli import main
+from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError
 from r2m_async.evaluation.policy_states import PolicySources, policy_states
 from r2m_async.evaluation.text_states import compared_texts
 from r2m_async.export import export
 from r2m_async.launch.ring import Ring
-from r2m_async.models.loading import one_thread
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.ensemble import RewardEnsemble
 from r2m_async.reward_models.preferences import given_pairs

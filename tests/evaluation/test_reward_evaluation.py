@@ -10,6 +10,7 @@ from tiny import SHARED_DATA, WORDS, save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from r2m_async.cli import main
+from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.evaluation import reward_models as reward_evaluation
 from r2m_async.evaluation.ranked_prompts import OTHER_WRITERS, SPLITS, embedded_splits, load_ranked, load_rm_bench
@@ -23,7 +24,6 @@ from r2m_async.from_scratch.preferences import EmbeddedPreferenceSettings
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.launch.ring import Ring
 from r2m_async.models.heads import score_group
-from r2m_async.models.loading import one_thread
 from r2m_async.models.policy import group_feedback
 from r2m_async.models.reward import embed_group
 from r2m_async.reward_models.config import RewardModelConfig

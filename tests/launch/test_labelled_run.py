@@ -8,11 +8,11 @@ import pytest
 from rings import assert_same_bits
 
 from r2m_async import reference
+from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError, StageLost
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.training import resume, train
 from r2m_async.launch.workload import check_functions
-from r2m_async.models.loading import one_thread
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.preferences import given_pairs
 from r2m_async.runs.checkpoints import checkpoint_path, checkpoints

@@ -13,11 +13,11 @@ import pytest
 
 from r2m_async import codec
 from r2m_async.cli import main
+from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError, DataError, NoRoom, StageLost, StalledRun
 from r2m_async.launch import training
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.training import resume, train
-from r2m_async.models.loading import one_thread
 from r2m_async.runs.checkpoints import checkpoint_path, checkpoints
 from r2m_async.runs.directory import newest_directory
 from r2m_async.runs.records import read_records

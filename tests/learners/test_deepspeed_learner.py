@@ -18,10 +18,11 @@ from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
 from r2m_async.advantages import get_advantage
 from r2m_async.config import R2MConfig
+from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError, StageLost, StepFailed
 from r2m_async.launch.ring import Ring
 from r2m_async.models.critic import load_critic
-from r2m_async.models.loading import load_policy, one_thread
+from r2m_async.models.loading import load_policy
 from r2m_async.models.weights import named_weights, tensor_digest
 from r2m_async.trajectories import GroupRewards, Prompt, Ticket, Trajectory, TrajectoryGroup
 

@@ -7,10 +7,10 @@ from groups import trajectory
 
 from r2m_async.advantages import AdvantageInputs, get_advantage
 from r2m_async.config import R2MConfig
+from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import check_code
-from r2m_async.models.loading import one_thread
 from r2m_async.models.reward_probe import RewardProbe, prompt_state
 
 

@@ -8,12 +8,13 @@ from tokenizer_kinds import KINDS, SCORER_WIDTH, TEMPLATE, save_scorer, save_wri
 from transformers import LlamaModel
 
 from r2m_async.cli import main
+from r2m_async.cpu_threads import one_thread
 from r2m_async.data.prompts import policy_reads
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.data.special_tokens import ids_after, token_ids
 from r2m_async.launch.ring import Ring
 from r2m_async.models.generation import sample_groups
-from r2m_async.models.loading import load_policy, one_thread
+from r2m_async.models.loading import load_policy
 from r2m_async.models.pretrained import pretrained_tokenizer
 from r2m_async.models.tokens import ResponseText, response_ids
 from r2m_async.trajectories import Prompt, Ticket

@@ -22,9 +22,9 @@ from transformers import (
 
 from r2m_async.cli import main
 from r2m_async.config import R2MConfig
+from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError, DataError, NonFiniteStep
 from r2m_async.from_scratch.pretraining import score
-from r2m_async.models.loading import one_thread
 from r2m_async.models.reward import load_classifier, load_reward_model, save_classifier, scoring_head
 from r2m_async.reward_models.ensemble import RewardEnsemble
 from r2m_async.reward_models.preferences import PairReader, given_pairs, load_preference_data, tokenized

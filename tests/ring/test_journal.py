@@ -12,10 +12,10 @@ import pytest
 
 from actors.group_journal import GroupJournal, read_journal
 from actors.replay_queue import ReplayQueue
+from r2m_async.cpu_threads import one_thread
 from r2m_async.launch import training
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.training import resume, train
-from r2m_async.models.loading import one_thread
 from r2m_async.runs.checkpoints import checkpoint_path
 from r2m_async.runs.directory import RECORDS
 from r2m_async.runs.records import read_records

@@ -98,6 +98,10 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     argparse itself takes no positional argument behind an option, so what it leaves over is looked through here.
     """
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:
+        from r2m_async.commands.completion import complete
+
+        complete(parser)
     parsed, rest = parser.parse_known_args(arguments)
     late = [one for one in rest if hasattr(parsed, "overrides") and "=" in one and not one.startswith("-")]
     if len(late) < len(rest):

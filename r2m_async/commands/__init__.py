@@ -12,6 +12,7 @@ reward_model.py   reward-model train, resume, eval
 policy_states.py  policy-states
 best_of_n.py      bon
 answers.py        eval generate, judge, win-rate
+completion.py     completions of the shell
 arguments.py      arguments that several commands take
 results.py        the results of commands as JSON
 """

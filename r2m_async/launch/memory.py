@@ -20,7 +20,7 @@ from r2m_async.models.policy import LOGITS_AT_ONCE
 from r2m_async.models.pretrained import pretrained_config
 from r2m_async.models.reward import TOKENS_OF_A_PASS, classifier_skeleton, scoring_head
 
-ESTIMATED = ("activations", "logits", "KV cache", "labelled pairs")
+ESTIMATED = ("activations", "logits", "KV cache", "steering", "labelled pairs")
 """The parts that are estimates. Weights, optimizer and gradients are exact for the torch backend. The others are the most that
 there can be."""
 REMEDIES = {
@@ -34,6 +34,7 @@ REMEDIES = {
     "staged versions": "set model.dtype bfloat16, lower scheduling.max_policy_age, or weights.transport object_store",
     "KV cache": "lower rollouts.concurrent_groups, rollouts.group_size or rollouts.max_new_tokens",
     "head": "lower head.width or head.ensemble",
+    "steering": "lower head.width or rollouts.group_size",
     "moving average": "lower head.width or head.ensemble, or take another head.hold",
     "head before an update": "lower head.width or head.ensemble, or set learner.on_nonfinite stop",
     "states": "lower rollouts.prompts_per_step, rollouts.group_size or rollouts.max_new_tokens, or set feedback.dtype bfloat16",
@@ -260,9 +261,9 @@ def processes(
     if reward_model:
         found.append(_annotator(config, policy, reward_model))
     found.append(_head_learner(config, policy, reward_model))
-    if config.labels.source:
+    if config.labels.active:
         labels = config.labels
-        pairs = labels.replay_from * (labels.replay > 0) + labels.budget * (labels.max_age + 1)
+        pairs = (labels.replay_from * (labels.replay > 0) + labels.budget * (labels.max_age + 1)) * bool(labels.source)
         held = {"labelled pairs": pairs * -(-2 * group_bytes // rollouts.group_size)}
         found.append(Process(name="labeller", count=1, computes=False, parts=held))
     store = 0 if config.weights.direct else (_kept_policies(config) + 1) * policy.parameters * itemsize
@@ -296,7 +297,8 @@ def _policy_learner(config: R2MConfig, policy: Shape, critic: Shape | None) -> P
     if config.weights.direct:
         parts["staged versions"] = (2 + config.scheduling.max_policy_age) * policy.parameters * itemsize
     rows = -(-config.rollouts.prompts_per_step // learner.num_ranks) * config.rollouts.group_size
-    offloaded["states"] = state_bytes(config, policy, rows)
+    # Those of the pairs that it reads once more come after those of the step.
+    offloaded["states"] = state_bytes(config, policy, max(rows, 2 * _pairs_of_update(config) * config.labels.rereads))
     return Process(name="policy-learner", count=learner.num_ranks, computes=True, parts=parts, in_main=offloaded)
 
 
@@ -312,6 +314,8 @@ def _annotator(config: R2MConfig, policy: Shape, reward_model: Shape) -> Process
     parts = {
         "weights": reward_model.parameters * itemsize,
         "head": 2 * head,
+        # The gradients of a group's responses: one by one, together, less their mean, and multiplied.
+        "steering": 4 * rollouts.group_size * (head // config.head.ensemble) * bool(config.head.steering),
         # Without a backward pass one layer is in memory at a time.
         "activations": activation_bytes(reward_model, tokens, itemsize, False) // reward_model.layers,
     }
@@ -323,13 +327,14 @@ def _head_learner(config: R2MConfig, policy: Shape, reward_model: Shape | None) 
     """The head learner: float32 weights with AdamW, and what the options of the section `head` keep besides."""
     rollouts, trains = config.rollouts, config.trains_head
     head = 4 * _head_parameters(config, policy, reward_model)
+    responses = rollouts.prompts_per_step * rollouts.group_size + 2 * _pairs_of_update(config)
     parts = {
         "head": head,
         "gradients": head * trains,
         "optimizer": 2 * head * trains,
         "moving average": head * (config.head.hold == "average"),
         "head before an update": 3 * head * (trains and config.learner.on_nonfinite == "skip"),
-        "states": state_bytes(config, policy, rollouts.prompts_per_step * rollouts.group_size) * trains,
+        "states": state_bytes(config, policy, responses) * trains,
     }
     if config.head.reads_tokens and reward_model:
         # All models of an ensemble read a group before its backward pass.
@@ -353,6 +358,13 @@ def checkpoint_bytes(config: R2MConfig, policy: Shape, reward_model: Shape | Non
     heads = 1 + (config.scheduling.max_head_age if config.scheduling.lag == "exact" else 0)
     head = 4 * _head_parameters(config, policy, reward_model)
     return trained + versions + head * (2 + 2 * config.trains_head + heads)
+
+
+def _pairs_of_update(config: R2MConfig) -> int:
+    """The most pairs of labels and of a data set that one update of the head sees."""
+    labels = config.labels
+    labelled = labels.budget * (labels.max_age + 1) + labels.replay if labels.source else 0
+    return labelled + (labels.offline_pairs if labels.offline else 0)
 
 
 def _kept_policies(config: R2MConfig) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from r2m_async.config import R2MConfig
+from r2m_async.errors import ConfigError
 from r2m_async.launch.gpus import gpu_share, placed
 from r2m_async.launch.memory import (
     ESTIMATED,
@@ -188,11 +189,13 @@ def hardware(config: R2MConfig, gpus: int | None, gpu_memory: float | None) -> t
         gpus: the number of GPUs. None: those of this machine.
         gpu_memory: GiB of one GPU. None: that of this machine's, or not known.
 
-    Raises ConfigError if the GPUs do not suffice (`gpu_share`).
+    Raises ConfigError if the GPUs do not suffice (`gpu_share`), and if there is none where the config names one.
     """
     import psutil
     import torch
 
+    if config.run.device == "cuda" and gpus == 0:
+        raise ConfigError("run.device is 'cuda' and --gpus is 0: leave --gpus out, or use run.device cpu or auto")
     here = 0 if config.run.device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
     number: float = 0 if config.run.device == "cpu" else here if gpus is None else gpus
     if config.run.device == "cuda" and not number:

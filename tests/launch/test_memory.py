@@ -8,6 +8,7 @@ from collections import namedtuple
 import pytest
 
 from r2m_async.config import R2MConfig
+from r2m_async.errors import ConfigError
 from r2m_async.launch.memory import (
     REMEDIES,
     Process,
@@ -23,7 +24,7 @@ from r2m_async.launch.memory import (
     state_bytes,
     training_parts,
 )
-from r2m_async.launch.preflight import disk, effective_policy_age, told_memory, versions
+from r2m_async.launch.preflight import disk, effective_policy_age, hardware, told_memory, versions
 from r2m_async.launch.workload import worst_group_bytes
 from r2m_async.ring.simulator import SimulatedStage, StageTimes, plan_without_models, run_virtually, simulate
 from r2m_async.ring.stages import Stages, local_bytes
@@ -294,7 +295,7 @@ def test_what_does_not_fit_is_told_with_what_to_change():
 
 def test_every_part_has_a_remedy_and_parts_of_the_same_process_are_told_on_a_gpu_and_in_main_memory():
     config = R2MConfig().labels(source="file", options={"path": "x"}, replay=1).learner(on_nonfinite="skip")
-    config = config.head(hold="average").scheduling(max_policy_age=1)
+    config = config.head(hold="average", steering=0.1).scheduling(max_policy_age=1)
     models = SHAPE, dataclasses.replace(SHAPE, head=8), SHAPE
     found = processes(config, *models, 1000) + processes(
         config.rollouts(engine="vllm").weights(transport="gloo"), *models, 1000
@@ -345,6 +346,20 @@ def test_a_disk_without_room_for_the_checkpoints_is_told(monkeypatch, tmp_path):
     assert (free, needed) == (350, None) and f"nothing can be written below {tmp_path}/file: name another" in remedy
 
 
+def test_the_gpus_are_those_that_are_named_those_that_are_here_or_one_for_each_process(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = R2MConfig()
+    assert hardware(config, None, None)[0::2] == (0.0, 0)
+    assert hardware(config, 2, 80.0)[0] == 0.5  # three processes
+    assert hardware(config, 3, 80.0)[1]["GPU"] == 80 * 2**30
+    assert hardware(config.run(device="cpu"), 3, 80.0)[0] == 0.0
+    assert hardware(config.run(device="cuda"), None, None)[0] == 1.0
+    with pytest.raises(ConfigError, match="--gpus is 0"):
+        hardware(config.run(device="cuda"), 0, None)
+
+
 def test_a_library_of_another_version_is_told(monkeypatch):
     import importlib.metadata
 
@@ -366,6 +381,12 @@ def test_every_process_of_a_run_is_there_and_the_head_follows_from_eq_3():
     assert found["head-learner"].split(False)[1] == {
         **{"head": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters, "states": states}
     }
+    steered = processes(config.head(steering=0.1), SHAPE, dataclasses.replace(SHAPE, head=8), None, 1000)
+    assert steered[2].parts["steering"] == 4 * 8 * 4 * parameters
+    labelled = config.labels(source="file", options={"path": "x"}, offline="embedded", offline_pairs=5, replay=3)
+    held = {one.name: one.split(False)[1] for one in processes(labelled, SHAPE, SHAPE, None, 1000)}
+    assert held["head-learner"]["states"] == states + 2 * (8 * 5 + 3 + 5) * 1023 * 8 * 4
+    assert held["labeller"] == {"labelled pairs": (8 * 5 + 256) * 250}
     assert found["object store"].parts == {"published versions": 2 * 4000}
     exact = config.scheduling(lag="exact", max_policy_age=2)
     assert processes(exact, SHAPE, None, None, 1)[-1].parts == {"published versions": 4 * 4000}

@@ -168,7 +168,7 @@ def _check(config: R2MConfig, parsed: argparse.Namespace) -> dict[str, Any]:
         tell(note)
     if "model.policy" in there and (reason := check_rollout_engine(config, there["model.policy"])):
         tell(f"model.policy: whether rollouts.engine can run it was not checked: {reason}")
-    in_columns = check_data(config, readers)
+    in_columns = check_data(config, readers, tell)
     group_bytes = None
     if {"model.policy", "reward.model"} <= sizes.keys():
         group_bytes = worst_group_bytes(config, sizes["model.policy"], sizes["reward.model"], estimator.needs_greedy)

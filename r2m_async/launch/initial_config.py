@@ -14,7 +14,8 @@ from r2m_async.config_reference import commented
 from r2m_async.errors import ConfigError
 from r2m_async.launch.gpus import gpu_share
 from r2m_async.launch.memory import classifier_shape, lacking, language_model_shape, processes
-from r2m_async.launch.workload import hidden_size, worst_group_bytes
+from r2m_async.launch.prompts import check_data
+from r2m_async.launch.workload import check_models, hidden_size, worst_group_bytes
 from r2m_async.models.pretrained import pretrained_config, pretrained_tokenizer
 
 SMALLEST_QUEUE = 2**28
@@ -33,7 +34,8 @@ def initial_config(
         gpus: the number of GPUs. 0: the CPU.
         gpu_memory: GiB of one GPU. None: that of this machine's.
 
-    Raises ConfigError for what cannot be known here, and for models that do not fit into the memory.
+    Raises ConfigError for what cannot be known here, for models that do not fit into the memory, and with DataError whatever
+    `r2m check` raises for these models and prompts.
     """
     if "embedded" in (policy, reward):
         if (policy, reward) != ("embedded", "embedded"):
@@ -79,6 +81,8 @@ def initial_config(
         found = processes(config, *shapes, None, group)
         too_large = lacking(found, memory, gpus, gpu_share(config, gpus))
         if not too_large:
+            readers, _ = check_models(config, {"model.policy": policy, "reward.model": reward})
+            check_data(config, readers, lambda line: None)
             return tree
     raise ConfigError("\n".join(f"the models do not fit, even with adapters: {line}" for line in too_large))
 

@@ -197,13 +197,14 @@ def sources_are_here(config: R2MConfig) -> bool:
     return all(is_local(item) for one in sources if one not in (None, "embedded") for item in items_of(one))
 
 
-def check_data(config: R2MConfig, readers: Mapping[str, Reader]) -> int:
-    """Reads the data of a config that are on this machine, and prints what is in them. It fetches none.
+def check_data(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[[str], None]) -> int:
+    """Reads the data of a config that are on this machine, and tells what is in them. It fetches none.
 
     Args:
         config: the config of the run.
         readers: the policy and the reward model, by key, as far as they are here. Without the policy, lengths are not
             checked.
+        tell: gets each line.
 
     Returns the most bytes that the columns of a prompt take, as far as it is known. Raises ConfigError and DataError as
     `read_prompts` does.
@@ -215,25 +216,26 @@ def check_data(config: R2MConfig, readers: Mapping[str, Reader]) -> int:
     sources = {key: getattr(data, key) for key in keys}
     away = [key for key, one in sources.items() if one != "embedded" and not all(map(is_local, items_of(one)))]
     for key in away:
-        print(f"# data.{key}: {sources[key]} is fetched and checked by `r2m train`")
+        tell(f"data.{key}: {sources[key]} is fetched and checked by `r2m train`")
     if "preferences" in sources and "preferences" not in away:
         pairs = load_preferences(sources["preferences"], **record_options(config))
-        print(f"# data.preferences: {len(pairs.pairs)} pairs{_left_out(pairs.skipped)}")
+        tell(f"data.preferences: {len(pairs.pairs)} pairs{_left_out(pairs.skipped)}")
     if {"prompts", "eval"}.isdisjoint(away) and (policy is not None or data.prompts == "embedded"):
         prompts, held_out, skipped = read_prompts(config, policy and policy.tokenizer, prompt_check(readers))
-        print(f"# data.prompts: {len(prompts)} prompts, {len(held_out)} held out{_left_out(skipped)}")
-        _tell_columns(config, [(one.prompt_id, one.columns) for one in (*prompts, *held_out)])
+        tell(f"data.prompts: {len(prompts)} prompts, {len(held_out)} held out{_left_out(skipped)}")
+        _tell_columns(config, [(one.prompt_id, one.columns) for one in (*prompts, *held_out)], tell)
         if policy is not None:
-            print("\n".join(f"# {line}" for line in shown(prompts[0], readers)))
+            for line in shown(prompts[0], readers):
+                tell(line)
         return column_bytes((*prompts, *held_out))
     for key, source in sources.items():
         if key not in (*away, "preferences") and source != "embedded":
-            _check_records(config, key)
+            _check_records(config, key, tell)
     return 0
 
 
-def _check_records(config: R2MConfig, key: str) -> None:
-    """Reads the records of a source without a tokenizer, and prints how many there are. Raises DataError."""
+def _check_records(config: R2MConfig, key: str, tell: Callable[[str], None]) -> None:
+    """Reads the records of a source without a tokenizer, and tells how many there are. Raises DataError."""
     data = config.data
     split = data.eval_split or data.split if key == "eval" else data.split
 
@@ -242,15 +244,17 @@ def _check_records(config: R2MConfig, key: str) -> None:
         return record.name, record.columns(without="prompt")
 
     records, skipped = load_records(getattr(data, key), split, parse, data.on_bad_record, names=data.names)
-    _tell_columns(config, records)
-    print(f"# data.{key}: {len(records)} prompts{_left_out(skipped)}; `r2m train` checks their lengths")
+    _tell_columns(config, records, tell)
+    tell(f"data.{key}: {len(records)} prompts{_left_out(skipped)}; `r2m train` checks their lengths")
 
 
-def _tell_columns(config: R2MConfig, records: Sequence[tuple[str, Collection[str]]]) -> None:
-    """Does what `check_columns` does, and prints what is to be told of columns."""
+def _tell_columns(
+    config: R2MConfig, records: Sequence[tuple[str, Collection[str]]], tell: Callable[[str], None]
+) -> None:
+    """Does what `check_columns` does, and tells what is to be told of columns."""
     check_columns(config, records)
     for note in columns_to_tell(config, records):
-        print(f"# {note}")
+        tell(note)
 
 
 def _left_out(skipped: dict[str, int]) -> str:

@@ -72,6 +72,19 @@ def test_what_cannot_be_known_is_refused(capsys, arguments, told):
     assert out == "" and told in err
 
 
+def test_what_check_would_refuse_is_not_written(capsys, tiny, prompts_file, tmp_path):
+    policy, reward = tiny("qwen2", False), tiny("llama", True)
+    for models, prompts, told in (
+        ((reward, reward), prompts_file, "name a causal language model"),
+        ((policy, policy), prompts_file, "r2m: reward.model"),
+        ((policy, reward), str(tmp_path / "none.jsonl"), "no such file"),
+    ):
+        named = ["--policy", models[0], "--reward", models[1], "--prompts", prompts]
+        assert main(["init", *named, "--cpu", "--out", str(tmp_path / "first.yaml")]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "first.yaml").exists()
+
+
 def test_the_memory_of_a_gpu_that_is_not_here_is_asked_for(capsys, named, monkeypatch):
     import torch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -77,6 +78,10 @@ class _WithoutTitles(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:
         """Whether a key gets a title."""
         return False
+
+    def get_default_value(self, schema: Any) -> Any:
+        """The default of a key, also where a function makes it, which pydantic leaves out."""
+        return schema["default_factory"]() if "default_factory" in schema else super().get_default_value(schema)
 
 
 def json_schema(tree: type[ConfigTree]) -> dict[str, Any]:
@@ -247,7 +252,7 @@ def _default(node: dict[str, Any]) -> str:
 
 def _first_sentence(doc: str) -> str:
     """The first sentence of a doc."""
-    return doc.split(". ")[0].rstrip(".") + "." if doc else ""
+    return re.split(r"(?<!Eq)\. ", doc)[0].rstrip(".") + "." if doc else ""
 
 
 def _listed(schema: dict[str, Any], keys: dict[str, dict[str, Any]]) -> str:

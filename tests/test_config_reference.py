@@ -87,6 +87,13 @@ def test_every_key_is_explained_by_its_whole_doc():
         assert re.search(r"^  type    \S", told, re.M) and re.search(r"^  default \S", told, re.M), key
 
 
+def test_only_a_key_without_a_default_must_be_given_and_a_first_sentence_is_whole():
+    told = {key for tree, key, _ in ALL if "it must be given" in explain(tree, key)}
+    assert told == {"reward.overlong.start", "reward.functions.NAME.function"}
+    assert 'default {"ray.io/market-type": "!spot"}' in explain(R2MConfig, "cluster.stable")
+    assert "  width        Width d of the head's cross-attention (Eq. 3).\n" in explain(R2MConfig, "head")
+
+
 def test_an_explanation_has_type_limits_unit_default_and_allowed_values():
     told = explain(R2MConfig, "scheduling.max_policy_age")
     assert told.endswith("  type    integer, 0 or more\n  unit    policy steps\n  default 0\n")

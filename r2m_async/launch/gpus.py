@@ -10,11 +10,17 @@ from r2m_async.config_tree import Options
 from r2m_async.errors import ConfigError
 
 
-def gpu_share(config: R2MConfig, available: float) -> float:
-    """Returns how many GPUs each process gets that computes with a model. It is 1, a part of 1, or 0 without GPUs.
+def num_users(config: R2MConfig) -> int:
+    """Returns how many processes compute with a model: reward annotators, and ranks of rollout actors and policy learner."""
+    rollouts = config.rollouts
+    annotators = config.reward.replicas if config.reward.model else 0
+    return rollouts.num_actors * rollouts.tensor_parallel + annotators + config.learner.num_ranks
 
-    These processes are the reward annotators, the ranks of the policy learner, and the ranks of the rollout actors. If
-    there are too few GPUs to give one to each, they all get equal parts.
+
+def gpu_share(config: R2MConfig, available: float) -> float:
+    """Returns how many GPUs each process gets that computes with a model (`num_users`): 1, a part of 1, or 0 without GPUs.
+
+    If there are too few GPUs to give one to each, they all get equal parts.
 
     Args:
         config: the config of the run.
@@ -22,9 +28,7 @@ def gpu_share(config: R2MConfig, available: float) -> float:
 
     Raises ConfigError if a stage of several ranks would get parts of GPUs.
     """
-    rollouts = config.rollouts
-    annotators = config.reward.replicas if config.reward.model else 0
-    users = rollouts.num_actors * rollouts.tensor_parallel + annotators + config.learner.num_ranks
+    rollouts, users = config.rollouts, num_users(config)
     if config.run.device == "cpu" or available == 0:
         return 0.0
     if available >= users:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import shutil
 import socket
@@ -14,7 +13,7 @@ from packaging.requirements import Requirement
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.launch.gpus import gpu_share, placed
+from r2m_async.launch.gpus import gpu_share, num_users, placed
 from r2m_async.launch.memory import (
     ESTIMATED,
     Process,
@@ -181,7 +180,7 @@ def preflight(
     yield from (f"change: {one}" for one in (*wrong, *ports()))
 
 
-def hardware(config: R2MConfig, gpus: int | None, gpu_memory: float | None) -> tuple[float, dict[str, float], float]:
+def hardware(config: R2MConfig, gpus: int | None, gpu_memory: float | None) -> tuple[float, dict[str, float], int]:
     """Returns the GPUs of each process that computes, the bytes of a GPU and of this machine, and the number of GPUs.
 
     Args:
@@ -197,9 +196,9 @@ def hardware(config: R2MConfig, gpus: int | None, gpu_memory: float | None) -> t
     if config.run.device == "cuda" and gpus == 0:
         raise ConfigError("run.device is 'cuda' and --gpus is 0: leave --gpus out, or use run.device cpu or auto")
     here = 0 if config.run.device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
-    number: float = 0 if config.run.device == "cpu" else here if gpus is None else gpus
+    number = 0 if config.run.device == "cpu" else here if gpus is None else gpus
     if config.run.device == "cuda" and not number:
-        number = math.inf
+        number = num_users(config)
     memory = {"machine": float(psutil.virtual_memory().total)}
     if gpu_memory is not None:
         memory["GPU"] = gpu_memory * 2**30
@@ -210,7 +209,8 @@ def hardware(config: R2MConfig, gpus: int | None, gpu_memory: float | None) -> t
 
 def told_memory(found: list[Process], memory: Mapping[str, float], gpus: float, share: float) -> Iterator[str]:
     """Yields the lines about memory. The arguments are those of `lacking`."""
-    yield "memory, without what Python and its libraries take; ~ is an estimate (docs/check.md):"
+    number = sum(one.count for one in found) - 1  # the object store is none
+    yield f"memory of {number} processes, without what Python and its libraries take; ~ is an estimate (docs/check.md):"
     for one in found:
         name = one.name + f" x {one.count}" * (one.count > 1)
         for where, parts in zip(("on a GPU", "in main memory"), one.split(share > 0), strict=True):

@@ -302,6 +302,7 @@ def test_every_part_has_a_remedy_and_parts_of_the_same_process_are_told_on_a_gpu
     )
     assert {part for one in found for part in (*one.parts, *one.in_main)} == REMEDIES.keys()
     lines = list(told_memory(found, {}, 3, 1.0))
+    assert lines[0].startswith("memory of 13 processes, without")
     assert any(line.startswith("  policy-learner, on a GPU: ") for line in lines)
     assert any(line.startswith("  policy-learner, in main memory: ") and "states" in line for line in lines)
     assert "--gpu-memory GIB" in lines[-1]

@@ -33,6 +33,8 @@ def _init(parsed: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--gpus is {parsed.gpus}: expected 1 or more; without a GPU write --cpu")
     if parsed.out is not None and parsed.out.exists():
         raise ConfigError(f"--out {parsed.out}: is there already; name a new file")
+    if parsed.out is not None and not parsed.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {parsed.out}: {parsed.out.absolute().parent} is no directory; make it first")
     tree = initial_config(parsed.policy, parsed.reward, parsed.prompts, parsed.gpus or 0, parsed.gpu_memory)
     text = written(tree, parsed.out)
     if parsed.out is None:

@@ -136,7 +136,6 @@ def _tree(policy: str, reward: str, prompts: str, gpus: int) -> dict[str, dict[s
         "rollouts": {
             "engine": "vllm" if gpus else "transformers",
             "num_actors": max(1, gpus - 1 - ranks),
-            "concurrent_groups": 8 if gpus else 1,
             "prompts_per_step": 32 if gpus else 4,
             "group_size": 8 if gpus else 4,
             "max_prompt_tokens": tokens,
@@ -148,6 +147,8 @@ def _tree(policy: str, reward: str, prompts: str, gpus: int) -> dict[str, dict[s
         "head": {"variant": "r2m", "width": 2048 if gpus else 256},
         "checkpoint": {"every": 20},
     }
+    if gpus:  # the transformers engine on a CPU chooses itself
+        tree["rollouts"]["concurrent_groups"] = 8
     if ranks > 1:
         tree["learner"] |= {"backend": "deepspeed", "num_ranks": ranks, "zero_stage": 2}
     return tree

@@ -82,6 +82,11 @@ def test_what_check_would_refuse_is_not_written(capsys, tiny, prompts_file, tmp_
         named = ["--policy", models[0], "--reward", models[1], "--prompts", prompts]
         assert main(["init", *named, "--cpu", "--out", str(tmp_path / "first.yaml")]) == 2
         assert told in capsys.readouterr().err
+    assert (
+        main(["init", *named[:4], "--prompts", prompts_file, "--cpu", "--out", str(tmp_path / "no" / "first.yaml")])
+        == 2
+    )
+    assert f"{tmp_path}/no is no directory" in capsys.readouterr().err
     assert not (tmp_path / "first.yaml").exists()
 
 

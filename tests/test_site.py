@@ -52,6 +52,8 @@ def test_files_beside_the_documents_are_pages_and_their_links_lead_back(site):
     readme = (site / "repository" / "index.html").read_text(encoding="utf-8")
     assert 'href="../failures/"' in readme
     assert "<code>" in (site / "repository" / "examples" / "calculator.py" / "index.html").read_text(encoding="utf-8")
+    notebook = (site / "repository" / "examples" / "quickstart.ipynb" / "index.html").read_text(encoding="utf-8")
+    assert "step  80   reward" in notebook and 'src="data:image/png;base64,' in notebook
 
 
 def test_a_page_asks_another_server_for_nothing(site):

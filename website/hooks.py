@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import sys
@@ -18,7 +19,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
+LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|data:|#)([^)\s#]+)")
 BESIDE = "repository"
 """The folder of the site that has the pages of files beside docs/."""
 PYTHON = {
@@ -100,6 +101,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             if path.suffix == ".md":
                 made[name] = text
                 waiting.append(path)
+            elif path.suffix == ".ipynb":
+                made[f"{name}.md"] = _notebook(text)
+                waiting.append(path)
             else:
                 made[f"{name}.md"] = f"# {path}\n\n~~~~{path.suffix[1:]}\n{text}~~~~\n"
     for name, text in made.items():
@@ -126,6 +130,20 @@ def _on_site(target: str, source: str) -> str:
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     return f"{BESIDE}/{path}" if path.endswith(".md") else f"{BESIDE}/{path}.md"
+
+
+def _notebook(text: str) -> str:
+    """Returns the page of a notebook: its texts, its code, and what the code has printed and drawn."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"~~~~python\n{source}\n~~~~")
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "stream" and output["name"] == "stdout":
+                parts.append(f"~~~~text\n{''.join(output['text']).rstrip()}\n~~~~")
+            elif image := output.get("data", {}).get("image/png"):
+                parts.append(f"![drawn](data:image/png;base64,{''.join(image).strip()})")
+    return "\n\n".join(parts) + "\n"
 
 
 def _keys(title: str, tree: Any) -> str:

@@ -53,26 +53,46 @@ def last_steps(trace: Records, num_steps: int) -> tuple[float, float, list[Mappi
     return start, end, [interval for interval in trace if interval["end"] > start and interval["start"] < end]
 
 
+def _in_lanes(intervals: Records) -> list[tuple[Mapping[str, Any], int, int, tuple[Any, ...]]]:
+    """Returns (interval, start, end, row with its lane) of each interval: whole microseconds, and `row_of` with a number.
+
+    The format lets the calls of a row nest and not overlap, and Perfetto leaves out one that does. A stage that works at
+    several calls at a time has so many lanes.
+    """
+    placed = []
+    ends: dict[tuple[Any, ...], list[int]] = {}
+    for interval in sorted(intervals, key=lambda one: one["start"]):
+        # Whole numbers: rounded apart, a start and a duration could end after the next start.
+        start, end = round(interval["start"] * 1e6), round(interval["end"] * 1e6)
+        row = row_of(interval)
+        lanes = ends.setdefault(row, [])
+        lane = next((number for number, until in enumerate(lanes) if until <= start), len(lanes))
+        lanes[lane : lane + 1] = [end]
+        placed.append((interval, start, end, (*row, lane)))
+    return placed
+
+
 def write_trace_events(trace: Records, path: Path) -> None:
     """Writes the last `MAX_EVENTS` calls of a trace for Perfetto. trace: records of trace.jsonl. Raises DiskError."""
     shown = trace[-MAX_EVENTS:]
-    rows = {row: number for number, row in enumerate(sorted({row_of(interval) for interval in shown}), 1)}
+    placed = _in_lanes(shown)
+    rows = {row: number for number, row in enumerate(sorted({row for *_, row in placed}), 1)}
     events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "ring"}}]
-    for (*_, name), number in rows.items():
+    for (*_, name, lane), number in rows.items():
         named = {"ph": "M", "pid": 1, "tid": number}
-        events.append(named | {"name": "thread_name", "args": {"name": name}})
+        events.append(named | {"name": "thread_name", "args": {"name": f"{name} ({lane + 1})" if lane else name}})
         events.append(named | {"name": "thread_sort_index", "args": {"sort_index": number}})
-    for interval in shown:
+    for interval, start, end, row in placed:
         step = interval["step"]
         events.append(
             {
                 "ph": "X",  # a whole call: its start and its duration, both in microseconds
                 "name": f"{interval['method']} {step}" if step >= 0 else f"{interval['method']} (evaluation)",
                 "cat": interval["method"],
-                "ts": interval["start"] * 1e6,
-                "dur": (interval["end"] - interval["start"]) * 1e6,
+                "ts": start,
+                "dur": end - start,
                 "pid": 1,
-                "tid": rows[row_of(interval)],
+                "tid": rows[row],
                 "args": {"step": step, "stage": interval["stage"]},
             }
         )

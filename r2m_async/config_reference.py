@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from pydantic.json_schema import GenerateJsonSchema
@@ -144,6 +144,31 @@ def allowed_values(tree: type[ConfigTree]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def described(tree: type[ConfigTree]) -> dict[str, tuple[str, dict[str, str]]]:
+    """Returns all sections and keys in order, each with its doc, and a key with its type, unit and default, too.
+
+    The keys below a mapping of names are under `NAME`, as in `UNITS`.
+
+    Args:
+        tree: the class of the config.
+    """
+    schema, found = json_schema(tree), dict[str, tuple[str, dict[str, str]]]()
+
+    def look(node: dict[str, Any], path: list[str]) -> None:
+        found[".".join(path)] = _doc(schema, node), _facts(schema, node, path)
+        for one in _choices(schema, node):
+            below, at = one.get("properties", {}), path
+            if isinstance(one.get("additionalProperties"), dict):
+                [below] = [mapped.get("properties", {}) for mapped in _choices(schema, one["additionalProperties"])]
+                at = [*path, "NAME"]
+            for key, inside in below.items():
+                look(inside, [*at, key])
+
+    for section in tree.model_fields:
+        look(schema["properties"][section], [section])
+    return found
+
+
 def explain(tree: type[ConfigTree], key: str = "") -> str:
     """Says what a key is: its doc, type, allowed values, unit and default.
 
@@ -179,14 +204,26 @@ def explain(tree: type[ConfigTree], key: str = "") -> str:
             remedy = f"; did you mean {close[0]}?" if close else nearest([*path, name], dict(tree.model_fields))
             raise ConfigError(f"{key}: no such key{remedy}")
     fields = next((one for one in _choices(schema, node) if "properties" in one), None)
-    doc = node.get("description") or (fields or {}).get("description", "")
+    doc = _doc(schema, node)
     told = [key, _filled(doc, "  ", "  ")] if doc else [key]
-    if len(path) > 1:
-        shown = {"type": _type(schema, node), "unit": _unit(".".join(path)), "default": _default(node)}
-        told += [f"  {name:<8}{value}" for name, value in shown.items() if value is not None]
+    told += [f"  {name:<8}{value}" for name, value in _facts(schema, node, path).items()]
     if fields is not None:
         told.append(_listed(schema, fields["properties"]).rstrip("\n"))
     return "\n".join(told) + "\n"
+
+
+def _doc(schema: dict[str, Any], node: dict[str, Any]) -> str:
+    """The doc of a section or a key: its own, or else that of the keys below it."""
+    docs = (one.get("description", "") for one in (node, *_choices(schema, node)))
+    return next((doc for doc in docs if doc), "")
+
+
+def _facts(schema: dict[str, Any], node: dict[str, Any], path: Sequence[str]) -> dict[str, str]:
+    """The type, the unit and the default of a key, as far as it has them; nothing of a section."""
+    if len(path) < 2:
+        return {}
+    facts = {"type": _type(schema, node), "unit": _unit(".".join(path)), "default": _default(node)}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _filled(text: str, first: str, others: str) -> str:
@@ -260,9 +297,7 @@ def _listed(schema: dict[str, Any], keys: dict[str, dict[str, Any]]) -> str:
     width = max(map(len, keys)) + 2
     told = []
     for name, node in keys.items():
-        docs = [one.get("description", "") for one in (node, *_choices(schema, node))]
-        doc = next((one for one in docs if one), "")
-        first = _first_sentence(doc)
+        first = _first_sentence(_doc(schema, node))
         told.append(_filled(first, f"  {name:<{width}}", " " * (width + 2)))
     return "\n".join(told) + "\n"
 

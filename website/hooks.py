@@ -147,56 +147,14 @@ def _notebook(text: str) -> str:
 
 
 def _keys(title: str, tree: Any) -> str:
-    """Returns the page of all keys of a config: type, default, limits and docstring of each, as they are declared."""
-    lines = [f"# {title}", f"The declarations are in `{tree.__module__.replace('.', '/')}.py` and beside it."]
-    for section, field in tree.model_fields.items():
-        lines += [f"## {section}", _text(type(field.default).__doc__)]
-        for key, one in type(field.default).model_fields.items():
-            lines += _key(f"{section}.{key}", one)
+    """Returns the page of all keys of a config: the doc, type, unit and default of each, as they are declared."""
+    from r2m_async.config_reference import described
+
+    lines = [f"# {title}", "`r2m config` says the same: [configs.md](../configs.md)."]
+    for key, (doc, facts) in described(tree).items():
+        lines.append(f"{'###' if '.' in key else '##'} {key} {{ #{key} }}")
+        lines += [
+            ", ".join(f"{name} `{value}`" for name, value in facts.items()),
+            re.sub(r"`?docs/(\w+)\.md`?", r"[\1.md](../\1.md)", doc),
+        ]
     return "\n\n".join(lines) + "\n"
-
-
-def _key(name: str, field: Any) -> list[str]:
-    """Returns the paragraphs of a key, and those of the keys below it, if its value is a model with keys of its own."""
-    kind = _kind(field.annotation)
-    limits = [f"{sign} {limit}" for sign, limit in _limits(field)]
-    default = "required" if field.is_required() else f"default `{field.get_default(call_default_factory=True)!r}`"
-    lines = [f"### {name} {{ #{name} }}", f"`{kind}`, {', '.join([default, *limits])}", _text(field.description)]
-    for model in _models(field.annotation):
-        for key, one in model.model_fields.items():
-            lines += _key(f"{name}.{'NAME.' if 'dict[' in kind else ''}{key}", one)
-    return lines
-
-
-def _kind(annotation: Any) -> str:
-    """Returns a type as one would write it."""
-    text = repr(annotation) if not isinstance(annotation, type) or "[" in repr(annotation) else annotation.__name__
-    text = re.sub(r", (?:Tag|Discriminator|Field\w*|Ge|Gt|Le|Lt)\([^()]*\)", "", text)
-    text = re.sub(r"(?:typing|pydantic|r2m_async)(?:\.\w+)*\.(?=\w)", "", text)
-    return re.sub(r"Annotated\[(\w+(?:\[[^\[\]]*\])?)\]", r"\1", text)
-
-
-def _limits(field: Any) -> list[tuple[str, Any]]:
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    return [
-        (sign, getattr(rule, name))
-        for rule in field.metadata
-        for name, sign in signs.items()
-        if getattr(rule, name, None) is not None
-    ]
-
-
-def _models(annotation: Any) -> list[Any]:
-    """Returns the pydantic models that a type is made of."""
-    from typing import get_args
-
-    if hasattr(annotation, "model_fields"):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
-
-
-def _text(docstring: str | None) -> str:
-    """Returns a docstring as Markdown: in one paragraph, with links to the documents that it names."""
-    text = re.sub(r"\s+", " ", docstring or "").strip()
-    text = re.sub(r"`?docs/(\w+)\.md`?", r"[\1.md](../\1.md)", text)
-    return re.sub(r"<(?=\w)(?![^`]*`(?:[^`]*`[^`]*`)*[^`]*$)", "&lt;", text)

@@ -227,7 +227,8 @@ def _newest_whole(path: Path, live: LiveTable) -> Path:
 
 def _resolved(config: R2MConfig, live: LiveTable) -> Workload:
     """Resolves the workload of a config, and shows what the user should know of it."""
-    workload = resolve(config, on_progress=live.message)
+    live.message("loading models and data")
+    workload = resolve(config, on_progress=lambda what, done, total: live.message(f"building: {what}", done, total))
     for note in workload.notes:
         live.tell(note)
     for reason, count in workload.skipped.items():

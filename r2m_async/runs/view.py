@@ -82,7 +82,10 @@ def rendered(view: View, height: int) -> RenderableType:
     status, ring = view.status, view.status.ring
     parts: list[RenderableType] = [_header(view)]
     if status.busy_with:
-        parts.append(with_bar(status.busy_with, status.done, status.total) if status.total else Text(status.busy_with))
+        count = f"{status.done} of {status.total}"
+        parts.append(
+            with_bar(status.busy_with, status.done, status.total, count) if status.total else Text(status.busy_with)
+        )
     lines = dict(_lines(view))
     if lines:
         parts.append(_labelled(lines))

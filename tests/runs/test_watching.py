@@ -70,6 +70,12 @@ def test_a_view_says_what_each_stage_does_and_what_is_waited_for_in_80_columns(c
     assert "given up" not in text and "nan" not in text, "what was not measured is left out"
 
 
+def test_work_before_the_first_step_says_what_it_is_and_how_far(config):
+    status = Status(busy_with="building: reward model", done=3, total=8, seconds=5.0)
+    _, line = shown(View(config=config, steps=[], evaluation=None, status=status))
+    assert line.startswith("building: reward model ") and line.rstrip().endswith("3 of 8")
+
+
 def test_of_many_actors_the_first_are_listed_and_the_others_counted(config):
     view = View(config=config, steps=[], evaluation=None, status=Status(ring=ring(num_actors=64)))
     lines = [line.split() for line in shown(view)]

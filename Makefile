@@ -79,8 +79,8 @@ dist: $(VENV)/.ready
 	$(PYTHON) -m venv dist/try/.venv
 	dist/try/.venv/bin/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	dist/try/.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl
-	cp configs/quickstart.yaml dist/try
-	cd dist/try && .venv/bin/r2m check quickstart.yaml && .venv/bin/r2m train quickstart.yaml run.num_steps=2
+	cd dist/try && .venv/bin/r2m init --policy embedded --reward embedded --cpu --out first.yaml
+	cd dist/try && .venv/bin/r2m check first.yaml && .venv/bin/r2m train first.yaml run.num_steps=2
 	rm -rf dist/try
 
 # torch comes first, at its pinned version, so that no other package draws another build of it. vLLM draws torchvision

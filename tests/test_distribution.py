@@ -1,16 +1,31 @@
 """`make dist`: the wheel holds all that the commands read, and has the version of the newest tag."""
 
+import ast
 import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("actors", "learners", "r2m_async")
+BROUGHT = {
+    "huggingface_hub": "transformers",
+    "packaging": "transformers",
+    "pyarrow": "ray",
+    "pydantic_core": "pydantic",
+} | {
+    "referencing": "jsonschema",
+    "triton": "torch",  # on a GPU
+}
+"""Packages that are imported and that one that is asked for always brings."""
 
 pytest.importorskip("build", reason="the extra `test` is not installed")
 pytest.importorskip("hatch_vcs", reason="the extra `test` is not installed")
@@ -45,6 +60,38 @@ def test_the_wheel_has_every_file_of_the_packages_and_the_archive_every_config(b
     assert "r2m_async/runs/report.html" in files
     inside = {name.partition("/")[2] for name in sources}
     assert files <= inside and {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")} <= inside
+
+
+def imported(path: Path) -> set[str]:
+    """The names of the packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+        found |= {name.partition(".")[0] for name in names}
+    return found
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(one).name) for one in requirements}
+
+
+def test_what_is_imported_is_asked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [one for name, lines in project["optional-dependencies"].items() if name != "test" for one in lines]
+    asked = names_of(project["dependencies"] + extras)
+    files = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
+    found = set().union(*map(imported, files)) - {*sys.stdlib_module_names, *PACKAGES}
+    homes = packages_distributions()
+    missing = {
+        name
+        for name in found
+        if not {canonicalize_name(one) for one in homes.get(name, [BROUGHT.get(name, name)])} & asked
+    }
+    assert missing <= set(BROUGHT), missing - set(BROUGHT)
+    for name, other in BROUGHT.items():
+        brings = names_of(requires(other) or [])
+        assert canonicalize_name(name) in brings or name == "triton", (name, other)
 
 
 @pytest.mark.ring

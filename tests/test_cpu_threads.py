@@ -63,7 +63,10 @@ print("more threads:", after - before)
 def more_threads(where):
     """How many CPU threads a product of matrices has started beside its own."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, where], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
+        [sys.executable, "-c", PROGRAM, where],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout.rpartition("more threads:")[2])

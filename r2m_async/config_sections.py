@@ -726,6 +726,15 @@ class LoggingSection(Section):
 
     tensorboard: bool = True
     """If true, the metrics are also written for TensorBoard, into the run directory."""
+    wandb: str | None = None
+    """The W&B project to which the metrics are also sent. Account, server and offline mode are W&B's own environment
+    variables. docs/observing.md."""
+    mlflow: str | None = None
+    """The MLflow experiment to which the metrics are also sent. MLFLOW_TRACKING_URI says where it is."""
+    trackio: str | None = None
+    """The trackio project in which the metrics are also kept."""
+    prometheus: bool = False
+    """If true, the metrics are also among those of Ray, for Prometheus. docs/observing.md."""
     live: bool = True
     """If true, a table in the terminal shows the last steps. Without a terminal, plain lines are printed instead."""
     actors: bool = True

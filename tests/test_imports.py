@@ -53,7 +53,7 @@ ONLY = {
     "learners": {"r2m_async.launch.makers"},
     "ray": {
         *(f"r2m_async.launch.{name}" for name in ("ray_connection", "ray_stages", "placement", "cluster_check")),
-        *("r2m_async.launch.forked_workers", "r2m_async.algorithm"),
+        *("r2m_async.launch.forked_workers", "r2m_async.launch.prometheus", "r2m_async.algorithm"),
     },
     "vllm": {
         *(f"actors.vllm_{name}" for name in ("engine", "drivers", "offline", "models", "turns", "worker", "weights")),
@@ -82,6 +82,7 @@ LAZY = {
     "learners.deepspeed_backend": {"deepspeed"},
     "r2m_async.state_attention": {"r2m_async.state_attention_triton"},
     "r2m_async.models.liger": {"liger_kernel"},
+    "r2m_async.runs.trackers": {"wandb", "mlflow", "trackio"},
 }
 """What these import only once it is needed: not everybody has it installed."""
 
@@ -217,7 +218,7 @@ def test_the_wall_clock_is_read_for_names_and_records_alone():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in wall
     }
-    names_and_records = ("runs.directory", "runs.status", "launch.training", "evaluation.answering")
+    names_and_records = ("runs.directory", "runs.status", "runs.trackers", "launch.training", "evaluation.answering")
     assert reads == {f"r2m_async.{name}" for name in names_and_records}
 
 

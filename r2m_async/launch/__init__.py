@@ -18,4 +18,5 @@ model_checks.py    what the models of a run must be, asked before anything start
 forked_workers.py  forks Ray's workers from a process that has made their imports
 ray_connection.py  starts or joins Ray, watches it, and ends it in time
 loop_thread.py     runs the event loop of a ring in a thread
+prometheus.py      publishes what a run measures among the metrics of Ray
 """

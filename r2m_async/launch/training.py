@@ -11,6 +11,7 @@ from typing import Any
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, NoRoom, StageLost, StalledRun
+from r2m_async.launch.prometheus import RayGauges
 from r2m_async.launch.ray_connection import RayConnection, abandoned
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import Workload, conservation, resolve
@@ -22,6 +23,7 @@ from r2m_async.runs.records import append_records, read_trace
 from r2m_async.runs.report import write_report
 from r2m_async.runs.resuming import changes, check_resumable
 from r2m_async.runs.trace import write_trace_events
+from r2m_async.runs.trackers import Tracker, Trackers
 from r2m_async.whole import only_writer, remove_directory, write_file
 
 
@@ -134,11 +136,23 @@ class _Run:
             start: what the run goes on from. None: it is a new run.
         """
         with _naming_what_is_left(self.path):
-            with contextlib.ExitStack() as ray_ends:
-                self._rings(start, ray_ends)
+            trackers = Trackers(self.path, self.config, self.live.tell, self._gauges())
+            with trackers, contextlib.ExitStack() as ray_ends:
+                self._rings(start, ray_ends, trackers)
             _draw(self.path)
 
-    def _rings(self, start: _Start | None, ray_ends: contextlib.ExitStack) -> None:
+    def _gauges(self) -> dict[str, Tracker]:
+        """Prometheus as a tracker, by its key, if the config asks for it."""
+        if not self.config.logging.prometheus:
+            return {}
+        if self.in_process:
+            raise ConfigError(
+                "logging.prometheus is true and all stages run in one process: it needs Ray; leave out --in-process, "
+                "or set it to false"
+            )
+        return {"prometheus": RayGauges(self.path, self.live.tell)}
+
+    def _rings(self, start: _Start | None, ray_ends: contextlib.ExitStack, trackers: Trackers) -> None:
         """Takes all steps that are left. `ray_ends` gets what ends the Ray that one ring leaves to the next."""
         restarts, num_in_a_row, begun_at = 0, 0, start.checkpoint if start else None
         ray: RayConnection | None = None
@@ -150,7 +164,7 @@ class _Run:
                     ray_ends.callback(ray.close)
                     # A ring that is built anew waits for the GPUs that the first one had. It does not share what is left.
                     num_gpus = ray.num_gpus = ray.num_gpus if num_gpus is None else num_gpus
-                return self._one_ring(start, restarts, ray)
+                return self._one_ring(start, restarts, ray, trackers)
             except (StageLost, StalledRun) as error:
                 # If it is not known to be one stage, then Ray itself may be what is gone or does not answer.
                 if not isinstance(error, StageLost) or error.stage is None:
@@ -171,20 +185,21 @@ class _Run:
                 restarts, begun_at, start = restarts + 1, checkpoint, _Start(checkpoint, {}, str(error))
                 self.live.tell(f"{error}\nthe ring is built anew from {checkpoint}")
 
-    def _one_ring(self, start: _Start | None, restarts: int, ray: RayConnection | None) -> None:
+    def _one_ring(self, start: _Start | None, restarts: int, ray: RayConnection | None, trackers: Trackers) -> None:
         """Starts a ring, and takes steps with it.
 
         Args:
             start: what it goes on from. None: it is the first ring of a new run.
             restarts: how many rings of this job came before.
             ray: the connection to Ray of this job. None: the ring is in this process.
+            trackers: get what the run directory gets.
         """
         path, config, live = self.path, self.config, self.live
         if start is None:
             live.message(f"starting the ring; run directory {path}")
             where = path / "journal"
             ring = Ring(config, self.workload, self.in_process, None, where, ray, live.ring)
-            with ring, RunDirectory(path, config) as run:
+            with ring, RunDirectory(path, config, trackers=trackers) as run:
                 live.message("the ring has started")
                 _steps(ring, run, live, restarts)
             return
@@ -200,7 +215,7 @@ class _Run:
             for line in (*conservation(config, self.workload, progress), *ring.controller.journal.told()):
                 live.tell(line)
             known = len(ring.controller.evaluations)
-            with RunDirectory.resume(path, config, progress.step, ring.records, known) as run:
+            with RunDirectory.resume(path, config, progress.step, ring.records, known, trackers) as run:
                 write_file(path / "config.yaml", config.to_yaml())
                 at = datetime.now(UTC).isoformat(timespec="seconds")
                 resumed = {"step": progress.step, "at": at, "changed": start.changed, "because": start.because}

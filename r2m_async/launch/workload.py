@@ -45,6 +45,7 @@ from r2m_async.policy_losses import CLIPS, Loss, check_loss_options, get_loss
 from r2m_async.rewards.calls import functions_of, gold_of
 from r2m_async.ring.progress import Progress
 from r2m_async.ring.simulator import plan_without_models
+from r2m_async.runs.trackers import check_trackers
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket, TrajectoryGroup
 
@@ -187,6 +188,7 @@ def check_code(config: R2MConfig) -> Estimator:
         lambda: check_loss(config),
         lambda: check_functions(config),
         lambda: check_engine(config),
+        lambda: check_trackers(config),
         lambda: check_attention(config.model.attention, config.run.device, config.model.dtype),
         *([lambda: check_liger(config.run.device)] if config.model.liger else []),
     )

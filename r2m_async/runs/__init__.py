@@ -13,6 +13,7 @@ samples.py      reads what a run answered to held-out prompts
 drawing.py      holds what all figures share: colours, panels, lines
 live.py         shows a run in the terminal while it goes on, and keeps its status.json
 view.py         lays out what a terminal shows of a run
+trackers.py     sends what a run measures to W&B, MLflow and trackio
 status.py       what a run is doing now, as its directory has it
 watching.py     watches a run that another process drives
 progress.py     shows the training of a reward model in the terminal

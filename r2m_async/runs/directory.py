@@ -16,6 +16,8 @@
     status.json        what the run is doing, or how it ended (`runs.status`)
     trace.json         the end of the trace for https://ui.perfetto.dev (`runs.trace`)
     report.html        the whole run in one file, for a browser (`runs.report`)
+    tracked_as         what the run is called in its trackers, if it has any (`runs.trackers`)
+    wandb/             what W&B keeps, if `logging.wandb` is set
 
 JSON has no NaN and no infinity. Both are written as null, and null is read back as NaN.
 """
@@ -34,11 +36,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from r2m_async.config import ConfigTree, R2MConfig
 from r2m_async.errors import DataError, DiskError
-from r2m_async.runs.records import append_records, cut_partial_line
+from r2m_async.runs.records import append_records, cut_partial_line, read_metrics
 from r2m_async.whole import append, disk_errors, whole_directory
 
 if TYPE_CHECKING:
     from r2m_async.ring.step_metrics import Interval
+    from r2m_async.runs.trackers import Trackers
 
 
 RECORDS = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "trace.jsonl")
@@ -59,7 +62,14 @@ class RunDirectory:
     checkpoint. All methods raise DiskError if the disk refuses what they write.
     """
 
-    def __init__(self, path: Path, config: R2MConfig, first_step: int = 0, num_evaluations: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: R2MConfig,
+        first_step: int = 0,
+        num_evaluations: int = 0,
+        trackers: Trackers | None = None,
+    ) -> None:
         """Makes the files that are missing.
 
         Args:
@@ -67,11 +77,14 @@ class RunDirectory:
             config: the config of the run.
             first_step: the policy steps that the run has taken. TensorBoard shows no older value of a later step.
             num_evaluations: how many of the evaluations that `write_evaluations` will be given are in the file already.
+            trackers: get all steps and evaluations, too; at once those of the files that they do not have.
         """
-        self.path, self._files = path, _files(config)
+        self.path, self._files, self._trackers = path, _files(config), trackers
         for name in self._files:
             cut_partial_line(path / name)
         self._num_evaluations, self._num_samples = num_evaluations, 0
+        if trackers is not None:
+            trackers.catch_up(read_metrics(path / "metrics.jsonl"), read_metrics(path / "evaluation.jsonl"))
         self._tensorboard = None
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -86,7 +99,13 @@ class RunDirectory:
 
     @classmethod
     def resume(
-        cls, path: Path, config: R2MConfig, first_step: int, lengths: Mapping[str, int], num_evaluations: int
+        cls,
+        path: Path,
+        config: R2MConfig,
+        first_step: int,
+        lengths: Mapping[str, int],
+        num_evaluations: int,
+        trackers: Trackers | None = None,
     ) -> Self:
         """Goes on after a checkpoint. What was recorded after it is cut off, because the run does these steps again.
 
@@ -109,7 +128,7 @@ class RunDirectory:
         with disk_errors(path):
             for name in there:
                 os.truncate(path / name, lengths[name])
-        return cls(path, config, first_step, num_evaluations)
+        return cls(path, config, first_step, num_evaluations, trackers)
 
     def lengths(self) -> dict[str, int]:
         """How long each file of records is now, in bytes by name. A checkpoint keeps it for `resume`."""
@@ -126,6 +145,8 @@ class RunDirectory:
                 for tag, value in metrics.items():
                     self._tensorboard.add_scalar(tag, value, global_step=int(metrics["step"]))
                 self._tensorboard.flush()
+        if self._trackers is not None:
+            self._trackers.step(metrics)
 
     def write_evaluations(self, evaluations: Sequence[dict[str, float]], samples: Sequence[dict[str, Any]]) -> None:
         """Appends the evaluations that are new.
@@ -133,7 +154,11 @@ class RunDirectory:
         evaluations, samples: all evaluations of the ring so far, and the responses to read of those that it has made.
         """
         append_records(self.path / "samples.jsonl", samples[self._num_samples :])
-        append_records(self.path / "evaluation.jsonl", evaluations[self._num_evaluations :])
+        new = evaluations[self._num_evaluations :]
+        append_records(self.path / "evaluation.jsonl", new)
+        if self._trackers is not None:
+            for evaluation in new:
+                self._trackers.evaluation(evaluation)
         self._num_evaluations, self._num_samples = len(evaluations), len(samples)
 
     def write_labels(self, records: Sequence[dict[str, Any]]) -> None:

@@ -45,6 +45,8 @@ from r2m_async.studies.reward_models import compare_reward_models, is_measured, 
 from r2m_async.whole import disk_errors, whole_directory, write_file
 from r2m_async.yaml_tree import cut_repr, read_yaml
 
+QUIET: dict[str, Any] = dict(live=False, tensorboard=False, wandb=None, mlflow=None, trackio=None, prometheus=False)
+"""The section `logging` of each run: a study reads the run directories alone."""
 TRAINED = "trained:"
 """How a run's config names a reward model of the study: `trained:NAME`."""
 
@@ -206,7 +208,7 @@ def _runs(path: Path, study: Study, reward_models: dict[tuple[str, int], StudyRe
                 config = R2MConfig.from_dict(tree)
             except ConfigError as error:
                 raise ConfigError(f"{path}: {cell}: {error}") from None
-            runs.append(StudyRun(cell=cell, seed=seed, config=config.logging(live=False, tensorboard=False)))
+            runs.append(StudyRun(cell=cell, seed=seed, config=config.logging(**QUIET)))
     if len({run.name for run in runs}) < len(runs):
         raise ConfigError(f"{path}: two runs have the same labels and seed; give every label and seed once")
     return runs

@@ -363,7 +363,8 @@ def _against_kl(runs: Sequence[Run]) -> Iterator[Panel]:
             held_out = has(run.evaluations, name) and np.isfinite(evaluated).any()
             if held_out:
                 values, errors = (column(run.evaluations, one) for one in (name, f"{name}_se"))
-                drawn.points(place, 1, evaluated, values, errors)
+                order = np.argsort(evaluated, kind="stable")  # a KL that falls again would draw the line back
+                drawn.points(place, 1, evaluated[order], values[order], errors[order])
             drawn.lacks(place, [one for one, there in zip(series, (known.any(), held_out), strict=True) if not there])
         notes = "a line joins the means of steps of about the same KL, which are those of the policies that sampled"
         needs = "needs evaluation.gold" if name == "gold" else "held-out prompts need evaluation.every"
@@ -548,7 +549,12 @@ class _Drawing:
             return Panel(title=title, figure=None, notes=tuple(told))
         if self._per_point > 1:
             told.insert(0, f"each point is the mean of {self._per_point} steps")
-        return Panel(title=title, figure={"data": self._data, "layout": _layout(x, y)}, notes=(*notes, *told))
+        layout = _layout(x, y)
+        values = {one for trace in self._data if "meta" in trace for one in trace["y"] if one is not None}
+        if len(values) == 1:  # plotly would centre it: a share of 1 between 0 and 2, a count of 0 between -1 and 1
+            (value,) = values
+            layout["yaxis"]["range"] = sorted((0.0, 1.1 * value)) if value else [-0.05, 1.0]
+        return Panel(title=title, figure={"data": self._data, "layout": layout}, notes=(*notes, *told))
 
 
 def _layout(x: str, y: str) -> dict[str, Any]:

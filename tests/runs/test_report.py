@@ -91,6 +91,19 @@ def test_a_metric_that_was_not_measured_is_named_and_not_drawn(config):
     assert not {"oldest group", "head that scored"} & (drawn(panels["Age of the policy"]).keys())
 
 
+def test_held_out_rewards_are_joined_in_the_order_of_their_kl(config):
+    steps = [step_metrics(step, **{"kl/sequence": 10.0 - step}) for step in range(1, 5)]
+    gold = drawn(panels_of(run_of(config, steps=steps))["Gold reward against KL"])
+    assert gold["held-out"] == ([7, 9], [1.25, 1.5])
+
+
+@pytest.mark.parametrize(("value", "axis"), [(1.0, [0, 1.1]), (-2.0, [-2.2, 0]), (0.0, [-0.05, 1])])
+def test_what_stays_the_same_is_drawn_between_zero_and_itself(config, value, axis):
+    panel = panels_of(run_of(config, steps=[step_metrics(step, **{"policy/loss": value}) for step in (1, 2)]))
+    assert panel["Policy loss"].figure["layout"]["yaxis"]["range"] == pytest.approx(axis)
+    assert "range" not in panel["Gold reward"].figure["layout"]["yaxis"]
+
+
 def test_a_gap_stays_a_gap(config):
     steps = [step_metrics(1), step_metrics(2, **{"reward/mean": float("inf")}), step_metrics(3)]
     assert drawn(panels_of(run_of(config, steps=steps))["Proxy reward"])["training rollouts"][1] == [1 / 8, None, 3 / 8]

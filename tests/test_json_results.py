@@ -49,6 +49,18 @@ def test_a_users_mistake_is_a_document_with_the_message_that_standard_error_has(
     assert "did you mean run.num_steps?" in found["error"]
 
 
+def test_arguments_that_cannot_be_read_and_errors_that_nobody_foresaw_are_documents_too(capsys, monkeypatch):
+    assert main(["nonsense", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["status"] == 2 and "invalid choice: 'nonsense'" in json.loads(out)["error"]
+    assert err.startswith("usage: r2m")
+    monkeypatch.setattr("r2m_async.commands.ring.simulate", lambda *_, **__: 1 / 0)
+    assert main(["plan", QUICKSTART, "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"status": 1, "error": "ZeroDivisionError: division by zero"}
+    assert "Traceback" in err
+
+
 def test_what_libraries_and_processes_print_goes_to_standard_error(capfd):
     with only_to_stderr():
         print("python")

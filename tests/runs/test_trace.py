@@ -24,8 +24,8 @@ SCHEMA = {
                     {
                         "properties": {
                             "ph": {"const": "X"},
-                            "ts": {"type": "number", "minimum": 0},
-                            "dur": {"type": "number", "minimum": 0},
+                            "ts": {"type": "integer", "minimum": 0},
+                            "dur": {"type": "integer", "minimum": 0},
                         },
                         "required": ["ts", "dur", "tid"],
                     },
@@ -47,7 +47,7 @@ SCHEMA = {
         },
     },
 }
-"""What the format's description asks of complete events and of metadata events."""
+"""What the format's description asks of complete events and of metadata events; and whole numbers, which round to no overlap."""
 
 
 def written(intervals, path):

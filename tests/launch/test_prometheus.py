@@ -115,10 +115,10 @@ def test_two_metrics_of_one_gauge_are_refused(gauges):
 @pytest.mark.models
 def test_the_dashboard_asks_for_metrics_that_a_run_has(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(gold=lambda prompt, response, finished: len(response)))
-    config = tiny_config.run(num_steps=1, output_dir=str(tmp_path)).evaluation(every=1, num_prompts=2)
+    config = tiny_config.run(num_steps=2, output_dir=str(tmp_path)).evaluation(every=1, num_prompts=2)
     config = config.evaluation(gold="mine:gold")
     run = train(config.logging(tensorboard=False, live=False), in_process=True)
-    (step,), evaluations = read_metrics(run / "metrics.jsonl"), read_metrics(run / "evaluation.jsonl")
+    (_, step), evaluations = read_metrics(run / "metrics.jsonl"), read_metrics(run / "evaluation.jsonl")
     has = {f"ray_{gauge_name(key)}" for key in (*step, *(f"evaluation/{key}" for key in evaluations[-1]))}
     for expression in EXPRESSIONS:
         assert set(re.findall(r"\bray_\w+", expression)) <= has

@@ -88,3 +88,11 @@ def test_check_train_and_samples_are_documents(capsys, tiny_config, tmp_path):
     assert trained["steps"] == 3 and "kl/sequence" in trained["metrics"]
     assert main(["samples", trained["run_directory"], "--json"]) == 0
     assert {one["step"] for one in json.loads(capsys.readouterr().out)["result"]["evaluations"]} == {0, 3}
+
+
+@pytest.mark.parametrize(("rank", "documents"), [("0", 1), ("1", 0)])
+def test_of_the_ranks_that_torchrun_started_the_first_alone_answers(capsys, monkeypatch, rank, documents):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", rank)
+    assert main(["config", "--explain", "run.num_steps", "--json"]) == 0
+    assert capsys.readouterr().out.count('"status": 0') == documents

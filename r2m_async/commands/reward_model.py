@@ -83,7 +83,7 @@ def _train_reward_model(parsed: argparse.Namespace) -> dict[str, Any]:
 
     with process_group(config.run.device):
         run = train(config)
-    print(f"run directory: {run}")
+        print(f"run directory: {run}")  # inside, where the first process alone prints
     return {"run_directory": str(run)}
 
 
@@ -94,7 +94,7 @@ def _resume_reward_model(parsed: argparse.Namespace) -> dict[str, Any]:
 
     with process_group(config.run.device):
         run = resume(parsed.run)
-    print(f"run directory: {run}")
+        print(f"run directory: {run}")
     return {"run_directory": str(run)}
 
 

@@ -355,7 +355,7 @@ def test_the_ray_of_a_job_stays_unless_it_may_be_what_has_failed_and_so_does_the
 
     errors = [StageLost("queue", "queue was lost"), StageLost(None, "a payload was lost"), StalledRun("nothing moves")]
 
-    def one_ring(self, start, restarts, ray):
+    def one_ring(self, start, restarts, ray, trackers):
         rays.append(ray)
         if errors:
             raise errors.pop(0)

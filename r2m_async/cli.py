@@ -74,9 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             traceback.print_exc()
             status, told = 1, f"{type(error).__name__}: {error}"
-    if (
-        "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
-    ):  # under torchrun one document, not one a rank
+    # Under torchrun one document, not one a rank.
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
         print(document(status, told))
     return status
 

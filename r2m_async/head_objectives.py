@@ -139,16 +139,17 @@ def pair_weights(labelled: float, num_own: int, own_weight: float) -> tuple[floa
     """The weights of one labelled pair and of one pair that the head ranks itself, in the mean of the Bradley-Terry terms.
 
     The loss of an update with labels is (1 - alpha) times a weighted mean of -log sigmoid(r_w - r_l) over all pairs, plus
-    alpha times the mean of the group reward entropy (Eq. 6). A labelled pair counts once, and one of a
-    data set as often as its importance weight says. A pair of Eq. 5, which the head
-    has ranked itself, counts `own_weight` times. The paper has no labels: without any, this is its Eq. 7.
+    alpha times the mean of the group reward entropy (Eq. 6). A labelled pair counts once, and one of a data set as often as
+    its importance weight says. A pair of Eq. 5, which the head has ranked itself, counts `own_weight` times. The paper has no
+    labels: without any, this is its Eq. 7.
 
     Args:
         labelled: the sum of the weights of all labelled pairs, each of which has 1 but for those of a data set.
         num_own: the number of groups that were not asked about, each of which has one pair of Eq. 5.
         own_weight: 0 or more.
 
-    Returns (weight of a labelled pair that counts once, weight of an own pair). Over all pairs they add up to 1, or to 0 if nothing counts.
+    Returns (weight of a labelled pair that counts once, weight of an own pair). Over all pairs they add up to 1, or to 0 if
+    nothing counts.
     """
     total = labelled + own_weight * num_own
     return (1 / total, own_weight / total) if total else (0.0, 0.0)

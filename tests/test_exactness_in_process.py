@@ -16,7 +16,7 @@ pytestmark = pytest.mark.models
 
 def run_in_process(config):
     """(final policy, head and critic weights, the critic's None without one, rewards by step) of a ring without Ray."""
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         rewards = record_rewards(ring)
         while not ring.finished:
             ring.step()
@@ -229,7 +229,7 @@ def test_the_learners_feedback_costs_no_pass_but_its_twins(tiny_config, monkeypa
     real = passes.policy_pass
     monkeypatch.setattr(passes, "policy_pass", lambda *a: sizes.append(len(a[1])) or real(*a))
     config = tiny_config.feedback(source="learner").learner(tokens_per_microbatch=30).objective(epochs=1)
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         ring.step()
     num_passes = len(sizes) // 3  # the proximal pass, pi_ref's and one epoch's
     assert sizes == sizes[:num_passes] * 3 and sum(sizes[:num_passes]) == 6 and max(sizes) < 6

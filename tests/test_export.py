@@ -56,7 +56,7 @@ def saved_run(tmp_path_factory):
 
     def run(config: R2MConfig) -> Path:
         directory = tmp_path_factory.mktemp("run")
-        with one_thread(), Ring.of(config, in_process=True) as ring:
+        with Ring.of(config, in_process=True) as ring:
             while not ring.finished:
                 ring.step()
             ring.save(checkpoint_path(directory, config.run.num_steps))

@@ -288,7 +288,7 @@ def test_under_skip_the_step_of_such_a_reward_leaves_everything_as_it_was_and_th
     config = tiny_config.learner(on_nonfinite="skip").reward(functions=["sometimes:f"]).head(variant=variant)
     config = config.objective(epochs=2, num_minibatches=2)
     kept, metrics = [], []
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         while not ring.finished:
             metrics.append(ring.step())
             ring.drain()
@@ -315,7 +315,7 @@ def test_under_skip_gold_that_is_not_finite_is_not_known(tiny_config, sometimes)
     with open(_path_of("sometimes"), "a") as file:
         file.write("\ndef gold(prompt, response, finished):\n    return f(prompt, response)\n")
     config = tiny_config.learner(on_nonfinite="skip").evaluation(gold="sometimes:gold", every=3, num_prompts=2)
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         steps = []
         while not ring.finished:
             steps.append(ring.step())
@@ -420,7 +420,7 @@ def test_a_head_whose_update_is_not_finite_is_named_or_stays_as_it_was(tiny_conf
 def test_a_run_whose_head_diverges_ends_in_the_step_where_it_does_and_keeps_no_such_head(tiny_config, tmp_path, lr):
     config = tiny_config.head(lr=lr).scheduling(lag="exact", max_policy_age=1, max_head_age=1)
     diverged = pytest.raises(NonFiniteStep, match=r"^step 0, group 0, .* once it is updated with head\.lr 1e\+")
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring, diverged:
+    with Ring.of(config, in_process=True) as ring, diverged:
         while not ring.finished:
             ring.step()
             ring.save(tmp_path / str(ring.controller.schedule.policy_version))
@@ -431,7 +431,7 @@ def test_a_run_whose_head_diverges_ends_in_the_step_where_it_does_and_keeps_no_s
 
 def test_under_skip_a_head_that_diverges_is_left_as_it_was_in_ring_and_reference_alike(tiny_config):
     config = tiny_config.head(lr=1e30).learner(on_nonfinite="skip")
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         before = state_of(ring, "head")["weights"].tensors
         metrics = []
         while not ring.finished:
@@ -563,7 +563,7 @@ def test_a_learning_rate_far_too_high_ends_ring_and_reference_by_a_name(tiny_con
         "stop": r"^step 0 \(groups \[0, 1\]\): the gradient norm is nan",
         "skip": r"^step 1, group 2 \(.*\), response 0: the policy \(version 1\) gives no finite probability at response",
     }[on_nonfinite]
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring, pytest.raises(NonFiniteStep, match=named):
+    with Ring.of(config, in_process=True) as ring, pytest.raises(NonFiniteStep, match=named):
         while not ring.finished:
             ring.step()
     with pytest.raises(NonFiniteStep, match=named):
@@ -576,7 +576,7 @@ def test_a_learning_rate_far_too_high_ends_ring_and_reference_by_a_name(tiny_con
 def test_a_checkpoint_whose_weights_are_not_finite_is_not_resumed_nor_exported(tiny_config, tmp_path):
     from r2m_async.codec import decode, encode
 
-    with reference.one_thread(), Ring.of(tiny_config, in_process=True) as ring:
+    with Ring.of(tiny_config, in_process=True) as ring:
         ring.step()
         ring.save(tmp_path / "good")
     for part in ("policy", "head"):
@@ -647,7 +647,7 @@ def test_numbers_beyond_float32_are_refused_by_their_key(section, key, value):
 
 def test_the_largest_numbers_that_are_taken_can_be_computed_with(tiny_config):
     config = tiny_config.objective(clip_high=LARGEST, off_policy_cap=LARGEST).run(num_steps=1)
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         assert math.isfinite(ring.step()["policy/loss"])
 
 

@@ -72,7 +72,7 @@ def test_groups_without_spread_are_refilled_as_in_the_reference_bit_for_bit(tiny
     config = R2MConfig.from_dict(tree).run(num_steps=4).scheduling(max_policy_age=age, lag="exact")
     refilling = config.rollouts(max_refills=2)
     expected = reference.train(refilling)
-    with reference.one_thread(), Ring.of(refilling, in_process=True) as ring:
+    with Ring.of(refilling, in_process=True) as ring:
         seen, steps = record_groups(ring), []
         while not ring.finished:
             steps.append(ring.step())

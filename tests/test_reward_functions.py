@@ -453,7 +453,7 @@ def test_a_ring_with_named_weighted_functions_is_the_reference_bit_for_bit_and_m
     config = (
         tiny_config.data(prompts=written(tmp_path / "p.jsonl", *records)).reward(functions=functions).run(num_steps=2)
     )
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         seen, steps = record_groups(ring), []
         while not ring.finished:
             steps.append(ring.step())
@@ -478,7 +478,7 @@ def test_a_group_whose_function_fails_is_left_out_under_its_reason_and_the_rest_
         return 1.0
 
     mine(fails)
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         seen, steps = record_groups(ring), []
         while not ring.finished:
             steps.append(ring.step())

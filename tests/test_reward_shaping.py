@@ -185,7 +185,7 @@ def shaped(tiny_config, monkeypatch):
 
 
 def in_process(config):
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         while not ring.finished:
             ring.step()
         ring.drain()

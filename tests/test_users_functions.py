@@ -99,7 +99,7 @@ MEMBERS = {
 
 def failure_of(config) -> str:
     """What ends the ring's first step, and the reference's."""
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring, pytest.raises(FunctionFailed) as caught:
+    with Ring.of(config, in_process=True) as ring, pytest.raises(FunctionFailed) as caught:
         ring.step()
     if config.evaluation.gold is None:
         with pytest.raises(FunctionFailed) as of_reference:

@@ -55,7 +55,7 @@ def test_an_annotator_without_a_model_needs_no_gpu():
 @pytest.mark.models
 def test_the_ring_is_the_reference_bit_for_bit_and_evaluates_by_the_functions(functions_only):
     config = functions_only.evaluation(every=2, num_prompts=2).run(num_steps=2)
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         seen, steps = record_groups(ring), []
         before = ring.policy_weights()
         while not ring.finished:

@@ -10,8 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+import torch
+
 from r2m_async.codec import decode, encode
 from r2m_async.config import R2MConfig
+from r2m_async.cpu_threads import one_thread
 from r2m_async.data.prompts import prompts_digest
 from r2m_async.errors import ConfigError, StalledRun
 from r2m_async.launch.loop_thread import LoopThread
@@ -57,7 +60,8 @@ class Ring:
         Args:
             config: the config of the run.
             workload: the resolved workload of this config (`workload.resolve`).
-            in_process: True runs all stages in this process, one call after the other. False runs them on Ray.
+            in_process: True runs all stages in this process, one call after the other. False runs them on Ray. Without a GPU
+                torch then computes with one CPU thread until the ring has ended, as each process on Ray does.
             resume: a directory that `save` wrote. The run goes on at the step of that checkpoint.
             journals: a folder in which finished groups are kept from one checkpoint to the next (`queue.journal`). If
                 the run is resumed, it does not generate again those that it finds there. None: no group is kept.
@@ -71,7 +75,10 @@ class Ring:
         check_packages()
         self.config = config
         self.workload = workload
-        self._loop_thread = LoopThread("r2m-controller")
+        self._threads = contextlib.ExitStack()
+        if in_process and not torch.cuda.is_available():
+            self._threads.enter_context(one_thread())
+        self._loop_thread = LoopThread("r2m-controller")  # after that, because it takes the number that is set now
         self._stopped = False
         self._on_status = on_status
         self._journals = None if journals is None or not config.queue.journal else str(Path(journals).absolute())
@@ -297,6 +304,7 @@ class Ring:
                 del self.controller
         finally:
             self._loop_thread.stop()
+            self._threads.close()
             self._close()
 
     def __enter__(self) -> Ring:

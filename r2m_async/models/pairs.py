@@ -34,8 +34,6 @@ from r2m_async.trajectories import (
 
 OFFLINE = 2**40
 """The number of the first pair of a data set, as a group. No group of a run has such a number."""
-
-
 OFFLINE_LABELLER = "offline"
 """Who has labelled them (`Label.who`)."""
 

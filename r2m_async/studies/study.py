@@ -363,15 +363,12 @@ def _run(tree: dict[str, Any], directory: Path, in_process: bool) -> float:
     tree: the config as plain values, which can be pickled.
     directory: where the run directory appears once it is whole.
     """
-    from r2m_async.cpu_threads import one_thread
     from r2m_async.launch.ring import Ring
     from r2m_async.launch.training import keep_checkpoint
     from r2m_async.runs.directory import RunDirectory
 
     config = R2MConfig.from_dict(tree)
-    # Several runs share the cores. One thread each also makes a run of the one-process ring reproducible.
-    threads = one_thread() if in_process else contextlib.nullcontext()
-    with whole_directory(directory) as building, threads:
+    with whole_directory(directory) as building:
         write_file(building / "config.yaml", config.to_yaml())
         with RunDirectory(building, config) as run, Ring.of(config, in_process=in_process) as ring:
             while not ring.finished:

@@ -69,7 +69,7 @@ def reference_run(config):
 @contextlib.contextmanager
 def in_one_process(config):
     """A ring without Ray. Its engine ends with it: closing one takes down the process groups of all in this process."""
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         engine = ring.controller.stages.rollouts[0].carrier.stage.engine
         try:
             yield ring

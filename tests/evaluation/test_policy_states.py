@@ -13,7 +13,6 @@ from tiny import WORDS, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from r2m_async.cli import main
-from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError
 from r2m_async.evaluation.policy_states import PolicySources, policy_states
 from r2m_async.evaluation.text_states import compared_texts
@@ -124,7 +123,7 @@ def test_an_export_is_read_with_its_own_reward_model_by_the_command(
     tiny_config, pairs_file, tmp_path, monkeypatch, capsys
 ):
     config = tiny_config.run(num_steps=1)
-    with one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         ring.step()
         ring.save(checkpoint_path(tmp_path / "run", 1))
     export(tmp_path / "run", tmp_path / "out")

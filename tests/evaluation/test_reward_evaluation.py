@@ -10,7 +10,6 @@ from tiny import SHARED_DATA, WORDS, save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from r2m_async.cli import main
-from r2m_async.cpu_threads import one_thread
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.evaluation import reward_models as reward_evaluation
 from r2m_async.evaluation.ranked_prompts import OTHER_WRITERS, SPLITS, embedded_splits, load_ranked, load_rm_bench
@@ -329,7 +328,7 @@ def test_a_plain_model_is_evaluated_on_given_pairs_alone(tiny, tmp_path):
 def test_an_exported_head_reads_its_policys_feedback_at_the_last_step(tiny, tiny_config, tmp_path):
     """R2M App. G.6, against the head called by hand at t = T, on pairs that tell it from the classifier alone."""
     config = tiny_config.head(lr=0.05, omega_floor=0.1, omega_horizon=40).run(num_steps=2)
-    with one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         ring.save(checkpoint_path(tmp_path / "start", 0))
         while not ring.finished:
             ring.step()

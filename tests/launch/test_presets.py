@@ -56,7 +56,7 @@ def preset(name: str, tiny, prompts_file: str, turns_file: str, dtype: str) -> R
 
 def run_ring(config):
     """(weights before, weights after, head before, head after, metrics of every step)."""
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         policy, head = weights_of(ring)
         steps = []
         while not ring.finished:

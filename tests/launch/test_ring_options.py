@@ -68,7 +68,7 @@ def own(tmp_path, monkeypatch) -> None:
 
 def run_ring(config: R2MConfig):
     """(final policy, final head, metrics of every step, evaluations, the ring's schedule)."""
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         steps = []
         while not ring.finished:
             steps.append(ring.step())
@@ -478,7 +478,7 @@ def test_what_importance_sampling_does_is_told_by_policy_age(tiny_config):
     """Data of age 2, with a learning rate that moves the policy away from it."""
     config = tiny_config.run(num_steps=5).scheduling(max_policy_age=2, lag="exact")
     config = config.objective(ratio="token", off_policy="mask", off_policy_cap=1.2).learner(lr=1e-2)
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         steps = [ring.step() for _ in range(5)]
     for step, metrics in enumerate(steps):
         age = min(step, 2)
@@ -520,7 +520,7 @@ def test_an_engine_that_fails_for_a_moment_changes_neither_training_nor_evaluati
         return generate(self, ticket)
 
     def trained():
-        with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+        with Ring.of(config, in_process=True) as ring:
             while not ring.finished:
                 ring.step()
             return ring.drain(), ring.policy_weights().tensors, ring.controller.schedule.reissued

@@ -222,7 +222,7 @@ def test_its_learning_rate_has_the_shape_of_the_policys(config):
 
 
 def run_ring(config: R2MConfig, **how):
-    with reference.one_thread(), Ring.of(config, in_process=True, **how) as ring:
+    with Ring.of(config, in_process=True, **how) as ring:
         steps = []
         while not ring.finished:
             steps.append(ring.step())
@@ -257,7 +257,7 @@ def test_the_quickstart_of_ppo_runs_at_reduced_size(tiny, prompts_file):
 def test_a_resumed_run_ends_with_the_same_policy_and_critic_bit_for_bit(config, tmp_path, ages):
     config = config.run(num_steps=5).objective(epochs=2, num_minibatches=2)
     config = config.scheduling(max_policy_age=ages[0], max_head_age=ages[1], lag="exact")
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         for _ in range(2):
             ring.step()
         ring.save(tmp_path / "checkpoint")

@@ -115,7 +115,7 @@ def test_in_bfloat16_adapters_have_float32_masters(tiny_config):
 
 def test_a_ring_with_adapters_samples_from_the_merged_policy(tiny_config):
     config = tiny_config.model(lora={"rank": 4}).learner(lr=1e-2)
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         steps = []
         while not ring.finished:
             steps.append(ring.step())

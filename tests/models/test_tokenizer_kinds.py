@@ -8,7 +8,6 @@ from tokenizer_kinds import KINDS, SCORER_WIDTH, TEMPLATE, save_scorer, save_wri
 from transformers import LlamaModel
 
 from r2m_async.cli import main
-from r2m_async.cpu_threads import one_thread
 from r2m_async.data.prompts import policy_reads
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.data.special_tokens import ids_after, token_ids
@@ -138,7 +137,7 @@ def test_in_a_ring_the_reward_model_reads_what_the_policy_wrote(kind, turns, tmp
     folder = Folder(tmp_path, kind, True, True, turns)
     config = tiny_config.model(policy=folder.policy).reward(model=folder.reward)
     config = config.data(prompts=str(tmp_path / "prompts.jsonl")).rollouts(prompts_per_step=1, max_prompt_tokens=64)
-    with one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         ring.step()
     scored = [ids for width, ids in read if width == SCORER_WIDTH]
     assert scored and {folder.check_text(ids) for ids in scored} == {folder.said}

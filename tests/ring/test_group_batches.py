@@ -99,7 +99,7 @@ def test_a_ring_in_one_process_generates_a_steps_groups_at_once_and_ends_beside_
         transformers_engine, "sample_groups", lambda *a, **how: sizes.append(len(a[2])) or real(*a, **how)
     )
     config = tiny_config.rollouts(concurrent_groups=2)
-    with reference.one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         means = []
         while not ring.finished:
             means.append(ring.step()["reward/mean"])

@@ -250,7 +250,7 @@ def test_damaged_and_useless_groups_are_left_out_by_reason_and_generated_anew(co
 @pytest.mark.ring
 def test_a_long_run_without_checkpoints_remembers_only_the_groups_under_way(config):
     config = config.run(num_steps=12).head(omega_horizon=12)
-    with one_thread(), Ring.of(config, in_process=True) as ring:
+    with Ring.of(config, in_process=True) as ring:
         while not ring.finished:
             ring.step()
             assert len(ring.controller.journal._entries) <= 2 * (2 + 2), "two steps ahead, the present one and the last"

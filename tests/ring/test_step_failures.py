@@ -22,7 +22,7 @@ def too_large_for_a_gpu(*_, **__):
 
 @pytest.fixture
 def ring(tiny_config):
-    with reference.one_thread(), Ring.of(tiny_config, in_process=True) as ring:
+    with Ring.of(tiny_config, in_process=True) as ring:
         yield ring
 
 

@@ -139,16 +139,22 @@ class _Attention(torch.autograd.Function):
         return of_probe_BP, None, *of_states
 
 
-def _converted(parts: Sequence[Tensor], dtype: torch.dtype) -> Any:
-    """Yields the states of each response in `dtype`: themselves, or in a buffer that the next response overwrites.
+def aligned(rows: Tensor) -> Tensor:
+    """Returns the rows, or a copy of them if they do not begin where torch's own tensors begin, or have gaps.
 
-    A product with a vector is rounded in another way where the rows begin at another place within a cache line. States that
-    came in a message lie wherever it lies, so they are copied unless they begin as torch's own tensors do.
+    MKL rounds products with a vector, and those of a linear layer, by where in a cache line the rows begin. Tensors that came
+    in a message, or were read from a file, lie wherever that lies.
     """
+    at_home = rows.is_contiguous() and rows.data_ptr() % _CACHE_LINE == 0
+    return rows if at_home else rows.clone(memory_format=torch.contiguous_format)
+
+
+def _converted(parts: Sequence[Tensor], dtype: torch.dtype) -> Any:
+    """Yields the states of each response in `dtype`: themselves (`aligned`), or in a buffer that the next response overwrites."""
     buffer = None
     for rows_SP in parts:
-        if rows_SP.dtype == dtype and rows_SP.is_contiguous() and rows_SP.data_ptr() % _CACHE_LINE == 0:
-            yield rows_SP
+        if rows_SP.dtype == dtype:
+            yield aligned(rows_SP)
             continue
         if buffer is None:
             buffer = rows_SP.new_empty(max(map(len, parts)), rows_SP.shape[1], dtype=dtype)

@@ -7,7 +7,9 @@ import torch
 from transformers import AutoTokenizer
 
 from actors import reward_annotator
+from learners.policy_learner import PolicyLearner
 from r2m_async import reference
+from r2m_async.errors import ConfigError
 from r2m_async.launch.ring import Ring
 from r2m_async.models.reward import embed_group, load_classifier, save_classifier, two_layer_head
 
@@ -24,6 +26,26 @@ def run_in_process(config):
         policy, head = ring.policy_weights(), ring.head_weights()
         critic = ring.learner_state("policy").get("critic")
     return policy, head, critic and critic["weights"], rewards
+
+
+def test_a_ring_in_one_process_computes_with_one_thread_and_then_gives_the_others_back(tiny_config, monkeypatch):
+    seen, train, before = [], PolicyLearner.train, torch.get_num_threads()
+
+    def watched(self, *arguments):
+        seen.append(torch.get_num_threads())
+        return train(self, *arguments)
+
+    monkeypatch.setattr(PolicyLearner, "train", watched)
+    try:
+        torch.set_num_threads(2)
+        with Ring.of(tiny_config, in_process=True) as ring:
+            ring.step()
+        assert seen == [1] and torch.get_num_threads() == 2
+        with pytest.raises(ConfigError, match="learner.backend is 'deepspeed'"):
+            Ring.of(tiny_config.learner(backend="deepspeed"), in_process=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def record_rewards(ring):

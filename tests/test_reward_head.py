@@ -198,3 +198,19 @@ def test_noise_has_the_states_scalar_moments_and_is_a_function_of_the_seed(dtype
     assert noise.float().mean(0).std() < 0.5, "per-dimension means would show the states' own structure"
     assert torch.equal(noise, noise_like(states, 7)) and not torch.equal(noise, noise_like(states, 8))
     assert noise_like(states[:0], 7).shape == (0, 100)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("reads_states", [True, False])
+def test_a_groups_rewards_do_not_depend_on_where_in_memory_its_embeddings_lie(reads_states):
+    """MKL rounds the product of a linear layer without a bias by where its rows begin: the score layer of a classifier."""
+    from r2m_async.models.heads import head_rewards
+
+    torch.manual_seed(0)
+    head = R2MHead(50, 32, 16, nn.Linear(50, 1, bias=False), generator=torch.Generator().manual_seed(0))
+    rte, states = torch.randn(8, 50), [torch.randn(6, 32) for _ in range(8)] if reads_states else None
+    seen = []
+    for shift in range(17):
+        moved = torch.empty(rte.numel() + 32)[shift : shift + rte.numel()].view_as(rte).copy_(rte)
+        seen.append(head_rewards(head, moved, states, 0.5))
+    assert all(torch.equal(one, seen[0]) for one in seen)

@@ -44,6 +44,7 @@ from r2m_async.models.batches import right_padded
 from r2m_async.models.reward import reward_token_embeddings, scoring_head
 from r2m_async.models.weights import load_weights
 from r2m_async.reward_head import R2MHead, mixing_weight, noise_like
+from r2m_async.state_attention import aligned
 from r2m_async.trajectories import (
     GroupRewards,
     HeadGroup,
@@ -166,10 +167,11 @@ def head_rewards(head: nn.Module, rte: Tensor, states: Sequence[Tensor] | None, 
     """
     if not rte.shape[-1]:
         return torch.zeros(len(rte))
-    if states is None:
-        return head.scoring_head(rte.to(next(head.parameters()).device)).squeeze(-1)
     device = next(head.parameters()).device
-    return head(rte.to(device), [rows.to(device) for rows in states], None, omega)
+    rte = aligned(rte.to(device))
+    if states is None:
+        return head.scoring_head(rte).squeeze(-1)
+    return head(rte, [rows.to(device) for rows in states], None, omega)
 
 
 def member_rewards(

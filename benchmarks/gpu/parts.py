@@ -482,8 +482,8 @@ def ipc(dry: bool) -> None:
     transport = "ipc" if CUDA else "gloo"
     num_bytes = 1 << 16 if dry else 540 << 20
     ours, theirs = multiprocessing.Pipe()
-    # Before this process touches the device: a copy of a process that has done so cannot use it.
-    receiver = multiprocessing.get_context("fork").Process(
+    # Not forked: this process has asked for a device, and a copy of a process that has done so cannot use it.
+    receiver = multiprocessing.get_context("spawn").Process(
         target=receive, args=(theirs, transport, num_bytes), daemon=True
     )
     receiver.start()

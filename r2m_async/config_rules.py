@@ -438,6 +438,16 @@ def exact_lag_waits_for_labels(labels: LabelsSection, scheduling: SchedulingSect
     )
 
 
+def a_label_of_its_own_step_is_waited_for(labels: LabelsSection) -> str | None:
+    """The head update of a step comes at once. What may be used by no other, and is not waited for, comes too late."""
+    if labels.source is None or labels.wait or labels.max_age > 0:
+        return None
+    return (
+        "labels.max_age is 0 and labels.wait is False: only the head update of its own step could use a label, and that "
+        "does not wait, so labels would be given up as late; set labels.wait true, or labels.max_age at least 1"
+    )
+
+
 def a_wait_for_labels_ends_before_the_ring_counts_as_still(
     labels: LabelsSection, scheduling: SchedulingSection
 ) -> str | None:
@@ -632,6 +642,7 @@ RULES: tuple[Rule, ...] = (
     refreshed_states_are_read,
     options_of_labels_need_a_source,
     exact_lag_waits_for_labels,
+    a_label_of_its_own_step_is_waited_for,
     a_wait_for_labels_ends_before_the_ring_counts_as_still,
     a_step_has_the_pairs_that_are_asked_about,
     the_prompt_has_one_name,

@@ -166,6 +166,7 @@ def test_what_two_keys_contradict_is_refused_with_both_and_a_remedy(sections, nu
             {"labels": {"source": "m:f"}, "scheduling": {"lag": "exact"}},
             ["labels.wait is False", "scheduling.lag is 'exact'"],
         ),
+        ({"labels": {"source": "m:f", "max_age": 0}}, ["labels.max_age is 0", "labels.wait is False"]),
         (
             {"labels": {"source": "m:f", "wait": True, "timeout": 99}, "scheduling": {"stall_after": 99}},
             ["labels.timeout is 99", "scheduling.stall_after is 99"],

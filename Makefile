@@ -50,11 +50,12 @@ chaos: $(VENV)/.ready
 	$(BIN)/python benchmarks/chaos.py --each $(EACH) --json docs/reliability.json --table docs/reliability.md
 
 # Ours, the other side, the limit: benchmarks/RESULTS.md. bench-check names what got slower since the last commit.
+# TRL=trl/bin/python puts TRL beside the whole run.
 bench: $(VENV)/.smollm2
-	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/bench.py
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/bench.py $(if $(TRL),--trl $(TRL))
 
 bench-check: $(VENV)/.smollm2
-	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/bench.py --check
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/bench.py --check $(if $(TRL),--trl $(TRL))
 
 INPUTS ?= 1000000
 fuzz: $(VENV)/.ready

@@ -473,7 +473,11 @@ def engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any]) 
     # After an in-flight update a sequence computes its prompt anew. A hit in the prefix cache would leave rows of old
     # states in its block.
     recomputes = bool(slab) and rollouts.in_flight_updates
-    defaults: dict[str, Any] = {"disable_log_stats": True, "enable_prefix_caching": not recomputes}
+    defaults: dict[str, Any] = {
+        "disable_log_stats": True,
+        "enable_prefix_caching": not recomputes,
+        "use_tqdm_on_load": False,
+    }
     if recomputes:
         ours["enable_prefix_caching"] = False
         log.warning("prefix caching is off: after an in-flight update a sequence must recompute its own prompt states")

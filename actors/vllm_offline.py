@@ -52,6 +52,7 @@ class OfflineVLLM:
             tensor_parallel_size=options.tensor_parallel,
             enable_prefix_caching=False,  # a resumed command starts with an empty cache and should compute the same
             worker_cls="actors.vllm_worker.EngineWorker",
+            use_tqdm_on_load=False,
             **on_cpu,
         )
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 from end_to_end import ROOT, WARM_UP, machine
+from rows import Row, emit
 
 from r2m_async.config import R2MConfig
 from r2m_async.launch.ring import Ring
@@ -122,6 +123,30 @@ def main() -> None:
         "stage_times": {name: round(value, 5) for name, value in dataclasses.asdict(times).items()},
     }
     print(json.dumps(result, indent=1))
+    for name in AGES:
+        emit(
+            Row(
+                name=f"a step of a {name} ring, measured and predicted",
+                unit="s",
+                ours=measured[name],
+                other=predicted[name],
+                limit=bound,
+                ratio=abs(measured[name] / predicted[name] - 1),
+                means="|measured / predicted - 1|",
+                goal="<= 0.1",
+            )
+        )
+    emit(
+        Row(
+            name="a step of an asynchronous ring, measured and bound",
+            unit="s",
+            ours=measured["asynchronous"],
+            limit=bound,
+            ratio=bound / measured["asynchronous"],
+            means="bound / measured",
+            goal=">= 0.9",
+        )
+    )
     if parsed.json:
         parsed.json.write_text(json.dumps(result, indent=1) + "\n")
 

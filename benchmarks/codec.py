@@ -171,7 +171,7 @@ def on_ray(rounds: int) -> None:
 
     async def ours(what: np.ndarray) -> None:
         await stage.put(0, ("feedback",), ray.put(what))
-        _, got = await stage.get(0, "feedback")
+        _, got = await stage.get((0,), "feedback")
         assert len(await got) == len(what)
         await stage.free((0,))
 
@@ -226,7 +226,7 @@ def metadata(rounds: int) -> None:
         def calls() -> None:
             for _ in range(repeats):
                 queue.put(-1, ("group", "feedback", "embeddings"), 0, 0, 0)
-                queue.get(-1, "group")
+                queue.get((-1,), "group")
                 queue.free((-1,))
 
         return min(timed(calls) for _ in range(rounds)) / repeats

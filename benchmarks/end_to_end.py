@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from rows import Row, emit
 
 from r2m_async.config import R2MConfig
 from r2m_async.launch.ring import Ring
@@ -118,18 +119,33 @@ def main() -> None:
     pairs = {"ring with R2M / ring without": ("ring with R2M", "ring without")}
     if parsed.trl:
         pairs["ring with R2M / TRL"] = ("ring with R2M", "TRL")
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True))
+        for name, (one, other) in pairs.items()
+    }
     result = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         "responses_per_s": {name: [round(rate, 1) for rate in values] for name, values in rates.items()},
-        "median_responses_per_s": {name: round(statistics.median(values), 1) for name, values in rates.items()},
+        "median_responses_per_s": {name: round(value, 1) for name, value in median.items()},
         "trl_responses_per_s_by_threads": {threads: round(rate, 1) for threads, rate in tried.items()},
-        "median_ratio": {
-            name: round(statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True)), 3)
-            for name, (one, other) in pairs.items()
-        },
+        "median_ratio": {name: round(ratio, 3) for name, ratio in ratios.items()},
     }
     print(json.dumps(result, indent=1))
+    goals = {"ring with R2M / ring without": ">= 0.9", "ring with R2M / TRL": ">= 2"}
+    for name, (one, other) in pairs.items():
+        emit(
+            Row(
+                name=f"{Path(parsed.config).stem} on {config.rollouts.engine}: {one}, beside {other}",
+                unit="responses/s",
+                ours=median[one],
+                other=median[other],
+                ratio=ratios[name],
+                means=name,
+                goal=goals[name],
+            )
+        )
     if parsed.json:
         parsed.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -50,6 +50,13 @@ def test_the_learner_step_is_measured_for_every_contender(stages, how, tmp_path)
     assert all(number > 0 for number in numbers)
 
 
+def test_the_queues_own_time_is_measured_with_few_groups_and_with_many(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    importlib.import_module("codec").metadata(rounds=1)
+    row = json.loads(capsys.readouterr().out.partition("ROW ")[2])
+    assert row["ours"] > 0 and row["other"] > 0 and row["unit"] == "us"
+
+
 def test_ten_thousand_damaged_inputs_are_accepted_or_refused_by_the_one_error_of_their_reader():
     command = [sys.executable, ROOT / "benchmarks" / "fuzz.py", "--inputs", "10000"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -41,8 +41,9 @@ def test_an_engine_that_did_not_start_leaves_no_file(checkpoint, tmp_path, monke
 def test_an_option_that_nothing_else_sets_reaches_vllm_over_our_default(checkpoint):
     config = config_of(checkpoint(), engine_options={"block_size": 64, "enable_prefix_caching": False})
     with running(config) as engine:
-        cache = vllm_of(engine).vllm_config.cache_config
-        assert (cache.block_size, cache.enable_prefix_caching) == (64, False)
+        options = vllm_of(engine).vllm_config
+        assert (options.cache_config.block_size, options.cache_config.enable_prefix_caching) == (64, False)
+        assert not options.load_config.use_tqdm_on_load, "its bar would be drawn into a run's log"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM's helpers are compiled")

@@ -196,9 +196,15 @@ def write(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
     path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
+def outcomes_of(text: str) -> list[Outcome]:
+    """What a JSON file that `write` wrote has."""
+    outcomes = json.loads(text)["outcomes"]
+    return [Outcome(**one | {"rows": [Row(**row) for row in one["rows"]]}) for one in outcomes]
+
+
 def rows_of(text: str) -> dict[str, Row]:
     """The rows by name of a JSON file that `write` wrote."""
-    return {row["name"]: Row(**row) for outcome in json.loads(text)["outcomes"] for row in outcome["rows"]}
+    return {row.name: row for outcome in outcomes_of(text) for row in outcome.rows}
 
 
 def slower(now: dict[str, Row], then: dict[str, Row], tolerance: float) -> list[str]:

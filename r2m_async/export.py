@@ -40,7 +40,7 @@ from r2m_async.models.loading import load_policy
 from r2m_async.models.policy import group_feedback
 from r2m_async.models.pretrained import pretrained_generation_config, pretrained_tokenizer, quiet
 from r2m_async.models.reward import embed_group, load_reward_model, save_classifier, scoring_head
-from r2m_async.models.tokens import check_known, check_tokens, num_positions, response_ids
+from r2m_async.models.tokens import check_known, check_tokens, num_positions, response_ids, state_size
 from r2m_async.models.weights import load_weights
 from r2m_async.runs.checkpoints import MANIFEST, checkpoints, newest_weights, saved_config, seal, verified
 from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup, Weights
@@ -358,4 +358,6 @@ def _check_initial(name: str, policy: Any, weights: Weights) -> None:
 
 def _hidden_size(model: Any) -> int:
     """The size of a state of the model's language part."""
-    return model.config.get_text_config().hidden_size
+    size = state_size(model.config)
+    assert size is not None  # or the run could not have begun
+    return size

@@ -163,7 +163,7 @@ def _check(config: R2MConfig, parsed: argparse.Namespace) -> dict[str, Any]:
     tell(f"step: {responses} responses, {config.objective.epochs * config.objective.num_minibatches} policy updates")
     tell(f"policy age at most {config.scheduling.max_policy_age}, head age at most {config.scheduling.max_head_age}")
     there, sizes, unchecked = _models_on_this_machine(config, tell)
-    readers, notes = check_models(config, there)
+    readers, notes = check_models(config, there, estimator.needs_values)
     for note in notes:
         tell(note)
     if "model.policy" in there and (reason := check_rollout_engine(config, there["model.policy"])):

@@ -125,15 +125,23 @@ def load_preferences(
     chat: bool = False,
     split: str = "train",
     limit: int | None = None,
+    problem: Callable[[Preference], str | None] = lambda pair: None,
 ) -> LoadedPreferences:
     """Returns the usable preference pairs of `source`, in any of the forms of `pairs.py`.
 
-    Arguments and errors are those of `load_prompts`.
+    problem: says why a pair cannot be used, or returns None if it can. It is asked about the pairs in their order.
+
+    Other arguments and errors are those of `load_prompts`.
     """
+
+    def parse(record: Record) -> Preference:
+        pair = read_preference(record, chat)
+        if why := problem(pair):
+            raise record.refusal("unreadable", record.called("prompt"), pair.prompt, why, "take the pair out")
+        return pair
+
     names = {"prompt": prompt_field, **(columns or {})}
-    pairs, skipped = load_records(
-        source, split, lambda record: read_preference(record, chat), on_bad_record, limit, names
-    )
+    pairs, skipped = load_records(source, split, parse, on_bad_record, limit, names)
     return LoadedPreferences(pairs=pairs, skipped=skipped)
 
 

@@ -14,7 +14,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import ConfigError
-from r2m_async.models.loading import check_packing_unread
+from r2m_async.models.loading import check_causal_unread, check_checkpointing, check_packing_unread
 from r2m_async.models.pretrained import (
     pretrained_model,
     pretrained_tokenizer,
@@ -55,20 +55,14 @@ def check_policy(name: str, config: R2MConfig) -> tuple[Reader, list[str]]:
     and its end-of-text tokens contradict each other; if texts may become longer than it has positions; and if
     `model.lora` does not fit it.
     """
-    key, rollouts, trust = "model.policy", config.rollouts, config.model.trust_remote_code
+    key, trust = "model.policy", config.model.trust_remote_code
     model = _without_weights(key, name, config)
     tokenizer = pretrained_tokenizer(key, name, trust)
     check_tokens(key, name, tokenizer, model.config)
-    check_positions(
-        key,
-        name,
-        model.config,
-        rollouts.max_prompt_tokens + rollouts.max_new_tokens,
-        f"rollouts.max_prompt_tokens is {rollouts.max_prompt_tokens} and max_new_tokens is {rollouts.max_new_tokens}",
-    )
+    _check_longest_text(key, name, model, config)
     _check_state_size(key, name, model)
-    if config.learner.packing:
-        check_packing_unread(model, key, name, trust)
+    _check_passes(key, name, model, config)
+    check_checkpointing(model, key, name, config)
     if config.model.lora is not None:
         from r2m_async.models.adapters import add_adapters
 
@@ -89,6 +83,20 @@ def _without_weights(key: str, name: str, config: R2MConfig) -> Any:
     )
 
 
+def _check_longest_text(key: str, name: str, model: Any, config: R2MConfig) -> None:
+    """Raises ConfigError if a prompt and its response may have more tokens than a model has positions."""
+    prompt, new = config.rollouts.max_prompt_tokens, config.rollouts.max_new_tokens
+    asked_by = f"rollouts.max_prompt_tokens is {prompt} and max_new_tokens is {new}"
+    check_positions(key, name, model.config, prompt + new, asked_by)
+
+
+def _check_passes(key: str, name: str, model: Any, config: R2MConfig) -> None:
+    """Raises ConfigError if a language model reads a text from both ends, or mixes the texts of a packed row."""
+    check_causal_unread(model, key, name, config.model.trust_remote_code)
+    if config.learner.packing:
+        check_packing_unread(model, key, name, config.model.trust_remote_code)
+
+
 def check_reference(name: str, policy: Reader, config: R2MConfig) -> None:
     """Checks that a model can be the reference policy beside a policy. Raises ConfigError as `check_policy` does.
 
@@ -96,8 +104,8 @@ def check_reference(name: str, policy: Reader, config: R2MConfig) -> None:
     """
     key, trust = "model.reference", config.model.trust_remote_code
     model = _without_weights(key, name, config)
-    if config.learner.packing:
-        check_packing_unread(model, key, name, trust)
+    _check_longest_text(key, name, model, config)
+    _check_passes(key, name, model, config)
     check_same_tokens(key, name, model.config, policy, trust)
 
 
@@ -105,19 +113,25 @@ def check_same_tokens(key: str, name: str, config: Any, policy: Reader, trust: b
     """Raises ConfigError unless a model reads the policy's tokens, and has an embedding for each.
 
     config: the model's config. The two tokenizers must agree on the tokens that both have. One may have tokens that the
-        other lacks, as models of one family do.
+        other lacks, as models of one family do. An embedding may be padded beyond the tokens of the tokenizer, and the
+        policy may draw such a token, too.
     trust: whether Python code in the model's files may be run.
     """
     own = pretrained_tokenizer(key, name, trust).get_vocab()
     token_of = {number: token for token, number in own.items()}
     size, needed = (one.get_text_config().vocab_size for one in (config, policy.config))
-    # An embedding may be padded beyond the tokens of the tokenizer. The other model need not have the padding.
-    needed = min(needed, len(policy.tokenizer))
     vocabulary = policy.tokenizer.get_vocab().items()
-    if size < needed or any(token_of.get(number, token) != token for token, number in vocabulary):
+    if size < min(needed, len(policy.tokenizer)) or any(
+        token_of.get(number, token) != token for token, number in vocabulary
+    ):
         raise ConfigError(
             f"{key} is {name!r} and {policy.key} is {policy.name!r}: both must read the same tokens, and their tokenizers "
             f"differ; name a model with the same tokenizer, or leave {key} out"
+        )
+    if size < needed:
+        raise ConfigError(
+            f"{key} is {name!r} and has embeddings for {size} tokens, and {policy.key} {policy.name!r} may draw one of {needed}: "
+            f"resize the embeddings of {key} to {needed} (resize_token_embeddings) and save it anew"
         )
 
 
@@ -146,14 +160,17 @@ def check_reward_model(name: str, config: R2MConfig) -> Reader:
 
 
 def check_critic(name: str, policy: Reader, config: R2MConfig) -> None:
-    """Checks that a model can be the critic of a policy.
+    """Checks that a model can be the critic of a policy, which may be the policy itself.
 
-    Raises ConfigError if the model cannot be loaded, if its head has two layers or none, or if it reads other tokens.
+    Raises ConfigError if the model cannot be loaded, if its head has two layers or none, if it reads other tokens, if
+    texts may become longer than it has positions, and if its layers cannot be computed again.
     """
     from r2m_async.models.critic import critic_classifier
 
     trust = config.model.trust_remote_code
     critic = critic_classifier(name, config, weightless=True)
+    _check_longest_text("critic.model", name, critic, config)
+    check_checkpointing(critic, "critic.model", name, config)
     if config.learner.packing:
         check_packing_unread(critic, "critic.model", name, trust)
     check_same_tokens("critic.model", name, critic.config, policy, trust)

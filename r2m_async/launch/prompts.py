@@ -8,7 +8,8 @@ from typing import Any
 
 from r2m_async.codec import encoded_size
 from r2m_async.config import R2MConfig
-from r2m_async.data.pairs import read_prompt
+from r2m_async.data.chat import TemplateRefusal
+from r2m_async.data.pairs import Preference, read_prompt
 from r2m_async.data.prompts import load_preferences, load_prompts
 from r2m_async.data.records import Record, load_records
 from r2m_async.data.sources import is_local, items_of
@@ -18,6 +19,7 @@ from r2m_async.labels.functions import KNOWN as LABELLER_KNOWS
 from r2m_async.labels.sources import missing_columns
 from r2m_async.launch.model_checks import Reader, prompt_check, shown
 from r2m_async.models.pairs import offline_group
+from r2m_async.models.tokens import unknown_token
 from r2m_async.plugins import nearest
 from r2m_async.rewards.arguments import INFO, KNOWN, keys_read
 from r2m_async.rewards.calls import functions_of, gold_of
@@ -86,29 +88,48 @@ def read_prompts(
     return loaded.prompts[:cut], loaded.prompts[cut:], dict(skipped)
 
 
-def read_offline(config: R2MConfig, tokenizer: Any) -> tuple[tuple[TrajectoryGroup, ...], dict[str, int]]:
-    """Reads the pairs of `labels.offline`. tokenizer: the policy's.
+def read_offline(
+    config: R2MConfig, readers: Mapping[str, Reader]
+) -> tuple[tuple[TrajectoryGroup, ...], dict[str, int]]:
+    """Reads the pairs of `labels.offline`. readers: the models of the run, by key, the policy among them.
 
     Returns each pair as a group of two (`models.pairs.offline_group`), and how many records were left out by reason. A pair
     is left out if its prompt or a response is longer than `rollouts.max_prompt_tokens` and `rollouts.max_new_tokens` allow.
 
-    Raises DataError if the source cannot be used, or has no pair that is short enough.
+    Raises DataError if the source cannot be used, if a model of the run cannot read a pair, or if no pair is short enough.
     """
     source = config.labels.offline
     if source is None:
         return (), {}
-    if source == "embedded":
-        from r2m_async.from_scratch.preferences import embedded_preferences
+    limits, policy, problem, groups = (
+        config.rollouts,
+        readers["model.policy"],
+        prompt_check(readers),
+        list[TrajectoryGroup](),
+    )
 
-        loaded = load_preferences(str(embedded_preferences().training))
-    else:
-        loaded = load_preferences(source, **record_options(config))
-    limits, groups = config.rollouts, list[TrajectoryGroup]()
-    for pair in loaded.pairs:
-        group = offline_group(len(groups), pair.prompt, (pair.chosen, pair.rejected), tokenizer)
+    def take(pair: Preference) -> str | None:
+        """Keeps a pair that is short enough, or says why a model cannot read it."""
+        try:
+            group = offline_group(len(groups), pair.prompt, (pair.chosen, pair.rejected), policy.tokenizer)
+        except TemplateRefusal as error:
+            return f"the tokenizer's chat template refuses it ({error.reason})"
+        ids = [number for one in group.trajectories for number in one.token_ids.tolist()]
+        if (unknown := unknown_token(ids, policy.config)) is not None:
+            return f"its token {policy.tokenizer.convert_ids_to_tokens(unknown)!r} ({unknown}) has no embedding in model.policy"
+        if why := problem(group.ticket.prompt):
+            return why
         responses = [one.num_response_tokens for one in group.trajectories]
         if group.trajectories[0].prompt_len <= limits.max_prompt_tokens and max(responses) <= limits.max_new_tokens:
             groups.append(group)
+        return None
+
+    if source == "embedded":
+        from r2m_async.from_scratch.preferences import embedded_preferences
+
+        loaded = load_preferences(str(embedded_preferences().training), problem=take)
+    else:
+        loaded = load_preferences(source, **record_options(config), problem=take)
     if not groups:
         raise DataError(
             f"labels.offline {source!r}: none of its {len(loaded.pairs)} pairs fits into rollouts.max_prompt_tokens "
@@ -213,6 +234,7 @@ def check_data(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[
     keys = ["prompts", *(["eval"] if data.eval is not None and config.evaluation.every else [])]
     if "from_scratch" in (config.model.policy, config.reward.model) and data.preferences is not None:
         keys.append("preferences")
+    _check_offline(config, readers, tell)
     sources = {key: getattr(data, key) for key in keys}
     away = [key for key, one in sources.items() if one != "embedded" and not all(map(is_local, items_of(one)))]
     for key in away:
@@ -232,6 +254,18 @@ def check_data(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[
         if key not in (*away, "preferences") and source != "embedded":
             _check_records(config, key, tell)
     return 0
+
+
+def _check_offline(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[[str], None]) -> None:
+    """Reads the pairs of `labels.offline` if they are on this machine, and tells how many there are."""
+    source = config.labels.offline
+    if source in (None, "embedded"):
+        return
+    if "model.policy" not in readers or not all(map(is_local, items_of(source))):
+        tell(f"labels.offline: {source} is checked by `r2m train`, once it has the pairs and the policy")
+        return
+    pairs, skipped = read_offline(config, readers)
+    tell(f"labels.offline: {len(pairs)} pairs{_left_out(skipped)}")
 
 
 def _check_records(config: R2MConfig, key: str, tell: Callable[[str], None]) -> None:

@@ -40,6 +40,7 @@ from r2m_async.models.liger import check_liger
 from r2m_async.models.plays import INFO_BYTES, rollout_function
 from r2m_async.models.pretrained import brings_code, pretrained_config
 from r2m_async.models.reward_probe import probe_of
+from r2m_async.models.tokens import state_size
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.policy_losses import CLIPS, Loss, check_loss_options, get_loss
 from r2m_async.rewards.calls import functions_of, gold_of
@@ -117,11 +118,12 @@ def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | No
         "model.reference": config.model.reference,
         "critic.model": config.critic.model,
     }
-    readers, notes = check_models(config, {key: name for key, name in named.items() if name is not None})
+    there = {key: name for key, name in named.items() if name is not None}
+    readers, notes = check_models(config, there, estimator.needs_values)
     prompts, held_out, skipped = read_prompts(config, readers["model.policy"].tokenizer, prompt_check(readers))
     records = [(one.prompt_id, one.columns) for one in (*prompts, *held_out)]
     check_columns(config, records)
-    offline, left_out = read_offline(config, readers["model.policy"].tokenizer)
+    offline, left_out = read_offline(config, readers)
     return Workload(
         **models._asdict(),
         reference=config.model.reference or models.policy,
@@ -135,7 +137,9 @@ def resolve(config: R2MConfig, on_progress: Callable[[str, int, int], None] | No
     )
 
 
-def check_models(config: R2MConfig, there: Mapping[str, str]) -> tuple[dict[str, Reader], list[str]]:
+def check_models(
+    config: R2MConfig, there: Mapping[str, str], needs_values: bool = False
+) -> tuple[dict[str, Reader], list[str]]:
     """Checks the models of a run, as far as that is possible without weights.
 
     `r2m train` calls it before anything else starts, and `r2m check` with the models that are on this machine.
@@ -143,6 +147,7 @@ def check_models(config: R2MConfig, there: Mapping[str, str]) -> tuple[dict[str,
     Args:
         config: the config of the run.
         there: the models that are there, by the key of the config that names them: Hugging Face names or directories.
+        needs_values: whether the run has a critic, which is made of the policy if the config names none.
 
     Returns the policy and the reward model by key, as far as they are there, and what the user should be told.
 
@@ -159,6 +164,8 @@ def check_models(config: R2MConfig, there: Mapping[str, str]) -> tuple[dict[str,
             check_reference(there["model.reference"], readers["model.policy"], config)
         if "critic.model" in there:
             check_critic(there["critic.model"], readers["model.policy"], config)
+        elif needs_values and config.critic.model is None:
+            check_critic(there["model.policy"], readers["model.policy"], config)
     notes += [
         f"{key}: the Python code that comes with {there[key]!r} (auto_map) is not run: transformers has an architecture of the "
         f"same name, which computes in its place"
@@ -267,11 +274,10 @@ def hidden_size(key: str, name: str, fetch: bool = True, trust: bool = False) ->
     config = pretrained_config(key, name, fetch, trust)
     if config is None:
         return None
-    # Of the part that reads text: a model that also sees images has another size for these.
-    size = getattr(config.get_text_config(), "hidden_size", None)
+    size = state_size(config)
     if size is None:
         raise ConfigError(f"{key}: {name!r} is no language model: its config names no hidden_size; name another model")
-    return int(size)
+    return size
 
 
 def trusted(config: R2MConfig, key: str) -> bool:

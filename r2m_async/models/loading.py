@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,10 +107,30 @@ def check_packing(model: Any, key: str, path: str) -> None:
 
 
 def check_packing_unread(model: Any, key: str, path: str, trust: bool) -> None:
-    """Does what `check_packing` does without reading weights: on two layers with random float32 weights.
+    """Does what `check_packing` does without reading weights (`_checked_unread`)."""
+    _checked_unread(check_packing, model, key, path, trust)
 
-    model: as `pretrained_model` returns it with `weightless`. One that cannot be cut down to two layers passes:
-        `check_packing` sees it once it is loaded.
+
+def check_causal_unread(model: Any, key: str, path: str, trust: bool) -> None:
+    """Does what `check_causal` does without reading weights (`_checked_unread`).
+
+    Only a model is tried whose family or config leaves it open in which direction it reads. All others pass, and
+    `check_causal` sees them once they are loaded.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = model.config.get_text_config()
+    both_ways = getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", None) is False
+    if both_ways or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        _checked_unread(check_causal, model, key, path, trust)
+
+
+def _checked_unread(check: Callable[[Any, str, str], None], model: Any, key: str, path: str, trust: bool) -> None:
+    """Checks a model without reading weights: on two layers with random float32 weights.
+
+    check: the check, which gets these layers as a base model, and the next two arguments.
+    model: as `pretrained_model` returns it with `weightless`. One that cannot be cut down to two layers passes: the
+        check sees it once it is loaded.
     trust: whether Python code in the model's files may be run.
     """
     from transformers import AutoModel
@@ -117,7 +139,8 @@ def check_packing_unread(model: Any, key: str, path: str, trust: bool) -> None:
     text_config = config.get_text_config()
     try:
         layers = min(2, text_config.num_hidden_layers)
-        text_config.update({"num_hidden_layers": layers, "vocab_size": 2 * _TRIED_TOKENS, "pad_token_id": None})
+        pad = None if text_config.pad_token_id is None else 0  # RoBERTa counts positions from it
+        text_config.update({"num_hidden_layers": layers, "vocab_size": 2 * _TRIED_TOKENS, "pad_token_id": pad})
         if isinstance(kinds := vars(text_config).get("layer_types"), list):
             text_config.layer_types = kinds[:layers]
         with torch.random.fork_rng():
@@ -127,11 +150,20 @@ def check_packing_unread(model: Any, key: str, path: str, trust: bool) -> None:
                 attn_implementation=model.config._attn_implementation,
                 trust_remote_code=trust,
             )
-        check_packing(shallow.eval(), key, path)
+        check(shallow.eval(), key, path)
     except ConfigError:
         raise
     except Exception as error:
-        log.debug("%s: %r: packing is checked once the weights are loaded: %s", key, path, error)
+        log.debug("%s: %r: %s is asked once the weights are loaded: %s", key, path, check.__name__, error)
+
+
+def check_checkpointing(model: Any, key: str, path: str, config: R2MConfig) -> None:
+    """Raises ConfigError if a model cannot compute its layers again where the config asks for that."""
+    if config.learner.activation_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"learner.activation_checkpointing is true and {key} is {path!r}: transformers' {type(model).__name__} cannot "
+            f"compute its layers again; use learner.activation_checkpointing false"
+        )
 
 
 @torch.no_grad()
@@ -168,3 +200,24 @@ def checkpoint_activations(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+            module._gradient_checkpointing_func = functools.partial(
+                _in_eval_mode, module, module._gradient_checkpointing_func
+            )
+
+
+def _in_eval_mode(layer: Any, checkpointed: Callable[..., Any], forward: Callable[..., Any], *inputs: Any) -> Any:
+    """Checkpoints a layer whose forward pass runs in eval mode, the second time as well.
+
+    Some layers (OPT, Falcon, BioGPT, XGLM) ask themselves whether they are in training mode, and then drop numbers out.
+
+    checkpointed: torch's `checkpoint`, which runs `forward` on the inputs.
+    """
+
+    def evaluated(*given: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*given)
+        finally:
+            layer.training = True
+
+    return checkpointed(evaluated, *inputs)

@@ -207,7 +207,7 @@ class LogitsOf:
 
     def __init__(self, model: Any) -> None:
         """model: a causal language model of transformers."""
-        self._given = _Given()
+        self._given = _Given(model.base_model)
         # A shallow copy: it has the same head, and the model itself stays as it is. Another thread may be computing with
         # the model or copying its weights out (`config.publishes_beside_passes`).
         self._headed = copy.copy(model)
@@ -230,6 +230,15 @@ class _Given(nn.Module):
     """Stands for a base model whose outputs are known."""
 
     outputs: Any = None
+
+    def __init__(self, base: Any) -> None:
+        """base: the base model. Falcon-H1 reads a number from it, by which it scales its logits."""
+        super().__init__()
+        self.__dict__["_base"] = base  # past `nn.Module`, which would list its parameters a second time
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns what the base model has under a name."""
+        return getattr(self.__dict__["_base"], name)
 
     @property
     def decoder(self) -> _Given:

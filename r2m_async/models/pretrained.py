@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
+
 from r2m_async.errors import ConfigError
 from r2m_async.models.liger import apply_liger, check_family
 from r2m_async.models.weight_files import check_tied_weights, check_weight_files
@@ -29,7 +31,16 @@ Head = Literal["kept", "new", "either"]
 _LANGUAGE_MODEL_HEADS = ("lm_head.", "embed_out.")
 """How the weights of a language model's head begin. A classifier has no use for them."""
 _CLASSIFIER_HEAD = "score."
-_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
+_FAILURES = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,  # for a value of another type in config.json
+)
 """What transformers raises for files that it cannot use."""
 _SAMPLES = (
     "Hello world, it's 2024!",
@@ -227,6 +238,9 @@ def pretrained_model(
             f"{head}weight": tied[one] for one in tied for head in _LANGUAGE_MODEL_HEADS if one == "lm_head.weight"
         }
         check_tied_weights(key, name, tied | older)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.return_dict = True  # a config.json may ask for tuples, and all that computes here reads names
     missing, unexpected, mismatched = (
         _names(report[f"{what}_keys"]) for what in ("missing", "unexpected", "mismatched")
     )
@@ -370,5 +384,7 @@ def _wants_trust(error: BaseException, trust: bool) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassError):  # its first line has the field, and the second what is wrong with it
+        return " ".join(str(error).split())[:300]
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

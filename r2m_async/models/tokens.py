@@ -23,11 +23,21 @@ def num_tokens_known(config: Any) -> int:
     return int(config.get_text_config().vocab_size)
 
 
+def state_size(config: Any) -> int | None:
+    """Returns the number of values in a hidden state after the last norm, or None if the config names none.
+
+    OPT-350m projects its states to another size than `hidden_size`.
+    """
+    text_config = config.get_text_config()
+    size = getattr(text_config, "word_embed_proj_dim", None) or getattr(text_config, "hidden_size", None)
+    return None if size is None else int(size)
+
+
 def num_positions(config: Any) -> int | None:
     """Returns the most tokens of a text that a model was made for, or None if its config names no limit."""
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or getattr(text_config, "max_seq_len", None)
-    return None if limit is None else int(limit)
+    return None if limit is None or limit < 0 else int(limit)  # -1 is none, as XLNet has it
 
 
 def check_positions(key: str, name: str | Path, config: Any, num_tokens: int, asked_by: str) -> None:

@@ -25,6 +25,7 @@ FAMILIES = {
     "phi": {},
     "bloom": {},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1},
+    "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
 }
 MULTI_HEAD = ("gpt2", "gpt_neox", "bloom", "opt")

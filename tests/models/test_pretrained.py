@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_exactness_in_process import assert_same_bits
 from tiny import WORDS, save_tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from r2m_async.errors import ConfigError
 from r2m_async.launch.workload import resolve
@@ -172,6 +173,82 @@ def test_a_model_that_reads_a_text_in_both_directions_is_no_policy(tiny, tiny_co
     tokenizer.save_pretrained(tmp_path / "bert")
     with pytest.raises(ConfigError, match="reads a text in both directions"):
         load_policy(str(tmp_path / "bert"), tiny_config)
+
+
+@pytest.mark.parametrize("key", ["policy", "reference"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_such_a_model_is_refused_before_its_weights_are_read(tiny, tiny_config, tmp_path, family, key):
+    """So `r2m check` says it, too."""
+    shutil.copytree(tiny("qwen2", False), tmp_path / family)
+    tokens = AutoConfig.from_pretrained(tiny("qwen2", False)).vocab_size
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = AutoConfig.for_model(family, vocab_size=tokens, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
+    with pytest.raises(ConfigError, match=rf"model.{key}: .* reads a text in both directions"):
+        resolve(tiny_config.model(**{key: str(tmp_path / family)}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"vocab_size": "400"}, "vocab_size.*expected int, got str"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings.*expected bool"),
+        ({"layer_types": ["a", "b"]}, "layer_types"),
+    ],
+)
+def test_a_config_json_with_a_wrong_value_is_told_with_the_value(tiny_config, copy_of, keys, told):
+    policy = changed_config(copy_of("qwen2", False), **keys)
+    with pytest.raises(ConfigError, match=rf"model.policy: .*{told}"):
+        resolve(tiny_config.model(policy=policy))
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+def test_a_config_json_that_asks_for_tuples_changes_nothing(copy_of, tiny_config, classifier):
+    path = changed_config(copy_of("llama", classifier), return_dict=False)
+    model = load_reward_model(path, tiny_config) if classifier else load_policy(path, tiny_config)
+    assert model.base_model(input_ids=torch.tensor([[2, 3]])).last_hidden_state.shape[:2] == (1, 2)
+
+
+@pytest.mark.parametrize("key", ["model.reference", "critic.model"])
+def test_reference_and_critic_must_read_whatever_the_policy_may_write(tiny_config, copy_of, key):
+    """A policy may write longer texts than they have positions, and tokens of its padding."""
+    config = tiny_config.advantage(name="gae").objective(ratio="token") if key == "critic.model" else tiny_config
+    section, _, name = key.partition(".")
+    config = getattr(config, section)(**{name: copy_of("qwen2", False)})
+    resolve(config)
+    short = changed_config(getattr(getattr(config, section), name), max_position_embeddings=21)
+    with pytest.raises(ConfigError, match=rf"a text may then have 22 tokens, and {key} .* has 21 positions"):
+        resolve(config)
+    policy = changed_config(short, max_position_embeddings=256)
+    shutil.copytree(policy, f"{policy}-padded")
+    model, rows = AutoModelForCausalLM.from_pretrained(policy), len(AutoTokenizer.from_pretrained(policy))
+    for directory, number in ((policy, rows), (f"{policy}-padded", rows + 7)):
+        model.resize_token_embeddings(number)
+        model.save_pretrained(directory)
+    resolve(config)
+    with pytest.raises(ConfigError, match=rf"{key} .* embeddings for {rows} tokens, and .* one of {rows + 7}: resize"):
+        resolve(config.model(policy=f"{policy}-padded"))
+
+
+def test_a_policy_that_cannot_be_its_own_critic_is_refused_before_anything_starts(tiny_config, tmp_path):
+    """critic.model is the policy by default, and transformers has no classifier of Cohere's."""
+    policy = save_tiny_model(tmp_path, "cohere", False, WORDS, seed=0)
+    resolve(tiny_config.model(policy=policy))
+    with pytest.raises(ConfigError, match=r"critic.model: .* cannot be loaded"):
+        resolve(tiny_config.model(policy=policy).advantage(name="gae").objective(ratio="token"))
+
+
+@pytest.mark.parametrize("variant", ["r2m", "iterative_head"])
+def test_a_reward_model_that_projects_its_states_has_a_head_that_reads_them(tiny_config, tmp_path, variant):
+    """OPT-350m: 1024 numbers inside, and 512 in the states that its head reads."""
+    shutil.copytree(tiny_config.reward.model, tmp_path / "opt")
+    rows = AutoConfig.from_pretrained(tmp_path / "opt").vocab_size
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 64}
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "num_labels": 1}
+    config = AutoConfig.for_model("opt", vocab_size=rows, word_embed_proj_dim=16, **sizes, **ends)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "opt")
+    assert_same_bits(tiny_config.reward(model=str(tmp_path / "opt")).head(variant=variant).run(num_steps=2))
 
 
 @pytest.mark.parametrize("attention", ["no_such_attention", "flash_attention_2", "kernels-community/none"])

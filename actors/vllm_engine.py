@@ -40,6 +40,7 @@ from r2m_async.errors import ConfigError, StageLost, WeightMismatch
 from r2m_async.models.plays import RolloutFunction, play_group, rollout_function
 from r2m_async.models.pretrained import pretrained_config, pretrained_generation_config
 from r2m_async.models.tokens import ResponseText, end_of_text
+from r2m_async.plugins import wrong_types
 from r2m_async.trajectories import PolicyFeedback, Ticket, Trajectory, TrajectoryGroup, WeightProbe, Weights
 
 log = logging.getLogger(__name__)
@@ -451,7 +452,8 @@ def engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any]) 
 
     path, twin: as in `VLLMEngine`. slab: what vLLM's worker needs to open the slab; empty without one.
 
-    Raises ConfigError for an option that is refused, that the config decides, or that vLLM does not have.
+    Raises ConfigError for an option that is refused, that the config decides, that vLLM does not have, or that it takes values
+    of another type for.
     """
     rollouts, cpu = config.rollouts, config.run.device == "cpu" or not torch.cuda.is_available()
     num_tokens = rollouts.max_prompt_tokens + rollouts.max_new_tokens
@@ -495,6 +497,8 @@ def engine_args(path: str, config: R2MConfig, twin: bool, slab: dict[str, Any]) 
     taken = sorted(ours.keys() & rollouts.engine_options.keys())
     if taken:
         raise ConfigError(f"rollouts.engine_options: {taken[0]} is set from other keys of the config; leave it out")
+    if wrong := wrong_types(AsyncEngineArgs, rollouts.engine_options, "rollouts.engine_options", "vLLM"):
+        raise ConfigError("\n".join(wrong))
     try:
         return AsyncEngineArgs(**(defaults | rollouts.engine_options | ours))
     except TypeError as error:

@@ -233,14 +233,28 @@ def get_advantage(name: str) -> Estimator:
     return replace(_REGISTRY[name], _made=[])
 
 
-def check_options(estimator: Estimator, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError when `estimator` does not know one of the options, or lacks one that it requires.
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "eps": ("it guards a division by 0, so use a number above 0", lambda value: value > 0),
+    "beta": ("the KL would be sought and not avoided; use 0 or more", lambda value: value >= 0),
+    "gamma": ("use a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "lam": ("use a number from 0 to 1", lambda value: 0 <= value <= 1),
+}
+"""What the options of the estimators here must be, by name: (what is told, whether a value is so)."""
 
-    Only the signature is read. No code of the estimator runs.
+
+def check_options(estimator: Estimator, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError when `estimator` does not know one of the options, lacks one that it requires, or refuses its value.
+
+    Of a user's estimator only the signature is read. None of its code runs.
     """
     # A function takes the inputs first. A class takes them later, when its instance is called.
     taken = 0 if inspect.isclass(estimator.function) else 1
     plugins.check_options(estimator.function, options, "advantage.options", estimator.name, taken)
+    if estimator.function.__module__ != __name__:
+        return
+    for option, (why, holds) in _RANGES.items():
+        if option in options and not holds(options[option]):
+            raise ConfigError(f"advantage.options.{option} is {options[option]}; {why}")
 
 
 def _plainly(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

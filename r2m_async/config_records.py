@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from r2m_async.config_tree import Section
+from r2m_async.config_tree import Keys, Section
 
 
-class Filters(BaseModel):
+class Filters(Keys):
     """Limits on the lengths of records. A longer record is left out and counted, whatever `data.on_bad_record` says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_prompt_tokens: int | None = Field(None, gt=0)
     """The most tokens of a prompt, with its chat template. None: no limit."""

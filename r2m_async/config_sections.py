@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from r2m_async.config_records import RecordsSection
-from r2m_async.config_tree import LARGEST, Options, Section
+from r2m_async.config_tree import LARGEST, Keys, Options, Section
 
 
 class RunSection(Section):
@@ -36,10 +36,8 @@ class RunSection(Section):
     on the CPU."""
 
 
-class LoRA(BaseModel):
+class LoRA(Keys):
     """The adapters of `model.lora`: two small trained matrices beside each adapted weight matrix (LoRA)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     rank: int = Field(16, gt=0)
     """Inner dimension of an adapter's two matrices."""
@@ -92,10 +90,8 @@ REWARD_METRICS = ("mean", "std", "nonfinite", "group_std", "model_mean", "gold")
 """The metrics `reward/...` that are not those of a reward function."""
 
 
-class RewardFunction(BaseModel):
+class RewardFunction(Keys):
     """One of `reward.functions`: a function that scores responses, and how it is called."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     function: str
     """The function, as `module:attr`. docs/rewards.md says what it is called with, and lists the functions that come
@@ -112,10 +108,8 @@ class RewardFunction(BaseModel):
     """Further keyword arguments of the function."""
 
 
-class Overlong(BaseModel):
+class Overlong(Keys):
     """`reward.overlong`: a penalty that grows with the length of a response, up to the limit (DAPO, Eq. 13)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     start: int = Field(ge=0)
     """The number of response tokens up to which there is no penalty. In DAPO it is L_max - L_cache."""
@@ -495,10 +489,8 @@ class AdvantageSection(Section):
     counts more. `none`: the advantages stay as the estimator gives them."""
 
 
-class OffPolicyMask(BaseModel):
+class OffPolicyMask(Keys):
     """The bounds of `objective.off_policy_mask`, on a weight like w of `objective.off_policy`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     level: Literal["sequence", "token", "sequence_mean"] = "sequence_mean"
     """What has one such weight, as in `objective.ratio`."""

@@ -14,7 +14,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from r2m_async.errors import ConfigError, all_at_once
@@ -120,27 +129,61 @@ def _without_secrets(value: Any, key: str = "") -> Any:
     return [_without_secrets(one, key) for one in value] if isinstance(value, list) else value
 
 
-class Section(BaseModel):
-    """One section of a config. Calling it returns a new config, in which the named keys are changed.
+def _is_too_large(value: Any) -> bool:
+    """Whether a value is a number beyond LARGEST, or has one in it."""
+    if isinstance(value, dict | list | tuple):
+        return any(map(_is_too_large, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and abs(value) > LARGEST
 
-    For example, `config.rollouts(num_actors=8)` is a config with eight rollout actors.
-    """
+
+class Keys(BaseModel):
+    """Keys with values of a type each: a section of a config, or a mapping within one."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
-    _config: Any = PrivateAttr(None)
-    """The config to which this section belongs. None while it belongs to none."""
-    _name: str = PrivateAttr("")
-    """The name of this section in that config."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_what_yaml_made_of_it(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what YAML reads as another value than was meant, and pydantic would take: `yes` as the number 1."""
+        types = _types_of(cls.model_fields[str(info.field_name)].annotation)
+        numbers = any(one in (int, float) or type(one) is int for one in types)  # `Literal[1, 2]` consists of 1 and 2
+        if numbers and bool not in types and _has_truth_value(value):
+            raise ValueError("a truth value, as YAML reads yes, no, on, off, true and false; write a number")
+        if {str, type(None)} <= types and isinstance(value, str) and value.lower() == "none":
+            raise ValueError("for YAML this is a text; write null for nothing")
+        return value
 
     @field_validator("*")
     @classmethod
     def _in_float32(cls, value: Any) -> Any:
         """Refuses a number that is too large to compute with. pydantic calls this for every key."""
-        if isinstance(value, float) and abs(value) > LARGEST:
+        if _is_too_large(value):
             raise ValueError(f"beyond the {LARGEST:g} that float32 can still compute with; use a smaller number")
         return value
+
+
+def _types_of(annotation: Any) -> set[Any]:
+    """The types that an annotation consists of."""
+    parts = get_args(annotation)
+    return {annotation} if not parts else set().union(*map(_types_of, parts))
+
+
+def _has_truth_value(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_truth_value, value)))
+
+
+class Section(Keys):
+    """One section of a config. Calling it returns a new config, in which the named keys are changed.
+
+    For example, `config.rollouts(num_actors=8)` is a config with eight rollout actors.
+    """
+
+    _config: Any = PrivateAttr(None)
+    """The config to which this section belongs. None while it belongs to none."""
+    _name: str = PrivateAttr("")
+    """The name of this section in that config."""
 
     @field_validator("*")
     @classmethod

@@ -5,6 +5,7 @@ function. Its traceback begins in the user's code; it shows no frame of this lib
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -13,7 +14,9 @@ import reprlib
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from r2m_async.errors import ConfigError, FunctionFailed
@@ -61,13 +64,15 @@ def check_options(
 ) -> None:
     """Checks keyword arguments that a config gives to a function. Only the signature is read. The function is not called.
 
+    A parameter with a plain annotation, such as `float` or `Sequence[str]`, takes values of that type alone.
+
     Args:
         key: the key of the config that holds the options, for messages.
         name: the function's name in the config.
         inputs: how many arguments the function takes first, which are no options.
 
-    Raises ConfigError if the function does not know some of the options, or lacks some that it requires, with a line for
-    each.
+    Raises ConfigError if the function does not know some of the options, lacks some that it requires, or takes values of
+    another type, with a line for each.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())[inputs:]
@@ -83,6 +88,7 @@ def check_options(
             for option in options
             if option not in names
         ]
+    broken += wrong_types(function, options, key, name)
     broken += [
         f"{key} lacks {p.name}, which {name} requires. It accepts: {accepted}"
         for p in named
@@ -90,6 +96,60 @@ def check_options(
     ]
     if broken:
         raise ConfigError("\n".join(broken))
+
+
+def wrong_types(function: Callable[..., Any], options: Mapping[str, Any], key: str, name: str) -> list[str]:
+    """Returns a line for each option whose value is of another type than its parameter's annotation says.
+
+    Arguments are those of `check_options`. An annotation that is not plain says nothing here.
+    """
+    plain = function.func if isinstance(function, functools.partial) else function
+    try:
+        parameters = inspect.signature(function).parameters
+        annotations = typing.get_type_hints(plain.__init__ if inspect.isclass(plain) else plain)
+    except Exception:  # the user's annotations may be anything
+        return []
+    told = []
+    for option, value in options.items():
+        asked = annotations.get(option, Any)
+        if option not in parameters or value is parameters[option].default or _fits(value, asked):
+            continue
+        hint = "; write it without quotes" if isinstance(value, str) and _fits(_unquoted(value), asked) else ""
+        told.append(f"{key}.{option} is {value!r}, and {name} takes {inspect.formatannotation(asked)} there{hint}")
+    return told
+
+
+def _fits(value: Any, asked: Any) -> bool:
+    """Whether a value of a config is of the type that an annotation asks for. True if the annotation is not plain."""
+    origin, parts = typing.get_origin(asked), typing.get_args(asked)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if asked in (bool, str, int, float):
+        # In Python a truth value is an integer.
+        return isinstance(value, (int, float) if asked is float else asked) and isinstance(value, bool) <= (
+            asked is bool
+        )
+    if asked in (None, type(None)):
+        return value is None
+    kind = origin or asked
+    if kind in (dict, Mapping):
+        return isinstance(value, dict) and (not parts or all(_fits(one, parts[1]) for one in value.values()))
+    if kind in (list, tuple, set, Sequence, Iterable, Collection):
+        wanted = parts[:1] if kind is not tuple or parts[1:] == (...,) else ()
+        return isinstance(value, list | tuple) and all(_fits(one, part) for one in value for part in wanted)
+    return True
+
+
+def _unquoted(text: str) -> Any:
+    """What YAML would have read without quotes, as far as numbers and truth values go; else the text."""
+    if text.lower() in ("true", "false", "yes", "no", "on", "off"):
+        return True
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def called(function: Callable[..., Any], arguments: tuple[Any, ...], key: str, name: str, place: str) -> Any:

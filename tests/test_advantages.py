@@ -3,8 +3,11 @@
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -290,6 +293,48 @@ def test_an_unknown_option_lists_the_accepted_ones_and_a_missing_one_is_named():
         check_options(get_advantage("rloo"), {"inputs": 1})
     with pytest.raises(ConfigError, match="lacks scale, which mine requires"):
         bare(lambda inputs, *, scale: inputs.rewards * scale)(of_rewards([[1.0, 2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("grpo", {"eps": "1e-8"}, r"options\.eps is '1e-8', and grpo takes float there; write it without quotes"),
+        ("grpo", {"eps": None}, r"options\.eps is None, and grpo takes float"),
+        ("grpo", {"eps": True}, r"options\.eps is True, and grpo takes float"),
+        ("grpo", {"unbiased": "no"}, r"options\.unbiased is 'no', and grpo takes bool there; write it without quotes"),
+        ("grpo", {"unbiased": 0}, r"options\.unbiased is 0, and grpo takes bool"),
+        ("grpo", {"eps": -1e-6}, r"options\.eps is -1e-06; it guards a division"),
+        ("grpo_batch", {"eps": 0}, r"options\.eps is 0; "),
+        ("rloo_kl", {"beta": -0.1}, r"options\.beta is -0.1; the KL would be sought"),
+        ("gae", {"gamma": 1.5}, r"options\.gamma is 1.5; use a number from 0 to 1"),
+        ("gae", {"lam": -1}, r"options\.lam is -1; use a number from 0 to 1"),
+    ],
+)
+def test_an_option_of_another_type_or_out_of_range_is_refused_before_the_run(name, options, told):
+    with pytest.raises(ConfigError, match=told):
+        check_options(get_advantage(name), options)
+
+
+def test_a_users_own_annotations_are_kept_as_far_as_they_are_plain():
+    def mine(
+        inputs,
+        *,
+        a: float = 0,
+        b: "int | None" = None,
+        c: Sequence[str] = (),
+        d: Literal["x", 1] = "x",
+        e=3,
+        f: Fraction = 0,
+    ):
+        return inputs.rewards
+
+    estimator = bare(mine)
+    fine = [{"a": 1}, {"b": None}, {"b": 2}, {"c": ["u"]}, {"d": 1}, {"e": "any"}, {"f": "any"}, {"a": 0.5, "e": None}]
+    for options in fine:
+        check_options(estimator, options)
+    for options in ({"a": "1"}, {"b": 1.5}, {"b": True}, {"c": "u"}, {"c": [1]}, {"d": True}, {"d": "y"}):
+        with pytest.raises(ConfigError, match=f"options.{next(iter(options))} is .*, and mine takes"):
+            check_options(estimator, options)
 
 
 def test_a_type_error_inside_an_estimator_is_its_own():

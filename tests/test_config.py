@@ -103,6 +103,43 @@ def test_a_wrong_type_or_range_is_refused_with_key_and_value(sections, key, valu
     assert message.endswith(f"; got {value}")
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.num_steps=true",
+        "run.seed=no",
+        "learner.lr=on",
+        "objective.kl_coef=yes",
+        "reward.clip=on",
+        "evaluation.every=yes",
+        "model.lora={rank: on}",
+        "reward.overlong={start: yes}",
+        "objective.off_policy_mask={low: off}",
+        "data.filters={max_prompt_tokens: yes}",
+        "reward.functions={f: {function: 'm:f', weight: on}}",
+    ],
+)
+def test_a_truth_value_is_no_number(tmp_path, override):
+    """For YAML `on` is true, and for pydantic true is 1."""
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"a truth value, as YAML reads yes.*; write a number; got (True|False)"):
+        R2MConfig.from_yaml(tmp_path / "empty.yaml", [override])
+
+
+@pytest.mark.parametrize("key", ["model.reference", "logging.wandb", "data.eval", "rollouts.function"])
+def test_none_is_a_text_for_yaml_and_no_name(tmp_path, key):
+    (tmp_path / "empty.yaml").write_text("")
+    for text in ("None", "none"):
+        with pytest.raises(ConfigError, match=rf"^{key}: .*write null for nothing; got '{text}'"):
+            R2MConfig.from_yaml(tmp_path / "empty.yaml", [f"{key}={text}"])
+    R2MConfig.from_yaml(tmp_path / "empty.yaml", [f"{key}=null"])
+
+
+def test_a_number_too_large_for_float32_is_refused_in_options_too():
+    with pytest.raises(ConfigError, match=r"^objective.loss_options: beyond the 1e\+37"):
+        R2MConfig().objective(loss="dual_clip", loss_options={"c": 1e300})
+
+
 def test_every_mistake_of_a_config_is_named_at_once():
     lines = refusal(run={"num_steps": 0, "nmae": "x"}, head={"alpha": 2}).splitlines()
     assert {line.partition(":")[0] for line in lines} == {"run.num_steps", "run.nmae", "head.alpha"}

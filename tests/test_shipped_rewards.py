@@ -169,6 +169,12 @@ def test_keywords_are_whole_words():
         ("length_window", {"high": 3, "unit": "lines"}, "unit is 'lines'"),
         ("keywords", {"required": "cat"}, "required is 'cat'; give a list of words"),
         ("keywords", {"forbid": ["cat"]}, "'forbid' and .* has no such parameter; did you mean 'forbidden'"),
+        (
+            "keywords",
+            {"ignore_case": "no"},
+            r"options\.ignore_case is 'no', and .* takes bool there; write it without quotes",
+        ),
+        ("tagged", {"opened": "false"}, r"options\.opened is 'false', and .* takes bool"),
         ("math_answer", {}, "asks for 'answer'"),
         ("math_answer", {"seconds": 0}, "seconds is 0; give a number above 0"),
         ("judge", {"url": "localhost:8000", "model": "m"}, "url is 'localhost:8000'; give the root"),

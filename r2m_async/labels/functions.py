@@ -9,6 +9,7 @@ A `def` is called for one pair after the other, in order, in a thread. All calls
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import queue
@@ -24,7 +25,7 @@ from r2m_async.cpu_threads import share_threads
 from r2m_async.errors import ConfigError, FunctionFailed
 from r2m_async.function_loops import OncePerProcess, turning_loop
 from r2m_async.labels.questions import REASONS, Answer, Question
-from r2m_async.plugins import called, named_function, nearest, own_failure, shown
+from r2m_async.plugins import called, named_function, nearest, own_failure, shown, wrong_types
 
 KNOWN = ("prompt", "messages", "first", "second", "first_finished", "second_finished")
 """The names of the arguments that every function can ask for, whatever the data has."""
@@ -80,6 +81,8 @@ class FunctionSource:
                     f"labels.options has {name!r} and {self._source} has no such parameter"
                     f"{nearest(name, [p.name for p in named])}"
                 )
+        if wrong := wrong_types(self._call, self._options, "labels.options", self._source):
+            raise ConfigError("\n".join(wrong))
         if by_position := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]:
             raise ConfigError(
                 f"labels.source {self._source!r} takes {by_position[0]!r} by position alone; it is called by names"
@@ -140,7 +143,7 @@ class FunctionSource:
         """The keyword arguments of a call."""
         first, second = question.responses
         known = {
-            **question.prompt.columns,
+            **copy.deepcopy(dict(question.prompt.columns)),  # the function may change what it is given
             "prompt": question.prompt.text,
             "messages": question.messages,
             "first": first.text,
@@ -149,7 +152,7 @@ class FunctionSource:
             "second_finished": second.finish_reason == "stop",
         }
         names = known if self._takes_all else self._names
-        return {name: known[name] for name in names if name in known} | self._options
+        return {name: known[name] for name in names if name in known} | copy.deepcopy(self._options)
 
     def _answer(self, value: Any, question: Question) -> Answer:
         """What a returned value means. Raises FunctionFailed for anything that has no meaning."""

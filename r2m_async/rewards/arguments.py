@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from r2m_async.config import RewardFunction
 from r2m_async.errors import ConfigError
-from r2m_async.plugins import named_function, nearest
+from r2m_async.plugins import named_function, nearest, wrong_types
 from r2m_async.trajectories import Prompt, Trajectory
 
 KNOWN = ("prompt", "response", "messages", "tokens", "finished")
@@ -39,10 +39,12 @@ def known_arguments(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
     - `info`: what the user's rollout function noted in `Rollout.info`, if there is a `rollouts.function`.
 
     The columns of the data record come besides. A column with one of the names above is not given.
+
+    All of it is the caller's own: a function may change what it is given.
     """
     turns = (("user", prompt.content),) if isinstance(prompt.content, str) else prompt.content
     return {
-        **prompt.columns,
+        **copy.deepcopy(dict(prompt.columns)),
         "prompt": prompt.text,
         "response": trajectory.text,
         "messages": [{"role": role, "content": content} for role, content in turns],
@@ -182,6 +184,13 @@ def find_function(key: str, setting: RewardFunction) -> Callable[..., Any]:
     Raises ConfigError if there is no such function, or if an option does not fit its signature or its `check_options`.
     """
     function = named_function(setting.function, key)
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigError(f"{key} {setting.function!r} yields, and a reward function returns one number: use `return`")
+    if inspect.isclass(function) and "__call__" in vars(function):
+        raise ConfigError(
+            f"{key} {setting.function!r} is a class, and calling it makes an object and no number: make one in its module, "
+            f"`scorer = {function.__name__}()`, and name that"
+        )
     _check_names(function, key, setting)
     if check := getattr(function, "check_options", None):
         try:
@@ -192,7 +201,7 @@ def find_function(key: str, setting: RewardFunction) -> Callable[..., Any]:
 
 
 def _check_names(function: Callable[..., Any], key: str, setting: RewardFunction) -> None:
-    """Raises ConfigError if a function has no parameter of an option's name."""
+    """Raises ConfigError if a function has no parameter of an option's name, or one that takes values of another type."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
@@ -208,3 +217,5 @@ def _check_names(function: Callable[..., Any], key: str, setting: RewardFunction
             raise ConfigError(
                 f"{key}.options has {name!r} and {setting.function} has no such parameter{nearest(name, takes)}"
             )
+    if wrong := wrong_types(function, setting.options, f"{key}.options", setting.function):
+        raise ConfigError("\n".join(wrong))

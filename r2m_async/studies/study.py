@@ -31,9 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from r2m_async.config import ConfigTree, R2MConfig
+from r2m_async.config_tree import Keys
 from r2m_async.errors import ConfigError, DataError
 from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS
 from r2m_async.reward_models.config import RewardModelConfig
@@ -51,21 +52,17 @@ TRAINED = "trained:"
 """How a run's config names a reward model of the study: `trained:NAME`."""
 
 
-class RewardModelSource(BaseModel):
+class RewardModelSource(Keys):
     """How a reward model of the study is trained."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: str
     """A config of `r2m reward-model train`, relative to the study's file."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Keys that are changed in that config, as `section.key`."""
 
 
-class BestOfN(BaseModel):
+class BestOfN(Keys):
     """Best-of-n by all reward models of the study, from one pool of samples of the embedded policy."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     n: int = Field(405, gt=1)
     """Samples per prompt, and also the largest n. At that n each prompt has a single favourite, so more prompts mean
@@ -81,20 +78,18 @@ class BestOfN(BaseModel):
         return f"n{self.n}-prompts{self.prompts}-seed{self.seed}"
 
 
-class Study(BaseModel):
+class Study(Keys):
     """The contents of a study's file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     base: str | None = None
     """Config of every run, relative to the study's file. None makes no runs, and trains the reward models alone."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Keys that are changed in the base for all runs, as `section.key`."""
     seeds: tuple[int, ...] = Field(min_length=1)
     """Each cell has a run with each of these seeds, and each reward model is trained with each."""
-    grid: dict[str, dict[str, dict[str, Any]]] = {}
+    grid: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     """For each axis its labels, and for each label the keys that it changes."""
-    reward_models: dict[str, RewardModelSource] = {}
+    reward_models: dict[str, RewardModelSource] = Field(default_factory=dict)
     """Reward models to train, by the name in `trained:NAME`."""
     evaluate: bool = False
     """Whether the reward models are measured as by `r2m reward-model eval`."""
@@ -174,7 +169,7 @@ def _explain(problem: Any) -> str:
     place = [str(part) for part in problem["loc"]]
     key = ".".join(place) or "the file"
     if problem["type"] == "extra_forbidden":
-        kinds: dict[str, type[BaseModel]] = {"best_of_n": BestOfN, "reward_models": RewardModelSource}
+        kinds: dict[str, type[Keys]] = {"best_of_n": BestOfN, "reward_models": RewardModelSource}
         owner = kinds[place[0]] if len(place) > 1 else Study
         return f"{key}: no such key; valid are {', '.join(owner.model_fields)}"
     told = f"{key}: {problem['msg'].replace('tuple', 'list')}; got {cut_repr(problem['input'])}"

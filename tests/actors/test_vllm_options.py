@@ -18,6 +18,8 @@ from r2m_async.errors import ConfigError
         ({"logprobs_mode": "raw_logprobs"}, "rollouts.engine_options: logprobs_mode"),
         ({"trust_remote_code": True}, "rollouts.engine_options: trust_remote_code"),
         ({"gpu_memory_utilisation": 0.5}, "gpu_memory_utilisation"),
+        ({"gpu_memory_utilization": "0.5"}, "is '0.5', and vLLM takes float there; write it without quotes"),
+        ({"enforce_eager": "no"}, "is 'no', and vLLM takes bool there"),
     ],
 )
 def test_an_option_that_the_config_owns_or_that_does_not_exist_is_refused(

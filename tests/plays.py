@@ -166,3 +166,11 @@ async def reads_first(rollout: Rollout) -> None:
     """The environment says the same to all responses, at length, before the policy writes."""
     rollout.append(" one two three" * 14)
     await rollout.generate(max_new_tokens=4)
+
+
+async def changes_its_columns(rollout: Rollout, *, words: list) -> None:
+    """Takes what is its own."""
+    await rollout.generate(max_new_tokens=1)
+    rollout.prompt.columns["cases"].append(len(words))
+    words.append(rollout.index)
+    SEEN.append((rollout.prompt.columns["cases"], words))

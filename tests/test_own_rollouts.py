@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import plays
@@ -301,6 +302,15 @@ def test_an_abort_within_a_turn_keeps_the_tokens_that_there_are(own, monkeypatch
     group, _ = engine.generate(tickets[0])
     (first, *_) = group.trajectories
     assert first.finish_reason == "abort" and 0 < first.num_policy_tokens < 5
+
+
+def test_a_function_may_change_the_columns_and_the_options_that_it_is_given(own):
+    plays.SEEN.clear()
+    config = own.rollouts(function="plays:changes_its_columns", function_options={"words": []})
+    engine, (ticket, *_) = engine_of(config)
+    ticket = replace(ticket, prompt=replace(ticket.prompt, columns={"cases": []}))
+    engine.generate(ticket)
+    assert [([0], [index]) for index in range(3)] == plays.SEEN and ticket.prompt.columns == {"cases": []}
 
 
 def test_a_turn_that_comes_after_its_group_has_ended_is_not_written(own, monkeypatch):

@@ -158,6 +158,40 @@ def test_options_are_given_besides_and_checked(mine):
             values(group_of("yes"), {"scaled": one | {"options": options}})
 
 
+def test_a_function_may_change_what_it_is_given(mine):
+    """The groups of a prompt share its columns, and all calls the options."""
+
+    def pops(response, cases, *, words: list):
+        cases.append(response)
+        words.append(response)
+        return 10 * len(cases) + len(words)
+
+    mine(pops)
+    group, one = group_of("yes", "no", cases=["one"]), {"function": "mine:pops", "options": {"words": []}}
+    for _ in range(2):
+        assert values(group, {"pops": one}) == ((21.0,), (21.0,))
+    assert group.ticket.prompt.columns == {"cases": ["one"]}
+
+
+def yields(response):
+    yield 1.0
+
+
+class Verifier:
+    def __call__(self, prompt, response):
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [(yields, "'mine:yields' yields"), (Verifier, r"'mine:Verifier' is a class.*`scorer = Verifier\(\)`")],
+)
+def test_what_could_never_return_a_number_is_refused_before_the_run(mine, function, told):
+    mine(function)
+    with pytest.raises(ConfigError, match=told):
+        calls.functions_of(R2MConfig().reward(functions=[f"mine:{function.__name__}"]))
+
+
 # Names and weights
 
 

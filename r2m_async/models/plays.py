@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import inspect
 import os
@@ -24,7 +25,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from r2m_async.codec import encoded_size
@@ -77,7 +78,11 @@ def rollout_function(config: R2MConfig) -> RolloutFunction | None:
             check(**options)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{KEY}_options of {name!r}: {error}") from None
-    return functools.partial(function, **options)
+
+    def drive(rollout: Rollout) -> Any:
+        return function(rollout, **copy.deepcopy(options))  # it may change them
+
+    return drive
 
 
 def play_group(
@@ -175,7 +180,8 @@ class _Play:
         self._greedy = index >= config.rollouts.group_size
         self._group_seed, self._index = ticket.seed, index
         seed, shared = (turn_seed(ticket.seed, place, ENVIRONMENT) for place in (index, ENVIRONMENT))
-        self.rollout = Rollout(ticket.prompt, index, seed, shared, self)
+        own = replace(ticket.prompt, columns=copy.deepcopy(dict(ticket.prompt.columns)))
+        self.rollout = Rollout(own, index, seed, shared, self)
         self.place = f"{ticket.place}, {response_name(index, config.rollouts.group_size)}"
         self._loop = _loop()
         self._task: asyncio.Task[None] | None = None

@@ -8,6 +8,7 @@ groups of one size.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections import defaultdict
@@ -135,7 +136,7 @@ def step_advantages(
             )
         baselines_B = probe.baselines(states_BD, torch.cat([scaled[id(one)][0] for one in scored]))
     mask_BT = response_mask([trajectory for group in whole for trajectory in group.trajectories])
-    options = dict(config.advantage.options)
+    options = copy.deepcopy(config.advantage.options)  # the user's function may change them
     if estimator.kl_in_reward and estimator.accepts("beta"):
         # These subtract the KL from the rewards themselves, by default with the coefficient of the loss's KL term.
         options.setdefault("beta", config.objective.kl_coef)
@@ -275,7 +276,7 @@ def _surrogate(
 
         # What the user's function raises is told by `called`, with the key, the function and the step.
         def guarded(inputs: LossInputs, **options: Any) -> Any:
-            call = functools.partial(users, **options)
+            call = functools.partial(users, **copy.deepcopy(options))
             return called(call, (inputs,), key="objective.loss", name=objective.loss, place=place)
 
         loss = dataclasses.replace(loss, function=guarded)

@@ -17,6 +17,7 @@ A thread cannot be stopped. If a `def` misses its deadline, its thread is left b
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import logging
@@ -251,7 +252,8 @@ class _Call:
     def _begun(self) -> Any:
         """What the function returns."""
         arguments, keywords = self.function.signature.arguments(self.known)
-        return self.function.call(*arguments, **keywords, **self.function.setting.options)
+        # The function may change its options, too.
+        return self.function.call(*arguments, **keywords, **copy.deepcopy(self.function.setting.options))
 
     async def _outcome(self, awaitable: Awaitable[Any]) -> float | FunctionFailed:
         try:

@@ -53,6 +53,18 @@ def test_a_function_is_told_what_it_names_and_its_options(source, questions):
     assert (answer.preferred, answer.reason, answer.who) == (1, None, "mine:better")
 
 
+def test_a_function_may_change_what_it_is_given_and_its_options_have_types(source, questions):
+    def better(first, second, cases, *, words: list, weight: float = 1.0):
+        cases.append(1)
+        words.append(1)
+        return "first" if len(cases) == len(words) == 1 else "second"
+
+    asked = [replace(one, prompt=replace(one.prompt, columns={"cases": []})) for one in questions(1)] * 2
+    assert [one.preferred for one in answered(source(better, words=[]), asked)] == [0, 0]
+    with pytest.raises(ConfigError, match=r"labels.options.weight is '2', and mine:better takes float there"):
+        source(better, words=[], weight="2")
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize(
     ("returned", "meant"),

@@ -141,6 +141,14 @@ def load_classifier(path: str | Path, key: str = "reward model", **how: Any) -> 
     return model
 
 
+def head_in_float32(model: PreTrainedModel) -> None:
+    """Lets a classifier's head compute in float32, as the reward head of a run does.
+
+    In bfloat16 the rewards 10.01 and 10.04 are one number, and two responses that a run would tell apart are a tie.
+    """
+    model.score.float().register_forward_pre_hook(lambda _, given: tuple(one.float() for one in given))
+
+
 def classifier_skeleton(path: str | Path, trust: bool = False) -> PreTrainedModel:
     """Returns the module that `load_classifier` would return, but on the meta device: shapes without weights.
 

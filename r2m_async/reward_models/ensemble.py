@@ -12,7 +12,7 @@ from r2m_async.data.reward_text import Message, reward_input_ids
 from r2m_async.errors import ConfigError
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.models.pretrained import pretrained_tokenizer
-from r2m_async.models.reward import know_padding, load_classifier, scoring_head
+from r2m_async.models.reward import head_in_float32, know_padding, load_classifier, scoring_head
 from r2m_async.models.tokens import check_known, check_tokens, longest_text
 from r2m_async.reward_models.config import RewardModelConfig
 
@@ -47,6 +47,7 @@ class RewardEnsemble:
             scoring_head(model)
             check_tokens("reward model", self.source, self.tokenizer, model.config)
             know_padding(model, self.tokenizer, "reward model", self.source)
+            head_in_float32(model)
 
     @property
     def max_tokens(self) -> int:

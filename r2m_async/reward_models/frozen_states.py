@@ -85,7 +85,7 @@ def _from_first(stored: Tensor | None, model: RewardTrainee, num: int) -> Tensor
 
 def _zeros(model: RewardTrainee, num: int) -> Tensor:
     """Zeros [num, D]. In float32, which holds every bfloat16 as it is, because not all backends of torch sum those."""
-    return torch.zeros(num, model.classifier.config.get_text_config().hidden_size)
+    return torch.zeros(num, model.state_size)
 
 
 def _key(model: RewardTrainee, texts: list[TokenizedText], max_tokens: int) -> list[str]:

@@ -42,12 +42,14 @@ class RewardTrainee(nn.Module):
         super().__init__()
         self.liger = config.model.liger
         self.tokenizer, self.classifier, has_head = _loaded(start, config)
+        self.state_size: int = self.classifier.score.in_features
+        """D. OPT-350m's is not the `hidden_size` of its config."""
         if config.head.init == "keep" and not has_head:
             raise ConfigError(
                 f"head.init is 'keep' and model.start {start!r} has no head of one label; use init 'normal'"
             )
         if config.head.init != "keep":
-            self.classifier.score = _new_head(self.classifier, config)
+            self.classifier.score = _new_head(self.state_size, config).to(self.classifier.dtype)
         regularized = config.loss.regularizer is not None
         self.language_model = _language_model(start, self.classifier, config) if regularized else None
         check_weights(self, "model.start", start)
@@ -126,7 +128,10 @@ class RewardTrainee(nn.Module):
         """Rewards [N], float32, and the hidden states [N, D] that they are computed from."""
         if dropout is not None:
             scored_ND = scored_ND * dropout.to(scored_ND)
-        return self.classifier.score(scored_ND).squeeze(-1).float(), scored_ND
+        # In float32, as the head of a run computes: bfloat16 would round many a pair of rewards to a tie.
+        head = self.classifier.score
+        weights = {name: weight.float() for name, weight in head.named_parameters()}
+        return torch.func.functional_call(head, weights, (scored_ND.float(),)).squeeze(-1), scored_ND
 
     @torch.no_grad()
     def save(self, directory: Path, masters: Mapping[str, Tensor] | None = None) -> None:
@@ -176,9 +181,8 @@ def _loaded(start: str, config: RewardModelConfig) -> tuple[Any, Any, bool]:
     return tokenizer, classifier, classifier.has_head
 
 
-def _new_head(classifier: Any, config: RewardModelConfig) -> nn.Module:
-    """A head whose weights are drawn by run.seed, as `head.init` says."""
-    hidden_size = classifier.config.get_text_config().hidden_size
+def _new_head(hidden_size: int, config: RewardModelConfig) -> nn.Module:
+    """A float32 head whose weights are drawn by run.seed, as `head.init` says. hidden_size: that of the states it reads."""
     two = config.head.layers == 2
     # The caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
@@ -190,7 +194,7 @@ def _new_head(classifier: Any, config: RewardModelConfig) -> nn.Module:
                 nn.init.normal_(layer.weight, std=(layer.in_features + 1) ** -0.5)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-    return head.to(classifier.dtype)
+    return head
 
 
 def _language_model(start: str, classifier: Any, config: RewardModelConfig) -> Any:

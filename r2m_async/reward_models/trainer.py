@@ -81,7 +81,7 @@ class RewardTrainer:
         # Always the same pairs, so that evaluations of different steps can be compared.
         self.sample = random.Random(f"{config.run.seed}/sample").sample(self.pairs, num_sampled)
         """The training pairs whose hidden states are measured in evaluations."""
-        self._hidden_size = self.model.classifier.config.get_text_config().hidden_size
+        self._hidden_size = self.model.state_size
         self.num_steps = config.num_steps(len(self.pairs))
         self.steps_done = 0
         # They belong to the model as it starts, so they are computed before any step and before `restore`.

@@ -74,6 +74,35 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_in_bfloat16_rewards_are_those_of_a_float32_head_in_training_and_in_evaluations(config, tiny, tmp_path):
+    """As in a run. Of 100 rewards in bfloat16 many are the same number."""
+    model = load_classifier(tiny("llama", True)).to(torch.bfloat16)
+    shutil.copytree(tiny("llama", True), tmp_path / "bfloat16")
+    save_classifier(model, tmp_path / "bfloat16")
+    ensemble = RewardEnsemble(tmp_path / "bfloat16")
+    trainer, _ = trained(config.model(dtype="bfloat16"), 1)
+    assert (ensemble.models[0].dtype, trainer.model.classifier.dtype) == (torch.bfloat16, torch.bfloat16)
+    with torch.no_grad():
+        for rewards in (
+            ensemble.score_ids([[2, 3, number] for number in range(4, 104)]),
+            trainer.model(texts_of(trainer))[0],
+        ):
+            assert rewards.dtype == torch.float32 and (rewards != rewards.bfloat16().float()).any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_model_that_projects_its_states_gets_a_head_that_reads_them(config, tmp_path, monkeypatch, frozen):
+    """OPT-350m: 1024 numbers inside, and 512 in the states that its head reads."""
+    monkeypatch.setenv("R2M_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(config.model.start, tmp_path / "opt")
+    rows, ends = AutoConfig.from_pretrained(config.model.start).vocab_size, {"pad_token_id": 0, "eos_token_id": 1}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 64}
+    opt = AutoConfig.for_model("opt", vocab_size=rows, word_embed_proj_dim=16, **sizes, **ends)
+    AutoModelForCausalLM.from_config(opt).save_pretrained(tmp_path / "opt")
+    trainer, _ = trained(config.model(start=str(tmp_path / "opt"), frozen=frozen).head(dropout=0.1), 1)
+    assert trainer.model.classifier.score.in_features == 16
+
+
 # What is saved
 
 

@@ -50,6 +50,9 @@ _TURNS_AS_TEXT = re.compile(
 )
 """How a conversation begins that JSON or Python wrote into a text, as writers of CSV do."""
 
+_BESIDES = ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "audio")
+"""What a turn may have said beside its `content`. Only the content is read."""
+
 _SIDES = tuple(f"{side}{what}" for side in ("chosen", "rejected") for what in ("", "_score", "_finished"))
 _KNOWN = ("prompt", "reference_summary", *_SIDES)
 """Fields that are read here, from prompts or from pairs. One config may name those of both."""
@@ -155,6 +158,12 @@ class Record:
             if not (isinstance(turn, dict) and all(isinstance(turn.get(part), str) for part in ("role", "content"))):
                 why = "a turn needs a role and a content, both text"
                 raise self.refusal("wrong_type", f"{called}[{index}]", turn, why, "correct the turn")
+            for part in _BESIDES:
+                if turn.get(part):
+                    why = "a part of the turn beside its content, which no model would read"
+                    raise self.refusal(
+                        "wrong_type", f"{called}[{index}].{part}", turn[part], why, "write it into the content"
+                    )
             self._unicode(f"{called}[{index}].content", turn["content"])
         return tuple((turn["role"], turn["content"]) for turn in value)
 

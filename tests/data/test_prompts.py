@@ -125,6 +125,16 @@ BAD = [
     ({"text": "a", "id": 3}, "missing_field", "prompt: missing, the record has 'text', 'id'; add it"),
     ({"prompt": 7}, "wrong_type", "prompt = 7: int, neither text nor a list of turns"),
     ({"prompt": ["a"]}, "wrong_type", "prompt[0] = 'a': a turn needs a role and a content, both text"),
+    (
+        {
+            "prompt": [
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]},
+                {"role": "user", "content": "a"},
+            ]
+        },
+        "wrong_type",
+        "prompt[0].tool_calls = [{'name': 'f'}]: a part of the turn beside its content, which no model would read",
+    ),
     ({"prompt": [{"role": "user"}]}, "wrong_type", "prompt[0] = {'role': 'user'}: a turn needs"),
     ({"prompt": ""}, "empty", "prompt = '': no text"),
     ({"prompt": " \n"}, "empty", "prompt = ' \\n': no text"),

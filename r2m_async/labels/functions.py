@@ -57,6 +57,8 @@ class FunctionSource:
                 check(**self._options)
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"labels.source {self._source!r}: {error}") from None
+        if wrong := wrong_types(self._call, self._options, "labels.options", self._source):
+            raise ConfigError("\n".join(wrong))
         self._turns: queue.SimpleQueue[tuple[Question, Future[Answer]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -81,8 +83,6 @@ class FunctionSource:
                     f"labels.options has {name!r} and {self._source} has no such parameter"
                     f"{nearest(name, [p.name for p in named])}"
                 )
-        if wrong := wrong_types(self._call, self._options, "labels.options", self._source):
-            raise ConfigError("\n".join(wrong))
         if by_position := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]:
             raise ConfigError(
                 f"labels.source {self._source!r} takes {by_position[0]!r} by position alone; it is called by names"

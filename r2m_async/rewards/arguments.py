@@ -181,7 +181,8 @@ def find_function(key: str, setting: RewardFunction) -> Callable[..., Any]:
     A function may have an attribute `check_options`: a function that is called with the options alone, and raises
     ConfigError or ValueError if they are wrong. All functions of this package have one.
 
-    Raises ConfigError if there is no such function, or if an option does not fit its signature or its `check_options`.
+    Raises ConfigError if there is no such function, if it could never return a number, or if an option does not fit its
+    signature or its `check_options`.
     """
     function = named_function(setting.function, key)
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
@@ -197,11 +198,14 @@ def find_function(key: str, setting: RewardFunction) -> Callable[..., Any]:
             check(**setting.options)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{key} {setting.function!r}: {error}") from None
+    # Last: what the function's own check says of a value is better.
+    if wrong := wrong_types(function, setting.options, f"{key}.options", setting.function):
+        raise ConfigError("\n".join(wrong))
     return function
 
 
 def _check_names(function: Callable[..., Any], key: str, setting: RewardFunction) -> None:
-    """Raises ConfigError if a function has no parameter of an option's name, or one that takes values of another type."""
+    """Raises ConfigError if a function has no parameter of an option's name."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
@@ -217,5 +221,3 @@ def _check_names(function: Callable[..., Any], key: str, setting: RewardFunction
             raise ConfigError(
                 f"{key}.options has {name!r} and {setting.function} has no such parameter{nearest(name, takes)}"
             )
-    if wrong := wrong_types(function, setting.options, f"{key}.options", setting.function):
-        raise ConfigError("\n".join(wrong))

@@ -44,7 +44,7 @@ SYSTEM = [{"role": "system", "content": "be brief"}, {"role": "user", "content":
     [
         (PAIR | {"prompt": SYSTEM}, "chat template refuses it"),
         (PAIR | {"chosen": " beyondrows"}, r"'beyondrows' \(\d+\) has no embedding in model.policy"),
-        (PAIR | {"rejected": 3}, "int, not text"),
+        (PAIR | {"rejected": 3}, "int, neither text nor a list"),
     ],
 )
 def test_a_pair_that_a_model_cannot_read_is_refused_or_left_out_before_the_run(config, bad, told, capsys):

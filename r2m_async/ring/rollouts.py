@@ -98,6 +98,8 @@ class Rollouts:
                 await self._serve(actor)
             except ExceptionGroup as failed:
                 causes = errors_in(failed)
+            except StageLost as lost:  # its process died before it was asked for anything
+                causes = [lost]
             # A lost payload names no stage. It counts as a loss of this actor, whose groups are then generated again.
             own = [error for error in causes if isinstance(error, StageLost) and error.stage in (actor.name, None)]
             if others := [error for error in causes if error not in own]:
@@ -105,7 +107,8 @@ class Rollouts:
             await self._bring_back(actor, own[0])
 
     async def _serve(self, actor: RolloutStage) -> None:
-        """Keeps an actor busy. It ends only by raising an ExceptionGroup: the actor is lost, or something failed.
+        """Keeps an actor busy. It ends only by raising an ExceptionGroup: the actor is lost, or something failed. StageLost
+        alone means that the actor was lost at the start.
 
         All jobs of the actor have ended by then. Those that were still running were cancelled.
         """

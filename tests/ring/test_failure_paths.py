@@ -292,6 +292,39 @@ def test_an_actor_whose_process_never_comes_is_named_and_the_other_goes_on():
     assert "error" not in told and "rollout-1 waits for its process" in lines[0]
 
 
+class DiesBeforeItIsAsked(Faulty):
+    """An actor whose process is killed `times` times between the moment when it is there and its first call."""
+
+    times = 1
+
+    async def pids(self):
+        if self.times > 0:
+            self.times -= 1
+            raise StageLost(self.name, f"{self.name} was lost: killed at the start")
+        return await super().pids()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_actor_that_is_killed_before_its_first_call_is_replaced_like_any_other(times):
+    actors = Faulty("rollout-0"), DiesBeforeItIsAsked("rollout-1")
+    actors[1].times = times
+
+    async def run(controller):
+        while not controller.finished:
+            await controller.step()
+
+    told = drive(stages_of(rollouts=actors), run, CONFIG.rollouts(num_actors=2, max_restarts=3))
+    assert "error" not in told, told
+
+
+def test_an_actor_that_is_killed_at_every_start_ends_the_run_by_max_restarts():
+    dying = DiesBeforeItIsAsked("rollout-0")
+    dying.times = 1000
+    told = drive(stages_of(rollouts=(dying,)), train, CONFIG.rollouts(max_restarts=5))
+    assert isinstance(told["error"], StageLost)
+    assert "rollout-0 died 6 times in a row; rollouts.max_restarts is 5" in str(told["error"])
+
+
 @pytest.mark.parametrize("gone", [0, 1])
 def test_an_actor_that_leaves_and_joins_again_costs_no_step(gone):
     """The other one does its groups, and the evaluations if it was the last. Each call of `generate` takes a second."""

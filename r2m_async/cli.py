@@ -23,7 +23,10 @@ r2m eval win-rate annotations.json
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -53,6 +56,7 @@ from r2m_async.errors import (
     WeightMismatch,
 )
 from r2m_async.interruption import Interrupted, interruptible
+from r2m_async.standard_output import lost_output, open_what_is_closed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status, told = 1, f"{type(error).__name__}: {error}"
     # Under torchrun one document, not one a rank.
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
-        print(document(status, told))
+        try:
+            print(document(status, told), flush=True)
+        except OSError as error:
+            status, _ = _tell_lost(lost_output(error) or error, argparse.Namespace())
     return status
 
 
@@ -85,7 +92,13 @@ def _run(parsed: argparse.Namespace) -> tuple[int, dict[str, Any] | str]:
     try:
         with interruptible():
             done = parsed.command(parsed)
+            if lost := lost_output():
+                return _tell_lost(lost, parsed)
             return done if isinstance(done, tuple) else (0, done)
+    except OSError as error:
+        if not (lost := lost_output(error)):
+            raise
+        return _tell_lost(lost, parsed)
     except (ConfigError, DataError) as error:
         return _tell(error, 2, error, parsed)
     except (StageLost, StalledRun, StepFailed, WeightMismatch, CodecError, DiskError) as error:
@@ -117,23 +130,33 @@ def _tell(what: object, status: int, error: BaseException, parsed: argparse.Name
     if getattr(parsed, "traceback", False):
         traceback.print_exception(error)
     message = "\n".join([str(what), *getattr(error, "__notes__", ())])
-    print(f"r2m: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # whoever read standard error may have left, too
+        print(f"r2m: {message}", file=sys.stderr)
     return status, message
+
+
+def _tell_lost(error: OSError, parsed: argparse.Namespace) -> tuple[int, str]:
+    """Returns the status of a command whose output could not be written, and the message."""
+    if error.errno == errno.EPIPE:  # as of `| head`: the status is that of a program which this ends
+        return 128 + signal.SIGPIPE, "standard output was closed before all of it was read"
+    return _tell(f"standard output: cannot be written: {error.strerror}", 1, error, parsed)
 
 
 def entry() -> None:
     """Runs `main` and ends the process with its status.
 
-    If Ray had to be given up, its threads would keep Python from ending. Then the process ends without waiting for them.
+    If Ray or a tracker had to be given up, its threads would keep Python from ending. Then the process ends without waiting
+    for them.
     """
+    open_what_is_closed()
     try:
         status = main()
     except Exception:
         # No message was written for this error, so its whole traceback is shown.
         traceback.print_exc()
         status = 1
-    connection = sys.modules.get("r2m_async.launch.ray_connection")
-    if connection is not None and connection.abandoned.is_set():
+    left_behind = [sys.modules.get(f"r2m_async.{name}") for name in ("launch.ray_connection", "runs.trackers")]
+    if any(module is not None and module.abandoned.is_set() for module in left_behind):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -80,6 +80,27 @@ def append(path: str | Path, data: str | bytes) -> None:
             raise
 
 
+def append_lines(path: str | Path, lines: str | bytes) -> None:
+    """Appends lines as `append` does. A half-written last line, which a killed writer has left, is removed first."""
+    path = Path(path)
+    with disk_errors(path), contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                cut_partial_line(path)
+    append(path, lines)
+
+
+def cut_partial_line(path: Path) -> None:
+    """Removes a last line that has no line end. Makes the file if it is not there. Raises DiskError.
+
+    A killed writer leaves such a line, and the next line would be appended to it.
+    """
+    with disk_errors(path):
+        path.touch()
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
 @contextlib.contextmanager
 def whole_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """A context manager that yields a new directory to fill. It becomes `path` at the end of the block.
@@ -143,16 +164,21 @@ def whole_at(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def only_writer(directory: Path) -> Iterator[bool]:
-    """A context manager that locks a directory, and yields whether no other process has it locked.
+def only_writer(path: Path) -> Iterator[bool]:
+    """A context manager that locks a directory or a file, and yields whether no other process has it locked.
 
-    Who appends to files in a directory must be the only one. On a filesystem without locks it yields True. The lock ends
-    with the process. Raises DiskError if the directory cannot be opened.
+    Who appends to files in a directory, or to a file, must be the only one. A file must not be replaced meanwhile: the lock
+    is that of the old one. On a filesystem without locks it yields True. The lock ends with the process. Raises DiskError
+    if there is nothing that can be opened.
     """
-    with disk_errors(directory, doing="opened"):
-        descriptor = os.open(directory, os.O_RDONLY)
+    with disk_errors(path, doing="opened"):
+        descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield _locks(descriptor) is not False
+        alone = _locks(descriptor) is not False
+        # The last writer may have removed it between the opening and the lock. Then the lock is that of nothing.
+        with contextlib.suppress(FileNotFoundError):
+            alone &= os.path.samestat(os.stat(path), os.fstat(descriptor))
+        yield alone and os.path.lexists(path)
     finally:
         os.close(descriptor)
 

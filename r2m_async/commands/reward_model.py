@@ -11,6 +11,7 @@ from r2m_async.commands.arguments import add_trust, check_split, directory
 from r2m_async.commands.results import results_in
 from r2m_async.config_reference import keys_by_section
 from r2m_async.reward_models.config import RewardModelConfig
+from r2m_async.standard_output import say
 
 
 def add_reward_model(commands: Any) -> None:
@@ -83,7 +84,7 @@ def _train_reward_model(parsed: argparse.Namespace) -> dict[str, Any]:
 
     with process_group(config.run.device):
         run = train(config)
-        print(f"run directory: {run}")  # inside, where the first process alone prints
+        say(f"run directory: {run}")  # inside, where the first process alone prints
     return {"run_directory": str(run)}
 
 
@@ -94,7 +95,7 @@ def _resume_reward_model(parsed: argparse.Namespace) -> dict[str, Any]:
 
     with process_group(config.run.device):
         run = resume(parsed.run)
-        print(f"run directory: {run}")
+        say(f"run directory: {run}")
     return {"run_directory": str(run)}
 
 

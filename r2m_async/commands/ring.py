@@ -17,6 +17,7 @@ from r2m_async.config import R2MConfig
 from r2m_async.config_reference import keys_by_section
 from r2m_async.errors import ConfigError
 from r2m_async.ring.simulator import StageTimes, simulate, times_of_run
+from r2m_async.standard_output import say
 
 Command: TypeAlias = Callable[[R2MConfig, argparse.Namespace], dict[str, Any]]
 
@@ -91,7 +92,7 @@ def _train(config: R2MConfig, parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.launch.training import train
 
     directory = train(config, in_process=parsed.in_process, resume_if_exists=parsed.resume_if_exists)
-    print(f"run directory: {directory}")
+    say(f"run directory: {directory}")
     return result_of_run(directory)
 
 
@@ -109,7 +110,7 @@ def _resume(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.launch.training import resume
 
     directory = resume(parsed.run, parsed.overrides, in_process=parsed.in_process)
-    print(f"run directory: {directory}")
+    say(f"run directory: {directory}")
     return result_of_run(directory)
 
 

@@ -46,9 +46,11 @@ def _samples(parsed: argparse.Namespace) -> dict[str, Any]:
     of_step = {(one["step"], one["prompt_id"]): one for one in samples}
     steps = sorted({step for step, _ in of_step})
     for name in list(dict.fromkeys(name for _, name in of_step))[: parsed.num]:
-        print(f"\n{name}: {_shown(prompt_text(of_step[steps[0], name]['prompt']), '  ').lstrip()}")
+        prompt = next(one["prompt"] for (_, named), one in of_step.items() if named == name)
+        print(f"\n{name}: {_shown(prompt_text(prompt), '  ').lstrip()}")
         for step in dict.fromkeys((steps[0], steps[-1])):
-            print(_answer(of_step[step, name]))
+            if (step, name) in of_step:  # else the run was killed while it wrote the answers of this evaluation
+                print(_answer(of_step[step, name]))
     return {"evaluations": evaluations, "samples": list(of_step.values())}
 
 
@@ -59,11 +61,10 @@ def _with_error(evaluation: Mapping[str, Any], name: str) -> str:
 
 def _answer(sample: Mapping[str, Any]) -> str:
     """A line with a response's step, reward and end, and the response."""
-    gold = "" if math.isnan(sample["gold"]) else f", gold {sample['gold']:.2f}"
-    end = "" if sample["finished"] else ", cut off"
-    return (
-        f"  step {sample['step']:.0f}, reward {sample['reward']:.2f}{gold}{end}:\n{_shown(sample['response'], '    ')}"
-    )
+    scores = {name: sample.get(name, math.nan) for name in ("reward", "gold")}
+    known = "".join(f", {name} {score:.2f}" for name, score in scores.items() if math.isfinite(score))
+    end = "" if sample.get("finished", True) else ", cut off"
+    return f"  step {sample['step']:.0f}{known}{end}:\n{_shown(sample['response'], '    ')}"
 
 
 def _shown(text: str, indent: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from r2m_async.commands.arguments import directory
 from r2m_async.commands.results import results_in
+from r2m_async.standard_output import say
 
 
 def add_study(commands: Any) -> None:
@@ -25,7 +26,7 @@ def add_study(commands: Any) -> None:
 def _study(parsed: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from r2m_async.studies.study import run_study
 
-    failed = run_study(parsed.study, parsed.out, parsed.workers)
+    failed = run_study(parsed.study, parsed.out, parsed.workers, say)
     for table in (parsed.out / "table.md", parsed.out / "reward_models" / "table.md"):
         if table.exists():
             print(table.read_text(encoding="utf-8"), end="")

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from r2m_async.data.chat import TemplateRefusal
 from r2m_async.data.prompts import policy_reads
@@ -33,8 +34,10 @@ from r2m_async.models.generator import GenerationRequest, Generator, GeneratorOp
 from r2m_async.models.pretrained import pretrained_config, pretrained_tokenizer
 from r2m_async.models.tokens import ResponseText, check_known, check_tokens, num_positions
 from r2m_async.models.weight_files import check_weight_files
-from r2m_async.runs.records import append_records, cut_partial_line, read_records
-from r2m_async.whole import disk_errors, write_file
+from r2m_async.runs.directory import as_only_writer
+from r2m_async.runs.records import append_records, read_records
+from r2m_async.standard_output import say
+from r2m_async.whole import append_lines, cut_partial_line, disk_errors
 
 DEFAULT_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "tldr": 50, "pool": 512}
 """Limit on the new tokens per turn, by format. TL;DR's is that of R2M App. G.4."""
@@ -130,12 +133,21 @@ def generate_answers(
     if target.exists():
         raise ConfigError(f"OUT {target}: is there already; name another or remove it")
     options = _options(path, tokenizer, questions, settings, model_config)
-    log = _AnswerLog(target, _fingerprint(model, generator, questions, settings), options.max_requests, len(questions))
-    if len(log.answers) < len(questions):
-        _answer_rest(questions, log, options, settings)
-    write_answers(target, settings.format, questions, log.answers, generator, settings.samples)
-    # Only now: until the file is there, these are the only answers.
-    log.path.unlink()
+    begun = target.with_name(f".{target.name}.partial")
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        begun.touch()
+    # What two commands append in turn would be taken for the answers to other questions, once one of them goes on.
+    with as_only_writer(begun, "file of answers"):
+        log = _AnswerLog(
+            begun, _fingerprint(model, generator, questions, settings), options.max_requests, len(questions)
+        )
+        if len(log.answers) < len(questions):
+            _answer_rest(questions, log, options, settings)
+        write_answers(target, settings.format, questions, log.answers, generator, settings.samples)
+        # Only now: until the file is there, these are the only answers.
+        with disk_errors(begun, doing="removed"):
+            begun.unlink()
     return target
 
 
@@ -210,45 +222,55 @@ def answer_batch(
 class _AnswerLog:
     """The file of what has been answered so far. Its first line says by which command; then each line is an answer."""
 
-    def __init__(self, target: Path, fingerprint: dict[str, Any], batch: int, num_questions: int) -> None:
-        """Opens the file of an interrupted command, or begins a new one.
+    def __init__(self, path: Path, fingerprint: dict[str, Any], batch: int, num_questions: int) -> None:
+        """Goes on with the file of an interrupted command, or begins a new one.
 
-        target: the file that will have all answers.
+        The file is changed in place, and never replaced: its lock would be lost.
+
+        path: the file. It is empty if there was none.
         fingerprint: what decides the answers.
         batch: questions in a batch.
 
-        Raises ConfigError if the file was begun with another fingerprint.
+        Raises ConfigError if the file was begun with another fingerprint, and DataError if it is damaged.
         """
-        self.path = target.with_name(f".{target.name}.partial")
+        self.path = path
         self.answers: list[Answer] = []
-        with disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        cut_partial_line(self.path)
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        if not lines:
-            write_file(self.path, json.dumps(fingerprint) + "\n")
+        cut_partial_line(path)
+        records = read_records(path)
+        if not records:
+            append_lines(path, json.dumps(fingerprint) + "\n")
             return
-        begun = json.loads(lines[0])
+        lines = path.read_bytes().split(b"\n")
+        begun = json.loads(lines[0])  # as it was written: in a record, null is NaN
         for key, value in fingerprint.items():
             if begun.get(key) != value:
                 raise ConfigError(
                     f"{self.path}: was begun with {key} = {begun.get(key)!r} and now it is {value!r}; repeat the command "
                     f"that was interrupted, or delete the file"
                 )
-        answered = [
-            Answer(texts=tuple(one["texts"]), finish_reasons=tuple(one["finish_reasons"]), time=one["time"])
-            for one in read_records(self.path)[1:]
-        ]
+        answered = [self._answer(number, record) for number, record in enumerate(records[1:], 2)]
         # Answers of a part of a batch are thrown away: it is generated anew as a whole, with the rounding of a whole
         # batch.
         whole = len(answered) if len(answered) == num_questions else len(answered) // batch * batch
         self.answers = answered[:whole]
-        write_file(self.path, "".join(line + "\n" for line in lines[: 1 + whole]))
+        with disk_errors(path):
+            os.truncate(path, sum(len(line) + 1 for line in lines[: 1 + whole]))
+
+    def _answer(self, number: int, record: dict[str, Any]) -> Answer:
+        """The answer of a line. Raises DataError if it is none."""
+        texts, reasons, time = (record.get(key) for key in ("texts", "finish_reasons", "time"))
+        if not (_are_texts(texts) and _are_texts(reasons) and isinstance(time, float)):
+            raise DataError(f"{self.path}:{number}: is no answer: delete this line and all that follow, or the file")
+        return Answer(texts=tuple(texts), finish_reasons=tuple(reasons), time=time)
 
     def append(self, answers: Sequence[Answer]) -> None:
         """Adds the answers of a batch, first to the file. Raises DiskError."""
         append_records(self.path, map(asdict, answers))
         self.answers += answers
+
+
+def _are_texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _fingerprint(
@@ -403,7 +425,7 @@ def _progress(total: int, done: int) -> Iterator[Any]:
 
     console = Console(file=sys.stdout)
     if not console.is_terminal:
-        yield lambda now: print(f"answered {now}/{total}", flush=True)
+        yield lambda now: say(f"answered {now}/{total}")
         return
     with Progress(console=console) as bar:
         task = bar.add_task("answers", total=total, completed=done)

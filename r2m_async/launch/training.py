@@ -17,14 +17,14 @@ from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import Workload, conservation, resolve
 from r2m_async.ring.progress import Progress
 from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, newest_whole, saved_config, saved_counts, step_of
-from r2m_async.runs.directory import RunDirectory, new_directory, newest_directory
+from r2m_async.runs.directory import RunDirectory, as_only_writer, new_directory, newest_directory
 from r2m_async.runs.live import LiveTable
 from r2m_async.runs.records import append_records, read_trace
 from r2m_async.runs.report import write_report
 from r2m_async.runs.resuming import changes, check_resumable
 from r2m_async.runs.trace import write_trace_events
 from r2m_async.runs.trackers import Tracker, Trackers
-from r2m_async.whole import only_writer, remove_directory, write_file
+from r2m_async.whole import remove_directory, write_file
 
 
 def train(config: R2MConfig, in_process: bool = False, resume_if_exists: bool = False) -> Path:
@@ -51,7 +51,7 @@ def train(config: R2MConfig, in_process: bool = False, resume_if_exists: bool = 
             live.tell(f"{newest} has no checkpoint: a new run begins")
         workload = _resolved(config, live)
         path = new_directory(config.run.output_dir, config.run.name, config)
-        with _as_only_writer(path):
+        with as_only_writer(path):
             live.follow(path)
             _Run(path, config, workload, in_process, live).to_the_end(None)
     return path
@@ -83,7 +83,7 @@ def resume(path: Path, overrides: list[str] | tuple[str, ...] = (), in_process: 
 
 def _go_on(path: Path, config: R2MConfig, in_process: bool, live: LiveTable) -> Path:
     """Does what `resume` does, with the config that the run is to go on with."""
-    with _as_only_writer(path):
+    with as_only_writer(path):
         checkpoint = _newest_whole(path, live)
         changed = changes(saved_config(checkpoint, R2MConfig), config)
         for key in ("run.name", "run.output_dir"):
@@ -273,15 +273,6 @@ def _record(ring: Ring, run: RunDirectory) -> None:
     run.write_trace(ring.controller.take_trace())
     run.write_labels(ring.controller.take_labels())
     run.write_evaluations(ring.controller.evaluations, ring.controller.samples)
-
-
-@contextlib.contextmanager
-def _as_only_writer(run: Path) -> Iterator[None]:
-    """Locks a run directory for the block. Raises ConfigError if another process writes into it."""
-    with only_writer(run) as alone:
-        if not alone:
-            raise ConfigError(f"{run}: another process writes into this run; end it first, or wait for its end")
-        yield
 
 
 @contextlib.contextmanager

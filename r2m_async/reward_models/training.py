@@ -15,6 +15,7 @@ gives the same bits, even if it was interrupted and resumed.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ from r2m_async.reward_models.preferences import (
 from r2m_async.reward_models.process_group import first_rank_first, made_by_first, rank
 from r2m_async.reward_models.trainer import RewardTrainer
 from r2m_async.runs.checkpoints import checkpoint_path, checkpoints
-from r2m_async.runs.directory import new_directory
-from r2m_async.runs.records import append_records, cut_partial_line
-from r2m_async.whole import disk_errors, remove_directory, whole_directory
+from r2m_async.runs.directory import as_only_writer, new_directory
+from r2m_async.runs.records import append_records
+from r2m_async.whole import cut_partial_line, disk_errors, remove_directory, whole_directory
 
 
 def train(config: RewardModelConfig) -> Path:
@@ -58,7 +59,7 @@ def resume(run: Path) -> Path:
     """Goes on with a run where it ended, and returns its directory.
 
     Models that are finished stay as they are. An unfinished model starts from its newest checkpoint, or anew if it has
-    none. Raises the errors of `train`.
+    none. Raises the errors of `train`, and ConfigError if another process writes into the directory.
     """
     from r2m_async.reward_models.plots import plot_reward_training, plot_training_states
     from r2m_async.runs.progress import TrainingProgress
@@ -67,7 +68,12 @@ def resume(run: Path) -> Path:
     check_attention(config.model.attention, config.run.device, config.model.dtype)
     if config.model.liger:
         check_liger(config.run.device)
-    with one_thread(), TrainingProgress(config.logging.live) as progress:
+    with ExitStack() as stack:
+        with first_rank_first():
+            if rank() == 0:
+                stack.enter_context(as_only_writer(run))
+        stack.enter_context(one_thread())
+        progress = stack.enter_context(TrainingProgress(config.logging.live))
         # The first rank builds or downloads what is missing; the other ranks then find it on the disk.
         with first_rank_first():
             start, data = _found(config, progress)

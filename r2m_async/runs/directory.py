@@ -27,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import count
@@ -35,9 +35,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from r2m_async.config import ConfigTree, R2MConfig
-from r2m_async.errors import DataError, DiskError
-from r2m_async.runs.records import append_records, cut_partial_line, read_metrics
-from r2m_async.whole import append, disk_errors, whole_directory
+from r2m_async.errors import ConfigError, DataError, DiskError
+from r2m_async.runs.records import append_records, read_metrics
+from r2m_async.whole import append_lines, cut_partial_line, disk_errors, only_writer, whole_directory
 
 if TYPE_CHECKING:
     from r2m_async.ring.step_metrics import Interval
@@ -124,7 +124,7 @@ class RunDirectory:
                     f"saved: records are lost. Bring the file back, or remove {', '.join(lengths)}: they then begin anew"
                 )
         if LABELS[0] in there:  # labels cost somebody's time or money
-            append(path / "labels_cut.jsonl", (path / LABELS[0]).read_bytes()[lengths[LABELS[0]] :])
+            append_lines(path / "labels_cut.jsonl", (path / LABELS[0]).read_bytes()[lengths[LABELS[0]] :])
         with disk_errors(path):
             for name in there:
                 os.truncate(path / name, lengths[name])
@@ -219,3 +219,15 @@ def new_directory(parent: str, name: str, config: ConfigTree) -> Path:
         except FileExistsError:
             continue
     raise AssertionError("numbers have no end")
+
+
+@contextlib.contextmanager
+def as_only_writer(path: Path, what: str = "run") -> Iterator[None]:
+    """Locks a directory or a file for the block. Raises ConfigError if another process writes into it.
+
+    what: what it is, for the message.
+    """
+    with only_writer(path) as alone:
+        if not alone:
+            raise ConfigError(f"{path}: another process writes into this {what}; end it first, or wait for its end")
+        yield

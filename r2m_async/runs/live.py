@@ -25,6 +25,7 @@ from r2m_async.errors import DiskError
 from r2m_async.ring.status import RingStatus
 from r2m_async.runs.status import Status, write_status
 from r2m_async.runs.view import NUM_ROWS, View, evaluation_line, rendered, status_line, step_line
+from r2m_async.standard_output import say
 
 STATUS_EVERY = 2.0
 """Seconds from one status.json to the next."""
@@ -148,4 +149,4 @@ class LiveTable:
 
     def _say(self, line: str) -> None:
         self._said = self._time_of()
-        print(line, flush=True)
+        say(line)

@@ -10,6 +10,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from r2m_async.standard_output import say
+
 NUM_PLAIN_LINES = 10
 """The number of lines that plain output prints for each model, if it takes less than `QUIET_AFTER` for each of them."""
 QUIET_AFTER = 10.0
@@ -41,7 +43,7 @@ class TrainingProgress:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             self._said = self._time_of()
-            print(text, flush=True)
+            say(text)
 
     def work(self, text: str, done: int, total: int) -> None:
         """Shows that `done` of `total` parts of some work are done. `done` rises up to `total`.

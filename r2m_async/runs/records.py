@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -17,12 +16,12 @@ import numpy as np
 
 from r2m_async.config import REWARD_METRICS
 from r2m_async.errors import DataError
-from r2m_async.whole import append, disk_errors
+from r2m_async.whole import append_lines
 
 
 def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Appends records to a file, which is made if it is not there. Raises DiskError, and has then appended none."""
-    append(path, jsonl(records))
+    append_lines(path, jsonl(records))
 
 
 def jsonl(records: Iterable[dict[str, Any]]) -> str:
@@ -35,9 +34,22 @@ def read_records(path: Path, needed: Mapping[str, type] | None = None) -> list[d
 
     needed: the type of each key that every record must have. A number must be finite if it is needed.
 
-    Raises DataError, which names the line, for any other line that is not a JSON object with these keys.
+    Raises DataError, which names the line, for any other line that is not a JSON object with these keys, and for a file
+    that is there and cannot be read.
     """
-    return records_in(path.read_bytes(), str(path), needed or {})
+    return records_in(bytes_of(path), str(path), needed or {})
+
+
+def bytes_of(path: Path, start: int = 0) -> bytes:
+    """Returns the content of a file from a byte on. Raises DataError if it is there and cannot be read, and else OSError."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; permit it, or look at its disk") from None
 
 
 def records_in(data: bytes, name: str, needed: Mapping[str, type]) -> list[dict[str, Any]]:
@@ -93,16 +105,6 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, list):
         return [finite_or_null(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def cut_partial_line(path: Path) -> None:
-    """Removes a last line that has no line end. Makes the file if it is not there. Raises DiskError.
-
-    A killed run leaves such a line, and the next record would be appended to it.
-    """
-    with disk_errors(path):
-        path.touch()
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 Records = Sequence[Mapping[str, Any]]

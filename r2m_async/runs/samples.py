@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         turns = prompt if isinstance(prompt, list) else []
         if not isinstance(prompt, str) and not (turns and all(_is_turn(turn) for turn in turns)):
             raise DataError(f"{path}: step {sample['step']:g} has {str(prompt)[:60]!r} as 'prompt': it was changed")
+        for name in ("reward", "gold"):
+            if not isinstance(score := sample.get(name, math.nan), Real):
+                raise DataError(f"{path}: step {sample['step']:g} has {str(score)[:60]!r} as {name!r}: it was changed")
     return list({(one["step"], one["prompt_id"]): one for one in samples}.values())
 
 

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from r2m_async.errors import DataError
 from r2m_async.ring.status import RingStatus
+from r2m_async.runs.records import bytes_of
 from r2m_async.whole import write_file
 
 FILE = "status.json"
@@ -54,7 +55,7 @@ def write_status(run: Path, status: Status) -> None:
 def read_status(run: Path) -> Status | None:
     """Returns the status in the directory of a run, or None if it has none. Raises DataError if it cannot be read."""
     try:
-        return _STATUS.validate_json((run / FILE).read_bytes())
+        return _STATUS.validate_json(bytes_of(run / FILE))
     except FileNotFoundError:
         return None
     except ValidationError as error:

@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -25,14 +26,22 @@ from r2m_async.runs.records import Records
 from r2m_async.runs.resuming import keys_of
 from r2m_async.whole import write_file
 
+BEGINS_WITHIN = 180.0
+"""Seconds in which a tracker must begin. A library may ask a server that does not answer again and again, for much longer."""
 FINISHES_WITHIN = 120.0
 """Seconds that the end of a run waits for its trackers."""
+INTERRUPTED_WITHIN = 5.0
+"""The same, if a signal has asked the run to leave (`interruption.LEAVE_TIMEOUT`)."""
 _MLFLOW_BATCH = 100
 """The most parameters that MLflow takes at once. It takes a thousand metrics."""
 EVALUATION = "evaluation/"
 """What the names of an evaluation's metrics begin with."""
 TRACKED_AS = "tracked_as"
 """The file of a run directory that has what the run is called in its trackers."""
+
+
+abandoned = threading.Event()
+"""It is set if a tracker was left behind. At its own end Python may wait for it, so the process must leave by `os._exit`."""
 
 
 class Tracker(Protocol):
@@ -215,8 +224,8 @@ class Trackers:
             if (project := getattr(config.logging, key)) is not None:
                 name = _name_of(path)
                 try:
-                    tracker = kind(project, path, name, config)
-                    self._feeds.append(_Feed(key, tracker, tracker.last(), tell))
+                    tracker, last = _begun(kind, project, path, name, config)
+                    self._feeds.append(_Feed(key, tracker, last, tell))
                 except Exception as error:
                     self.finish(done=False)
                     raise ConfigError(
@@ -242,20 +251,51 @@ class Trackers:
         for feed in self._feeds:
             feed.log(metrics, is_evaluation=True)
 
-    def finish(self, done: bool) -> None:
-        """Closes the run in each tracker, and waits for them. done: whether the run came to its end."""
+    def finish(self, done: bool, within: float | None = None) -> None:
+        """Closes the run in each tracker, and waits for them.
+
+        Args:
+            done: whether the run came to its end.
+            within: the most seconds to wait. None: `FINISHES_WITHIN`.
+        """
+        within = FINISHES_WITHIN if within is None else within
         for feed in self._feeds:
             feed.end(done)
-        until = time.monotonic() + FINISHES_WITHIN
+        until = time.monotonic() + within
         for feed in self._feeds:
-            feed.join(until)
+            feed.join(until, within)
         self._feeds = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.finish(done=kind is None)
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.finish(done=kind is None, within=INTERRUPTED_WITHIN if interrupted else None)
+
+
+def _begun(
+    kind: Callable[[str, Path, str, R2MConfig], Tracker], project: str, path: Path, name: str, config: R2MConfig
+) -> tuple[Tracker, tuple[int, int] | None]:
+    """Begins the run in one tracker, and returns the tracker and what it has already. Raises what its library raises.
+
+    Raises TimeoutError if that does not answer within `BEGINS_WITHIN` seconds.
+    """
+    begun: Future[tuple[Tracker, tuple[int, int] | None]] = Future()
+
+    def begin() -> None:
+        try:
+            tracker = kind(project, path, name, config)
+            begun.set_result((tracker, tracker.last()))
+        except BaseException as error:
+            begun.set_exception(error)
+
+    # It must not keep Python from ending, like that of `_Feed`.
+    threading.Thread(target=begin, name="r2m-tracker", daemon=True).start()
+    if not wait([begun], BEGINS_WITHIN).done:
+        abandoned.set()
+        raise TimeoutError(f"it gave no answer in {BEGINS_WITHIN:g} s")
+    return begun.result()
 
 
 def _name_of(path: Path) -> str:
@@ -265,7 +305,7 @@ def _name_of(path: Path) -> str:
     another name is another run.
     """
     file = path / TRACKED_AS
-    if not file.exists() or not file.read_text(encoding="utf-8").startswith(f"{path.name}-"):
+    if not file.exists() or not file.read_text(encoding="utf-8", errors="replace").startswith(f"{path.name}-"):
         write_file(file, f"{path.name}-{secrets.token_hex(4)}")
     return file.read_text(encoding="utf-8")
 
@@ -315,12 +355,13 @@ class _Feed:
         """Has the tracker closed after all that was put before."""
         self._queue.put(done)
 
-    def join(self, until: float) -> None:
-        """Waits for the tracker to be closed, until a time of time.monotonic. Tells if it is not."""
+    def join(self, until: float, within: float) -> None:
+        """Waits for the tracker to be closed, until a time of time.monotonic. Tells if it is not. within: for the message."""
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
+            abandoned.set()
             self._tell(
-                f"logging.{self._key}: was not done {FINISHES_WITHIN:g} s after the end of the run, and is left; what it lacks "
+                f"logging.{self._key}: was not done {within:g} s after the end of the run, and is left; what it lacks "
                 "is in metrics.jsonl and evaluation.jsonl"
             )
 
@@ -329,7 +370,7 @@ class _Feed:
             while not isinstance(item := self._queue.get(), bool):
                 self._tracker.log(*item)
             self._tracker.finish(item)
-        except Exception as error:
+        except BaseException as error:  # a library may raise SystemExit, too, which would end the thread without a word
             self._tell(
                 f"logging.{self._key}: {type(error).__name__}: {error}; the run goes on without this tracker. metrics.jsonl and "
                 "evaluation.jsonl have everything; when the run is resumed, what the tracker lacks is sent"

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.runs.records import records_in
+from r2m_async.runs.records import bytes_of, records_in
 from r2m_async.runs.status import FILE, Status, read_status
 from r2m_async.runs.view import NUM_ROWS, View, evaluation_line, rendered, status_line, step_line
 
@@ -47,9 +47,10 @@ class Tail:
             self._at, self.records = None, []
         first = self._at is None
         begin = max(0, size - _LAST_BYTES) if self._at is None else self._at
-        with self._path.open("rb") as file:
-            file.seek(begin)
-            data = file.read()
+        try:
+            data = bytes_of(self._path, begin)
+        except FileNotFoundError:  # removed since
+            return []
         # A line may be half written. At the beginning the first line may be half read.
         data = data[: data.rfind(b"\n") + 1]
         self._at = begin + len(data)

@@ -39,6 +39,7 @@ from r2m_async.errors import ConfigError, DataError
 from r2m_async.from_scratch.language import NUM_HELD_OUT_PROMPTS
 from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.preferences import load_preference_data
+from r2m_async.runs.directory import as_only_writer
 from r2m_async.runs.resuming import keys_of
 from r2m_async.studies.cells import compare_cells
 from r2m_async.studies.jobs import WorkerProcesses, wait_for
@@ -256,18 +257,33 @@ def run_study(path: Path, out: Path, workers: int | None = None, tell: Callable[
     workers: jobs at once; None means the number of cores.
     tell: gets a line for whatever ends or fails.
 
-    Raises ConfigError if OUT has a run or a reward model of the same name with another config.
+    Raises ConfigError if OUT has a run or a reward model of the same name with another config, and if another process
+    writes into OUT.
     """
-    from r2m_async.launch.workload import resolve
-
     if workers is not None and workers < 1:
         raise ConfigError(
             f"--workers is {workers}: this is the number of runs at once; give 1 or more, or leave it out for one per core"
         )
     out = out.resolve()  # it enters the configs of runs that start from the study's reward models
-    study, reward_models, runs = read_study(path, out)
+    found = read_study(path, out)
     with disk_errors(out):
         (out / "runs").mkdir(parents=True, exist_ok=True)
+    # Two commands would make the same runs, and of each run the second would fail once it is done.
+    with as_only_writer(out, "study"):
+        return _make(*found, out, workers, tell)
+
+
+def _make(
+    study: Study,
+    reward_models: Sequence[StudyRewardModel],
+    runs: Sequence[StudyRun],
+    out: Path,
+    workers: int | None,
+    tell: Callable[[str], None],
+) -> list[str]:
+    """Does what `run_study` does, as the only process that writes into OUT. The first arguments are those of the study's file."""
+    from r2m_async.launch.workload import resolve
+
     missing = [run for run in runs if not _is_there(out / "runs" / run.name, run.config)]
     tell(f"{len(runs)} runs, {len(runs) - len(missing)} there already")
     with WorkerProcesses(workers or os.cpu_count() or 1) as processes:

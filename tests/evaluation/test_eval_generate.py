@@ -23,6 +23,7 @@ from r2m_async.evaluation.questions import load_questions
 from r2m_async.from_scratch.language import gold_reward
 from r2m_async.models.generator import TransformersGenerator
 from r2m_async.reward_models.ensemble import RewardEnsemble
+from r2m_async.whole import only_writer
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -324,6 +325,25 @@ def test_an_interrupted_command_ends_with_the_answers_of_one_that_was_not(policy
     monkeypatch.setattr(generator, "generate", fails_at_the_fourth)
     done = generate_answers(policy, files["mt_bench"], tmp_path / "cut", settings)
     assert without_time(read_back(done)) == without_time(whole) and calls == [2, 2] and not partial.exists()
+
+
+@pytest.mark.models
+def test_two_commands_do_not_write_one_file_of_answers_and_a_damaged_one_is_named(policy, files, tmp_path):
+    settings = settings_of("tldr", max_new_tokens=2)
+    partial = tmp_path / ".walker.jsonl.partial"
+    partial.touch()
+    with only_writer(partial) as alone:
+        assert alone
+        with pytest.raises(ConfigError, match="partial: another process writes into this file of answers"):
+            generate_answers(policy, files["tldr"], tmp_path / "walker.jsonl", settings)
+    done = generate_answers(policy, files["tldr"], tmp_path / "walker.jsonl", settings)
+    fingerprint = offline_generation._fingerprint(
+        policy, "walker", load_questions(files["tldr"], "tldr", chat=None, limit=None), settings
+    )
+    done.unlink()
+    lines_of(partial, [fingerprint, {"texts": ["said"], "finish_reasons": "stop", "time": 1.0}])
+    with pytest.raises(DataError, match="partial:2: is no answer"):
+        generate_answers(policy, files["tldr"], tmp_path / "walker.jsonl", settings)
 
 
 @pytest.mark.models

@@ -32,7 +32,9 @@ from r2m_async.reward_models.trainee import RewardTrainee
 from r2m_async.reward_models.trainer import RewardTrainer
 from r2m_async.reward_models.training import resume, train
 from r2m_async.runs.checkpoints import checkpoints
+from r2m_async.runs.directory import new_directory
 from r2m_async.runs.records import read_metrics
+from r2m_async.whole import only_writer
 
 pytestmark = pytest.mark.models
 
@@ -410,6 +412,15 @@ def test_it_learns_and_leaves_metrics_a_plot_and_a_model(config):
     assert metrics[-1]["held_out/accuracy"] > 0.9 and metrics[-1]["loss"] < 0.5 < metrics[0]["loss"]
     assert all((run / f"{name}.png").stat().st_size > 5000 for name in ("training", "states"))
     assert AutoModelForSequenceClassification.from_pretrained(run / "seed-1" / "model").config.num_labels == 1
+
+
+def test_two_processes_do_not_train_into_one_run(config):
+    run = new_directory(config.run.output_dir, "one", config)
+    with only_writer(run) as alone:
+        assert alone
+        with pytest.raises(ConfigError, match="another process writes into this run"):
+            resume(run)
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(config, monkeypatch):

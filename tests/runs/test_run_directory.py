@@ -1,11 +1,13 @@
 """What a run leaves on disk and shows while it goes: files, TensorBoard events, plots, terminal output."""
 
+import errno
 import io
 import json
 import math
 import os
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from run_records import EVALUATIONS, SAMPLES, step_metrics, trace
 
+from r2m_async.cli import main
 from r2m_async.config import R2MConfig
 from r2m_async.errors import DataError, DiskError
 from r2m_async.runs.directory import RunDirectory, new_directory, newest_directory
@@ -27,7 +30,7 @@ from r2m_async.runs.plots import (
     reward_figure,
     stages_figure,
 )
-from r2m_async.runs.records import binned, mean_curve, read_metrics, read_records, read_trace
+from r2m_async.runs.records import append_records, binned, mean_curve, read_metrics, read_records, read_trace
 
 
 def without_gold(metrics):
@@ -88,6 +91,32 @@ def test_a_partial_last_line_is_left_out_and_a_bad_line_elsewhere_is_named(confi
     path.write_text('{"step": 1.0}\n{"step": 2.0, "rew\n{"step": 3.0}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: is not JSON"):
         read_metrics(path)
+
+
+def test_records_are_never_appended_to_a_line_that_a_kill_cut_off(tmp_path):
+    path = tmp_path / "resumes.jsonl"
+    append_records(path, [{"step": 1.0}])
+    with path.open("a") as file:
+        file.write('{"step": 2.0, "at": "20')
+    append_records(path, [{"step": 3.0}])
+    append_records(path, [])
+    assert read_records(path) == [{"step": 1.0}, {"step": 3.0}]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json"])
+def test_a_file_that_may_not_be_read_is_named_and_has_no_traceback(config, tmp_path, capsys, name, monkeypatch):
+    run = RunDirectory.create(config).path
+    (run / "status.json").write_text("{}")
+    opens = Path.open
+
+    def refused(path, *how, **options):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opens(path, *how, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    assert main(["watch", str(run), "--once"]) == 2
+    assert f"{name}: cannot be read: Permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from r2m_async.cli import main
+from r2m_async.errors import DataError
 from r2m_async.launch.training import train
-from r2m_async.runs.records import read_metrics, read_records
+from r2m_async.runs.records import append_records, read_metrics, read_records
+from r2m_async.runs.samples import read_samples
 
 pytestmark = pytest.mark.models
 
@@ -44,6 +46,25 @@ def test_the_command_shows_rewards_of_all_evaluations_and_the_first_and_the_last
     assert f"step 2, reward {shown[2]['reward']:.2f}" in out
     assert "step 1, reward" not in out
     assert shown[2]["response"].split()[0] in out.partition("step 2,")[2]
+
+
+def test_answers_of_an_evaluation_that_a_kill_cut_off_are_left_out(tmp_path, capsys):
+    """The last evaluation has the answer to the first of two prompts alone."""
+    sample = {"prompt_id": "a", "prompt": "once", "response": "upon", "reward": None, "gold": None, "finished": True}
+    records = [sample | {"step": 0.0, "prompt_id": "b"}, sample | {"step": 0.0}, sample | {"step": 1.0}]
+    append_records(tmp_path / "samples.jsonl", records)
+    append_records(tmp_path / "evaluation.jsonl", [{"step": 0.0, "reward": 1.0, "length": 2.0}])
+    assert main(["samples", str(tmp_path)]) == 0
+    of_b, of_a = capsys.readouterr().out.partition("\na: ")[::2]
+    assert of_b.count("  step 0:") == 1 and "step 1" not in of_b and of_a.count("  step 1:") == 1
+
+
+@pytest.mark.parametrize("name", ["reward", "gold"])
+def test_a_score_that_was_changed_is_told(tmp_path, name):
+    sample = {"step": 0.0, "prompt_id": "a", "prompt": "once", "response": "upon", name: "high"}
+    append_records(tmp_path / "samples.jsonl", [sample])
+    with pytest.raises(DataError, match=f"samples.jsonl: step 0 has 'high' as '{name}': it was changed"):
+        read_samples(tmp_path / "samples.jsonl")
 
 
 def test_a_run_without_evaluations_is_refused_with_the_key(tiny_config, tmp_path, capsys):

@@ -14,6 +14,7 @@ import pytest
 from run_records import EVALUATIONS, step_metrics
 
 from r2m_async.errors import ConfigError
+from r2m_async.interruption import LEAVE_TIMEOUT, Interrupted
 from r2m_async.launch.training import train
 from r2m_async.launch.workload import check_code
 from r2m_async.runs import trackers as module
@@ -220,6 +221,12 @@ class Fails:
         self.finished.append(done)
 
 
+@pytest.fixture(autouse=True)
+def nothing_abandoned():
+    yield
+    module.abandoned.clear()
+
+
 @pytest.fixture
 def failing(monkeypatch):
     monkeypatch.setattr(module, "TRACKERS", {"wandb": ("json", Fails)})
@@ -253,6 +260,29 @@ def test_no_step_waits_for_a_tracker_and_the_end_waits_no_longer_than_it_may(con
     Fails.made.hangs.set()
     (line,) = told
     assert line.startswith("logging.wandb: was not done 0.05 s after the end of the run, and is left;")
+    assert module.abandoned.is_set()
+
+
+def test_a_run_that_is_asked_to_leave_waits_less_for_its_trackers_than_the_process_has(config, failing, tmp_path):
+    assert 2 * module.INTERRUPTED_WITHIN < LEAVE_TIMEOUT < module.FINISHES_WITHIN
+    waited = []
+    trackers = Trackers(tmp_path, config.logging(wandb="r2m"), print)
+    (feed,) = trackers._feeds
+    join = feed.join
+    feed.join = lambda until, within: [waited.append(within), join(until, within)]
+    trackers.__exit__(Interrupted)
+    assert waited == [module.INTERRUPTED_WITHIN] and Fails.made.finished == [False]
+
+
+def test_a_tracker_that_never_begins_is_given_up_with_its_key(config, tmp_path, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(module, "BEGINS_WITHIN", 0.05)
+    monkeypatch.setattr(module, "TRACKERS", {"mlflow": ("json", lambda *_: go.wait(60))})
+    complaint = r"logging\.mlflow is 'r2m' and the tracker does not begin: TimeoutError: it gave no answer in 0.05 s"
+    with pytest.raises(ConfigError, match=complaint):
+        Trackers(tmp_path, config.logging(mlflow="r2m"), print)
+    go.set()
+    assert module.abandoned.is_set()
 
 
 def test_a_tracker_that_does_not_begin_ends_the_run_before_its_first_step(config, here, tmp_path, monkeypatch):

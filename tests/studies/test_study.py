@@ -28,6 +28,7 @@ from r2m_async.studies.cells import accuracies, area_to_kl, compare_cells, summa
 from r2m_async.studies.intervals import interval, seeds_row, seeds_table
 from r2m_async.studies.reward_models import summary as reward_summary
 from r2m_async.studies.study import _is_there, read_study, run_study
+from r2m_async.whole import only_writer
 
 GRID = {
     "variant": {"vanilla": {"head.variant": "vanilla"}, "r2m": {"head.variant": "r2m", "head.lr": 2e-5}},
@@ -134,6 +135,14 @@ def test_a_study_runs_what_is_missing_and_its_runs_are_the_ones_of_their_configs
         ConfigError, match="vanilla-seed3 is a run of another config: run.num_steps was .* and is 3; remove it, or name"
     ):
         run_study(study_file(grid=grid, set={"run.num_steps": 3}), out)
+
+
+def test_two_processes_do_not_make_one_study(study_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    with only_writer(tmp_path / "out") as alone:
+        assert alone
+        with pytest.raises(ConfigError, match="out: another process writes into this study"):
+            run_study(study_file(), tmp_path / "out", workers=1)
 
 
 def test_at_least_one_run_goes_on_at_a_time(study_file, tmp_path, capsys):

@@ -23,7 +23,7 @@ WINGS = {
     "rewards": {"data", "models"},
     "labels": {"data", "rewards"},
     "runs": {"ring"},
-    "from_scratch": {"data", "models"},
+    "from_scratch": {"data", "models", "runs"},
     "launch": {"actors", "data", "from_scratch", "labels", "learners", "models", "rewards", "ring", "runs"},
     "reward_models": {"data", "from_scratch", "models", "runs"},
     "evaluation": {"actors", "data", "from_scratch", "models", "reward_models", "runs"},

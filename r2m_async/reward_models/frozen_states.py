@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from r2m_async.from_scratch.cache import cache_root, cached_directory, key_digest, made_by
+from r2m_async.from_scratch.cache import cached_directory, found_in_cache, made_by
 from r2m_async.models import batches
 from r2m_async.models.batches import by_length
 from r2m_async.models.weights import tensor_digest
@@ -50,10 +50,9 @@ def frozen_states(
     # Sorted, so that neither the order of the pairs nor which of them are held out decides what is computed together.
     unique = sorted({text.token_ids: text for text in texts}.values(), key=lambda text: text.token_ids)
     key = _key(model, unique, max_tokens)
-    final = cache_root() / f"backbone-states-{key_digest(key)}"
     # The first rank decides for all: each rank may look at another disk, and they compute together or not at all.
-    if made_by_first(lambda: final if final.is_dir() else Path()) == final:
-        stored = load_file(final / _FILE)["states"] if rank() == 0 else None
+    if (kept := made_by_first(lambda: found_in_cache("backbone-states", key) or Path())) != Path():
+        stored = load_file(kept / _FILE)["states"] if rank() == 0 else None
         states = _from_first(stored, model, len(unique))
     else:
         states = _computed(model, unique, max_tokens, on_texts)

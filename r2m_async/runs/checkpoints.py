@@ -248,6 +248,15 @@ def verified(
                 raise ConfigError(f"{damage}; {_remedy(place)}") from None
 
 
+def damage_of(directory: Path) -> str | None:
+    """Returns what is wrong with a sealed directory, in words that name the file, or None if it is whole."""
+    try:
+        _verified(directory, _manifest_of(directory))
+    except _Damaged as damage:
+        return str(damage)
+    return None
+
+
 class _Damaged(Exception):
     """A directory or a file in it is not what was sealed. The message says what is wrong, but not what to do."""
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.errors import DataError
-from r2m_async.from_scratch.cache import cached_directory
+from r2m_async.from_scratch.cache import NotCached, cached_directory, only_cached
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.from_scratch.text_models import TextPolicySettings, TextRewardSettings, text_policy, text_reward_model
 
@@ -181,7 +181,38 @@ def test_a_builder_that_fails_leaves_nothing_and_the_next_one_starts_afresh(cach
         cached_directory("thing", "key", failing)
     assert list(cache.iterdir()) == []
     made = cached_directory("thing", "key", lambda directory: (directory / "whole").write_text("whole"))
-    assert [path.name for path in made.iterdir()] == ["whole"]
+    assert sorted(path.name for path in made.iterdir()) == ["manifest.json", "whole"]
+
+
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        lambda file: file.write_text("wholE"),
+        lambda file: file.write_text(""),
+        lambda file: file.unlink(),
+        lambda file: file.with_name("other").touch(),
+        lambda file: file.with_name("manifest.json").write_text("{"),
+    ],
+)
+def test_what_was_damaged_in_the_cache_is_made_anew_and_named(cache, caplog, hurt):
+    def build(directory):
+        (directory / "whole").write_text("whole")
+
+    made = cached_directory("thing", "key", build)
+    hurt(made / "whole")
+    with pytest.raises(NotCached), only_cached():
+        cached_directory("thing", "key", build)
+    assert cached_directory("thing", "key", build) == made
+    assert (made / "whole").read_text() == "whole" and not (made / "other").exists()
+    assert str(made) in caplog.text and "is made anew" in caplog.text
+    caplog.clear()
+    assert cached_directory("thing", "key", lambda _: pytest.fail("built again")) == made and not caplog.text
+
+
+def test_what_an_older_version_has_built_without_a_manifest_is_taken(cache):
+    made = cached_directory("thing", "key", lambda directory: (directory / "whole").touch())
+    (made / "manifest.json").unlink()
+    assert cached_directory("thing", "key", lambda _: pytest.fail("built again")) == made
 
 
 def test_an_operating_system_error_inside_a_builder_is_not_swallowed(cache):

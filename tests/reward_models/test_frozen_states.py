@@ -10,6 +10,7 @@ from r2m_async.reward_models.preferences import TokenizedText, load_preference_d
 from r2m_async.reward_models.trainee import RewardTrainee
 from r2m_async.reward_models.trainer import RewardTrainer
 from r2m_async.reward_models.training import train
+from r2m_async.runs.checkpoints import seal
 
 pytestmark = pytest.mark.models
 
@@ -124,8 +125,22 @@ def test_a_head_that_changes_takes_the_kept_states(config, cache):
     stored = load_file(directory / "states.safetensors")["states"]
     assert sorted(map(tuple, stored.tolist())) == sorted(tuple(state.tolist()) for state in states.values())
     save_file({"states": stored + 1}, directory / "states.safetensors")  # seen if it is read, and not computed again
+    seal(directory)
     again = states_of(config.head(layers=1))
     assert all(torch.equal(again[text], states[text] + 1) for text in states)
+
+
+def test_kept_states_that_were_damaged_are_computed_anew(config, cache, read):
+    states = states_of(config)
+    [directory] = cache.glob("backbone-states-*")
+    file = directory / "states.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    read.clear()
+    again = states_of(config)
+    assert read and all(torch.equal(again[text], states[text]) for text in states)
+    assert file.read_bytes() != data
 
 
 def test_ranks_share_the_texts_and_each_gets_the_whole(config, monkeypatch):

@@ -24,7 +24,7 @@ from r2m_async.errors import ConfigError, FunctionFailed
 FLOAT32_MAX = 3.4028234663852886e38
 """The largest finite float32. Rewards are float32, so a larger number would become infinite."""
 
-_SHORT = reprlib.Repr()  # unlike plain repr, it does not fail for a value whose __repr__ raises
+_SHORT = reprlib.Repr()  # unlike plain repr, it cuts what is long
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
@@ -258,7 +258,14 @@ def end_child(error: BaseException) -> NoReturn:
 
 def shown(value: Any) -> str:
     """Describes a value in an error message: the beginning of its repr, and its type."""
-    return f"{_SHORT.repr(value)} ({type(value).__name__})"
+    try:
+        text = _SHORT.repr(value)
+    # An integer of 5000 digits, and a value of the user's own class that raises anything.
+    except BaseException as error:
+        if _from_the_terminal(error):
+            raise
+        text = f"a value that cannot be shown: {type(error).__name__}"
+    return f"{text} ({type(value).__name__})"
 
 
 def own_failure(error: BaseException) -> tuple[str, str]:

@@ -92,6 +92,10 @@ async def notes_too_much(rollout: Rollout) -> None:
     rollout.info["tool"] = "x" * 20_000
 
 
+async def notes_itself(rollout: Rollout) -> None:
+    rollout.info["all"] = rollout.info
+
+
 async def writes_too_long_a_text(rollout: Rollout) -> None:
     rollout.text = "x" * 20_000
 

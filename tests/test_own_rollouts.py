@@ -348,6 +348,7 @@ def test_a_turn_that_comes_after_its_group_has_ended_is_not_written(own, monkeyp
             r"left <object object at 0x.*> \(object\) in rollout.info\['tool'\]\['a'\]\[0\]: it may",
         ),
         ("notes_too_much", "left 2.... bytes in rollout.info: it may have 16384; keep less"),
+        ("notes_itself", "left something in rollout.info that cannot be kept: RecursionError"),
         ("writes_too_long_a_text", "set a rollout.text of 20000 characters: it may have 3072 bytes"),
         ("two_turns_at_once", "raised RuntimeError: generate was called while a turn is being generated: await"),
         ("leaves_a_turn_alone", "returned while a turn was being generated: await rollout.generate"),

@@ -273,6 +273,10 @@ async def nothing(response):
     return None
 
 
+async def huge(response):
+    return 10**5000
+
+
 @pytest.mark.parametrize(
     ("function", "told"),
     [
@@ -281,6 +285,13 @@ async def nothing(response):
         (leaves, "raised SystemExit: 3"),
         (cancels, "was cancelled by itself"),
         (nothing, r"returned None \(NoneType\), which is no number"),
+        (huge, r"returned a value that cannot be shown: ValueError \(int\), which is no number"),
+        (
+            lambda response: huge(response),
+            r"returned a value that cannot be shown: ValueError \(int\), which is no number",
+        ),
+        (lambda response: 10**5000, r"returned a value that cannot be shown: ValueError \(int\), which is no number"),
+        (lambda response: cancels(response), "raised .*CancelledError"),
     ],
 )
 def test_what_goes_wrong_in_an_async_function_is_told_as_its_own(mine, function, told):

@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
+from typing import Any
 
 from r2m_async.errors import ConfigError, FunctionFailed
 from r2m_async.labels.questions import CHOICES, Answer, Question
-from r2m_async.whole import append
+from r2m_async.whole import append_lines, cut_partial_line
 
 log = logging.getLogger(__name__)
+
+_KNOWN_BYTES = 4096
+"""How many bytes of what was read are compared to see whether the file is still the same."""
+_LONGEST_EVERY = 3600.0
 
 
 class FileSource:
@@ -29,12 +35,22 @@ class FileSource:
         """Begins to watch.
 
         Args:
-            questions: the file to which pairs are appended.
+            questions: the file to which pairs are appended. A pair that it has already, from before the run was resumed, is
+                not written again.
             answers: the file to which somebody appends labels. It need not be there yet.
             every: seconds between two looks.
+
+        Raises DiskError if the questions cannot be written.
         """
         self._questions, self._answers, self._every = Path(questions), Path(answers), every
+        cut_partial_line(self._questions)
+        self._written = {_name(said) for line in self._questions.read_bytes().splitlines() if (said := _record(line))}
+        """The names of the pairs that the questions have."""
         self._read_bytes = self._read_lines = 0
+        self._known = (0, b"")
+        """Of the answers as they were read: the number of the file on its disk, and the last bytes."""
+        self._trouble = ""
+        """Why the answers could not be read at the last look. Empty: they could."""
         self._given: dict[str, Answer | FunctionFailed] = {}
         self._open: dict[str, Future[Answer]] = {}
         self._lock, self._ended = threading.Lock(), threading.Event()
@@ -52,7 +68,9 @@ class FileSource:
             "first_finished": first.finish_reason == "stop",
             "second_finished": second.finish_reason == "stop",
         }
-        append(self._questions, json.dumps(told) + "\n")
+        if question.name not in self._written:
+            append_lines(self._questions, json.dumps(told) + "\n")
+            self._written.add(question.name)
         answer: Future[Answer] = Future()
         with self._lock:
             self._open[question.name] = answer
@@ -82,16 +100,38 @@ class FileSource:
             self._open = {name: answer for name, answer in self._open.items() if not answer.cancelled()}
 
     def _new_lines(self) -> list[tuple[int, bytes]]:
-        """The new lines of the answers, with their numbers. A file that has become shorter is read from its beginning."""
+        """The new lines of the answers, with their numbers. Another file in the place of the last is read from its beginning.
+
+        What keeps the file from being read may pass, as on a shared disk. So it is told in the log, and the next look
+        tries again.
+        """
+        trouble, lines = "", list[tuple[int, bytes]]()
         try:
-            with self._answers.open("rb") as file:
-                if file.seek(0, 2) < self._read_bytes:
-                    self._read_bytes = self._read_lines = 0
-                file.seek(self._read_bytes)
-                data = file.read()
+            lines = self._read()
         except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
+            pass
+        except OSError as error:
+            trouble = (
+                f"labels are read from {self._answers} (labels.options.answers), which cannot be read: {error.strerror}"
+            )
+        if trouble and trouble != self._trouble:
+            log.warning("%s; mend that: the run reads them then", trouble)
+        self._trouble = trouble
+        return lines
+
+    def _read(self) -> list[tuple[int, bytes]]:
+        """Does what `_new_lines` does, and raises OSError."""
+        with self._answers.open("rb") as file:
+            number, known = self._known
+            # A program that turns the file over, or an editor, puts another file there, perhaps a longer one.
+            file.seek(max(0, self._read_bytes - len(known)))
+            if os.fstat(file.fileno()).st_ino != number or file.read(len(known)) != known:
+                self._read_bytes = self._read_lines = 0
+                known = b""
+                file.seek(0)
+            data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            self._known = os.fstat(file.fileno()).st_ino, (known + whole)[-_KNOWN_BYTES:]
         first = self._read_lines + 1
         lines = whole.splitlines()
         self._read_bytes += len(whole)
@@ -102,13 +142,10 @@ class FileSource:
         """Takes one line. A line that is no label is told in the log, or fails the label that it names."""
         if not line.strip():
             return
-        try:
-            said = json.loads(line)
-            name = str(said["name"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        if (said := _record(line)) is None:
             log.warning('%s: is no label; write {"name": ..., "answer": "first"}', place)
             return
-        answer = said.get("answer")
+        name, answer = _name(said), said.get("answer")
         if not isinstance(answer, str) or answer not in CHOICES:
             choices = ", ".join(CHOICES)
             self._given[name] = FunctionFailed(f"{place}: has answer {answer!r}; write one of {choices}")
@@ -117,14 +154,31 @@ class FileSource:
         self._given[name] = Answer(preferred=preferred, reason=reason, who=f"file:{said.get('who', '?')}")
 
 
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The object in a line, or None if it is none with a name."""
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return said if isinstance(said, dict) and "name" in said else None
+
+
+def _name(record: dict[str, Any]) -> str:
+    return str(record["name"])
+
+
 def check_files(questions: object = None, answers: object = None, every: object = 1.0) -> None:
     """Raises ConfigError unless these files can be used."""
+    paths = []
     for key, path in (("questions", questions), ("answers", answers)):
         if not (isinstance(path, str) and path):
             raise ConfigError(f"{key} is {path!r}; give the path of a JSONL file")
         if not Path(path).parent.is_dir():
             raise ConfigError(f"{key} is {path!r}, and there is no folder {str(Path(path).parent)!r}; make it")
-    if questions == answers:
+        if Path(path).is_dir():
+            raise ConfigError(f"{key} is {path!r}, which is a folder; give the path of a JSONL file")
+        paths.append(Path(path).resolve())
+    if paths[0] == paths[1]:
         raise ConfigError(f"questions and answers are both {questions!r}; give two files")
-    if isinstance(every, bool) or not isinstance(every, int | float) or every <= 0:
-        raise ConfigError(f"every is {every!r}; give seconds, above 0")
+    if isinstance(every, bool) or not isinstance(every, int | float) or not 0 < every <= _LONGEST_EVERY:
+        raise ConfigError(f"every is {every!r}; give seconds, above 0 and at most {_LONGEST_EVERY:g}")

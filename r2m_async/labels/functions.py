@@ -118,8 +118,8 @@ class FunctionSource:
                 continue
             try:
                 result = self._answer(self._called(question), question)
-            except FunctionFailed as failure:
-                answer.set_exception(failure)
+            except BaseException as error:  # the next pairs need this thread
+                answer.set_exception(self._failure(error, question))
             else:
                 answer.set_result(result)
 
@@ -130,14 +130,32 @@ class FunctionSource:
 
     async def _awaited(self, question: Question) -> Answer:
         """Does the same for an `async def`."""
+        # In a task of its own: if that is cancelled and this one is not, it was by the function itself.
+        call = asyncio.create_task(self._outcome(question))
         try:
-            value = await self._call(**self._arguments(question))
+            await asyncio.wait([call])
+        finally:
+            call.cancel()
+        if call.cancelled():
+            raise FunctionFailed(f"{question.place}: labels.source {self._source!r} was cancelled by itself")
+        if isinstance(outcome := call.result(), FunctionFailed):
+            raise outcome
+        return outcome
+
+    async def _outcome(self, question: Question) -> Answer | FunctionFailed:
+        try:
+            return self._answer(await self._call(**self._arguments(question)), question)
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # raised, SystemExit would end the loop without a word
-            what, frames = own_failure(error)
-            raise FunctionFailed(f"{question.place}: labels.source {self._source!r} raised {what}{frames}") from None
-        return self._answer(value, question)
+            return self._failure(error, question)
+
+    def _failure(self, error: BaseException, question: Question) -> FunctionFailed:
+        """What is told of an error that a call of the function ended with."""
+        if isinstance(error, FunctionFailed):
+            return error
+        what, frames = own_failure(error)
+        return FunctionFailed(f"{question.place}: labels.source {self._source!r} raised {what}{frames}")
 
     def _arguments(self, question: Question) -> dict[str, Any]:
         """The keyword arguments of a call."""

@@ -11,7 +11,9 @@ import hmac
 import json
 import logging
 import os
+import re
 import secrets
+import sys
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError
@@ -54,13 +56,13 @@ class PeopleSource:
         self._num_answered = 0
         self._lock = threading.Lock()
         try:
-            self._server = ThreadingHTTPServer((host, port), _handler_of(self))
-        except OSError as error:
+            self._server = _Server((host, port), _handler_of(self))
+        except (OSError, UnicodeError) as error:  # the latter for a host that can be no name
+            why = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"labels.options has host {host!r} and port {port}, and no page can be served there: {error.strerror}; use "
-                f"another port, or 0 for one that is free"
+                f"labels.options has host {host!r} and port {port}, and no page can be served there: {why}; use another port, "
+                f"or 0 for one that is free"
             ) from None
-        self._server.daemon_threads = True
         self.url = f"http://{host}:{self._server.server_port}/?token={self._token}"
         threading.Thread(target=self._server.serve_forever, name="labels-page", daemon=True).start()
         log.warning("labels are given at %s", self.url)
@@ -142,6 +144,14 @@ def _told(question: Question) -> dict[str, Any]:
     }
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says in a line of the log what a request ended with, such as a browser that left. Nothing else comes of it."""
+        log.info("a request to the page of labels from %s failed: %r", client_address[0], sys.exception())
+
+
 def _handler_of(source: PeopleSource) -> type[BaseHTTPRequestHandler]:
     """Returns the class that answers the requests to the page of a source."""
 
@@ -153,7 +163,10 @@ def _handler_of(source: PeopleSource) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             """Sends the page, or the pair that a person sees next."""
-            parts = urlsplit(self.path)
+            try:
+                parts = urlsplit(self.path)
+            except ValueError:
+                return self._refuse(HTTPStatus.BAD_REQUEST, "the address cannot be read")
             asked = {key: values[0] for key, values in parse_qs(parts.query).items()}
             if not source.admits(self.headers.get("X-Token") or asked.get("token", "")):
                 return self._refuse(HTTPStatus.FORBIDDEN, "the address lacks the token that the run has shown")
@@ -171,7 +184,7 @@ def _handler_of(source: PeopleSource) -> type[BaseHTTPRequestHandler]:
             if not source.admits(self.headers.get("X-Token", "")):
                 return self._refuse(HTTPStatus.FORBIDDEN, "the token is missing")
             length = self.headers.get("Content-Length", "")
-            if not length.isdigit() or int(length) > _LONGEST_BODY:
+            if not re.fullmatch("[0-9]{1,4}", length) or int(length) > _LONGEST_BODY:
                 return self._refuse(HTTPStatus.BAD_REQUEST, "the request is too long")
             try:
                 said = json.loads(self.rfile.read(int(length)))

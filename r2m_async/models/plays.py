@@ -401,7 +401,13 @@ class _Play:
             )
         if outcome.in_turn:
             raise FunctionFailed(f"{named} returned while a turn was being generated: await rollout.generate")
-        self._check_notes(named)
+        try:
+            self._check_notes(named)
+        except FunctionFailed:
+            raise
+        except Exception as failed:  # of a dict that holds itself, or a value of the user's own class
+            what, _ = own_failure(failed)
+            raise FunctionFailed(f"{named} left something in rollout.info that cannot be kept: {what}") from None
         self._finish_reason = "length" if full or last == "length" else "stop"
 
     def _check_notes(self, named: str) -> None:

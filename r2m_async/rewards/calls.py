@@ -26,9 +26,9 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -246,7 +246,10 @@ class _Call:
                 end_child(error)
             return self._failure(error)
         if inspect.isawaitable(value):  # a `def` that returns what an `async def` returned
-            return asyncio.run_coroutine_threadsafe(self._outcome(value), _loops().coroutines).result()
+            try:
+                return asyncio.run_coroutine_threadsafe(self._outcome(value), _loops().coroutines).result()
+            except CancelledError as error:  # by the function itself: nobody else has this future
+                return self._failure(error)
         return self._number(value)
 
     def _begun(self) -> Any:
@@ -300,9 +303,16 @@ def _in_thread(work: Callable[[], T], name: str) -> tuple[Future[T], threading.T
 
     def run() -> None:
         share_threads()
-        result = work()
-        if ended.set_running_or_notify_cancel():  # else its deadline has passed, and nobody waits for it
-            ended.set_result(result)
+        try:
+            result, error = work(), None
+        except BaseException as failed:  # who waits must hear of it, and not wait for the deadline
+            result, error = None, failed
+        if not ended.set_running_or_notify_cancel():  # its deadline has passed, and nobody waits for it
+            return
+        if error is None:
+            ended.set_result(cast(T, result))
+        else:
+            ended.set_exception(error)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()

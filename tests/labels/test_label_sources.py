@@ -111,6 +111,38 @@ def test_what_a_function_raises_is_told_with_its_place_and_the_next_pair_is_aske
     assert fine.result(TIMEOUT).preferred == 0
 
 
+@pytest.mark.parametrize("cancel", [lambda: asyncio.current_task().cancel(), lambda: 1 / 0])
+def test_a_function_that_cancels_itself_has_failed_and_is_not_given_up_by_the_run(source, questions, cancel):
+    async def better(first):
+        try:
+            cancel()
+            await asyncio.sleep(TIMEOUT)
+        except ZeroDivisionError:
+            raise asyncio.CancelledError from None
+
+    with pytest.raises(FunctionFailed, match="step 7, group 0 .*labels.source 'mine:better' was cancelled by itself"):
+        answered(source(better), questions(1))
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_value_that_cannot_even_be_shown_fails_its_own_pair_alone(source, questions, is_async):
+    class Ends:
+        def __repr__(self):
+            raise SystemExit
+
+    values = {"prompt 0 answer 0": 10**5000, "prompt 1 answer 0": Ends(), "prompt 2 answer 0": "first"}
+
+    async def awaited(first):
+        return values[first]
+
+    asked = source(awaited if is_async else lambda first: values[first])
+    *failed, fine = [asked.ask(question) for question in questions(3)]
+    for one, kind in zip(failed, ("int", "Ends"), strict=True):
+        with pytest.raises(FunctionFailed, match=rf"returned a value that cannot be shown: .*\({kind}\)"):
+            one.result(TIMEOUT)
+    assert fine.result(TIMEOUT).preferred == 0
+
+
 def test_a_plain_function_is_called_for_one_pair_after_the_other_and_an_async_one_for_all_at_once(source, questions):
     at_once, most = 0, []
 
@@ -256,8 +288,8 @@ def test_the_source_judge_says_who_it_is_and_fails_if_the_server_refuses(questio
 def files(tmp_path):
     made = []
 
-    def make():
-        made.append(FileSource(str(tmp_path / "questions.jsonl"), str(tmp_path / "answers.jsonl"), every=3600.0))
+    def make(every=3600.0):
+        made.append(FileSource(str(tmp_path / "questions.jsonl"), str(tmp_path / "answers.jsonl"), every=every))
         return made[-1]
 
     yield make
@@ -310,6 +342,54 @@ def test_a_label_counts_for_a_resumed_run_and_never_for_other_texts(files, tmp_p
     assert other.name != question.name and not again.ask(other).done()
 
 
+@pytest.mark.parametrize("how", ["in place", "another file"])
+def test_a_file_of_labels_that_is_written_anew_is_read_from_its_beginning_also_if_it_is_longer(
+    files, tmp_path, questions, how
+):
+    source, answers, asked = files(), tmp_path / "answers.jsonl", questions(3)
+    waiting = [source.ask(question) for question in asked]
+    written(answers, {"name": asked[0].name, "answer": "first"})
+    source.look()
+    if how == "another file":
+        answers.rename(tmp_path / "answers.jsonl.1")
+    else:
+        answers.write_text("")
+    written(answers, *({"name": question.name, "answer": "second"} for question in asked[1:]))
+    source.look()
+    assert [one.result(0).preferred for one in waiting] == [0, 1, 1]
+    source.look()
+    written(answers, {"name": "no such pair", "answer": "first"})
+    source.look()
+    assert source._read_lines == 3
+
+
+def test_labels_that_cannot_be_read_for_a_while_are_told_once_and_read_when_they_can(
+    files, tmp_path, questions, caplog
+):
+    (question,) = questions(1)
+    (tmp_path / "answers.jsonl").mkdir()
+    source = files(every=0.01)
+    waiting = source.ask(question)
+    for _ in range(3):
+        source.look()
+    assert caplog.text.count("which cannot be read: Is a directory") == 1
+    (tmp_path / "answers.jsonl").rmdir()
+    written(tmp_path / "answers.jsonl", {"name": question.name, "answer": "first"})
+    assert waiting.result(TIMEOUT).preferred == 0, "the watch goes on"
+
+
+def test_a_resumed_run_does_not_write_a_pair_twice_and_what_a_kill_cut_off_is_written_again(files, tmp_path, questions):
+    asked, file = questions(2), tmp_path / "questions.jsonl"
+    for question in asked:
+        files().ask(question)
+    whole = file.read_text()
+    file.write_text(whole[:-20])
+    again = files()
+    for question in asked:
+        again.ask(question)
+    assert file.read_text() == whole
+
+
 def test_nobody_hears_of_a_label_that_is_no_longer_wanted(files, tmp_path, questions):
     source, (question,) = files(), questions(1)
     waiting = source.ask(question)
@@ -331,6 +411,9 @@ def test_nobody_hears_of_a_label_that_is_no_longer_wanted(files, tmp_path, quest
         ("people", {"prot": 1}, "unexpected keyword argument 'prot'"),
         ("file", {"questions": "q.jsonl"}, "answers is None; give the path"),
         ("file", {"questions": "q.jsonl", "answers": "q.jsonl"}, "are both 'q.jsonl'"),
+        ("file", {"questions": "q.jsonl", "answers": "./q.jsonl"}, "are both 'q.jsonl'"),
+        ("file", {"questions": "q.jsonl", "answers": "/"}, "answers is '/', which is a folder"),
+        ("file", {"questions": "q.jsonl", "answers": "a.jsonl", "every": 1e10}, "every is 10000000000.0; give seconds"),
         ("file", {"questions": "no/such/q.jsonl", "answers": "a.jsonl"}, "there is no folder 'no/such'"),
     ],
 )

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import shutil
+import socket
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -13,6 +15,7 @@ import pytest
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
+from r2m_async.labels import people
 from r2m_async.labels.people import PeopleSource
 from r2m_async.labels.sources import source_of
 
@@ -127,6 +130,30 @@ def test_a_request_that_is_no_answer_is_refused(page, body):
     assert request(page, "/nothing")[0] == 404
 
 
+@pytest.mark.parametrize(
+    ("line", "header"),
+    [
+        ("GET http://[ HTTP/1.1", ""),
+        ("POST /answer HTTP/1.1", "Content-Length: \xb2"),
+        ("POST /answer HTTP/1.1", f"Content-Length: {'9' * 5000}"),
+    ],
+)
+def test_a_request_that_cannot_be_read_is_refused_without_a_traceback(page, capfd, line, header):
+    with socket.create_connection(("127.0.0.1", urlsplit(page.url).port), TIMEOUT) as connection:
+        connection.sendall(f"{line}\r\nX-Token: {token_of(page)}\r\n{header}\r\n\r\n".encode("latin-1"))
+        assert connection.makefile().readline().split()[1] == "400"
+    assert not capfd.readouterr().err
+
+
+def test_a_browser_that_leaves_before_its_answer_leaves_no_traceback(page, capfd, monkeypatch):
+    failed = threading.Event()
+    monkeypatch.setattr(page, "shown_to", lambda who: (_ for _ in ()).throw(ConnectionResetError()))
+    monkeypatch.setattr(people.log, "info", lambda *_: failed.set())
+    with pytest.raises(ConnectionError):
+        request(page, "/pair?who=anna")
+    assert failed.wait(TIMEOUT) and not capfd.readouterr().err
+
+
 def test_a_name_is_written_down_without_what_cannot_be_seen(page, questions):
     (question,) = questions(1)
     waiting = page.ask(question)
@@ -146,6 +173,8 @@ def test_the_source_people_serves_what_the_config_says_and_a_port_that_is_taken_
     port = urlsplit(page.url).port
     with pytest.raises(ConfigError, match=f"port {port}, and no page can be served there: Address already in use"):
         PeopleSource(port=port)
+    with pytest.raises(ConfigError, match="host 'a..b' and port 0, and no page can be served there"):
+        PeopleSource(host="a..b")
 
 
 class Browser:

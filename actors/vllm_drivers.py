@@ -434,7 +434,9 @@ class AsyncDriver(Driver):
             raise _engine_died(error) from error
         except TimeoutError:
             future.cancel()
-            raise StageLost(None, f"vLLM's engine process did not answer within {timeout} s") from None
+            # Without a deadline of its own, a call has one in what it asks of the workers.
+            within = self._timeout if timeout is None else timeout
+            raise StageLost(None, f"vLLM's engine process did not answer within {within} s") from None
 
 
 def _engine_died(error: EngineDeadError) -> StageLost:

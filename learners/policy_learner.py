@@ -34,6 +34,7 @@ from learners.step_statistics import StepStatistics, batch_metrics
 from r2m_async.advantages import Estimator
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, NonFiniteStep
+from r2m_async.finite import first_bad, stop_or_log
 from r2m_async.models.pairs import reread_pairs
 from r2m_async.models.policy import behaviour_logprobs, response_mask
 from r2m_async.models.policy_objective import (
@@ -245,8 +246,28 @@ class PolicyLearner:
             if offline:
                 with self.backend.as_reference() as reference:
                     ratios = ratios - self._sums(reference, offline)
+                self._check_offline(step, labels, ratios)
             read = reread_pairs(labels, kept.taken(), ratios, step, self._config)
         return report, read
+
+    def _check_offline(self, step: int, labels: LabelBatch, ratios: Tensor) -> None:
+        """Raises NonFiniteStep, or logs, if the policy or the reference gives a pair of a data set no finite log-probability.
+
+        One such pair would make the weights of all pairs NaN.
+
+        Args:
+            step: the policy step.
+            labels: the labels of its head update.
+            ratios: [2 P], log pi - log pi_ref of the responses of the P pairs.
+        """
+        if bad := first_bad(ratios):
+            pair, response = divmod(bad[0], 2)
+            prompt, which = labels.offline[pair].ticket.prompt.prompt_id, ("preferred", "other")[response]
+            stop_or_log(
+                f"step {step}: labels.offline {self._config.labels.offline!r}, {prompt}, the {which} response: its "
+                f"log-probability by the policy less that by the reference is {ratios[bad[0]].item()}",
+                self._config,
+            )
 
     def _sums(self, model: Any, pairs: Sequence[tuple[Trajectory, ...]], kept: KeptStates | None = None) -> Tensor:
         """The log-probabilities of the two responses of each pair, summed over tokens: [2 P]. States go to `kept`."""
@@ -343,7 +364,10 @@ class PolicyLearner:
         else:
             done = len(counts.grad_norms)
             after = f" after {done} updates of this step with learning rate {lr:g}: lower it" if done else ""
-            raise NonFiniteStep(f"{batch.place}: {what} is {norm}{after}")
+            # A loss of the user's may be finite and have a gradient that is not, as that of a root at 0.
+            loss = self._config.objective.loss
+            of = f", of objective.loss {loss!r}," if ":" in loss and isinstance(counts, StepStatistics) else ""
+            raise NonFiniteStep(f"{batch.place}: {what}{of} is {norm}{after}")
 
     def _check_weights(self, backend: Backend, batch: StepBatch, model: str, key: str, lr: float) -> None:
         """Raises NonFiniteStep if a weight is not finite.

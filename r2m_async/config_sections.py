@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from r2m_async.config_records import RecordsSection
-from r2m_async.config_tree import LARGEST, Keys, Options, Section
+from r2m_async.config_tree import LARGEST, LONGEST, Keys, Options, Section
 
 
 class RunSection(Section):
@@ -98,7 +98,7 @@ class RewardFunction(Keys):
     with this package. It may be `async def`."""
     weight: float = Field(1.0, ge=-LARGEST, le=LARGEST)
     """What its result is multiplied by before it is added to the reward. 0 only watches it."""
-    timeout: float = Field(300.0, gt=0)
+    timeout: float = Field(300.0, gt=0, le=LONGEST)
     """Seconds that one call may take. A call that takes longer has failed."""
     retries: int = Field(0, ge=0)
     """How many more times a call that failed is tried, with growing pauses between the tries. 0: the first failure ends
@@ -296,7 +296,7 @@ class LabelsSection(Section):
     """If true, a label is used by the head update exactly `max_age` steps after its own, which waits for it: the run can be
     reproduced, and it waits for people, too. If false, the first head update after the label has come uses it, and
     nothing waits."""
-    timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(600.0, gt=0, le=LONGEST)
     """Seconds after which a pair without a label is given up, however old it is in steps."""
     max_failed: int = Field(16, ge=0)
     """The most labels in a row for which the source may fail. One more ends the run with its error."""
@@ -386,7 +386,7 @@ class RolloutsSection(Section):
     tools or an environment (`docs/rollouts.md`). None: a response is one turn of the policy."""
     function_options: Options = Field(default_factory=dict)
     """Keyword arguments of the rollout function."""
-    function_timeout: float = Field(600.0, gt=0)
+    function_timeout: float = Field(600.0, gt=0, le=LONGEST)
     """Seconds that the rollout function may take for one response, what the policy samples not counted. A function that
     takes longer ends the run."""
     max_restarts: int = Field(3, ge=0)
@@ -398,7 +398,7 @@ class RolloutsSection(Section):
     min_actors: int | None = Field(None, gt=0)
     """The least rollout actors with which the run goes on. One that cannot come back, because its node is gone, leaves the
     fleet, and joins again when there is a place for it. None: all must be there."""
-    hang_after: float = Field(1200.0, gt=0)
+    hang_after: float = Field(1200.0, gt=0, le=LONGEST)
     """Seconds that an actor may take for one group, or for any other call. Then its process counts as hung and is
     replaced."""
 
@@ -418,10 +418,10 @@ class SchedulingSection(Section):
     overage: Literal["wait", "mask", "drop"] = "wait"
     """What happens to late groups. `wait`: the step waits for them. `mask`: they are cut to their finished responses.
     `drop`: they are given up."""
-    overage_after: float = Field(60.0, gt=0)
+    overage_after: float = Field(60.0, gt=0, le=LONGEST)
     """Seconds after which a group counts as late. They begin with the last arrival of its step, the end of the step
     before, or its own start, whichever comes last."""
-    stall_after: float = Field(1800.0, gt=0)
+    stall_after: float = Field(1800.0, gt=0, le=LONGEST)
     """Seconds in which no stage finishes anything, after which the run ends with a list of who waits for what. The
     start of the run must take no longer, either."""
 
@@ -447,7 +447,7 @@ class ClusterSection(Section):
     gpus: int | None = Field(None, gt=0)
     """Number of GPUs that the run counts on. A cluster whose nodes come only when something asks for them needs it. None: the
     GPUs that the cluster has when the run starts."""
-    wait: float = Field(60.0, gt=0)
+    wait: float = Field(60.0, gt=0, le=LONGEST)
     """Seconds that the cluster may take until it has room for all processes. A lost rollout actor waits as long for new room, but
     300 seconds at least."""
 
@@ -652,7 +652,7 @@ class WeightsSection(Section):
     probe: bool = True
     """If true, a vllm engine must show after every update that it has the learner's weights, and that it computes the
     same log-probabilities with them."""
-    timeout: float = Field(300.0, gt=0)
+    timeout: float = Field(300.0, gt=0, le=LONGEST)
     """Seconds that each part of an update may take. Then the engine counts as dead and is replaced."""
 
     @property

@@ -94,6 +94,8 @@ def one_per_line(messages: Iterable[str]) -> str | None:
 Options = dict[str, JsonValue]
 """The type of a key that holds further keys, which are not ours: another library defines them, or a user's code."""
 
+LONGEST = 1e9
+"""The most seconds of a deadline, 30 years. Locks, sockets and collectives fail on a number that their clocks cannot hold."""
 LARGEST = 1e37
 """The largest absolute value of a number in a config.
 

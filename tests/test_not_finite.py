@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from groups import groups_of
+from labelled import groups_of_texts
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -38,7 +39,7 @@ from r2m_async.reward_models.config import RewardModelConfig
 from r2m_async.reward_models.ensemble import RewardEnsemble
 from r2m_async.reward_models.trainer import RewardTrainer
 from r2m_async.runs.checkpoints import seal
-from r2m_async.trajectories import GroupRewards, PolicyFeedback, Prompt, Ticket, TrajectoryGroup
+from r2m_async.trajectories import GroupRewards, LabelBatch, PolicyFeedback, Prompt, Ticket, TrajectoryGroup
 
 pytestmark = pytest.mark.models
 
@@ -643,6 +644,46 @@ def test_numbers_beyond_float32_are_refused_by_their_key(section, key, value):
     named = rf"^{section}\.{key}: beyond the 1e\+37 that float32 can still compute with; use a smaller number; got "
     with pytest.raises(ConfigError, match=named + re.escape(str(value))):
         R2MConfig.from_dict({section: {key: value}})
+
+
+DEADLINES = {
+    "scheduling": ("stall_after", "overage_after"),
+    "rollouts": ("hang_after", "function_timeout"),
+    "weights": ("timeout",),
+    "cluster": ("wait",),
+    "labels": ("timeout",),
+}
+
+
+@pytest.mark.parametrize(("section", "key"), [(section, key) for section, keys in DEADLINES.items() for key in keys])
+@pytest.mark.parametrize("value", [0, -1, INF, NAN, 1e10])
+def test_a_deadline_that_no_clock_can_wait_for_is_refused_by_its_key(section, key, value):
+    """A lock fails on more than 9.2e9 seconds, and so does a collective. Infinity would be no deadline."""
+    with pytest.raises(ConfigError, match=rf"^{section}\.{key}: input should be "):
+        R2MConfig.from_dict({section: {key: value}})
+
+
+def test_a_reward_functions_deadline_is_one_that_a_clock_can_wait_for():
+    with pytest.raises(ConfigError, match=r"timeout: input should be less than or equal to"):
+        R2MConfig.from_dict({"reward": {"functions": {"own": {"function": "m:f", "timeout": 1e10}}}})
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_pair_of_a_data_set_without_a_finite_log_probability_is_named(on_nonfinite, caplog):
+    """Its weight would be NaN, and with it those of all other pairs."""
+    learner = object.__new__(PolicyLearner)
+    learner._config = R2MConfig().labels(offline="pairs.jsonl").learner(on_nonfinite=on_nonfinite)
+    labels = LabelBatch(step=3, asked=(), new=(), replayed=(), offline=tuple(groups_of_texts(3, ["a", "b"], 2)))
+    learner._check_offline(3, labels, torch.zeros(4))
+    named = (
+        "step 3: labels.offline 'pairs.jsonl', b, the other response: its log-probability by the policy less that by"
+    )
+    if on_nonfinite == "stop":
+        with pytest.raises(NonFiniteStep, match=named):
+            learner._check_offline(3, labels, torch.tensor([0.0, 0.0, 0.0, NAN]))
+        return
+    learner._check_offline(3, labels, torch.tensor([0.0, 0.0, 0.0, NAN]))
+    assert named in caplog.text
 
 
 def test_the_largest_numbers_that_are_taken_can_be_computed_with(tiny_config):

@@ -154,6 +154,16 @@ def test_a_loss_that_returns_something_else_or_no_number_is_told_with_its_step(t
         assert ring.step()["policy/skipped_updates"] == 2
 
 
+def test_a_loss_without_a_finite_gradient_is_named(tiny_config, own_module):
+    own_module(text="def root(inputs):\n    return (inputs.ratio - 1).abs().sqrt()\n")
+    told = r"^step 0 \(groups \[0, 1\]\): the gradient norm, of objective.loss 'mine:root', is nan"
+    with (
+        Ring.of(tiny_config.objective(loss="mine:root"), in_process=True) as ring,
+        pytest.raises(NonFiniteStep, match=told),
+    ):
+        ring.step()
+
+
 VALUES = {
     "None": "None (NoneType), which is no number",
     "'1.5'": "'1.5' (str), which is no number",

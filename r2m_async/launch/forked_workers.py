@@ -104,7 +104,8 @@ class WorkerTemplate:
     def close(self) -> None:
         """Ends the process. The workers that it has forked live on."""
         self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a process in a call of a broken disk cannot even be killed
+            self._process.wait(PATIENCE)
         assert self._process.stdin
         self._process.stdin.close()
 

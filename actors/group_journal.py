@@ -10,7 +10,7 @@ killed may leave a part of its last record, which is no damage. Bytes that were 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import xxhash
 
 from r2m_async.codec import decode, encode
 from r2m_async.errors import CodecError
-from r2m_async.whole import append, disk_errors
+from r2m_async.whole import append, disk_errors, whole_file
 
 _HEADER = struct.pack("<4sI", b"R2MJ", 1)
 _RECORD = struct.Struct("<Q16s")
@@ -29,17 +29,31 @@ ENDING = ".groups"
 class GroupJournal:
     """Appends groups to one file, up to a number of bytes."""
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
-        """Makes the file, in a folder that is made too. Raises DiskError.
+    def __init__(
+        self, path: Path, max_bytes: int, groups: Iterable[tuple[dict[str, Any], Mapping[str, bytes]]] = ()
+    ) -> None:
+        """Makes the file, in a folder that is made too. An old file stays until the new one has all groups. Raises DiskError.
 
-        max_bytes: the most bytes that the file may have.
+        Args:
+            path: the file.
+            max_bytes: the most bytes that it may have.
+            groups: the (entry, parts) that it has from the start, as far as there is room.
         """
         self._path, self._max_bytes = path, max_bytes
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_HEADER)
         self.num_bytes = len(_HEADER)
         """The bytes of the file."""
+        self.num_without_room = 0
+        """How many of `groups` had no room."""
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(_HEADER)
+            for group in groups:
+                if (record := self._record(*group)) is None:
+                    self.num_without_room += 1
+                    continue
+                file.write(record)
+                self.num_bytes += len(record)
 
     def append(self, entry: dict[str, Any], parts: Mapping[str, bytes]) -> bool:
         """Appends a group. Returns False, and appends nothing, if the file would become too large.
@@ -48,14 +62,18 @@ class GroupJournal:
 
         Raises DiskError, and has then appended nothing.
         """
-        content = encode({"entry": entry, "parts": dict(parts)})
-        head = _RECORD.pack(len(content), xxhash.xxh3_128_digest(content))
-        size = len(head) + len(content)
-        if self.num_bytes + size > self._max_bytes:
+        if (record := self._record(entry, parts)) is None:
             return False
-        append(self._path, head + bytes(content))
-        self.num_bytes += size
+        append(self._path, record)
+        self.num_bytes += len(record)
         return True
+
+    def _record(self, entry: dict[str, Any], parts: Mapping[str, bytes]) -> bytes | None:
+        """The record of a group, or None if the file would become too large."""
+        content = encode({"entry": entry, "parts": dict(parts)})
+        if self.num_bytes + _RECORD.size + len(content) > self._max_bytes:
+            return None
+        return _RECORD.pack(len(content), xxhash.xxh3_128_digest(content)) + bytes(content)
 
 
 def read_journal(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, bytes]] | str]:

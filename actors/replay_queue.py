@@ -17,6 +17,7 @@ import xxhash
 from actors.group_journal import ENDING, GroupJournal, read_journal
 from r2m_async.codec import decode, encode
 from r2m_async.errors import DiskError
+from r2m_async.whole import disk_errors
 
 
 class ReplayQueue:
@@ -76,13 +77,36 @@ class ReplayQueue:
 
     # The journal
 
-    def begin_journal(self, path: str, max_bytes: int) -> tuple[None]:
-        """Begins a new journal at `path`, and removes all others in the folder. Raises DiskError."""
-        self._journal = GroupJournal(Path(path), max_bytes)
-        for other in Path(path).parent.glob(f"*{ENDING}"):
-            if other != Path(path):
-                other.unlink(missing_ok=True)
-        return (None,)
+    def begin_journal(
+        self, path: str, max_bytes: int, names: tuple[str, ...], entries: list[dict[str, Any]]
+    ) -> tuple[dict[str, int]]:
+        """Begins a new journal with the groups of some entries, and then removes all others in the folder.
+
+        Killed at any moment, it leaves the groups in the old journals or in the new one. Raises DiskError.
+
+        Args:
+            path: the file.
+            max_bytes: the most bytes that it may have.
+            names: the parts of each group that are kept.
+            entries: what `recover` will return for each group. A group that was freed meanwhile is left out.
+
+        Returns the journal's `bytes`, and how many groups are `without_room`.
+        """
+        there = [entry for entry in entries if self._has(entry["group_id"], names)]
+        groups = ((entry, self._encoded_parts(entry["group_id"], names)) for entry in there)
+        self._journal = GroupJournal(Path(path), max_bytes, groups)
+        with disk_errors(Path(path).parent, doing="cleared"):
+            for other in Path(path).parent.glob(f"*{ENDING}"):
+                if other != Path(path):
+                    other.unlink(missing_ok=True)
+        return ({"bytes": self._journal.num_bytes, "without_room": self._journal.num_without_room},)
+
+    def _has(self, group_id: int, names: tuple[str, ...]) -> bool:
+        """Whether the queue has all these parts of a group."""
+        return all(name in self._groups.get(group_id, {}) for name in names)
+
+    def _encoded_parts(self, group_id: int, names: tuple[str, ...]) -> dict[str, bytes]:
+        return {name: bytes(self._encoded(self._groups[group_id][name])) for name in names}
 
     def keep(self, group_id: int, names: tuple[str, ...], entry: dict[str, Any]) -> tuple[int]:
         """Appends a group to the journal, with these of its parts.
@@ -93,11 +117,9 @@ class ReplayQueue:
         appended. Raises DiskError.
         """
         assert self._journal is not None
-        parts = self._groups.get(group_id, {})
-        if any(name not in parts for name in names):
+        if not self._has(group_id, names):
             return (self._journal.num_bytes,)
-        encoded = {name: bytes(self._encoded(parts[name])) for name in names}
-        return (self._journal.num_bytes if self._journal.append(entry, encoded) else 0,)
+        return (self._journal.num_bytes if self._journal.append(entry, self._encoded_parts(group_id, names)) else 0,)
 
     def recover(self, directory: str) -> tuple[dict[str, Any]]:
         """Takes up the groups of all journals in a folder.

@@ -1,6 +1,6 @@
 """Writes files and directories so that a reader finds them whole or not at all, even if the writer is killed.
 
-    write_file(path, data)               writes a file, or replaces one
+    write_file(path, data)               writes a file, or replaces one; `with whole_file(path) as file` does so bit by bit
     with whole_directory(path) as new:   the block fills the directory `new`, which then becomes `path`
     remove_directory(path)               removes a directory; no part of it is ever visible under its name
 
@@ -27,6 +27,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from r2m_async.errors import DiskError
 
@@ -43,13 +44,24 @@ def write_file(path: str | Path, data: str | bytes | memoryview) -> None:
     The folder of the file must exist. Text is written as UTF-8. If `path` is a link, the file that it leads to is
     replaced. Raises DiskError.
     """
+    with whole_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A context manager that yields a new file to write. It becomes `path` at the end of the block, as in `write_file`.
+
+    If the block raises, the new file is removed, and `path` stays as it was. Raises DiskError, also in the place of an
+    OSError of the block.
+    """
     path = _followed(path)
     with disk_errors(path):
         _remove_leftovers(path.parent)
         building, lock = _claim(path, lambda hidden: hidden.touch(exist_ok=False))
         try:
             with building.open("wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             # The data must be on the disk before the name is: otherwise a crash of the machine could leave an empty

@@ -48,11 +48,13 @@ class Journal:
         if not (size := state.config.queue.journal):
             return
         path = str(Path(directory) / f"step-{step:06d}.groups")
-        await state.calls.ask(state.stages.queue.begin_journal(path, size))
         self._newest_kept = step
         self._forget()
-        for group_id in sorted(self._entries):
-            await self._keep(group_id)
+        # In one call, so that the groups are at every moment in the old journal or in the new one.
+        entries = [entry for _, entry in sorted(self._entries.items()) if self._is_kept(entry)]
+        begun = await state.calls.ask(state.stages.queue.begin_journal(path, size, PARTS, entries))
+        self._num_without_room += begun["without_room"]
+        self._measure(begun["bytes"])
 
     def _forget(self) -> None:
         """Forgets the groups that are trained or given up."""
@@ -83,13 +85,21 @@ class Journal:
     async def _keep(self, group_id: int) -> None:
         """Writes a group that has arrived, if no token of it is of a later version than the checkpoint's."""
         state, entry = self._state, self._entries.get(group_id)
-        if entry is None or self._newest_kept is None or entry["report"].newest_version > self._newest_kept:
+        if entry is None or not self._is_kept(entry):
             return
         kept = await state.calls.ask(state.stages.queue.keep(group_id, PARTS, entry), about=f"group {group_id}")
         if not kept:
             self._num_without_room += 1
-        state.metrics.standing["journal"] = {
-            "journal/bytes": float(kept or state.config.queue.journal),
+        self._measure(kept or state.config.queue.journal)
+
+    def _is_kept(self, entry: dict[str, Any]) -> bool:
+        """Whether a group that has arrived is worth keeping: a resumed run has all versions of which it has tokens."""
+        return self._newest_kept is not None and entry["report"].newest_version <= self._newest_kept
+
+    def _measure(self, num_bytes: int) -> None:
+        """Notes how many bytes the journal has."""
+        self._state.metrics.standing["journal"] = {
+            "journal/bytes": float(num_bytes),
             "journal/groups_without_room": float(self._num_without_room),
         }
 

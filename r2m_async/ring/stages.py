@@ -200,8 +200,16 @@ class QueueStage(Stage):
     # These three do not run beside the others: a group is kept as it was when it arrived, and not as a later attempt at it.
 
     @method()
-    def begin_journal(self, path: str, max_bytes: int) -> Call[None]:
-        """Begins a new journal of at most `max_bytes`, and removes all others in its folder."""
+    def begin_journal(
+        self, path: str, max_bytes: int, names: tuple[str, ...], entries: list[dict[str, Any]]
+    ) -> Call[dict[str, int]]:
+        """Begins a new journal of at most `max_bytes`, and then removes all others in its folder.
+
+        names: the parts that are kept of each group. entries: what `recover` will return for each group that is in it from
+        the start.
+
+        Returns its `bytes`, and how many of these groups are `without_room`.
+        """
 
     @method()
     def keep(self, group_id: int, names: tuple[str, ...], entry: dict[str, Any]) -> Call[int]:

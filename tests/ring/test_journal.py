@@ -87,7 +87,7 @@ def test_a_length_that_is_absurd_allocates_nothing(tmp_path):
 def test_the_queue_takes_up_the_newest_record_of_each_group(tmp_path, buffers):
     queue = ReplayQueue(buffers)
     made = bytes if buffers else (lambda data: data.decode())
-    queue.begin_journal(str(tmp_path / "step-000001.groups"), 10**6)
+    queue.begin_journal(str(tmp_path / "step-000001.groups"), 10**6, (), [])
     for group_id, text, attempt in ((3, b"old", 0), (4, b"four", 0), (3, b"new", 1)):
         queue.put(group_id, ("group", "embeddings"), made(text), made(b"not kept"))
         assert queue.keep(group_id, ("group",), entry(group_id, attempt)) > (0,)
@@ -99,9 +99,55 @@ def test_the_queue_takes_up_the_newest_record_of_each_group(tmp_path, buffers):
     assert bytes(new) == b"new" if buffers else new == "new"
     with pytest.raises(KeyError):
         again.get((3,), "embeddings")
-    again.begin_journal(str(tmp_path / "step-000002.groups"), 10**6)
+    again.begin_journal(str(tmp_path / "step-000002.groups"), 10**6, (), [])
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002.groups"]
     assert again.keep(9, ("group",), entry(9)) == (8,), "it was freed meanwhile, so nothing was appended"
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_killed_while_a_journal_begins_the_groups_of_the_last_one_are_still_there(tmp_path, monkeypatch, step):
+    """At every call of the system that writes, names or removes. The new journal may have the name of the old one."""
+    path, last = tmp_path / f"step-{step:06d}.groups", tmp_path / "step-000002.groups"
+    for killed_at in range(20):
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        queue, calls = ReplayQueue(), 0
+        queue.begin_journal(str(last), 10**6, (), [])
+        for group_id in (4, 5):
+            queue.put(group_id, ("group",), f"group {group_id}")
+            queue.keep(group_id, ("group",), entry(group_id))
+
+        def dies(do, killed_at=killed_at):
+            def call(*args, **how):
+                nonlocal calls
+                calls += 1
+                if calls > killed_at:
+                    raise KeyboardInterrupt
+                return do(*args, **how)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "touch")):
+                patch.setattr(owner, name, dies(getattr(owner, name)))
+            try:
+                begun = queue.begin_journal(str(path), 10**6, ("group",), [entry(4), entry(5), entry(6)])
+            except KeyboardInterrupt:
+                begun = None
+        again = ReplayQueue()
+        assert again.recover(str(tmp_path))[0] == {"entries": {4: entry(4), 5: entry(5)}, "damages": []}, killed_at
+        if begun:
+            break
+    assert begun == ({"bytes": path.stat().st_size, "without_room": 0},) and killed_at > 2
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_groups_for_which_a_new_journal_has_no_room_are_counted(tmp_path):
+    queue = ReplayQueue()
+    for group_id in range(3):
+        queue.put(group_id, ("group",), "x" * 500)
+    (begun,) = queue.begin_journal(str(tmp_path / "a.groups"), 1300, ("group",), [entry(one) for one in range(3)])
+    assert begun == {"bytes": (tmp_path / "a.groups").stat().st_size, "without_room": 1}
 
 
 # Which groups are used again

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import StageLost
@@ -112,7 +112,7 @@ class Delivery:
             self._sending.release()
 
     async def _meet(self, actor: RolloutStage, receiving: Awaitable[T], sending: Awaitable[dict[str, Any]]) -> T:
-        """Waits for both sides of an exchange.
+        """Waits for both sides of an exchange. If the learner's side fails, it does not wait for the other, which may hang.
 
         Args:
             actor: the rollout actor that receives.
@@ -122,15 +122,19 @@ class Delivery:
         Returns the answer of the receiving side. Raises what either side raised, and StageLost, naming the actor, if
         the learner could not send.
         """
-        received, sent = await asyncio.gather(receiving, sending, return_exceptions=True)
-        # The learner's error comes first: if both sides failed, the actor's error is only a consequence.
-        if isinstance(sent, BaseException):
-            raise sent
-        if "failed" in sent:
-            raise StageLost(actor.name, f"the learner could not send {actor.name} its weights: {sent['failed']}")
-        if isinstance(received, BaseException):
-            raise received
-        return cast(T, received)
+        both = receives, sends = asyncio.ensure_future(receiving), asyncio.ensure_future(sending)
+        # asyncio complains of an error that nobody has looked at.
+        receives.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        try:
+            # The learner's error comes first: if both sides failed, the actor's error is only a consequence. And if the actor
+            # has failed, the learner is still busy with it, and can serve nobody else.
+            sent = await sends
+            if "failed" in sent:
+                raise StageLost(actor.name, f"the learner could not send {actor.name} its weights: {sent['failed']}")
+            return await receives
+        finally:
+            for side in both:
+                side.cancel()
 
 
 async def _already(value: T) -> T:

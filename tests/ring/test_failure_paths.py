@@ -9,9 +9,11 @@ from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, GenerationFailed, StageLost, StalledRun, StepFailed
 from r2m_async.launch.loop_thread import LoopThread
 from r2m_async.ring.controller import Controller
+from r2m_async.ring.delivery import Delivery
 from r2m_async.ring.simulator import SimulatedStage, VirtualClockLoop, run_virtually, simulated_ticket
 from r2m_async.ring.stages import Stages, local_bytes
 from r2m_async.ring.tasks import STOP_TIMEOUT
+from r2m_async.ring.waiting import Waits
 from r2m_async.schedule import Plan
 
 STALL_AFTER = 60.0
@@ -290,6 +292,45 @@ def test_an_actor_whose_process_never_comes_is_named_and_the_other_goes_on():
     config = CONFIG.rollouts(num_actors=2)
     told = drive(stages_of(rollouts=(Faulty("rollout-0"), NeverMade("rollout-1"))), run, config)
     assert "error" not in told and "rollout-1 waits for its process" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (StageLost("policy-learner", "policy-learner was lost during send"), "policy-learner was lost during send"),
+        ({"failed": "no such channel"}, "the learner could not send rollout-0 its weights: no such channel"),
+    ],
+)
+def test_a_learner_that_fails_to_send_is_told_at_once_although_the_engine_waits_for_it(sent, told):
+    async def sends():
+        if isinstance(sent, Exception):
+            raise sent
+        return sent
+
+    async def meet():
+        delivery = Delivery(CONFIG, stages_of(), Waits(), None)
+        waits_in_vain = asyncio.get_running_loop().create_future()
+        with pytest.raises(StageLost, match=told):
+            await delivery._meet(stages_of().rollouts[0], waits_in_vain, sends())
+        assert waits_in_vain.cancelled()
+
+    asyncio.run(asyncio.wait_for(meet(), 60))
+
+
+def test_an_engine_that_fails_to_receive_is_told_when_the_learner_is_free_again():
+    async def meet():
+        delivery = Delivery(CONFIG, stages_of(), Waits(), None)
+        received, sent = (asyncio.get_running_loop().create_future() for _ in range(2))
+        meeting = asyncio.create_task(delivery._meet(stages_of().rollouts[0], received, sent))
+        received.set_exception(StageLost("rollout-0", "rollout-0 was lost during load_weights"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not meeting.done()
+        sent.set_result({})
+        with pytest.raises(StageLost, match="rollout-0 was lost during load_weights"):
+            await meeting
+
+    asyncio.run(meet())
 
 
 class DiesBeforeItIsAsked(Faulty):

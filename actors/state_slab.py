@@ -4,7 +4,8 @@ The worker writes states as it decodes, and the rollout actor reads them when a 
 its hidden state and the policy version that computed it. Rows form blocks. A block belongs to one group that is being
 generated. It has room for the K responses and the greedy twin, each at full length.
 
-The file is unlinked once both sides have opened it. From then on no kind of exit can leave it behind.
+The file is unlinked once both sides have opened it. From then on no kind of exit can leave it behind. Until then it lies in a
+folder of its own (`shared_folder`), which the next process removes if this one is killed.
 
 Shapes: N rows, S prompt + response tokens of one sequence, D hidden size of the policy.
 """
@@ -15,11 +16,14 @@ import errno
 import mmap
 import os
 import shutil
-import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from r2m_async.whole import scratch_directory
 
 DIRECTORY = "/dev/shm"
 """The folder of shared memory on Linux. Files in it lie in memory, not on a disk."""
@@ -120,13 +124,24 @@ class StateSlab:
         return tuple(taken), min(oldest)
 
 
-def create_slab_file(shape: SlabShape) -> str:
-    """Creates a file of the slab's size in shared memory, and returns its path.
+def shared_folder(name: str) -> AbstractContextManager[Path]:
+    """A context manager that yields a new folder in shared memory, and removes it and what is in it at the end of its block.
+
+    What killed processes have left there is removed first: it would fill the memory of the machine, for good.
+
+    name: says what it is for, in the name of the folder. Raises DiskError if it cannot be made.
+    """
+    return scratch_directory(Path(DIRECTORY) / f"r2m-{name}")
+
+
+def create_slab_file(shape: SlabShape, folder: Path) -> str:
+    """Creates a file of the slab's size in a folder in shared memory, and returns its path.
 
     The caller must unlink the file once both sides have opened it. Raises OSError, naming the free and the needed
     bytes, if shared memory is too small.
     """
-    handle, path = tempfile.mkstemp(prefix="r2m-states-", dir=DIRECTORY)
+    path = str(folder / "states")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         # Reserves the memory now. A file that is only extended would kill a process with SIGBUS on some later write.
         os.posix_fallocate(handle, 0, shape.num_bytes)

@@ -12,11 +12,11 @@ import logging
 import math
 import os
 import queue
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 
 from actors.aborts import Aborted, attempt_name
-from actors.state_slab import DIRECTORY, SlabShape, StateSlab, create_slab_file
+from actors.state_slab import SlabShape, StateSlab, create_slab_file, shared_folder
 from actors.vllm_drivers import AsyncDriver, Completed, Driver, Request, SteppedDriver
 from actors.vllm_models import check_model, or_refused
 from actors.vllm_turns import GroupOfTurns, sampled_tokens
@@ -104,24 +104,21 @@ class VLLMEngine:
         """The slab's free blocks."""
         if config.weights.transport == "ipc":
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # or vLLM would not unpickle CUDA handles
-        slab: dict[str, Any] = {}
-        if config.wants_rollout_states:
-            slab = self._open_slab(hidden_size)
-        try:
+        # When the folder goes, either both sides have opened the file in it, or the engine did not start.
+        with ExitStack() as stack:
+            slab: dict[str, Any] = {}
+            if config.wants_rollout_states:
+                slab = self._open_slab(hidden_size, stack.enter_context(shared_folder("states")))
             args = engine_args(path, config, twin, slab)
             with or_refused(path):
                 self._driver: Driver = (AsyncDriver if config.asynchronous else SteppedDriver)(
                     args, config.weights.timeout
                 )
-        finally:
-            # Either both sides have opened the file by now, or the engine did not start.
-            if slab:
-                os.unlink(slab["path"])
         self._driver.set_weight_version("0")  # the checkpoint's version, until another is loaded
         self._startup = {"weights/engine_start_seconds": time.perf_counter() - began}
 
-    def _open_slab(self, hidden_size: int) -> dict[str, Any]:
-        """Creates and opens the slab. Returns what vLLM's worker needs to open it, too."""
+    def _open_slab(self, hidden_size: int, folder: Path) -> dict[str, Any]:
+        """Creates and opens the slab. Returns what vLLM's worker needs to open it, too. folder: where its file is made."""
         rollouts = self._config.rollouts
         shape = SlabShape(
             num_blocks=self._config.concurrent_groups,
@@ -130,7 +127,7 @@ class VLLMEngine:
             hidden_size=hidden_size,
             dtype=self._config.feedback_dtype,
         )
-        path = create_slab_file(shape)
+        path = create_slab_file(shape, folder)
         self._slab = StateSlab(path, shape)
         for block in range(shape.num_blocks):
             self._blocks.put(block)
@@ -396,13 +393,9 @@ class VLLMEngine:
 @contextmanager
 def _shared_file(tensors: dict[str, Tensor]) -> Iterator[str]:
     """Writes tensors into a safetensors file in shared memory. The file is deleted at the end of the block."""
-    handle, path = tempfile.mkstemp(prefix="r2m-weights-", dir=DIRECTORY)
-    os.close(handle)
-    try:
-        save_file(tensors, path)
-        yield path
-    finally:
-        os.unlink(path)
+    with shared_folder("weights") as folder:
+        save_file(tensors, folder / "weights.safetensors")
+        yield str(folder / "weights.safetensors")
 
 
 def cpu_options(path: str, dtype: str, num_tokens: int, num_sequences: int, trust: bool) -> dict[str, Any]:

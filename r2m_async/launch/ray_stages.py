@@ -137,9 +137,13 @@ def ray_bytes() -> dict[str, Callable[..., Any]]:
     """Returns the `to_bytes` and `from_bytes` of stages in Ray processes, where a payload is an object reference."""
     import numpy as np
     import ray
+    from ray.exceptions import ObjectLostError
 
     async def to_bytes(reference: Any) -> memoryview:
-        return memoryview(await reference)
+        try:
+            return memoryview(await reference)
+        except ObjectLostError as error:
+            raise StageLost(None, f"a payload was lost with its node: {error}") from error
 
     return {"to_bytes": to_bytes, "from_bytes": lambda data: ray.put(np.frombuffer(data, np.uint8))}
 
@@ -182,7 +186,7 @@ class _Process:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
         os.environ[NODE_ADDRESS] = ray.util.get_node_ip_address()
-        can_be_asked(os.getpid())
+        can_be_asked()
         self._mistake: Exception | None = None
         try:
             self._stage = make(config, workload)

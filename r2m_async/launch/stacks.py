@@ -7,11 +7,11 @@ process is asked to write its stacks itself, by a signal. A process that is stop
 from __future__ import annotations
 
 import faulthandler
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import IO
@@ -28,14 +28,14 @@ _kept: list[IO[str]] = []
 """Files that must stay open as long as the process lives."""
 
 
-def _answer_of(pid: int) -> Path:
-    return Path(tempfile.gettempdir()) / f"r2m-stacks-{pid}"
+_ANSWERS = "r2m-stacks"
+"""What the files are called into which processes write their stacks."""
 
 
-def can_be_asked(pid: int) -> None:
-    """Lets this process, whose number is `pid`, write its stacks when it gets the signal `ASK`."""
-    _kept.append(_answer_of(pid).open("w"))
-    _answer_of(pid).unlink()  # the file lives as long as it is open, and nothing is left behind
+def can_be_asked() -> None:
+    """Lets this process write its stacks when it gets the signal `ASK`."""
+    # In memory, not on a disk: that may be full, and others may have a file of the name. It is gone with the process.
+    _kept.append(os.fdopen(os.memfd_create(_ANSWERS), "w"))
     faulthandler.register(ASK, file=_kept[-1], all_threads=True)
 
 
@@ -86,7 +86,7 @@ def _open_files(pid: int) -> list[str]:
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            if str(link.readlink()).removesuffix(" (deleted)") == str(_answer_of(pid)):
+            if str(link.readlink()).removesuffix(" (deleted)") == f"/memfd:{_ANSWERS}":
                 found.append(link.name)
         except OSError:
             continue

@@ -3,6 +3,9 @@
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,13 +15,13 @@ from actors.state_slab import SlabShape, StateSlab, create_slab_file
 
 
 def test_the_slabs_size_is_what_its_formula_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(actors.state_slab, "DIRECTORY", str(tmp_path))
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         shape = SlabShape(num_blocks=3, num_sequences=5, num_rows=7, hidden_size=11, dtype=dtype)
         assert shape.num_bytes == 3 * 5 * 7 * (11 * itemsize + 4)
-        path = create_slab_file(shape)
+        path = create_slab_file(shape, tmp_path)
         assert os.path.getsize(path) == shape.num_bytes
         slab = StateSlab(path, shape)
+        os.unlink(path)
         rows = torch.arange(3 * 5 * 7)
         slab.write(rows, torch.full((len(rows), 11), 2.0), 1)
         assert slab.states.eq(2).all() and slab.versions.eq(1).all()
@@ -29,7 +32,7 @@ def small_slab(tmp_path, monkeypatch):
     """Two sides of a slab of 2 blocks x 3 sequences x 6 rows whose file is unlinked."""
     monkeypatch.setattr(actors.state_slab, "DIRECTORY", str(tmp_path))
     shape = SlabShape(num_blocks=2, num_sequences=3, num_rows=6, hidden_size=2, dtype="float32")
-    path = create_slab_file(shape)
+    path = create_slab_file(shape, tmp_path)
     ours, theirs = StateSlab(path, shape), StateSlab(path, shape)
     os.unlink(path)
     return ours, theirs
@@ -108,6 +111,28 @@ def test_too_little_shared_memory_is_an_error_with_both_sizes_and_leaves_no_file
     monkeypatch.setattr(os, "posix_fallocate", full)
     shape = SlabShape(num_blocks=2, num_sequences=9, num_rows=1024, hidden_size=896, dtype="bfloat16")
     with pytest.raises(OSError, match=rf"1234 bytes free .*need {shape.num_bytes} ") as raised:
-        create_slab_file(shape)
+        create_slab_file(shape, tmp_path)
     assert raised.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+import actors.state_slab
+
+actors.state_slab.DIRECTORY = sys.argv[1]
+with actors.state_slab.shared_folder("weights") as folder:
+    (folder / "weights").write_bytes(bytes(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_shared_memory_that_a_killed_process_has_left_goes_with_the_next_one(tmp_path, monkeypatch):
+    """An actor may be killed while its engine starts, or while it loads weights: again and again on one machine."""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)]).returncode == -signal.SIGKILL
+        assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(actors.state_slab, "DIRECTORY", str(tmp_path))
+    with actors.state_slab.shared_folder("states") as folder, actors.state_slab.shared_folder("weights") as other:
+        assert {*tmp_path.iterdir()} == {folder, other}
     assert list(tmp_path.iterdir()) == []

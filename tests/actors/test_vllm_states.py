@@ -17,6 +17,7 @@ from engines import (
     ticket_of,
 )
 
+import actors.state_slab
 from actors.state_slab import UNWRITTEN
 from r2m_async.errors import WeightMismatch
 from r2m_async.models.loading import load_policy
@@ -26,10 +27,7 @@ from r2m_async.models.weights import named_weights
 
 @pytest.mark.ring
 def test_a_running_engine_leaves_no_file_in_shared_memory(checkpoint, tmp_path, monkeypatch):
-    import actors.vllm_engine
-
     monkeypatch.setattr(actors.state_slab, "DIRECTORY", str(tmp_path))
-    monkeypatch.setattr(actors.vllm_engine, "DIRECTORY", str(tmp_path))
     config = config_of(checkpoint())
     model = load_policy(config.model.policy, config)
     with running(config, model=model) as engine:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +15,9 @@ from r2m_async.launch.ring import Ring
 from r2m_async.launch.stacks import stack_of
 
 SLEEPER = """
-import os, time
+import time
 from r2m_async.launch.stacks import can_be_asked
-can_be_asked(os.getpid())
+can_be_asked()
 def in_a_deep_sleep():
     print("asleep", flush=True)
     time.sleep(600)
@@ -51,6 +52,12 @@ def test_without_py_spy_a_process_writes_its_stacks_itself_each_time_it_is_asked
     sleeper.send_signal(signal.SIGSTOP)
     time.sleep(0.1)
     assert "a stopped process cannot write its stacks" in stack_of(sleeper.pid)
+
+
+def test_a_process_needs_no_disk_to_write_its_stacks(sleeper):
+    """It may be full, and a file of the name may be there already: process numbers come again."""
+    opened = [os.readlink(link) for link in Path(f"/proc/{sleeper.pid}/fd").iterdir()]
+    assert [link for link in opened if "r2m-stacks" in link] == ["/memfd:r2m-stacks (deleted)"]
 
 
 def test_a_process_that_is_gone_or_was_not_told_says_so(monkeypatch):

@@ -39,6 +39,10 @@ class AdvantageNotFinite(ConfigError):
         self.place = place
         """Where the first such value is: [group, response], or [group, response, token] for a result per token."""
 
+    def __reduce__(self) -> tuple[type, tuple[str, list[int]]]:
+        """Lets another process have the error, as in `errors.StageLost`."""
+        return type(self), (str(self), self.place)
+
 
 WHITENINGS = ("none", "responses", "tokens")
 """What `advantage.whiten` may be: the choices of `whitened`, and `none` for leaving the advantages as they are."""

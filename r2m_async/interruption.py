@@ -32,6 +32,10 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.status = 128 + number
 
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        """Lets another process have the error, as in `errors.StageLost`."""
+        return type(self), (self.status - 128,)
+
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:

@@ -38,6 +38,10 @@ class BadRecord(DataError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Lets another process have the error, as in `errors.StageLost`."""
+        return type(self), (self.reason, str(self))
+
 
 class FilteredRecord(BadRecord):
     """A record that the user's filters leave out. It is counted under its `reason` whatever `on_bad_record` says."""

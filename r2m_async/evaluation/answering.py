@@ -165,6 +165,11 @@ def _answer_rest(
                 num_cut += cut
                 log.append(answers)
                 advance(len(log.answers))
+        except BaseException as error:
+            error.add_note(
+                f"{len(log.answers)} of {len(questions)} questions are answered, in {log.path}: the same command goes on."
+            )
+            raise
         finally:
             engine.close()
     if num_cut:

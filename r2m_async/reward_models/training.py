@@ -15,7 +15,8 @@ gives the same bits, even if it was interrupted and resumed.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def resume(run: Path) -> Path:
         with first_rank_first():
             if rank() == 0:
                 stack.enter_context(as_only_writer(run))
+        stack.enter_context(_naming_what_is_left(run))
         stack.enter_context(one_thread())
         progress = stack.enter_context(TrainingProgress(config.logging.live))
         # The first rank builds or downloads what is missing; the other ranks then find it on the disk.
@@ -89,6 +91,21 @@ def resume(run: Path) -> Path:
         plot_reward_training(directories, run / "training.png")
         plot_training_states(directories, run / "states.png")
     return run
+
+
+@contextmanager
+def _naming_what_is_left(run: Path) -> Iterator[None]:
+    """Adds a note to an error in the block once a model has begun: where the measurements are, and how the run goes on."""
+    try:
+        yield
+    except BaseException as error:
+        # If the disk fails here, too, that must not hide the error of the run.
+        with suppress(OSError):
+            if begun := sorted(path for path in run.glob("seed-*") if path.is_dir()):
+                saved = [path for seed in begun for path in checkpoints(seed)]
+                last = f" from {saved[-1]}" if saved else ", an unfinished model anew (checkpoint.every)"
+                error.add_note(f"What was measured is in {run}: `r2m reward-model resume {run}` goes on{last}.")
+        raise
 
 
 def _found(config: RewardModelConfig, progress: Any) -> tuple[str, PreferenceData]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -53,7 +55,7 @@ class WorkerProcesses:
             # `_ending` was set before, and no job begins.
             if self._ending:
                 raise ChildProcessError("it was ended, because the other jobs were")
-            return process.submit(function, *arguments).result()
+            return process.submit(_told, function, *arguments).result()
         except BrokenProcessPool:
             # The broken process is forgotten, so the next job of this thread starts a new one.
             self._pids.pop(self._own.process, None)
@@ -91,6 +93,24 @@ def _begin() -> None:
     """A worker process begins with this: it will end with its parent, and ignores Ctrl-C."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to children, too; the parent ends them
+
+
+def _told(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls the function, in a worker process.
+
+    An error that could not be read in the other process would look there as if this one had been killed. Its text is raised
+    instead.
+    """
+    try:
+        return function(*arguments)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            text = "".join(traceback.format_exception(error)).rstrip()
+        else:
+            raise
+    raise RuntimeError(text)
 
 
 def wait_for(work: Mapping[Future[float], Path], tell: Callable[[str], None]) -> list[str]:

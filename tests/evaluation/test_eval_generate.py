@@ -307,8 +307,9 @@ def test_an_interrupted_command_ends_with_the_answers_of_one_that_was_not(policy
 
     with monkeypatch.context() as patch:
         patch.setattr(generator, "generate", fails_at_the_fourth)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(InterruptedError) as cut:
             generate_answers(policy, files["mt_bench"], tmp_path / "cut", settings)
+    assert "2 of 4 questions are answered, in " in cut.value.__notes__[0]
     partial = tmp_path / "cut" / "model_answer" / ".walker.jsonl.partial"
     assert len(partial.read_text().splitlines()) == 1 + 2
     assert not partial.with_name("walker.jsonl").exists()

@@ -435,10 +435,12 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(config, monkeypatch):
         return step(self)
 
     monkeypatch.setattr(RewardTrainer, "step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as killed_by:
         train(config.run(name="killed"))
     monkeypatch.undo()
     [run] = whole.parent.glob("killed-*")
+    goes_on = f"`r2m reward-model resume {run}` goes on from {run}/seed-1/checkpoints/step-000004."
+    assert killed_by.value.__notes__ == [f"What was measured is in {run}: {goes_on}"]
     assert [path.name for path in checkpoints(run / "seed-1")] == ["step-000004"]
     resume(run)
     names = ("seed-1/model/model.safetensors", "seed-1/model/config.json")

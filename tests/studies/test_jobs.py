@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 from processes import left_of, word_of
 
+from r2m_async.data.records import BadRecord
 from r2m_async.studies.jobs import WorkerProcesses, failures, wait_for
 
 # Jobs: imported by the processes that do them.
@@ -56,6 +58,33 @@ def test_a_job_whose_process_is_killed_fails_alone_and_leaves_its_reason(tmp_pat
         assert len(told) == 8 and f"exits failed: {lost}" in told
         again = {processes.submit(seconds, 0.0): tmp_path / name for name in reasons}
         assert wait_for(again, told.append) == [] and failures(work.values()) == {}
+
+
+class OfTwo(Exception):
+    """As the errors of many libraries are: it cannot be made from its message alone."""
+
+    def __init__(self, code, text):
+        super().__init__(f"{code}: {text}")
+
+
+def fails_strangely(reason: str) -> float:
+    if reason == "a bad record":
+        raise BadRecord("too_long", "data.jsonl, line 3: is too long")
+    raise OfTwo(7, "the server is down") if reason == "of two" else OfTwo(8, threading.Lock())
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("a bad record", "^data.jsonl, line 3: is too long$"),
+        ("of two", r"(?s)^Traceback .*fails_strangely.*OfTwo: 7: the server is down$"),
+        ("a lock", r"(?s)^Traceback .*OfTwo: 8: <unlocked"),
+    ],
+)
+def test_an_error_that_another_process_cannot_read_is_told_and_is_no_killed_process(reason, told):
+    with WorkerProcesses(1) as processes, pytest.raises(Exception, match=told) as raised:
+        processes.submit(fails_strangely, reason).result()
+    assert not isinstance(raised.value, ChildProcessError)
 
 
 def test_a_worker_keeps_its_process_from_job_to_job():

@@ -16,7 +16,8 @@ import errno
 import mmap
 import os
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,14 +125,17 @@ class StateSlab:
         return tuple(taken), min(oldest)
 
 
-def shared_folder(name: str) -> AbstractContextManager[Path]:
+@contextmanager
+def shared_folder(name: str) -> Iterator[Path]:
     """A context manager that yields a new folder in shared memory, and removes it and what is in it at the end of its block.
 
     What killed processes have left there is removed first: it would fill the memory of the machine, for good.
 
     name: says what it is for, in the name of the folder. Raises DiskError if it cannot be made.
     """
-    return scratch_directory(Path(DIRECTORY) / f"r2m-{name}")
+    with scratch_directory(Path(DIRECTORY) / f"r2m-{name}") as folder:
+        folder.chmod(0o700)  # all users of a machine share this memory
+        yield folder
 
 
 def create_slab_file(shape: SlabShape, folder: Path) -> str:

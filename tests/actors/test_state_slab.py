@@ -134,5 +134,5 @@ def test_shared_memory_that_a_killed_process_has_left_goes_with_the_next_one(tmp
         assert len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(actors.state_slab, "DIRECTORY", str(tmp_path))
     with actors.state_slab.shared_folder("states") as folder, actors.state_slab.shared_folder("weights") as other:
-        assert {*tmp_path.iterdir()} == {folder, other}
+        assert {*tmp_path.iterdir()} == {folder, other} and folder.stat().st_mode & 0o777 == 0o700
     assert list(tmp_path.iterdir()) == []

@@ -146,7 +146,7 @@ def test_groups_for_which_a_new_journal_has_no_room_are_counted(tmp_path):
     queue = ReplayQueue()
     for group_id in range(3):
         queue.put(group_id, ("group",), "x" * 500)
-    (begun,) = queue.begin_journal(str(tmp_path / "a.groups"), 1300, ("group",), [entry(one) for one in range(3)])
+    (begun,) = queue.begin_journal(str(tmp_path / "a.groups"), 1400, ("group",), [entry(one) for one in range(3)])
     assert begun == {"bytes": (tmp_path / "a.groups").stat().st_size, "without_room": 1}
 
 

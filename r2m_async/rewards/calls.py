@@ -303,10 +303,12 @@ def _in_thread(work: Callable[[], T], name: str) -> tuple[Future[T], threading.T
 
     def run() -> None:
         share_threads()
+        result: T | None = None
+        error: BaseException | None = None
         try:
-            result, error = work(), None
+            result = work()
         except BaseException as failed:  # who waits must hear of it, and not wait for the deadline
-            result, error = None, failed
+            error = failed
         if not ended.set_running_or_notify_cancel():  # its deadline has passed, and nobody waits for it
             return
         if error is None:

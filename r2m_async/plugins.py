@@ -104,19 +104,29 @@ def wrong_types(function: Callable[..., Any], options: Mapping[str, Any], key: s
     Arguments are those of `check_options`. An annotation that is not plain says nothing here.
     """
     plain = function.func if isinstance(function, functools.partial) else function
-    try:
-        parameters = inspect.signature(function).parameters
-        annotations = typing.get_type_hints(plain.__init__ if inspect.isclass(plain) else plain)
-    except Exception:  # the user's annotations may be anything
-        return []
-    told = []
+    names = getattr(plain.__init__ if inspect.isclass(plain) else inspect.unwrap(plain), "__globals__", {})
+    parameters, told = inspect.signature(function).parameters, []
     for option, value in options.items():
-        asked = annotations.get(option, Any)
-        if option not in parameters or value is parameters[option].default or _fits(value, asked):
+        if option not in parameters or value is parameters[option].default:
             continue
-        hint = "; write it without quotes" if isinstance(value, str) and _fits(_unquoted(value), asked) else ""
-        told.append(f"{key}.{option} is {value!r}, and {name} takes {inspect.formatannotation(asked)} there{hint}")
+        asked = _resolved(parameters[option].annotation, names)
+        if not _fits(value, asked):
+            hint = "; write it without quotes" if isinstance(value, str) and _fits(_unquoted(value), asked) else ""
+            told.append(f"{key}.{option} is {value!r}, and {name} takes {inspect.formatannotation(asked)} there{hint}")
     return told
+
+
+def _resolved(annotation: Any, names: dict[str, Any]) -> Any:
+    """What an annotation stands for, which may be a text. Any if there is none, or if it cannot be told.
+
+    Each is resolved by itself: one that names what is imported for type checkers alone must not hide the others.
+    """
+    if annotation is inspect.Parameter.empty:
+        return Any
+    try:
+        return typing.get_type_hints(types.SimpleNamespace(__annotations__={"it": annotation}), names)["it"]
+    except Exception:  # the user's annotations may be anything
+        return Any
 
 
 def _fits(value: Any, asked: Any) -> bool:

@@ -99,7 +99,8 @@ class Labelling(SimulatedStage):
 @given(st.data())
 def test_whenever_labels_come_the_book_balances_and_the_run_ends(data):
     source = random.Random(data.draw(st.integers(0, 10**6)))
-    max_age, wait, groups = data.draw(st.integers(0, 3)), data.draw(st.booleans()), data.draw(st.integers(1, 3))
+    wait, groups = data.draw(st.booleans()), data.draw(st.integers(1, 3))
+    max_age = data.draw(st.integers(0 if wait else 1, 3))
     num_steps = data.draw(st.integers(1, 7))
     config = R2MConfig().run(num_steps=num_steps).rollouts(prompts_per_step=groups, num_actors=2)
     config = config.labels(source="any:function", max_age=max_age, wait=wait, budget=1)

@@ -15,7 +15,9 @@ from typing import Any
 
 from r2m_async.config_records import one_name_for_the_prompt
 from r2m_async.config_sections import (
+    EMBEDDED_GOLD,
     DataSection,
+    EvaluationSection,
     HeadSection,
     LabelsSection,
     LearnerSection,
@@ -563,10 +565,10 @@ def the_prompt_has_one_name(data: DataSection) -> str | None:
 
 def options_of_records_need_records(data: DataSection) -> str | None:
     """Keys that say how records are read need a source of records."""
-    if data.prompts != "embedded":
+    if data.prompts not in EMBEDDED_GOLD:
         return None
     return one_per_line(
-        f"data.{key} is {getattr(data, key)!r} and data.prompts is 'embedded': these prompts are no records; name "
+        f"data.{key} is {getattr(data, key)!r} and data.prompts is {data.prompts!r}: these prompts are no records; name "
         f"a source, or leave it out"
         for key in changed(data, "filters", *(["chat", "columns"] if data.preferences is None else []))
     )
@@ -579,10 +581,10 @@ def evaluation_prompts_are_held_out(data: DataSection) -> str | None:
 
 def the_embedded_language_holds_out_its_own_prompts(data: DataSection) -> str | None:
     """Refuses a source of held-out prompts that nothing would read."""
-    if data.prompts != "embedded" or data.eval is None:
+    if data.prompts not in EMBEDDED_GOLD or data.eval is None:
         return None
     return (
-        f"data.eval is {data.eval!r} and data.prompts is 'embedded': the embedded language holds out prompts of its own, "
+        f"data.eval is {data.eval!r} and data.prompts is {data.prompts!r}: the embedded language holds out prompts of its own, "
         f"and nothing would read those of data.eval; leave data.eval out, or name the prompts' source in data.prompts"
     )
 
@@ -599,12 +601,45 @@ def a_reward_model_from_scratch_needs_pairs(reward: RewardSection, data: DataSec
 
 def a_policy_from_scratch_needs_texts(model: ModelSection, data: DataSection) -> str | None:
     """`model.policy: from_scratch` is trained on the texts of a source, and the embedded language has no source."""
-    if model.policy != "from_scratch" or data.prompts != "embedded":
+    if model.policy != "from_scratch" or data.prompts not in EMBEDDED_GOLD:
         return None
     return (
-        "model.policy is 'from_scratch' and data.prompts is 'embedded': a policy from scratch is trained on the texts of a "
-        "source, and the embedded language has none; use model.policy 'embedded'"
+        f"model.policy is 'from_scratch' and data.prompts is {data.prompts!r}: a policy from scratch is trained on the texts of a "
+        f"source, and the embedded language has none; use model.policy {data.prompts!r}"
     )
+
+
+def embedded_languages_exist(model: ModelSection, reward: RewardSection, data: DataSection) -> str | None:
+    """A name that begins as an embedded language's is one."""
+    named = {"model.policy": model.policy, "reward.model": reward.model, "data.prompts": data.prompts}
+    return one_per_line(
+        f"{key} is {name!r}: there is no such embedded language; the embedded languages are {', '.join(EMBEDDED_GOLD)}"
+        for key, name in named.items()
+        if name is not None and name.startswith("embedded:") and name not in EMBEDDED_GOLD
+    )
+
+
+def a_run_has_one_embedded_language(
+    model: ModelSection, reward: RewardSection, data: DataSection, evaluation: EvaluationSection, labels: LabelsSection
+) -> str | None:
+    """Models, prompts and gold reward of one embedded language know no word of another."""
+    language = data.prompts
+    if language not in EMBEDDED_GOLD:
+        return None
+    named = {"model.policy": model.policy, "reward.model": reward.model, "labels.offline": labels.offline}
+    of_gold = {gold: name for name, gold in EMBEDDED_GOLD.items()}
+    lines = [
+        f"{key} is {name!r} and data.prompts is {language!r}: these are two languages; name one of them in both"
+        for key, name in named.items()
+        if name in EMBEDDED_GOLD and name != language
+    ]
+    known = of_gold.get(evaluation.gold or "", language)
+    if known != language:
+        lines.append(
+            f"evaluation.gold is {evaluation.gold!r} and data.prompts is {language!r}: this gold reward knows the prompts of "
+            f"{known!r} alone; use {EMBEDDED_GOLD[language]!r}"
+        )
+    return one_per_line(lines)
 
 
 RULES: tuple[Rule, ...] = (
@@ -656,5 +691,7 @@ RULES: tuple[Rule, ...] = (
     the_embedded_language_holds_out_its_own_prompts,
     a_reward_model_from_scratch_needs_pairs,
     a_policy_from_scratch_needs_texts,
+    embedded_languages_exist,
+    a_run_has_one_embedded_language,
 )
 """All rules, in the order in which their messages are shown."""

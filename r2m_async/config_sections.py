@@ -14,6 +14,12 @@ from pydantic import Discriminator, Field, Tag, field_validator
 from r2m_async.config_records import RecordsSection
 from r2m_async.config_tree import LARGEST, LONGEST, Keys, Options, Section
 
+EMBEDDED_GOLD = {
+    "embedded": "r2m_async.from_scratch.language:gold_reward",
+    "embedded:letters": "r2m_async.from_scratch.letters:gold_reward",
+}
+"""For each embedded language, by its name in `model.policy`, `reward.model` and `data.prompts`, its gold reward."""
+
 
 class RunSection(Section):
     """What a run is called, how long it is, where it is written, and what it runs on."""
@@ -52,8 +58,8 @@ class ModelSection(Section):
 
     policy: str = "embedded"
     """Hugging Face name or directory of a causal language model, which the policy starts from. `embedded` is a small
-    model of the embedded language, the synthetic language that comes with this package. `from_scratch` is a small model
-    that is trained on the texts of `data.prompts` and `data.preferences` before the run."""
+    model of the embedded language, the synthetic language that comes with this package. `embedded:letters` is a larger
+    one of a second, harder language (docs/studies.md). `from_scratch` is a small model that is trained on the texts of `data.prompts` and `data.preferences` before the run."""
     reference: str | None = None
     """Hugging Face name or directory of the reference policy pi_ref. None is the policy as it starts."""
     reference_every: int | None = Field(None, gt=0)
@@ -124,7 +130,7 @@ class RewardSection(Section):
 
     model: str | None = "embedded"
     """Hugging Face name or directory of a sequence classifier with one label. `embedded` is a small reward model of the
-    embedded language. `from_scratch` is a small reward model that is trained on `data.preferences` before the run.
+    embedded language, `embedded:letters` that of the harder one. `from_scratch` is a small reward model that is trained on `data.preferences` before the run.
     None: there is no reward model. The reward is that of `functions` alone, and `head.variant` must be `vanilla`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the frozen backbone's weights. The head computes in float32."""
@@ -670,14 +676,14 @@ class DataSection(RecordsSection):
 
     prompts: str = "embedded"
     """Source of the prompts. `embedded` stands for prompts of the embedded language, the synthetic language that comes
-    with this package."""
+    with this package, and `embedded:letters` for those of the harder one."""
     preferences: str | None = None
     """Source of preference pairs, records with the fields prompt, chosen and rejected. `reward.model: from_scratch` is
     trained on them, and `model.policy: from_scratch` learns from their texts, too. None: no pairs. `filters` is not for
     these: such models have no tokenizer yet."""
     eval: str | None = None
     """Source of the held-out prompts for evaluations. None holds back the last `evaluation.num_prompts` of `prompts`.
-    With `prompts: embedded` it is not used: that language has held-out prompts of its own."""
+    With prompts of an embedded language it is not used: that language has held-out prompts of its own."""
 
 
 class EvaluationSection(Section):
@@ -699,7 +705,7 @@ class EvaluationSection(Section):
     @classmethod
     def _moved(cls, value: Any) -> Any:
         """A config of an earlier version names the function where it was then."""
-        return "r2m_async.from_scratch.language:gold_reward" if value == "r2m_async.language:gold_reward" else value
+        return EMBEDDED_GOLD["embedded"] if value == "r2m_async.language:gold_reward" else value
 
 
 class CheckpointSection(Section):

@@ -34,6 +34,7 @@ from r2m_async.evaluation.text_scorer import TextScorer, load_ensemble
 from r2m_async.evaluation.text_states import Text, compared_texts, layer_means, preference_comparison, similarity_rows
 from r2m_async.export import is_export
 from r2m_async.finite import check_weights
+from r2m_async.from_scratch.languages import refuse_other_languages
 from r2m_async.models.loading import settled
 from r2m_async.models.pretrained import pretrained_model, pretrained_tokenizer
 from r2m_async.models.tokens import check_known, check_tokens, longest_text, response_ids
@@ -174,6 +175,7 @@ class _Read(NamedTuple):
 
 def _read(name: str, texts: Sequence[Text], max_tokens: int, embedded: EmbeddedModels | None, trust: bool) -> _Read:
     """Loads a policy and reads the texts with it. Raises ConfigError for a policy that cannot be loaded."""
+    refuse_other_languages("the policy", name)
     directory = str(Path(name, "policy")) if is_export(name) else name
     if name == "embedded":
         from r2m_async.from_scratch.embedded import embedded_models

@@ -15,6 +15,7 @@ from r2m_async.evaluation.text_states import (
 )
 from r2m_async.export import is_export
 from r2m_async.from_scratch.embedded import EmbeddedModels, embedded_models
+from r2m_async.from_scratch.languages import refuse_other_languages
 from r2m_async.from_scratch.pretraining import score
 from r2m_async.models.loading import settled
 from r2m_async.models.reward import scored_positions
@@ -100,6 +101,7 @@ def load_ensemble(
 
     Raises ConfigError as `RewardEnsemble` does.
     """
+    refuse_other_languages("the reward model", model)
     if model == "embedded":
         ensemble = RewardEnsemble((embedded or embedded_models()).reward_model)
     else:

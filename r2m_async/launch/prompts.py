@@ -14,7 +14,7 @@ from r2m_async.data.prompts import load_preferences, load_prompts
 from r2m_async.data.records import Record, load_records
 from r2m_async.data.sources import is_local, items_of
 from r2m_async.errors import ConfigError, DataError
-from r2m_async.from_scratch import language
+from r2m_async.from_scratch.languages import LANGUAGES, refuse_other_languages
 from r2m_async.labels.functions import KNOWN as LABELLER_KNOWS
 from r2m_async.labels.sources import missing_columns
 from r2m_async.launch.model_checks import Reader, prompt_check, shown
@@ -48,13 +48,14 @@ def read_prompts(
     """
     data, evaluation = config.data, config.evaluation
     held = evaluation.num_prompts if evaluation.every else 0
-    if data.prompts == "embedded":
-        if held > language.NUM_HELD_OUT_PROMPTS:
+    language = LANGUAGES.get(data.prompts)
+    if language is not None:
+        if held > language.num_held_out_prompts:
             raise ConfigError(
-                f"evaluation.num_prompts is {held}; the embedded language has {language.NUM_HELD_OUT_PROMPTS} held-out prompts"
+                f"evaluation.num_prompts is {held}; the embedded language has {language.num_held_out_prompts} held-out prompts"
             )
-        train = tuple(_language_prompt(text, tokenizer) for text in language.prompts(language.NUM_TRAINING_PROMPTS, 0))
-        test = tuple(_language_prompt(text, tokenizer) for text in language.prompts(held, 0, held_out=True))
+        texts = language.prompts(language.num_training_prompts, 0), language.prompts(held, 0, held_out=True)
+        train, test = (tuple(_language_prompt(data.prompts, text, tokenizer) for text in some) for some in texts)
         longest = max(len(prompt.token_ids) for prompt in (*train, *test))
         if longest > config.rollouts.max_prompt_tokens:
             raise ConfigError(
@@ -101,6 +102,7 @@ def read_offline(
     source = config.labels.offline
     if source is None:
         return (), {}
+    refuse_other_languages("labels.offline", source)
     limits, policy, problem, groups = (
         config.rollouts,
         readers["model.policy"],
@@ -139,10 +141,10 @@ def read_offline(
     return tuple(groups), {**loaded.skipped, **({"longer than rollouts allow": too_long} if too_long else {})}
 
 
-def _language_prompt(text: str, tokenizer: object | None) -> Prompt:
-    """A prompt of the embedded language."""
+def _language_prompt(language: str, text: str, tokenizer: object | None) -> Prompt:
+    """A prompt of an embedded language. language: its name."""
     ids = () if tokenizer is None else tuple(tokenizer(text)["input_ids"])  # type: ignore[operator]
-    return Prompt(prompt_id=f"embedded:{text}", content=text, text=text, token_ids=ids)
+    return Prompt(prompt_id=f"{language}:{text}", content=text, text=text, token_ids=ids)
 
 
 def column_bytes(prompts: Sequence[Prompt]) -> int:
@@ -215,7 +217,7 @@ def columns_to_tell(config: R2MConfig, records: Sequence[tuple[str, Collection[s
 def sources_are_here(config: R2MConfig) -> bool:
     """Returns whether the data that models are built from are on this machine."""
     sources = (config.data.prompts, config.data.preferences)
-    return all(is_local(item) for one in sources if one not in (None, "embedded") for item in items_of(one))
+    return all(is_local(item) for one in sources if one not in (None, *LANGUAGES) for item in items_of(one))
 
 
 def check_data(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[[str], None]) -> int:
@@ -236,13 +238,13 @@ def check_data(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[
         keys.append("preferences")
     _check_offline(config, readers, tell)
     sources = {key: getattr(data, key) for key in keys}
-    away = [key for key, one in sources.items() if one != "embedded" and not all(map(is_local, items_of(one)))]
+    away = [key for key, one in sources.items() if one not in LANGUAGES and not all(map(is_local, items_of(one)))]
     for key in away:
         tell(f"data.{key}: {sources[key]} is fetched and checked by `r2m train`")
     if "preferences" in sources and "preferences" not in away:
         pairs = load_preferences(sources["preferences"], **record_options(config))
         tell(f"data.preferences: {len(pairs.pairs)} pairs{_left_out(pairs.skipped)}")
-    if {"prompts", "eval"}.isdisjoint(away) and (policy is not None or data.prompts == "embedded"):
+    if {"prompts", "eval"}.isdisjoint(away) and (policy is not None or data.prompts in LANGUAGES):
         prompts, held_out, skipped = read_prompts(config, policy and policy.tokenizer, prompt_check(readers))
         tell(f"data.prompts: {len(prompts)} prompts, {len(held_out)} held out{_left_out(skipped)}")
         _tell_columns(config, [(one.prompt_id, one.columns) for one in (*prompts, *held_out)], tell)
@@ -251,7 +253,7 @@ def check_data(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[
                 tell(line)
         return column_bytes((*prompts, *held_out))
     for key, source in sources.items():
-        if key not in (*away, "preferences") and source != "embedded":
+        if key not in (*away, "preferences") and source not in LANGUAGES:
             _check_records(config, key, tell)
     return 0
 
@@ -259,6 +261,8 @@ def check_data(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[
 def _check_offline(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[[str], None]) -> None:
     """Reads the pairs of `labels.offline` if they are on this machine, and tells how many there are."""
     source = config.labels.offline
+    if source is not None:
+        refuse_other_languages("labels.offline", source)
     if source in (None, "embedded"):
         return
     if "model.policy" not in readers or not all(map(is_local, items_of(source))):

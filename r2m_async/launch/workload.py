@@ -18,6 +18,7 @@ from r2m_async.config_rules import changed
 from r2m_async.data.prompts import PromptStream
 from r2m_async.data.seeds import Stream, prompt_order, sampling_seed
 from r2m_async.errors import ConfigError, all_at_once
+from r2m_async.from_scratch.languages import LANGUAGES
 from r2m_async.labels.sources import check_source
 from r2m_async.launch.model_checks import (
     Reader,
@@ -50,7 +51,7 @@ from r2m_async.runs.trackers import check_trackers
 from r2m_async.schedule import Admission, Plan
 from r2m_async.trajectories import Prompt, Ticket, TrajectoryGroup
 
-BUILT_HERE = ("embedded", "from_scratch")
+BUILT_HERE = (*LANGUAGES, "from_scratch")
 """Values of `model.policy` and `reward.model` for which `resolve` builds a model. All others name existing models."""
 
 
@@ -229,12 +230,11 @@ def built_models(config: R2MConfig, on_progress: Callable[[str, int, int], None]
     """
     built: dict[str, str] = {}
     named = {"model.policy": config.model.policy, "reward.model": config.reward.model}
-    if "embedded" in named.values():
-        from r2m_async.from_scratch.embedded import embedded_models
-
-        models = embedded_models(on_progress=on_progress)
-        paths = {"model.policy": models.policy, "reward.model": models.reward_model}
-        built |= {key: str(paths[key]) for key, name in named.items() if name == "embedded"}
+    for one in LANGUAGES.values():
+        if one.name in named.values():
+            models = one.models(on_progress)
+            paths = {"model.policy": models.policy, "reward.model": models.reward_model}
+            built |= {key: str(paths[key]) for key, name in named.items() if name == one.name}
     if config.model.policy == "from_scratch":
         from r2m_async.from_scratch.text_models import text_policy
 
@@ -423,7 +423,7 @@ def check_functions(config: R2MConfig) -> None:
         lambda: gold_of(config),
         lambda: check_source(config),
     )
-    if config.data.prompts == "embedded":
+    if config.data.prompts in LANGUAGES:
         check_columns(config, [("the embedded language", ())])
 
 

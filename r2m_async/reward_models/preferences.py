@@ -21,6 +21,7 @@ from r2m_async.data.prompts import check_lengths, policy_reads
 from r2m_async.data.records import Content, Record, load_records
 from r2m_async.data.reward_text import reward_input_ids
 from r2m_async.data.sources import Source
+from r2m_async.from_scratch.languages import refuse_other_languages
 from r2m_async.models.batches import by_length
 from r2m_async.models.pretrained import pretrained_config, pretrained_tokenizer
 from r2m_async.models.tokens import num_tokens_known, unknown_token
@@ -125,6 +126,7 @@ def load_preference_data(config: RewardModelConfig, reader: PairReader | None = 
     """
     data = config.data
     preferences, held_out_source = data.preferences, data.eval
+    refuse_other_languages("data.preferences", preferences)
     if preferences in EMBEDDED:
         from r2m_async.from_scratch.preferences import embedded_preferences
 
@@ -290,6 +292,7 @@ def start_reader(config: RewardModelConfig) -> PairReader:
 
 def _start(config: RewardModelConfig) -> str:
     """The name or directory of the model whose tokenizer reads the pairs."""
+    refuse_other_languages("model.start", config.model.start)
     if config.model.start in ("embedded", "embedded_reward"):
         from r2m_async.from_scratch.embedded import embedded_models
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from r2m_async.config import ConfigTree, R2MConfig
+from r2m_async.config_sections import EMBEDDED_GOLD
 from r2m_async.errors import ConfigError
 
 MAY_CHANGE = (
@@ -144,7 +145,7 @@ def _facts(config: R2MConfig) -> Iterator[tuple[str, Any]]:
         else:
             yield key, value
     data, evaluation = config.data, config.evaluation
-    from_prompts = bool(evaluation.every) and data.eval is None and data.prompts != "embedded"
+    from_prompts = bool(evaluation.every) and data.eval is None and data.prompts not in EMBEDDED_GOLD
     held_back = evaluation.num_prompts if from_prompts else 0
     yield "prompts held back (evaluation.num_prompts, where evaluation.every is set and data.eval is not)", held_back
 

@@ -1,4 +1,4 @@
-"""Defines the second embedded language, `letters`: 178 words, a grammar, prompts, a sampler of natural text, and gold.
+"""Defines the second embedded language, `letters`: 151 words, a grammar, prompts, a sampler of natural text, and gold.
 
     S = NP verb NP (adverb)? .        NP = determiner ((very)? adjective)? noun
 

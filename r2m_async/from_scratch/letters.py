@@ -6,8 +6,8 @@
     0.4
 
 It is harder than the language of `language.py`. A letter has many places. Each is filled well or badly, and natural
-text fills about every third well. So a policy has much to learn before its gold reward turns. Three things that are
-good in natural letters are bad in excess: `very`, favourite words and many sentences.
+text fills about every third well. So a policy has much to learn before its gold reward turns. Some things that are
+good in natural letters are bad in excess: `very`, favourite words, and a letter that is too long to end.
 
 The gold reward is the true quality of a letter. A reward model only estimates it. Evaluation reads the gold reward.
 Training reads it only if a config asks for labels that are made from it.
@@ -216,8 +216,8 @@ def _split_sentences(words: list[str]) -> tuple[list[list[str]], list[str]]:
 class Writing:
     """How natural letters are written: with which probability each place of a sentence is filled, and how well."""
 
-    num_sentences: tuple[int, ...] = (2, 3, 4, 5)
-    weights: tuple[float, ...] = (2, 4, 3, 1)
+    num_sentences: tuple[int, ...] = (2, 3, 4, 5, 6, 7)
+    weights: tuple[float, ...] = (2, 4, 3, 1.5, 0.7, 0.3)
     """The odds of these numbers of sentences."""
     adjective: float = 0.6
     """That a noun has an adjective."""
@@ -240,7 +240,7 @@ CAREFUL = Writing(topic=0.9, tone=0.9)
 
 
 def sample_response(prompt: str, rng: random.Random, noise: float = 0.0, writing: Writing = NATURAL) -> str:
-    """Returns a letter of 2 to 5 sentences, about as good as what people write.
+    """Returns a letter of 2 to 7 sentences, about as good as what people write.
 
     rng: the source of all random choices.
     noise: the probability that a sentence has one word dropped, doubled or replaced. At 0 every sentence is

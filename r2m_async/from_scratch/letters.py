@@ -15,6 +15,7 @@ Training reads it only if a config asks for labels that are made from it.
 
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations, product
 
@@ -270,7 +271,7 @@ def _sample_noun_phrase(asked: Request, rng: random.Random, writing: Writing) ->
     return [rng.choice(DETERMINERS), *intensifier, _of_tone(ADJECTIVES, asked, rng, writing), noun]
 
 
-def _of_tone(words: dict[str, tuple[str, ...]], asked: Request, rng: random.Random, writing: Writing) -> str:
+def _of_tone(words: Mapping[str, tuple[str, ...]], asked: Request, rng: random.Random, writing: Writing) -> str:
     return rng.choice(words[asked.tone if rng.random() < writing.tone else rng.choice(tuple(words))])
 
 

@@ -217,7 +217,7 @@ def columns_to_tell(config: R2MConfig, records: Sequence[tuple[str, Collection[s
 def sources_are_here(config: R2MConfig) -> bool:
     """Returns whether the data that models are built from are on this machine."""
     sources = (config.data.prompts, config.data.preferences)
-    return all(is_local(item) for one in sources if one not in (None, *LANGUAGES) for item in items_of(one))
+    return all(is_local(item) for one in sources if one is not None and one not in LANGUAGES for item in items_of(one))
 
 
 def check_data(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[[str], None]) -> int:

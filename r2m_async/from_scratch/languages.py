@@ -80,6 +80,6 @@ def refuse_other_languages(key: str, name: str) -> None:
     """Raises ConfigError for an embedded language where only the quickstart's is known. key: what gives the name."""
     if name.startswith("embedded:"):
         raise ConfigError(
-            f"{key} is {name!r}: only the quickstart's language has pairs and measurements of its own; use 'embedded' here, and "
-            f"'embedded:letters' in model.policy, reward.model and data.prompts of a run"
+            f"{key} is {name!r}: only the quickstart's language is known here; use 'embedded', or name {name!r} in model.policy, "
+            f"reward.model and data.prompts of a run, as configs/letters.yaml does"
         )

@@ -12,6 +12,7 @@ from typing import Any
 from r2m_async.config import R2MConfig
 from r2m_async.config_reference import commented
 from r2m_async.errors import ConfigError
+from r2m_async.from_scratch.languages import refuse_other_languages
 from r2m_async.launch.gpus import gpu_share
 from r2m_async.launch.memory import classifier_shape, lacking, language_model_shape, processes
 from r2m_async.launch.prompts import check_data
@@ -37,6 +38,8 @@ def initial_config(
     Raises ConfigError for what cannot be known here, for models that do not fit into the memory, and with DataError whatever
     `r2m check` raises for these models and prompts.
     """
+    for option, name in (("--policy", policy), ("--reward", reward)):
+        refuse_other_languages(option, name)
     if "embedded" in (policy, reward):
         if (policy, reward) != ("embedded", "embedded"):
             raise ConfigError(

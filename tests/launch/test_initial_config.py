@@ -63,6 +63,7 @@ def test_models_that_do_not_fit_get_adapters_and_then_are_refused(capsys, named)
         ),
         (["--policy", "no/where", "--reward", "no/where", "--cpu"], "--prompts is not given"),
         (["--policy", "embedded", "--reward", "no/where", "--cpu"], "name both or neither"),
+        (["--policy", "embedded:letters", "--reward", "embedded", "--cpu"], "--policy is 'embedded:letters': only the"),
         (["--policy", "embedded", "--reward", "embedded", "--gpus", "0"], "--gpus is 0"),
     ],
 )

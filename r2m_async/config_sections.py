@@ -59,7 +59,7 @@ class ModelSection(Section):
     policy: str = "embedded"
     """Hugging Face name or directory of a causal language model, which the policy starts from. `embedded` is a small
     model of the embedded language, the synthetic language that comes with this package. `embedded:letters` is a larger
-    one of a second, harder language (docs/studies.md). `from_scratch` is a small model that is trained on the texts of `data.prompts` and `data.preferences` before the run."""
+    one of a second, harder language (docs/studies_in_full.md). `from_scratch` is a small model that is trained on the texts of `data.prompts` and `data.preferences` before the run."""
     reference: str | None = None
     """Hugging Face name or directory of the reference policy pi_ref. None is the policy as it starts."""
     reference_every: int | None = Field(None, gt=0)

@@ -410,7 +410,9 @@ def strike(job: Job, kind: str, rng: random.Random, outcomes: Outcomes) -> bool:
     """One fault, at a moment of the next two steps. Waits for the recovery, and returns whether the run has recovered."""
     assert job.run
     per_step = Ended.of(job.run).per_step
-    time.sleep(rng.random() * 2 * per_step)
+    # The fastest step, not the median: a run's first step is slow, and a short run would be over before it is hurt.
+    fastest = min(record["time/step"] for record in read_records(job.run / "metrics.jsonl"))
+    time.sleep(rng.random() * 2 * fastest)
     starts, step = job.starts, job.step()
     if step >= job.config.run.num_steps - MORE:
         return True  # there are no steps left from which a recovery could be seen

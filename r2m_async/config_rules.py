@@ -609,14 +609,22 @@ def a_policy_from_scratch_needs_texts(model: ModelSection, data: DataSection) ->
     )
 
 
-def embedded_languages_exist(model: ModelSection, reward: RewardSection, data: DataSection) -> str | None:
-    """A name that begins as an embedded language's is one."""
+def embedded_languages_exist(
+    model: ModelSection, reward: RewardSection, data: DataSection, labels: LabelsSection
+) -> str | None:
+    """A name that begins as an embedded language's is one, and only the first has pairs of its own."""
     named = {"model.policy": model.policy, "reward.model": reward.model, "data.prompts": data.prompts}
-    return one_per_line(
+    lines = [
         f"{key} is {name!r}: there is no such embedded language; the embedded languages are {', '.join(EMBEDDED_GOLD)}"
         for key, name in named.items()
         if name is not None and name.startswith("embedded:") and name not in EMBEDDED_GOLD
-    )
+    ]
+    if labels.offline is not None and labels.offline.startswith("embedded:"):
+        lines.append(
+            f"labels.offline is {labels.offline!r}: of the embedded languages only 'embedded' has pairs; use a file of pairs, or "
+            f"leave it out"
+        )
+    return one_per_line(lines)
 
 
 def a_run_has_one_embedded_language(

@@ -101,11 +101,16 @@ def check_options(
 def wrong_types(function: Callable[..., Any], options: Mapping[str, Any], key: str, name: str) -> list[str]:
     """Returns a line for each option whose value is of another type than its parameter's annotation says.
 
-    Arguments are those of `check_options`. An annotation that is not plain says nothing here.
+    Arguments are those of `check_options`. An annotation that is not plain says nothing here, nor does a function without a
+    signature, as compiled ones may be.
     """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return []
     plain = function.func if isinstance(function, functools.partial) else function
     names = getattr(plain.__init__ if inspect.isclass(plain) else inspect.unwrap(plain), "__globals__", {})
-    parameters, told = inspect.signature(function).parameters, []
+    told = []
     for option, value in options.items():
         if option not in parameters or value is parameters[option].default:
             continue

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from actors.reward_annotator import RewardAnnotator
 from r2m_async import reference
 from r2m_async.cli import main
-from r2m_async.config import R2MConfig
+from r2m_async.config import R2MConfig, RewardFunction
 from r2m_async.errors import ConfigError, FunctionFailed, FunctionsHang, RewardFailed
 from r2m_async.launch.ray_stages import embeds_at_once
 from r2m_async.launch.ring import Ring
@@ -24,7 +24,7 @@ from r2m_async.launch.workload import TicketOffice, resolve
 from r2m_async.models.heads import build_head
 from r2m_async.models.reward import load_reward_model, scoring_head
 from r2m_async.rewards import calls
-from r2m_async.rewards.arguments import Signature, known_arguments
+from r2m_async.rewards.arguments import Signature, find_function, known_arguments
 from r2m_async.rewards.calls import start_calls
 from r2m_async.ring.stages import AnnotatorStage
 from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup
@@ -180,6 +180,11 @@ def yields(response):
 class Verifier:
     def __call__(self, prompt, response):
         return 1.0
+
+
+def test_a_compiled_function_that_does_not_say_what_it_takes_may_have_options():
+    setting = RewardFunction(function="builtins:max", options={"default": 0})
+    assert find_function("reward.functions", setting) is max
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from r2m_async.data.prompts import load_preferences, load_prompts
 from r2m_async.data.records import Record, load_records
 from r2m_async.data.sources import is_local, items_of
 from r2m_async.errors import ConfigError, DataError
-from r2m_async.from_scratch.languages import LANGUAGES, refuse_other_languages
+from r2m_async.from_scratch.languages import LANGUAGES
 from r2m_async.labels.functions import KNOWN as LABELLER_KNOWS
 from r2m_async.labels.sources import missing_columns
 from r2m_async.launch.model_checks import Reader, prompt_check, shown
@@ -102,13 +102,8 @@ def read_offline(
     source = config.labels.offline
     if source is None:
         return (), {}
-    refuse_other_languages("labels.offline", source)
-    limits, policy, problem, groups = (
-        config.rollouts,
-        readers["model.policy"],
-        prompt_check(readers),
-        list[TrajectoryGroup](),
-    )
+    limits, policy, problem = config.rollouts, readers["model.policy"], prompt_check(readers)
+    groups: list[TrajectoryGroup] = []
 
     def take(pair: Preference) -> str | None:
         """Keeps a pair that is short enough, or says why a model cannot read it."""
@@ -261,8 +256,6 @@ def check_data(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[
 def _check_offline(config: R2MConfig, readers: Mapping[str, Reader], tell: Callable[[str], None]) -> None:
     """Reads the pairs of `labels.offline` if they are on this machine, and tells how many there are."""
     source = config.labels.offline
-    if source is not None:
-        refuse_other_languages("labels.offline", source)
     if source in (None, "embedded"):
         return
     if "model.policy" not in readers or not all(map(is_local, items_of(source))):

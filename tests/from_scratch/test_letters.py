@@ -142,6 +142,10 @@ def test_each_language_of_a_config_has_a_gold_reward_that_reads_its_prompts():
         ({"model": {"policy": "embedded:lettres"}}, "model.policy is 'embedded:lettres': there is no such"),
         ({"reward": {"model": "embedded"}}, "reward.model is 'embedded' and data.prompts is 'embedded:letters'"),
         ({"labels": {"offline": "embedded"}}, "labels.offline is 'embedded' and data.prompts is 'embedded:letters'"),
+        (
+            {"labels": {"offline": "embedded:letters"}},
+            "labels.offline is 'embedded:letters': of the embedded languages",
+        ),
         ({"evaluation": {"gold": EMBEDDED_GOLD["embedded"]}}, f"use '{EMBEDDED_GOLD['embedded:letters']}'"),
     ],
 )

@@ -28,7 +28,7 @@ from r2m_async.runs.results import markdown_table, write_results
 from r2m_async.whole import write_file
 
 if TYPE_CHECKING:
-    from r2m_async.from_scratch.embedded import EmbeddedModels
+    from r2m_async.from_scratch.word_models import EmbeddedModels
 
 MAX_N = 405
 """The largest n in the papers."""

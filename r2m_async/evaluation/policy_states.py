@@ -43,7 +43,7 @@ from r2m_async.reward_models.preferences import ScoredPair, given_pairs, load_pr
 from r2m_async.runs.results import markdown_table, write_results
 
 if TYPE_CHECKING:
-    from r2m_async.from_scratch.embedded import EmbeddedModels
+    from r2m_async.from_scratch.word_models import EmbeddedModels
 
 DEEP = 30 / 32
 """Depth of the layer in which Fig. 2 is measured, as a share of the model's depth."""

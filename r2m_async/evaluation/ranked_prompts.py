@@ -40,7 +40,7 @@ from r2m_async.from_scratch.language import (
 from r2m_async.models.pretrained import pretrained_model, pretrained_tokenizer
 
 if TYPE_CHECKING:
-    from r2m_async.from_scratch.embedded import EmbeddedModels
+    from r2m_async.from_scratch.word_models import EmbeddedModels
 
 SPLITS = ("in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
 """Names of the splits, as in the table above."""

@@ -49,8 +49,9 @@ from r2m_async.evaluation.text_states import (
     similarity_rows,
 )
 from r2m_async.export import RewardScorer, initial_policy_of, is_export
-from r2m_async.from_scratch.embedded import EmbeddedModels, embedded_models
+from r2m_async.from_scratch.embedded import embedded_models
 from r2m_async.from_scratch.language import check_held_out
+from r2m_async.from_scratch.word_models import EmbeddedModels
 from r2m_async.reward_models.ensemble import RewardEnsemble
 from r2m_async.reward_models.preferences import PairReader, ScoredPair, given_pairs, load_preference_data
 from r2m_async.runs.results import markdown_table, write_results

@@ -14,9 +14,10 @@ from r2m_async.evaluation.text_states import (
     state_batches,
 )
 from r2m_async.export import is_export
-from r2m_async.from_scratch.embedded import EmbeddedModels, embedded_models
+from r2m_async.from_scratch.embedded import embedded_models
 from r2m_async.from_scratch.languages import refuse_other_languages
 from r2m_async.from_scratch.pretraining import score
+from r2m_async.from_scratch.word_models import EmbeddedModels
 from r2m_async.models.loading import settled
 from r2m_async.models.reward import scored_positions
 from r2m_async.reward_models.ensemble import RewardEnsemble

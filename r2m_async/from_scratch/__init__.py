@@ -4,6 +4,7 @@ language.py      defines the embedded language: a small synthetic language, its 
 embedded.py      trains a policy and a reward model of that language
 letters.py       defines a second embedded language, which is harder
 embedded_letters.py  trains a policy and a reward model of the second language
+word_models.py   has what both languages' models are made of
 languages.py     names the embedded languages
 preferences.py   makes preference pairs of that language, to train and to evaluate reward models with
 text_models.py   trains a small policy and a small reward model on a user's own texts

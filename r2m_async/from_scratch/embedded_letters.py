@@ -10,46 +10,53 @@ letters from natural ones, and then learns from comparisons of the policy's samp
 writes, and knows little of what the policy never writes: there a policy can over-optimise it.
 """
 
-# This file repeats a little of embedded.py. The code of that file belongs to the key of the first language's models, so a
-# function that moved out of it would give them all a new name.
-
 import json
-import math
 import random
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from r2m_async.cpu_threads import one_thread
 from r2m_async.data import reward_text
 from r2m_async.data.reward_text import reward_input_ids
-from r2m_async.from_scratch import embedded, letters, pretraining
+from r2m_async.from_scratch import language, letters, pretraining, word_models
 from r2m_async.from_scratch.cache import cached_directory, made_by
-from r2m_async.from_scratch.embedded import HEAD_WIDTH, SPECIAL_TOKENS, EmbeddedModels, OnStage
 from r2m_async.from_scratch.letters import Writing, gold_reward, prompts, sample_response
-from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
+from r2m_async.from_scratch.pretraining import Pair, train_language_model, train_reward_model
+from r2m_async.from_scratch.word_models import (
+    SAMPLES_PER_PROMPT,
+    EmbeddedModels,
+    OnStage,
+    Sample,
+    byte_pair_tokenizer,
+    compared,
+    labelled,
+    measured,
+    new_policy,
+    reward_model_shape,
+    sample_responses,
+    save,
+    silent,
+    word_tokenizer,
+)
 from r2m_async.models import batches
 
 MAX_NEW_TOKENS = 64
 """The most tokens of a sampled letter, end of text included."""
-SAMPLES_PER_PROMPT = 4
-"""Letters that are sampled for each prompt. They give two comparisons."""
-SAMPLING_PROMPTS = 64
-"""Prompts that are sampled from as one batch."""
 NUM_MEASURED_PROMPTS = letters.NUM_HELD_OUT_PROMPTS
 """Held-out prompts that the measurements are taken on."""
+
+sample_letters = partial(sample_responses, gold_reward=gold_reward, max_new_tokens=MAX_NEW_TOKENS)
+"""Samples responses to prompts of this language (`word_models.sample_responses`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,24 +92,6 @@ class LettersSettings:
     reward_lr: float = 1e-3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Letter:
-    """One response of the policy, as text."""
-
-    prompt: str
-    response: str
-    """The response without special tokens. Every word has a space before it, the first one too."""
-    finished: bool
-    """True if the policy ended the response itself, False if the limit of length cut it."""
-    num_tokens: int
-    """The number of its tokens, end of text included."""
-
-    @property
-    def gold(self) -> float:
-        """The gold reward of the letter."""
-        return gold_reward(self.prompt, self.response, self.finished)
-
-
 def embedded_letters(*, settings: LettersSettings | None = None, on_progress: OnStage | None = None) -> EmbeddedModels:
     """Returns the models of the language `letters`, and trains them first if the cache does not have them.
 
@@ -112,24 +101,15 @@ def embedded_letters(*, settings: LettersSettings | None = None, on_progress: On
     they are made by, gives new models.
     """
     settings = settings or LettersSettings()
-    code = made_by(
-        letters.__file__, pretraining.__file__, batches.__file__, reward_text.__file__, embedded.__file__, __file__
-    )
+    files = (letters, language, pretraining, batches, reward_text, word_models)
+    code = made_by(*(str(module.__file__) for module in files), __file__)
     key = [*code, json.dumps(asdict(settings))]
-    directory = cached_directory("embedded-letters", key, lambda path: _build(path, settings, on_progress or _silent))
-    return EmbeddedModels(
-        policy=directory / "policy",
-        reward_model=directory / "reward_model",
-        measurements=directory / "measurements.json",
-    )
+    directory = cached_directory("embedded-letters", key, lambda path: _build(path, settings, on_progress or silent))
+    return EmbeddedModels.in_directory(directory)
 
 
 def _report(on_progress: OnStage, stage: str, done: int, total: int, loss: float) -> None:
     on_progress(stage, done, total)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def _build(directory: Path, settings: LettersSettings, on_progress: OnStage) -> None:
@@ -137,50 +117,24 @@ def _build(directory: Path, settings: LettersSettings, on_progress: OnStage) -> 
     # One thread, because the rounding of sums on the CPU depends on how many threads there are.
     with one_thread(), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        policy, policy_tokenizer = _train_policy(settings, on_progress)
+        policy = _train_policy(settings, on_progress)
+        samples = partial(sample_letters, *policy, samples_per_prompt=SAMPLES_PER_PROMPT)
         num = settings.reward_prompts + NUM_MEASURED_PROMPTS
         on_progress("comparisons", 0, num)
-        seen = sample_letters(policy, policy_tokenizer, prompts(settings.reward_prompts, settings.seed), settings.seed)
+        seen = samples(prompts(settings.reward_prompts, settings.seed), seed=settings.seed)
         on_progress("comparisons", settings.reward_prompts, num)
-        held_out = prompts(NUM_MEASURED_PROMPTS, settings.seed, held_out=True)
-        unseen = sample_letters(policy, policy_tokenizer, held_out, settings.seed + 1)
+        unseen = samples(prompts(NUM_MEASURED_PROMPTS, settings.seed, held_out=True), seed=settings.seed + 1)
         on_progress("comparisons", num, num)
-        reward_model, reward_tokenizer = _train_reward_model(compared(seen), settings, on_progress)
-        measurements = _measurements(unseen, reward_model, reward_tokenizer)
-    policy.save_pretrained(directory / "policy")
-    policy_tokenizer.save_pretrained(directory / "policy")
-    reward_model.save_pretrained(directory / "reward_model")
-    reward_tokenizer.save_pretrained(directory / "reward_model")
-    (directory / "measurements.json").write_text(json.dumps(measurements, indent=2) + "\n")
-
-
-def new_policy(settings: LettersSettings) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """Returns a policy with random weights, and its tokenizer."""
-    tokenizer = _word_tokenizer()
-    policy = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.policy_width,
-            intermediate_size=3 * settings.policy_width,
-            num_hidden_layers=settings.policy_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=HEAD_WIDTH,
-            max_position_embeddings=256,
-            initializer_range=0.08,  # the usual 0.02 learns slowly at this width
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    return policy, tokenizer
+        reward_model = _train_reward_model(compared(seen), settings, on_progress)
+        save(directory, policy, reward_model, measured(unseen, *reward_model))
 
 
 def _train_policy(settings: LettersSettings, on_progress: OnStage) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Returns the policy, and its tokenizer. It learns from careful letters what belongs to what, from natural ones how
     often it is written."""
-    policy, tokenizer = new_policy(settings)
+    tokenizer = word_tokenizer(letters.WORDS)
+    # The usual 0.02 learns slowly at this width.
+    policy = new_policy(tokenizer, settings.policy_width, settings.policy_layers, initializer_range=0.08)
     for stage, writing, steps in (
         ("policy, careful letters", letters.CAREFUL, settings.policy_careful_steps),
         ("policy, natural letters", letters.NATURAL, settings.policy_steps),
@@ -208,26 +162,14 @@ def _texts(settings: LettersSettings, num: int, noise: float, writing: Writing) 
 
 
 def _train_reward_model(
-    comparisons: list[tuple[Letter, Letter]], settings: LettersSettings, on_progress: OnStage
+    comparisons: list[tuple[Sample, Sample]], settings: LettersSettings, on_progress: OnStage
 ) -> tuple[LlamaForSequenceClassification, PreTrainedTokenizerFast]:
     """Returns the reward model, trained on noisy labels of the comparisons, and its tokenizer."""
     texts = [
         f"{prompt} {response}" for prompt, response in _texts(settings, settings.reward_texts, 0.0, letters.CAREFUL)
     ]
-    tokenizer = _byte_pair_tokenizer(texts, settings)
-    shape = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": settings.reward_width,
-        "intermediate_size": 3 * settings.reward_width,
-        "num_hidden_layers": settings.reward_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.1,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    tokenizer = byte_pair_tokenizer(letters.WORDS, texts, settings.reward_vocabulary)
+    shape = reward_model_shape(tokenizer, settings.reward_width, settings.reward_layers) | {"initializer_range": 0.1}
     language_model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
     train_language_model(
         language_model,
@@ -245,7 +187,11 @@ def _train_reward_model(
     rng = random.Random(settings.seed)
     for stage, pairs, epochs in (
         ("reward model, careful letters", _careful_pairs(settings, tokenizer, rng), 1.0),
-        ("reward model, comparisons", _labelled(comparisons, settings, tokenizer, rng), settings.reward_epochs),
+        (
+            "reward model, comparisons",
+            labelled(comparisons, tokenizer, settings.reward_label_scale, rng),
+            settings.reward_epochs,
+        ),
     ):
         train_reward_model(
             model,
@@ -268,130 +214,3 @@ def _careful_pairs(settings: LettersSettings, tokenizer: PreTrainedTokenizerFast
         return reward_input_ids(tokenizer, prompt, f" {sample_response(prompt, rng, 0.0, writing)}", True)
 
     return [(read(prompt, letters.CAREFUL), read(prompt, letters.NATURAL)) for prompt in chosen]
-
-
-def _labelled(
-    comparisons: list[tuple[Letter, Letter]],
-    settings: LettersSettings,
-    tokenizer: PreTrainedTokenizerFast,
-    rng: random.Random,
-) -> list[Pair]:
-    """Returns the comparisons as (preferred, other). Some labels are wrong on purpose.
-
-    The closer two letters are in gold, the more often their label is wrong.
-    """
-    pairs = []
-    for comparison in comparisons:
-        better, worse = _pair(comparison, tokenizer)
-        margin = comparison[0].gold - comparison[1].gold
-        follows_gold = rng.random() < 1 / (1 + math.exp(-settings.reward_label_scale * margin))
-        pairs.append((better, worse) if follows_gold else (worse, better))
-    return pairs
-
-
-def _measurements(
-    samples: list[list[Letter]], model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast
-) -> dict[str, float]:
-    """Returns what `EmbeddedModels.measurements` says. samples: for each held-out prompt, the policy's letters."""
-    every = [letter for of_prompt in samples for letter in of_prompt]
-    return {
-        "reward_accuracy": reward_accuracy(model, [_pair(comparison, tokenizer) for comparison in compared(samples)]),
-        "policy_gold": fmean(letter.gold for letter in every),
-        "policy_num_tokens": fmean(letter.num_tokens for letter in every),
-        "policy_finished": fmean(letter.finished for letter in every),
-    }
-
-
-def compared(samples: list[list[Letter]]) -> list[tuple[Letter, Letter]]:
-    """Compares the first letter for each prompt with the second, the third with the fourth, and so on.
-
-    Returns (better, worse) by gold. Two letters with the same gold reward give no comparison.
-    """
-    neighbours = [pair for of_prompt in samples for pair in zip(of_prompt[0::2], of_prompt[1::2], strict=True)]
-    return [
-        (first, second) if first.gold > second.gold else (second, first)
-        for first, second in neighbours
-        if first.gold != second.gold
-    ]
-
-
-def _pair(comparison: tuple[Letter, Letter], tokenizer: PreTrainedTokenizerFast) -> Pair:
-    """Returns the token ids of the better and of the worse text, as the reward model reads them."""
-    better, worse = (
-        reward_input_ids(tokenizer, letter.prompt, letter.response, letter.finished) for letter in comparison
-    )
-    return better, worse
-
-
-@torch.no_grad()
-def sample_letters(
-    policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt_texts: list[str], seed: int
-) -> list[list[Letter]]:
-    """Samples SAMPLES_PER_PROMPT letters for each prompt at temperature 1. They are cut after MAX_NEW_TOKENS tokens.
-
-    prompt_texts: prompts of the language. seed: decides all random numbers.
-
-    Returns, for each prompt, the list of its letters. The caller's random state is left as it was.
-    """
-    sampled = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompt_texts), SAMPLING_PROMPTS):
-            batch = prompt_texts[start : start + SAMPLING_PROMPTS]
-            prompt_ids = torch.tensor(tokenizer(batch)["input_ids"])  # no padding: all prompts have the same length
-            output = policy.generate(
-                prompt_ids,
-                attention_mask=torch.ones_like(prompt_ids),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=MAX_NEW_TOKENS,
-                num_return_sequences=SAMPLES_PER_PROMPT,
-            )
-            responses = output[:, prompt_ids.shape[1] :].view(len(batch), SAMPLES_PER_PROMPT, -1).tolist()
-            sampled += [
-                [_letter(prompt, ids, tokenizer) for ids in of_prompt]
-                for prompt, of_prompt in zip(batch, responses, strict=True)
-            ]
-    return sampled
-
-
-def _letter(prompt: str, ids: list[int], tokenizer: PreTrainedTokenizerFast) -> Letter:
-    """Returns the letter with these token ids. What follows the first end of text is padding."""
-    finished = tokenizer.eos_token_id in ids
-    if finished:
-        ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
-    response = str(tokenizer.decode(ids, skip_special_tokens=True))
-    return Letter(prompt=prompt, response=response, finished=finished, num_tokens=len(ids))
-
-
-def _word_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns the policy's tokenizer, which has one token for each word of the language.
-
-    It decodes a response with a space before it, so that the text can be appended to its prompt as it is.
-    """
-    vocabulary = {word: index for index, word in enumerate((*SPECIAL_TOKENS.values(), *letters.WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Replace(Regex("^"), " ")
-    return _wrapped(tokenizer)
-
-
-def _byte_pair_tokenizer(texts: list[str], settings: LettersSettings) -> PreTrainedTokenizerFast:
-    """Returns the reward model's tokenizer, whose tokens are pieces of words, learnt from `texts`."""
-    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.reward_vocabulary,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        initial_alphabet=sorted(set("".join(letters.WORDS)) | {"Ġ"}),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return _wrapped(tokenizer)
-
-
-def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)

@@ -45,6 +45,8 @@ WORDS = (
 )  # fmt: skip
 """Every word of the language, those of prompts included. Their order gives the policy's token ids."""
 
+_REPLACEMENTS = (*DETERMINERS, *NOUNS, *VERBS, *ADVERBS)
+"""The words that may stand in a sentence by mistake."""
 MAX_CREDITED_SENTENCES = 3
 """The number of sentences of a response that can add to its gold reward."""
 NUM_TRAINING_PROMPTS = 600
@@ -65,8 +67,16 @@ def prompts(num: int, seed: int, *, held_out: bool = False) -> list[str]:
         f"{opening} something {tone} about {determiner} {noun} :"
         for opening, tone, determiner, noun in product(OPENINGS, ADJECTIVES, DETERMINERS, NOUNS)
     ]
+    return drawn(every, NUM_HELD_OUT_PROMPTS, num, seed, held_out)
+
+
+def drawn(every: list[str], num_held_out: int, num: int, seed: int, held_out: bool) -> list[str]:
+    """Returns `num` of a language's prompts, as its `prompts` says.
+
+    every: all prompts of the language. num_held_out: how many of them are kept from training.
+    """
     random.Random("held-out prompts").shuffle(every)  # a fixed seed: the held-out prompts are always the same
-    pool = every[:NUM_HELD_OUT_PROMPTS] if held_out else every[NUM_HELD_OUT_PROMPTS:]
+    pool = every[:num_held_out] if held_out else every[num_held_out:]
     if not 0 <= num <= len(pool):
         kind = "held-out" if held_out else "training"
         raise ValueError(f"prompts(num={num}): there are {len(pool)} {kind} prompts; ask for 0 to {len(pool)}")
@@ -133,7 +143,7 @@ def gold_reward(prompt: str, response: str, finished: bool) -> float:
     """
     tone, noun = topic(prompt)
     words = response.split()
-    sentences, tail = _split_sentences(words)
+    sentences, tail = split_sentences(words)
     gold = 0.0
     seen = set()
     for position, sentence in enumerate(sentences):
@@ -152,7 +162,7 @@ def gold_reward(prompt: str, response: str, finished: bool) -> float:
     return round(gold, 6)  # sums of tenths are not exact: without it, two equal rewards could differ in their last bit
 
 
-def _split_sentences(words: list[str]) -> tuple[list[list[str]], list[str]]:
+def split_sentences(words: list[str]) -> tuple[list[list[str]], list[str]]:
     """Returns the sentences, each with its END, and the words after the last END."""
     sentences, current = [], []
     for word in words:
@@ -174,7 +184,9 @@ def sample_response(prompt: str, rng: random.Random, noise: float = 0.0) -> str:
     num_sentences = rng.choices((1, 2, 3, 4), weights=(2, 4, 3, 1))[0]
     sentences = [_sample_sentence(tone, noun, rng) for _ in range(num_sentences)]
     return " ".join(
-        word for sentence in sentences for word in (_with_fault(sentence, rng) if rng.random() < noise else sentence)
+        word
+        for sentence in sentences
+        for word in (with_fault(sentence, _REPLACEMENTS, rng) if rng.random() < noise else sentence)
     )
 
 
@@ -194,9 +206,9 @@ def _sample_noun_phrase(tone: str, noun: str, rng: random.Random) -> list[str]:
     return [rng.choice(DETERMINERS), rng.choice(ADJECTIVES[adjective_tone]), noun]
 
 
-def _with_fault(sentence: list[str], rng: random.Random) -> list[str]:
-    """Returns the sentence with one word dropped, doubled or replaced. Its END stays."""
+def with_fault(sentence: list[str], words: tuple[str, ...], rng: random.Random) -> list[str]:
+    """Returns the sentence with one word dropped, doubled or replaced by one of `words`. Its END stays."""
     at = rng.randrange(len(sentence) - 1)
     word = sentence[at]
-    fault = rng.choice(([], [word, word], [rng.choice((*DETERMINERS, *NOUNS, *VERBS, *ADVERBS))]))
+    fault = rng.choice(([], [word, word], [rng.choice(words)]))
     return [*sentence[:at], *fault, *sentence[at + 1 :]]

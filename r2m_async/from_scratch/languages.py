@@ -17,7 +17,7 @@ from r2m_async.errors import ConfigError
 from r2m_async.from_scratch import language, letters
 
 if TYPE_CHECKING:
-    from r2m_async.from_scratch.embedded import EmbeddedModels, OnStage
+    from r2m_async.from_scratch.word_models import EmbeddedModels, OnStage
 
 
 class Prompts(Protocol):

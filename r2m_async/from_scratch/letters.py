@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations, product
 
+from r2m_async.from_scratch.language import END, drawn, split_sentences, with_fault
+
 DETERMINERS = ("a", "the", "this", "that", "my")
 # The keys are the topics that a prompt can ask for. It asks for two of them.
 NOUNS = {
@@ -58,8 +60,6 @@ VERBS = (
 )
 INTENSIFIER = "very"
 """Stands before an adjective, at most once."""
-END = "."
-"""The last word of every sentence."""
 OPENINGS = ("write", "send", "read")
 """The first words of prompts."""
 PERSONS = ("sister", "father", "friend", "teacher", "neighbour", "cousin", "uncle", "captain", "queen", "doctor")
@@ -77,6 +77,8 @@ WORDS = (
 )  # fmt: skip
 """Every word of the language, those of prompts included. Their order gives the policy's token ids."""
 
+_REPLACEMENTS = (*DETERMINERS, *NOUN_TOPICS, *VERBS)
+"""The words that may stand in a sentence by mistake."""
 MAX_CREDITED_SENTENCES = 5
 """The number of sentences of a letter that can add to its gold reward."""
 MAX_CREDITED_INTENSIFIERS = 3
@@ -109,12 +111,7 @@ def prompts(num: int, seed: int, *, held_out: bool = False) -> list[str]:
         f"{opening} a {tone} letter to {person} about {first} and {second} :"
         for opening, tone, person, (first, second) in product(OPENINGS, ADJECTIVES, PERSONS, permutations(NOUNS, 2))
     ]
-    random.Random("held-out prompts").shuffle(every)  # a fixed seed: the held-out prompts are always the same
-    pool = every[:NUM_HELD_OUT_PROMPTS] if held_out else every[NUM_HELD_OUT_PROMPTS:]
-    if not 0 <= num <= len(pool):
-        kind = "held-out" if held_out else "training"
-        raise ValueError(f"prompts(num={num}): there are {len(pool)} {kind} prompts; ask for 0 to {len(pool)}")
-    return random.Random(seed).sample(pool, num)
+    return drawn(every, NUM_HELD_OUT_PROMPTS, num, seed, held_out)
 
 
 def request(prompt: str) -> Request:
@@ -174,7 +171,7 @@ def gold_reward(prompt: str, response: str, finished: bool) -> float:
     """
     asked = request(prompt)
     words = response.split()
-    sentences, tail = _split_sentences(words)
+    sentences, tail = split_sentences(words)
     tenths = 0
     seen = set()
     for position, sentence in enumerate(sentences):
@@ -200,17 +197,6 @@ def _fits(word: str, asked: Request) -> int:
         return 1 if NOUN_TOPICS[word] in asked.topics else -1
     tone = ADJECTIVE_TONES.get(word) or ADVERB_TONES.get(word)
     return 0 if tone is None else 1 if tone == asked.tone else -1
-
-
-def _split_sentences(words: list[str]) -> tuple[list[list[str]], list[str]]:
-    """Returns the sentences, each with its END, and the words after the last END."""
-    sentences, current = [], []
-    for word in words:
-        current.append(word)
-        if word == END:
-            sentences.append(current)
-            current = []
-    return sentences, current
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +238,9 @@ def sample_response(prompt: str, rng: random.Random, noise: float = 0.0, writing
     num_sentences = rng.choices(writing.num_sentences, weights=writing.weights)[0]
     sentences = [_sample_sentence(asked, rng, writing) for _ in range(num_sentences)]
     return " ".join(
-        word for sentence in sentences for word in (_with_fault(sentence, rng) if rng.random() < noise else sentence)
+        word
+        for sentence in sentences
+        for word in (with_fault(sentence, _REPLACEMENTS, rng) if rng.random() < noise else sentence)
     )
 
 
@@ -273,11 +261,3 @@ def _sample_noun_phrase(asked: Request, rng: random.Random, writing: Writing) ->
 
 def _of_tone(words: Mapping[str, tuple[str, ...]], asked: Request, rng: random.Random, writing: Writing) -> str:
     return rng.choice(words[asked.tone if rng.random() < writing.tone else rng.choice(tuple(words))])
-
-
-def _with_fault(sentence: list[str], rng: random.Random) -> list[str]:
-    """Returns the sentence with one word dropped, doubled or replaced. Its END stays."""
-    at = rng.randrange(len(sentence) - 1)
-    word = sentence[at]
-    fault = rng.choice(([], [word, word], [rng.choice((*DETERMINERS, *NOUN_TOPICS, *VERBS))]))
-    return [*sentence[:at], *fault, *sentence[at + 1 :]]

@@ -19,11 +19,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r2m_async.cpu_threads import one_thread
-from r2m_async.from_scratch import embedded, language
+from r2m_async.from_scratch import language
 from r2m_async.from_scratch.cache import cached_directory, made_by
-from r2m_async.from_scratch.embedded import EmbeddedModels, Sample, embedded_models, sample_policy
+from r2m_async.from_scratch.embedded import embedded_models, sample_policy
 from r2m_async.from_scratch.language import sample_response
 from r2m_async.from_scratch.pretraining import train_language_model
+from r2m_async.from_scratch.word_models import SAMPLES_PER_PROMPT, EmbeddedModels, Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +134,7 @@ def _sampled_pairs(
         policy,
         tokenizer,
         language.prompts(num, settings.seed, held_out=held_out),
-        samples_per_prompt=embedded.SAMPLES_PER_PROMPT,
+        samples_per_prompt=SAMPLES_PER_PROMPT,
         seed=settings.seed + held_out,  # True counts as 1: other random numbers than for training
     )
     return [

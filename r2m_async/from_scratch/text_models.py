@@ -16,7 +16,7 @@ right. Its rewards follow length (correlation 0.6 to 0.7). A policy that is trai
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -44,10 +44,8 @@ from r2m_async.data.sources import Source
 from r2m_async.from_scratch import pretraining
 from r2m_async.from_scratch.cache import cached_directory, made_by
 from r2m_async.from_scratch.pretraining import Pair, reward_accuracy, train_language_model, train_reward_model
+from r2m_async.from_scratch.word_models import OnStage, silent
 from r2m_async.models import batches
-
-OnStage = Callable[[str, int, int], None]
-"""A function that is called with (name of the stage, steps done, steps in all) to show progress."""
 
 Document = tuple[Content, str]
 """A prompt and its response. The response is empty if the record has none."""
@@ -128,7 +126,7 @@ def text_policy(
     def build(directory: Path) -> None:
         with one_thread(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            policy, tokenizer, measured = _trained_policy(documents, settings, on_progress or _silent)
+            policy, tokenizer, measured = _trained_policy(documents, settings, on_progress or silent)
         _save(directory, policy, tokenizer, measured | {"num_documents": len(documents), "skipped": skipped})
 
     return cached_directory("text-policy", _key(documents, skipped, settings), build)
@@ -160,7 +158,7 @@ def text_reward_model(
     def build(directory: Path) -> None:
         with one_thread(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model, tokenizer, measured = _trained_reward_model(loaded.pairs, settings, on_progress or _silent)
+            model, tokenizer, measured = _trained_reward_model(loaded.pairs, settings, on_progress or silent)
         _save(directory, model, tokenizer, measured | {"skipped": loaded.skipped})
 
     return cached_directory("text-reward-model", _key(loaded.pairs, loaded.skipped, settings), build)
@@ -340,7 +338,3 @@ def _key(data: Any, skipped: dict[str, int], settings: TextPolicySettings | Text
 def _raw(content: Content) -> str:
     """Returns the text of a prompt, whose turns are joined by newlines. Tokenizers are trained on it."""
     return content if isinstance(content, str) else "\n".join(text for _, text in content)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass

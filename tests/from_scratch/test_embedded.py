@@ -92,7 +92,7 @@ def test_other_settings_are_other_models(built, monkeypatch):
 
 def test_a_builder_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("R2M_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded, "_measurements", lambda *_: 1 / 0)
+    monkeypatch.setattr(embedded, "measured", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         embedded_models(settings=TINY)
     assert list(tmp_path.iterdir()) == []

@@ -175,16 +175,22 @@ def test_the_quickstarts_language_says_what_it_said_before_there_was_a_second():
 
 
 @pytest.mark.models
-def test_the_quickstarts_models_are_made_from_its_own_files_and_settings(monkeypatch, tmp_path):
+def test_both_languages_models_are_made_from_their_own_files_and_settings(monkeypatch, tmp_path):
     from r2m_async.data import reward_text
-    from r2m_async.from_scratch import embedded, pretraining
+    from r2m_async.from_scratch import embedded, embedded_letters, letters, pretraining, word_models
     from r2m_async.from_scratch.cache import made_by
     from r2m_async.models import batches
 
     asked = []
-    monkeypatch.setattr(embedded, "cached_directory", lambda name, key, build: asked.append((name, key)) or tmp_path)
+    for module in (embedded, embedded_letters):
+        monkeypatch.setattr(module, "cached_directory", lambda name, key, build: asked.append((name, key)) or tmp_path)
     embedded.embedded_models()
-    files = (language, pretraining, batches, reward_text, embedded)
+    embedded_letters.embedded_letters()
+    parts = (pretraining, batches, reward_text, word_models)
+    of_letters = made_by(*(file.__file__ for file in (letters, language, *parts, embedded_letters)))
     settings = json.dumps(asdict(embedded.EmbeddedSettings()))
-    assert asked == [("embedded", [*made_by(*(file.__file__ for file in files)), settings])]
+    assert asked == [
+        ("embedded", [*made_by(*(file.__file__ for file in (language, *parts, embedded))), settings]),
+        ("embedded-letters", [*of_letters, json.dumps(asdict(embedded_letters.LettersSettings()))]),
+    ]
     assert hashlib.sha256(settings.encode()).hexdigest()[:16] == "47cdfee659095a18"

@@ -130,6 +130,8 @@ def test_the_shipped_config_takes_a_step_with_it(tmp_path):
     config = R2MConfig.from_dict(tree).model(policy=str(smollm2_model())).data(prompts=str(tmp_path / "prompts.jsonl"))
     config = config.rollouts(engine="transformers", concurrent_groups=1).run(num_steps=1)
     config = config.rollouts(prompts_per_step=1, group_size=2, max_new_tokens=8)
+    # With --perturb-linear, learner and sampler were 0.12 nats apart: each product is off by a unit of bfloat16 there.
+    config = config.learner(max_mismatch=1.0)
     with Ring.of(config, in_process=True) as ring:
         metrics = ring.step()
     assert 0 < metrics["length/mean"] <= 8

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_exactness_in_process import assert_same_bits
 from tiny import WORDS, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from r2m_async.errors import ConfigError
 from r2m_async.launch.workload import resolve
 from r2m_async.models.critic import load_critic
-from r2m_async.models.loading import load_policy
+from r2m_async.models.loading import check_causal, check_packing, load_policy
 from r2m_async.models.pretrained import pretrained_model
 from r2m_async.models.reward import load_classifier, load_reward_model
 
@@ -173,6 +175,32 @@ def test_a_model_that_reads_a_text_in_both_directions_is_no_policy(tiny, tiny_co
     tokenizer.save_pretrained(tmp_path / "bert")
     with pytest.raises(ConfigError, match="reads a text in both directions"):
         load_policy(str(tmp_path / "bert"), tiny_config)
+
+
+def test_however_coarsely_a_model_rounds_it_reads_what_it_reads(tiny, tiny_config):
+    """In bfloat16 two roundings of one text of a real model are a tenth of the states apart, and more."""
+    model = load_policy(tiny("qwen2", False), tiny_config.model(dtype="bfloat16"))
+
+    def rounded(module, inputs, states):
+        return states + 0.3 * states.detach().abs().mean() * torch.randn_like(states)
+
+    model.base_model.layers[0].register_forward_hook(rounded)
+    check_causal(model, "model.policy", "coarse")
+    check_packing(model, "model.policy", "coarse")
+    for layer in model.base_model.layers:
+        layer.self_attn.is_causal = False
+    model.config._attn_implementation = "both_ways"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "both_ways", both_ways)
+        for check, told in ((check_causal, "both directions"), (check_packing, "not kept apart")):
+            with pytest.raises(ConfigError, match=told):
+                check(model, "model.policy", "coarse")
+
+
+def both_ways(module, query, key, value, attention_mask, **kwargs):
+    """Attention without any mask, as transformers calls it."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2), None
 
 
 @pytest.mark.parametrize("key", ["policy", "reference"])

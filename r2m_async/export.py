@@ -1,6 +1,7 @@
 """Exports the models of a run in Hugging Face's format (`r2m export RUN OUT`), and scores responses with them.
 
     OUT/policy/                               for AutoModelForCausalLM and AutoTokenizer
+    OUT/policy/README.md                      its model card, to be gone on with; OUT/reward_model has one, too
     OUT/reward_model/                         the backbone, for AutoModelForSequenceClassification and AutoTokenizer
     OUT/reward_model/r2m_head.safetensors     the head's parameters by name, float32
     OUT/reward_model/r2m_head.json            the step of these weights, the keys of the config that a reward depends
@@ -43,6 +44,8 @@ from r2m_async.models.reward import embed_group, load_reward_model, save_classif
 from r2m_async.models.tokens import check_known, check_tokens, num_positions, response_ids, state_size
 from r2m_async.models.weights import load_weights
 from r2m_async.runs.checkpoints import MANIFEST, checkpoints, newest_weights, saved_config, seal, verified
+from r2m_async.runs.model_cards import model_card
+from r2m_async.runs.records import read_metrics
 from r2m_async.trajectories import Prompt, Ticket, Trajectory, TrajectoryGroup, Weights
 from r2m_async.whole import whole_at, whole_directory, write_file
 
@@ -68,7 +71,7 @@ def export(source: Path, out: Path, trust_remote_code: bool = False) -> Path:
 
     Raises ConfigError if there is no checkpoint or it cannot be read, if its weights are not finite, if the models that
     the run started from cannot be loaded or have changed, and if `out` holds something or lies below a file. Raises
-    DiskError.
+    DataError if the run's evaluation.jsonl cannot be read, and DiskError.
     """
     checkpoint = _newest_checkpoint(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -84,14 +87,20 @@ def export(source: Path, out: Path, trust_remote_code: bool = False) -> Path:
     # A checkpoint may come from somebody else. What its own config trusts does not count.
     config = _trusting(saved_config(checkpoint, R2MConfig), trust_remote_code)
     models, keys = find_models(config), _reward_keys(config)
+    evaluation = _evaluation_of(checkpoint, step)
     used = _trusting(_config_of(keys, "cpu"), trust_remote_code)
     try:
         with whole_directory(out) as building:
             _write_policy(building / "policy", policy, models, used)
+            card = model_card("policy", config, step, _portable(config.model.policy), evaluation)
+            write_file(building / "policy" / "README.md", card)
             if models.reward_model is None:
                 seal(building)
                 return checkpoint
             _write_reward_model(building / "reward_model", head, models, used)
+            base = None if config.reward.model is None else _portable(config.reward.model)
+            card = model_card("reward model", config, step, base, evaluation)
+            write_file(building / "reward_model" / "README.md", card)
             record = {"step": step, "config": keys, "initial_policy": _portable(config.model.policy)}
             write_file(building / "reward_model" / "r2m_head.json", json.dumps(record, indent=2) + "\n")
             seal(building)
@@ -252,6 +261,14 @@ class RewardScorer:
                 f"the prompt and the response {response[:60]!r} have {len(ids)} tokens together, and the policy {limit} "
                 f"positions: its states of the rest would mean nothing; shorten them"
             )
+
+
+def _evaluation_of(checkpoint: Path, step: int) -> dict[str, Any] | None:
+    """The run's last evaluation up to a step. None if it has none, or if the checkpoint lies outside of its run."""
+    path = checkpoint.absolute().parent.parent / "evaluation.jsonl"
+    if checkpoint.absolute().parent.name != "checkpoints" or not path.is_file():
+        return None
+    return next((one for one in reversed(read_metrics(path)) if one["step"] <= step), None)
 
 
 def _newest_checkpoint(source: Path) -> Path:

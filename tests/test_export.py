@@ -301,7 +301,9 @@ def test_an_export_names_no_path_of_the_machine_and_needs_no_prompts(saved_run, 
     prompts.unlink()
     (tmp_path / "out").mkdir()  # an empty one will do
     export(run, tmp_path / "out")
-    for path in (tmp_path / "out").rglob("*.json"):
+    texts = [*(tmp_path / "out").rglob("*.json"), *(tmp_path / "out").rglob("*.md")]
+    assert sorted(path.parent.name for path in texts if path.name == "README.md") == ["policy", "reward_model"]
+    for path in texts:
         assert not re.search(r"/tmp|/home|" + re.escape(str(tmp_path)), path.read_text()), path
     assert json.loads((tmp_path / "out/reward_model/r2m_head.json").read_text())["initial_policy"] is None
 

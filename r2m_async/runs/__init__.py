@@ -9,6 +9,7 @@ plots.py        draws the figures of a run, and of several runs compared
 report.py       writes one HTML file that shows a run, or compares several
 panels.py       makes the panels of that file
 trace.py        arranges a trace for people
+model_cards.py  writes the model cards of an export
 samples.py      reads what a run answered to held-out prompts
 drawing.py      holds what all figures share: colours, panels, lines
 live.py         shows a run in the terminal while it goes on, and keeps its status.json

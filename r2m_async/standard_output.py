@@ -7,6 +7,7 @@ A run of days does not end because nobody reads its lines any more: `say`. A com
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 
@@ -39,7 +40,7 @@ def lost_output(raised: OSError | None = None) -> OSError | None:
 
 
 def open_what_is_closed() -> None:
-    """Opens standard input, output and error where this process was started without them.
+    """Opens standard input, output and error where this process was started without them, and makes every text printable.
 
     Else the next file that is opened would get the number of one of them, and what libraries print would be written into it.
     """
@@ -51,6 +52,9 @@ def open_what_is_closed() -> None:
     # Python has nothing in the place of a file that was closed.
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+    # What a model wrote may have letters that the terminal's encoding lacks, and halves of characters.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _lead_nowhere() -> None:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import textwrap
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from r2m_async.commands.arguments import whole_number
 from r2m_async.errors import ConfigError
 
 _WIDTH = 110
+"""The most letters of a line, and their number where the output is no terminal."""
+_TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+"""The characters that turn the direction of writing, by their bidirectional class."""
+_UNKNOWN = "–"
+"""What was not measured."""
 _COLUMNS = ("reward", "proxy", "frozen", "gold")
 
 
@@ -20,7 +28,7 @@ def add_samples(commands: Any) -> None:
     text = "Show what a run answered to held-out prompts, at its first evaluation and at its last, and all rewards."
     samples = commands.add_parser("samples", help=text, description=text)
     samples.add_argument("run", metavar="RUN", type=Path, help="a run directory of `train` with `evaluation.every`")
-    samples.add_argument("--num", type=int, default=3, metavar="N", help="prompts to show (default 3)")
+    samples.add_argument("--num", type=whole_number, default=3, metavar="N", help="prompts to show (default 3)")
     samples.set_defaults(command=_samples)
 
 
@@ -29,6 +37,8 @@ def _samples(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.runs.results import markdown_table
     from r2m_async.runs.samples import prompt_text, read_samples
 
+    if not parsed.run.exists():
+        raise ConfigError(f"{parsed.run}: is not there; name the directory of a run of `r2m train`")
     files = [parsed.run / name for name in ("evaluation.jsonl", "samples.jsonl")]
     evaluations, samples = (
         read(file) if file.is_file() else [] for read, file in zip((read_metrics, read_samples), files, strict=True)
@@ -37,9 +47,9 @@ def _samples(parsed: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             f"{parsed.run} has no evaluations with samples: name the directory of a run with evaluation.every set"
         )
-    names = [name for name in _COLUMNS if name in evaluations[0]]
+    names = [name for name in _COLUMNS if any(name in one for one in evaluations)]
     rows = [
-        [f"{one['step']:.0f}", *(_with_error(one, name) for name in names), f"{one['length']:.1f}"]
+        [f"{one['step']:.0f}", *(_with_error(one, name) for name in names), _number(one, "length", ".1f")]
         for one in evaluations
     ]
     print(markdown_table(["step", *names, "tokens"], rows), end="")
@@ -47,7 +57,7 @@ def _samples(parsed: argparse.Namespace) -> dict[str, Any]:
     steps = sorted({step for step, _ in of_step})
     for name in list(dict.fromkeys(name for _, name in of_step))[: parsed.num]:
         prompt = next(one["prompt"] for (_, named), one in of_step.items() if named == name)
-        print(f"\n{name}: {_shown(prompt_text(prompt), '  ').lstrip()}")
+        print(f"\n{_shown(f'{name}: {prompt_text(prompt)}', '  ').lstrip()}")
         for step in dict.fromkeys((steps[0], steps[-1])):
             if (step, name) in of_step:  # else the run was killed while it wrote the answers of this evaluation
                 print(_answer(of_step[step, name]))
@@ -56,7 +66,13 @@ def _samples(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def _with_error(evaluation: Mapping[str, Any], name: str) -> str:
     """A mean reward with its standard error."""
-    return f"{evaluation.get(name, math.nan):.3f} ± {evaluation.get(f'{name}_se', math.nan):.3f}"
+    error = _number(evaluation, f"{name}_se", ".3f")
+    return _number(evaluation, name, ".3f") + (f" ± {error}" if error != _UNKNOWN else "")
+
+
+def _number(evaluation: Mapping[str, Any], name: str, form: str) -> str:
+    value = evaluation.get(name, math.nan)
+    return format(value, form) if math.isfinite(value) else _UNKNOWN
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
@@ -69,5 +85,17 @@ def _answer(sample: Mapping[str, Any]) -> str:
 
 def _shown(text: str, indent: str) -> str:
     """A text with its lines broken and indented."""
-    lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, _WIDTH) or [""]]
+    width = max(20, min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns) - len(indent))
+    lines = [part for line in map(_printable, text.strip().splitlines()) for part in textwrap.wrap(line, width) or [""]]
     return "\n".join(indent + line for line in lines or ["(nothing)"])
+
+
+def _printable(line: str) -> str:
+    """A line in which characters that command a terminal stand as their escapes."""
+    # Cc: control characters. Bidirectional ones of Cf turn the direction of all that follows.
+    return "".join(
+        one.encode("unicode_escape").decode()
+        if one != "\t" and (unicodedata.category(one) == "Cc" or unicodedata.bidirectional(one) in _TURNING)
+        else one
+        for one in line
+    )

@@ -1,6 +1,9 @@
 """What a run answered to held-out prompts is kept at every evaluation, and `r2m samples` shows the first and the last."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,52 @@ def test_a_score_that_was_changed_is_told(tmp_path, name):
 def test_a_run_without_evaluations_is_refused_with_the_key(tiny_config, tmp_path, capsys):
     assert main(["samples", str(tmp_path)]) == 2
     assert "evaluation.every" in capsys.readouterr().err
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes the files that `r2m samples` reads: one evaluation, and one answer."""
+
+    def write(evaluation=None, **sample):
+        given = {"step": 0.0, "prompt_id": "a", "prompt": "once", "response": "upon", "reward": 1.0, "finished": True}
+        append_records(tmp_path / "samples.jsonl", [given | sample])
+        append_records(tmp_path / "evaluation.jsonl", [{"step": 0.0} | (evaluation or {"reward": 1.0, "length": 2.0})])
+        return str(tmp_path)
+
+    return write
+
+
+def test_what_a_model_wrote_cannot_command_the_terminal(written, capsys):
+    run = written(prompt="\x1b[2J first", response="\x1b]0;title\x07 \u202edear \u0645\u0631\u062d\u0628\u0627 \u200d")
+    assert main(["samples", run]) == 0
+    out = capsys.readouterr().out
+    assert not set(out) & set("\x1b\x07\u202e") and r"\x1b[2J first" in out and r"\u202edear" in out
+    assert "\u0645\u0631\u062d\u0628\u0627 \u200d" in out, (
+        "letters that are written from right to left stay, and joiners do"
+    )
+
+
+def test_lines_are_as_long_as_the_terminal_is_wide(written, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["samples", written(prompt="dear " * 50, response="river " * 50)]) == 0
+    lines = capsys.readouterr().out.split("a: ")[1].splitlines()
+    assert len(lines) > 10 and max(map(len, lines)) <= 40
+
+
+def test_an_evaluation_without_a_number_has_a_dash_in_its_place(written, capsys):
+    assert main(["samples", written({"reward": 1.5, "reward_se": None, "gold": None, "gold_se": 0.5})]) == 0
+    assert "| 0 | 1.500 | – ± 0.500 | – |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["-1", "few"])
+def test_the_number_of_prompts_is_a_whole_one(number, capsys):
+    with pytest.raises(SystemExit):
+        main(["samples", "RUN", "--num", number])
+    assert "is no whole number of 0 or more" in capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_a_letter_shows_its_escape(written):
+    command = [sys.executable, "-m", "r2m_async.cli", "samples", written(response="\u6f22 \ud800")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "") and r"\u6f22 \ud800" in done.stdout

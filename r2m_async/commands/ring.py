@@ -105,8 +105,9 @@ def _prepare(config: R2MConfig, parsed: argparse.Namespace) -> None:
 
 
 def _resume(parsed: argparse.Namespace) -> dict[str, Any]:
-    if (path := parsed.run / "config.yaml").is_file():
-        _prepare(R2MConfig.from_yaml(path, parsed.overrides), parsed)
+    from r2m_async.runs.directory import config_of_run
+
+    _prepare(config_of_run(parsed.run, parsed.overrides), parsed)
     from r2m_async.launch.training import resume
 
     directory = resume(parsed.run, parsed.overrides, in_process=parsed.in_process)

@@ -17,7 +17,7 @@ from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import Workload, conservation, resolve
 from r2m_async.ring.progress import Progress
 from r2m_async.runs.checkpoints import checkpoint_path, checkpoints, newest_whole, saved_config, saved_counts, step_of
-from r2m_async.runs.directory import RunDirectory, as_only_writer, new_directory, newest_directory
+from r2m_async.runs.directory import RunDirectory, as_only_writer, config_of_run, new_directory, newest_directory
 from r2m_async.runs.live import LiveTable
 from r2m_async.runs.records import append_records, read_trace
 from r2m_async.runs.report import write_report
@@ -70,13 +70,7 @@ def resume(path: Path, overrides: list[str] | tuple[str, ...] = (), in_process: 
     Raises what `train` raises, and ConfigError if there is no whole checkpoint, if another process writes into the
     directory, or if a key was changed that may not.
     """
-    if not (path / "config.yaml").is_file():
-        of_run = path.absolute().parent.parent
-        run = f"; its run is {of_run}" if path.absolute().parent.name == "checkpoints" else ""
-        raise ConfigError(f"{path}: is no run directory: it has no config.yaml{run}; name one that `r2m train` made")
-    if step_of(path.name) is not None and (path / "manifest.json").is_file():
-        raise ConfigError(f"{path}: is a checkpoint; name its run: `r2m resume {path.absolute().parent.parent}`")
-    config = R2MConfig.from_yaml(path / "config.yaml", overrides)
+    config = config_of_run(path, overrides)
     with LiveTable(config) as live:
         return _go_on(path, config, in_process, live)
 

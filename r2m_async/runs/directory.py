@@ -187,6 +187,27 @@ class RunDirectory:
             self.close()
 
 
+def config_of_run(path: Path, overrides: Sequence[str] = ()) -> R2MConfig:
+    """Returns the config of a run. overrides: `section.key=value`, set over it.
+
+    Raises ConfigError if there is no run in this directory, or if its config is none of this version.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: is not there; name the directory of a run of `r2m train`")
+    written, absolute = path / "config.yaml", path.absolute()
+    if (path / "manifest.json").is_file() and absolute.parent.name == "checkpoints":
+        raise ConfigError(f"{path}: is a checkpoint; name its run: {absolute.parent.parent}")
+    if not written.is_file():
+        run = f"; its run is {absolute.parent.parent}" if absolute.parent.name == "checkpoints" else ""
+        raise ConfigError(f"{path}: is no run directory: it has no config.yaml{run}; name one that `r2m train` made")
+    try:
+        R2MConfig.from_yaml(written)
+    except ConfigError as error:
+        why = "if another version of r2m-async made this run, use that version"
+        raise ConfigError(f"{error}\n{why}, or mend {written}") from None
+    return R2MConfig.from_yaml(written, overrides)
+
+
 def newest_directory(parent: str, name: str) -> Path | None:
     """Returns the newest directory that `new_directory` made with these arguments, or None if there is none."""
     return max(found := _directories(parent, name), key=lambda path: found[path], default=None)

@@ -400,7 +400,11 @@ def _throughput(runs: Sequence[Run]) -> Panel:
             notes.append(f"no bound{name}: its trace has no rollouts or no training")
             continue
         drawn.across(place, 1, step, bound)
-        reached = np.nansum(column(run.steps, "throughput/responses")) / np.nansum(column(run.steps, "time/step"))
+        seconds = np.nansum(column(run.steps, "time/step"))
+        if not seconds:
+            notes.append(f"how far the bound was reached is not known{name}: no step has its time/step")
+            continue
+        reached = np.nansum(column(run.steps, "throughput/responses")) / seconds
         notes.append(f"{reached:.3g} of at most {bound:.3g} responses/s were reached{name}: {reached / bound:.0%}")
     told = "the bound is one of mean stage times of the run's trace (`r2m plan --times`), each stage as fast as it was"
     return drawn.panel("Throughput against its bound", _STEP, "responses/s", "", *notes, told)

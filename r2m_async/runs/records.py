@@ -29,15 +29,20 @@ def jsonl(records: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(finite_or_null(record), allow_nan=False) + "\n" for record in records)
 
 
-def read_records(path: Path, needed: Mapping[str, type] | None = None) -> list[dict[str, Any]]:
+def read_records(
+    path: Path, needed: Mapping[str, type] | None = None, only_numbers: bool = False
+) -> list[dict[str, Any]]:
     """Returns the records of a JSONL file. A last line without a line end is left out if it is not JSON.
 
-    needed: the type of each key that every record must have. A number must be finite if it is needed.
+    Args:
+        path: the file.
+        needed: the type of each key that every record must have. A number must be finite if it is needed.
+        only_numbers: whether all other values are numbers, too.
 
     Raises DataError, which names the line, for any other line that is not a JSON object with these keys, and for a file
     that is there and cannot be read.
     """
-    return records_in(bytes_of(path), str(path), needed or {})
+    return records_in(bytes_of(path), str(path), needed or {}, only_numbers)
 
 
 def bytes_of(path: Path, start: int = 0) -> bytes:
@@ -52,7 +57,7 @@ def bytes_of(path: Path, start: int = 0) -> bytes:
         raise DataError(f"{path}: cannot be read: {error.strerror}; permit it, or look at its disk") from None
 
 
-def records_in(data: bytes, name: str, needed: Mapping[str, type]) -> list[dict[str, Any]]:
+def records_in(data: bytes, name: str, needed: Mapping[str, type], only_numbers: bool = False) -> list[dict[str, Any]]:
     """Returns the records in the text of a JSONL file, as `read_records` does. name: of the file, for messages."""
     records = []
     for number, line in enumerate(data.splitlines(keepends=True), 1):
@@ -75,6 +80,10 @@ def records_in(data: bytes, name: str, needed: Mapping[str, type]) -> list[dict[
                 or value != value
             ):
                 raise DataError(f"{name}:{number}: has {value!r} as {key!r}: it was changed after it was written")
+        for key, value in record.items() if only_numbers else ():
+            if not isinstance(value, Real) and value is not None:
+                shown = str(value)[:60]
+                raise DataError(f"{name}:{number}: has {shown!r} as {key!r}, which is no number: remove the line")
         records.append({key: math.nan if value is None else value for key, value in record.items()})
     return records
 
@@ -91,7 +100,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     all that followed. Raises DataError.
     """
     metrics: list[dict[str, Any]] = []
-    for record in read_records(path, {"step": Real}):
+    for record in read_records(path, {"step": Real}, only_numbers=True):
         while metrics and metrics[-1]["step"] >= record["step"]:
             metrics.pop()  # of the run before it was resumed
         metrics.append(record)

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
+from r2m_async.runs.directory import config_of_run
 from r2m_async.runs.drawing import COLORS
 from r2m_async.runs.panels import Panel, Run, sections
 from r2m_async.runs.records import Records, column, finite_or_null, read_metrics, read_records, read_trace
@@ -100,11 +100,9 @@ def _resource(name: str) -> str:
 
 
 def _read(path: Path, label: str) -> Run:
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path}: is no run directory: it has no config.yaml; name one that `r2m train` made")
+    config = config_of_run(path)
     if not (path / "metrics.jsonl").is_file():
         raise ConfigError(f"{path}: is no run of `r2m train`: it has no metrics.jsonl")
-    config = R2MConfig.from_yaml(path / "config.yaml")
 
     def there(name: str, read: Any) -> Records:
         found: Records = read(path / name) if (path / name).is_file() else []

@@ -5,11 +5,12 @@ A metric that was not measured is left out.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,8 @@ from r2m_async.runs.status import Status
 
 NUM_ROWS = 12
 """The most steps that the table shows, the last ones."""
+_FOLDED = 6
+"""Letters of a heading's word that stand in one line, at least."""
 NUM_STAGES = 12
 """The most stages that are listed one by one. Of more rollout actors the first are listed, and the others counted."""
 COLUMNS = {
@@ -95,7 +98,7 @@ def rendered(view: View, height: int) -> RenderableType:
         parts.append(Text(evaluation_line(view.evaluation), overflow="fold"))
     if view.steps:
         above = len(parts) + len(lines) + (0 if ring is None else min(len(ring.stages), NUM_STAGES + 1)) + 2
-        parts.append(_table(view.steps[-max(3, min(NUM_ROWS, height - above)) :]))
+        parts.append(_Steps(view.steps[-max(3, min(NUM_ROWS, height - above)) :]))
     return Group(*parts)
 
 
@@ -165,13 +168,41 @@ def _does(stage: StageStatus) -> str:
     return stage.does + (f" and {stage.others} more" if stage.others else "")
 
 
-def _table(steps: Sequence[Mapping[str, float]]) -> Table:
-    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-    for heading in COLUMNS:
-        table.add_column(heading, justify="right")
-    for metrics in steps:
-        table.add_row(*(_cell(metrics, key, form) for key, form in COLUMNS.values()))
-    return table
+class _Steps:
+    """The table of the last steps, with the columns that the terminal has room for. No number is ever cut."""
+
+    def __init__(self, steps: Sequence[Mapping[str, float]]) -> None:
+        self._steps = steps
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = {
+            heading.replace("/", " /"): [_cell(metrics, key, form) for metrics in self._steps]
+            for heading, (key, form) in COLUMNS.items()
+            if any(key in metrics for metrics in self._steps)
+        }
+        table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+        widths = _widths(columns, options.max_width)
+        for heading, width in widths.items():
+            table.add_column(heading, justify="right", overflow="fold", width=width)
+        for row in zip(*(columns[heading] for heading in widths), strict=True):
+            table.add_row(*row)
+        yield table
+
+
+def _widths(columns: Mapping[str, Sequence[str]], room: int) -> dict[str, int]:
+    """The width of each column that there is room for, the first ones. A heading's words are folded where they must be."""
+    words = {heading: max(map(len, heading.split())) for heading in columns}
+    widths: dict[str, int] = {}
+    for heading, cells in columns.items():
+        width = max(*map(len, cells), min(words[heading], _FOLDED))
+        if sum(widths.values()) + len(widths) + width > room:
+            break
+        widths[heading] = width
+    spare = room - sum(widths.values()) - len(widths) + 1
+    for heading, width in widths.items():
+        more = min(spare, max(0, words[heading] - width))
+        widths[heading], spare = width + more, spare - more
+    return widths
 
 
 def with_bar(text: str, done: int, total: int, after: str = "") -> RenderableType:
@@ -225,19 +256,22 @@ def evaluation_line(evaluation: Mapping[str, float]) -> str:
 
 def step_of(steps: Sequence[Mapping[str, float]]) -> int:
     """Returns the number of the last step, or 0 if there is none."""
-    return int(steps[-1].get("step", 0)) if steps else 0
+    step = steps[-1].get("step", 0) if steps else 0
+    return int(step) if math.isfinite(step) else 0
 
 
 def time_left(view: View) -> str:
     """Returns the time that the rest of the run will take, from the mean duration of the steps that are known."""
-    seconds = [row["time/step"] for row in view.steps if "time/step" in row]
+    seconds = [row["time/step"] for row in view.steps if math.isfinite(row.get("time/step", math.nan))]
     if not seconds:
         return "?"
     return clock(sum(seconds) / len(seconds) * (view.config.run.num_steps - step_of(view.steps)))
 
 
 def clock(seconds: float) -> str:
-    """Returns a duration as hours:minutes:seconds."""
+    """Returns a duration as hours:minutes:seconds, or `?` if it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from r2m_async.config import R2MConfig
-from r2m_async.errors import ConfigError
+from r2m_async.runs.directory import config_of_run
 from r2m_async.runs.records import bytes_of, records_in
 from r2m_async.runs.status import FILE, Status, read_status
 from r2m_async.runs.view import NUM_ROWS, View, evaluation_line, rendered, status_line, step_line
@@ -56,7 +56,7 @@ class Tail:
         self._at = begin + len(data)
         if first and begin > 0:
             data = data[data.find(b"\n") + 1 :]
-        new = records_in(data, f"{self._path}, from byte {self._at - len(data)}", {})
+        new = records_in(data, f"{self._path}, from byte {self._at - len(data)}", {"step": Real}, only_numbers=True)
         self.records = [*self.records, *new][-NUM_ROWS:]
         return new
 
@@ -66,10 +66,8 @@ class Watched:
 
     def __init__(self, path: Path, time_of: Callable[[], float] = time.monotonic) -> None:
         """path: a run directory. time_of: a clock, in seconds. Raises ConfigError if it is no run directory."""
-        if not (path / "config.yaml").is_file():
-            raise ConfigError(f"{path}: is no run directory: it has no config.yaml; name one that `r2m train` made")
+        self.config = config_of_run(path)
         self._path, self._time_of = path, time_of
-        self.config = R2MConfig.from_yaml(path / "config.yaml")
         self._steps, self._evaluations = Tail(path / "metrics.jsonl"), Tail(path / "evaluation.jsonl")
         self._status: Status | None = None
         self._changed = time_of()

@@ -254,7 +254,7 @@ def test_two_processes_do_not_write_into_one_run(ended_early):
 
 def test_a_checkpoint_or_another_folder_in_place_of_a_run_is_told(ended_early, tmp_path):
     run = ended_early(2)
-    with pytest.raises(ConfigError, match=f"is a checkpoint; name its run: `r2m resume {run}`"):
+    with pytest.raises(ConfigError, match=f"is a checkpoint; name its run: {run}"):
         resume(checkpoint_path(run, 2))
     with pytest.raises(ConfigError, match="is no run directory: it has no config.yaml"):
         resume(tmp_path)

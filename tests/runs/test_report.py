@@ -227,7 +227,7 @@ def test_a_run_named_twice_and_a_metric_that_is_no_number_are_refused(finished_r
     assert "stands twice" in capsys.readouterr().err
     (finished_run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": "high"}\n')
     assert main(["report", str(finished_run)]) == 2
-    assert "'reward/mean' is no number in every record" in capsys.readouterr().err
+    assert "metrics.jsonl:1: has 'high' as 'reward/mean', which is no number" in capsys.readouterr().err
 
 
 def test_a_prompt_that_was_changed_is_named(finished_run):

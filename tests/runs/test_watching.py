@@ -85,6 +85,32 @@ def test_of_many_actors_the_first_are_listed_and_the_others_counted(config):
     assert any(line[:1] == ["head-learner"] for line in lines)
 
 
+@pytest.mark.parametrize("width", [120, 80, 60, 40])
+def test_a_narrow_terminal_shows_fewer_columns_and_cuts_no_number(config, width):
+    numbers = {"throughput/responses_per_s": 121.84, "idle/annotators": 1.0, "idle/policy_learner": 0.03}
+    last = step_metrics(80, **numbers, **{"idle/head_learner": 0.95, "kl/sequence": 10.48})
+    lines = shown(View(config=config, steps=[last], evaluation=None, status=Status()), width=width)
+    whole = ["80", "10.000", "-18.000", "10.48", "0.5", "1", "0", "121.8", "37%", "100%", "3%", "95%"]
+    row = lines[-1].split()
+    assert row == whole[: len(row)] and len(row) == (12 if width >= 80 else len(row)) >= 6
+    assert "\N{HORIZONTAL ELLIPSIS}" not in "".join(lines)
+
+
+def test_a_column_that_nothing_was_measured_for_is_left_out(config):
+    steps = [{"step": 1.0, "reward/mean": 0.5}, {"step": 2.0, "reward/mean": 0.5, "kl/sequence": 1.0}]
+    *_, head, first, last = shown(View(config=config, steps=steps, evaluation=None, status=Status()))
+    assert (head.split(), first.split(), last.split()) == (
+        ["step", "proxy", "KL"],
+        ["1", "0.500"],
+        ["2", "0.500", "1.00"],
+    )
+
+
+def test_a_time_that_is_no_number_is_not_known(config):
+    view = View(config=config, steps=[step_metrics(1, **{"time/step": float("nan")})], evaluation=None, status=Status())
+    assert "left ?" in "\n".join(shown(view))
+
+
 def test_a_low_terminal_shows_fewer_steps_and_never_none(config):
     steps = [step_metrics(step) for step in range(1, 13)]
     view = View(config=config, steps=steps, evaluation=None, status=Status(ring=ring()))
@@ -187,13 +213,40 @@ def test_the_command_shows_a_run_and_leaves_when_it_has_ended(run, capsys):
     assert "has no status.json" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [('{"step": null}', "has None as 'step'"), ('{"step": 3, "reward/mean": "high"}', "has 'high' as 'reward/mean'")],
+)
+def test_a_metric_that_is_no_number_is_told_with_its_line(run, capsys, line, complaint):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert main(["watch", str(run), "--once"]) == 2
+    assert f"metrics.jsonl, from byte 0:3: {complaint}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["watch"], ["report"], ["resume"]])
+def test_a_run_of_another_version_a_checkpoint_and_what_is_not_there_are_told(run, command, capsys):
+    def told(path):
+        assert main([*command, str(path)]) == 2
+        return capsys.readouterr().err
+
+    assert "nowhere: is not there" in told(run / "nowhere")
+    checkpoint = run / "checkpoints" / "step-000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    assert f"is a checkpoint; name its run: {run}" in told(checkpoint)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("run:\n", "run:\n  of_old: 3\n"))
+    assert "run.of_old: no such key" in (said := told(run)) and "another version of r2m-async" in said
+
+
 def test_a_damaged_status_and_a_directory_of_no_run_are_refused(run, tmp_path, capsys):
     status = json.loads((run / "status.json").read_text())
     (run / "status.json").write_text(json.dumps(status | {"seconds": "many"}))
     assert main(["watch", str(run)]) == 2
     assert "status.json: is no status of a run (seconds:" in capsys.readouterr().err
     assert main(["watch", str(tmp_path / "nowhere")]) == 2
-    assert "is no run directory" in capsys.readouterr().err
+    assert "nowhere: is not there" in capsys.readouterr().err
 
 
 @pytest.mark.models

@@ -7,7 +7,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -94,8 +94,42 @@ def test_what_is_imported_is_asked_for():
         assert canonicalize_name(name) in brings or name == "triton", (name, other)
 
 
+def asked_for_by(requirements: list[str]) -> set[str]:
+    """The names of all packages that an installation without extras brings here."""
+    found, open_ones = set(), [Requirement(one) for one in requirements]
+    while open_ones:
+        one = open_ones.pop()
+        extras = one.extras or {""}
+        known = {(canonicalize_name(one.name), extra) for extra in extras}
+        if known <= found:
+            continue
+        found |= known
+        try:
+            brings = [Requirement(line) for line in requires(one.name) or []]
+        except PackageNotFoundError:
+            continue
+        for other in brings:
+            if other.marker is None or any(other.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+                other.marker = None
+                open_ones.append(other)
+    return {name for name, _ in found}
+
+
+WITHOUT = """
+import importlib.machinery
+hidden = {hidden!r}
+kept = importlib.machinery.PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in hidden else kept(name, path, target)
+importlib.machinery.PathFinder.find_spec = find_spec
+"""
+"""A sitecustomize.py that hides packages, as if they were not installed."""
+
+
 @pytest.mark.ring
-def test_the_wheel_trains_and_reports_in_an_empty_folder(built, tiny_config, tmp_path):
+def test_the_wheel_trains_and_reports_in_an_empty_folder_with_nothing_but_what_it_asks_for(
+    built, tiny_config, tmp_path
+):
     home, empty = tmp_path / "home", tmp_path / "empty"
     empty.mkdir()
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-index"]
@@ -104,8 +138,17 @@ def test_the_wheel_trains_and_reports_in_an_empty_folder(built, tiny_config, tmp
 
     where = "import actors, learners, r2m_async; print(actors.__path__, learners.__path__, r2m_async.__path__)"
     assert done(sys.executable, "-c", where, cwd=empty, PYTHONPATH=str(home)).count(str(home)) == 3
-    words = ("train", "tiny.yaml", "run.num_steps=2", "--in-process")
-    done(sys.executable, "-P", home / "bin" / "r2m", *words, cwd=empty, PYTHONPATH=str(home))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    there = asked_for_by(project["dependencies"]) | {"r2m-async"}
+    hidden = {
+        name
+        for name, packages in packages_distributions().items()
+        if not {canonicalize_name(one) for one in packages} & there
+    }
+    assert {"datasets", "peft"} <= hidden and "torch" not in hidden
+    (home / "sitecustomize.py").write_text(WITHOUT.format(hidden=hidden), encoding="utf-8")
+    for words in (("check", "tiny.yaml"), ("train", "tiny.yaml", "run.num_steps=2", "--in-process")):
+        done(sys.executable, "-P", home / "bin" / "r2m", *words, cwd=empty, PYTHONPATH=str(home))
     [run] = (empty / "runs").iterdir()
     assert len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     assert "plotly" in (run / "report.html").read_text(encoding="utf-8")

@@ -102,7 +102,8 @@ def _run(parsed: argparse.Namespace) -> tuple[int, dict[str, Any] | str]:
     except (ConfigError, DataError) as error:
         return _tell(error, 2, error, parsed)
     except (StageLost, StalledRun, StepFailed, WeightMismatch, CodecError, DiskError) as error:
-        return _tell(f"the run ended: {error}", 1, error, parsed)
+        # The commands that begin or go on with a run take overrides; what ended is a run in these alone.
+        return _tell(f"the run ended: {error}" if hasattr(parsed, "overrides") else error, 1, error, parsed)
     except Interrupted as error:
         return _tell(error, error.status, error, parsed)
 

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from r2m_async.commands.results import result_of_run
-
 
 def add_watch(commands: Any) -> None:
     """Adds the command."""
@@ -23,5 +21,6 @@ def add_watch(commands: Any) -> None:
 def _watch(parsed: argparse.Namespace) -> dict[str, Any]:
     from r2m_async.runs.watching import watch
 
-    watch(parsed.run, parsed.once)
-    return result_of_run(parsed.run)
+    last = watch(parsed.run, parsed.once)
+    # Not `result_of_run`: the metrics of a long run take longer to read than anybody wants to wait for a look.
+    return {"run_directory": str(parsed.run), "steps": int(last.get("step", 0)), "metrics": last}

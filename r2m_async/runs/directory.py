@@ -187,7 +187,7 @@ class RunDirectory:
             self.close()
 
 
-def config_of_run(path: Path, overrides: Sequence[str] = ()) -> R2MConfig:
+def config_of_run(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> R2MConfig:
     """Returns the config of a run. overrides: `section.key=value`, set over it.
 
     Raises ConfigError if there is no run in this directory, or if its config is none of this version.

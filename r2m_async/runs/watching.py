@@ -81,6 +81,11 @@ class Watched:
         return self._steps.read(), self._evaluations.read()
 
     @property
+    def last(self) -> dict[str, Any]:
+        """The metrics of the last step that was seen, or nothing if there is none."""
+        return self._steps.records[-1] if self._steps.records else {}
+
+    @property
     def ended(self) -> bool:
         """Whether the run says that it has ended, or says nothing at all."""
         return self._status is None or bool(self._status.ended)
@@ -117,25 +122,27 @@ class Watched:
         return Group(shown, Text(life, style="bold")) if life else shown
 
 
-def watch(path: Path, once: bool = False) -> None:
+def watch(path: Path, once: bool = False) -> dict[str, Any]:
     """Shows a run until it has ended: in a terminal as a table, elsewhere as plain lines.
 
-    once: shows it as it is now, and returns. Raises ConfigError if it is no run directory, and DataError.
+    once: shows it as it is now, and returns. Returns the metrics of the last step, or nothing if there is none. Raises
+    ConfigError if it is no run directory, and DataError.
     """
     run = Watched(path)
     console = Console(file=sys.stdout)
     run.look()
     if once:
         console.print(run.render(console.height if console.is_terminal else sys.maxsize))
-        return
+        return run.last
     if not console.is_terminal:
         for line in _lines(run):
             print(line, flush=True)
-        return
+        return run.last
     with Live(get_renderable=lambda: run.render(console.height), console=console, refresh_per_second=2):
         while not run.ended:
             time.sleep(EVERY)
             run.look()
+    return run.last
 
 
 def _lines(run: Watched) -> Iterator[str]:

@@ -222,6 +222,12 @@ def test_what_is_no_run_is_refused(finished_run, capsys, name, complaint):
     assert complaint in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_told_and_no_run_has_ended(finished_run, capsys, tmp_path):
+    out = tmp_path / "absent" / "report.html"
+    assert main(["report", str(finished_run), "--out", str(out)]) == 1
+    assert capsys.readouterr().err.startswith(f"r2m: {out}: cannot be written: No such file or directory")
+
+
 def test_a_run_named_twice_and_a_metric_that_is_no_number_are_refused(finished_run, capsys):
     assert main(["report", str(finished_run), str(finished_run)]) == 2
     assert "stands twice" in capsys.readouterr().err

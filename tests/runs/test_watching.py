@@ -182,10 +182,16 @@ def test_what_is_appended_is_seen_once_it_is_whole_and_what_is_cut_off_is_forgot
     assert [one["step"] for one in watched.view().steps] == [1, 2]
 
 
-def test_of_a_long_run_only_the_end_is_read(run, monkeypatch):
+def test_of_a_long_run_only_the_end_is_read(run, monkeypatch, capfd):
     monkeypatch.setattr("r2m_async.runs.watching._LAST_BYTES", 1000)
     (run / "metrics.jsonl").write_text("not JSON\n" + "".join(f'{{"step": {step}}}\n' for step in range(1, 1000)))
     steps, _ = (watched := Watched(run)).look()
+    assert main(["watch", str(run), "--once", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["result"] == {
+        "run_directory": str(run),
+        "steps": 999,
+        "metrics": {"step": 999},
+    }
     assert 50 < len(steps) < 100 and steps[-1]["step"] == 999 and len(watched.view().steps) == 12
 
 

@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import sys
+from typing import TextIO
 
 _OF_WRITING = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -21,6 +22,15 @@ def say(line: str) -> None:
     except OSError as error:
         _lead_nowhere()
         _tell(f"r2m: standard output cannot be written ({error.strerror}): the command goes on without it")
+
+
+def can_be_redrawn(file: TextIO) -> bool:
+    """Whether a file is a terminal on which lines can be drawn anew.
+
+    rich takes whatever it is told to colour (FORCE_COLOR) for a terminal, as in the log of a CI. On a terminal that cannot
+    move its cursor (TERM=dumb) it would show nothing until the end.
+    """
+    return file.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 def lost_output(raised: OSError | None = None) -> OSError | None:

@@ -36,7 +36,7 @@ from r2m_async.models.tokens import ResponseText, check_known, check_tokens, num
 from r2m_async.models.weight_files import check_weight_files
 from r2m_async.runs.directory import as_only_writer
 from r2m_async.runs.records import append_records, read_records
-from r2m_async.standard_output import say
+from r2m_async.standard_output import can_be_redrawn, say
 from r2m_async.whole import append_lines, cut_partial_line, disk_errors
 
 DEFAULT_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "tldr": 50, "pool": 512}
@@ -429,7 +429,7 @@ def _progress(total: int, done: int) -> Iterator[Any]:
     from rich.progress import Progress
 
     console = Console(file=sys.stdout)
-    if not console.is_terminal:
+    if not can_be_redrawn(sys.stdout):
         yield lambda now: say(f"answered {now}/{total}")
         return
     with Progress(console=console) as bar:

@@ -25,7 +25,7 @@ from r2m_async.errors import DiskError
 from r2m_async.ring.status import RingStatus
 from r2m_async.runs.status import Status, write_status
 from r2m_async.runs.view import NUM_ROWS, View, evaluation_line, rendered, status_line, step_line
-from r2m_async.standard_output import say
+from r2m_async.standard_output import can_be_redrawn, say
 
 STATUS_EVERY = 2.0
 """Seconds from one status.json to the next."""
@@ -53,7 +53,7 @@ class LiveTable:
         self._ticker = threading.Thread(target=self._ticks, name="r2m-status", daemon=True)
         console = Console(file=sys.stdout)
         self._live: Live | None = None
-        if config.logging.live and console.is_terminal:
+        if config.logging.live and can_be_redrawn(sys.stdout):
             self._live = Live(get_renderable=self.render, console=console, refresh_per_second=4)
 
     def __enter__(self) -> Self:

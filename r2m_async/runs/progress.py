@@ -10,7 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from r2m_async.standard_output import say
+from r2m_async.standard_output import can_be_redrawn, say
 
 NUM_PLAIN_LINES = 10
 """The number of lines that plain output prints for each model, if it takes less than `QUIET_AFTER` for each of them."""
@@ -24,7 +24,7 @@ class TrainingProgress:
     def __init__(self, live: bool, time_of: Callable[[], float] = time.monotonic) -> None:
         """live: False prints plain lines, in a terminal too. time_of: a clock, in seconds."""
         console = Console(file=sys.stdout)
-        self._progress = Progress(console=console) if live and console.is_terminal else None
+        self._progress = Progress(console=console) if live and can_be_redrawn(sys.stdout) else None
         self._tasks: dict[int | str, TaskID] = {}
         self._time_of, self._said = time_of, time_of()
 

@@ -17,6 +17,7 @@ from r2m_async.runs.directory import config_of_run
 from r2m_async.runs.records import bytes_of, records_in
 from r2m_async.runs.status import FILE, Status, read_status
 from r2m_async.runs.view import NUM_ROWS, View, evaluation_line, rendered, status_line, step_line
+from r2m_async.standard_output import can_be_redrawn
 
 EVERY = 1.0
 """Seconds from one look at the directory to the next."""
@@ -132,9 +133,9 @@ def watch(path: Path, once: bool = False) -> dict[str, Any]:
     console = Console(file=sys.stdout)
     run.look()
     if once:
-        console.print(run.render(console.height if console.is_terminal else sys.maxsize))
+        console.print(run.render(console.height if sys.stdout.isatty() else sys.maxsize))
         return run.last
-    if not console.is_terminal:
+    if not can_be_redrawn(sys.stdout):
         for line in _lines(run):
             print(line, flush=True)
         return run.last

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from r2m_async.launch.training import train
 from r2m_async.ring.status import RingStatus, StageStatus
 from r2m_async.runs.directory import RunDirectory
 from r2m_async.runs.live import QUIET_AFTER, LiveTable
+from r2m_async.runs.progress import TrainingProgress
 from r2m_async.runs.status import Status, read_status, write_status
 from r2m_async.runs.view import NUM_STAGES, View, rendered
 from r2m_async.runs.watching import SILENT_AFTER, Watched
@@ -151,6 +153,28 @@ def test_plain_output_says_what_goes_on_after_a_minute_without_a_line(config, ca
         "after 0:02:00: rollout-0 generate: group 0 and 3 more (7 s); rollout-1 generate: group 1 and 3 more (7 s); "
         "head-learner update: step 1 (0 s)"
     )
+
+
+class Terminal(io.StringIO):
+    """A file that says whether it is a terminal."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize(
+    ("terminal", "kind", "plain"), [(True, "dumb", True), (False, "xterm", True), (True, "xterm", False)]
+)
+def test_where_nothing_can_be_redrawn_lines_are_plain(config, monkeypatch, terminal, kind, plain):
+    """A terminal without a cursor, and a log that is to be coloured: rich draws on both as on any terminal."""
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("sys.stdout", Terminal(terminal))
+    table = LiveTable(config, Clock())
+    table.message("building the policy")
+    assert (sys.stdout.getvalue() == "building the policy\n") == plain
+    assert (TrainingProgress(live=True)._progress is None) == plain
 
 
 @pytest.fixture

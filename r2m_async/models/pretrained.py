@@ -337,7 +337,10 @@ def _loading_failure(
 ) -> ConfigError:
     """The error for a model that transformers refuses to load. It names the attention if that is the reason."""
     said = str(error)
-    if attention is not None and (isinstance(error, ImportError) or "attn_implementation" in said or attention in said):
+    lacks_kernels = isinstance(error, ImportError) and any(
+        word in said.lower() for word in ("attn", "attention", "kernels")
+    )
+    if attention is not None and (lacks_kernels or "attn_implementation" in said or attention in said):
         reason, others = _first_line(error).partition(". ")[0], "eager" if attention == "sdpa" else "sdpa or eager"
         return ConfigError(f"model.attention is {attention!r} and {key} is {str(name)!r}: {reason}; use {others}")
     return _refusal(key, name, trust, error)
@@ -355,8 +358,10 @@ def _refusal(key: str, name: str | Path, trust: bool, error: BaseException) -> C
         remedy = (
             "its own Python code (auto_map) may not fit this version of transformers, or lack a package; ask its author"
         )
+    elif isinstance(error, ImportError):
+        remedy = "install it in this environment"
     elif Path(name).exists():
-        remedy = "correct the name"
+        remedy = "look at its files, or correct the name"
     else:
         remedy = f"there is no such directory either (now in {Path.cwd()}); correct the name"
     return ConfigError(f"{key}: {str(name)!r} cannot be loaded: {_first_line(error)}; {remedy}")

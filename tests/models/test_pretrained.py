@@ -177,6 +177,15 @@ def test_a_model_that_reads_a_text_in_both_directions_is_no_policy(tiny, tiny_co
         load_policy(str(tmp_path / "bert"), tiny_config)
 
 
+def test_a_package_that_a_model_lacks_is_neither_its_name_nor_its_attention(tiny, monkeypatch):
+    def lacking(*_, **__):
+        raise ImportError("Using `low_memory` requires `weights-shrinker`: `pip install weights-shrinker`")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lacking)
+    with pytest.raises(ConfigError, match="requires `weights-shrinker`.*; install it in this environment$"):
+        pretrained_model("model.policy", tiny("qwen2", False), attention="sdpa")
+
+
 def test_however_coarsely_a_model_rounds_it_reads_what_it_reads(tiny, tiny_config):
     """In bfloat16 two roundings of one text of a real model are a tenth of the states apart, and more."""
     model = load_policy(tiny("qwen2", False), tiny_config.model(dtype="bfloat16"))

@@ -172,10 +172,10 @@ class GlooInit(WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdate(WeightTransferUpdateInfo):
-    """An update whose weights the learner broadcasts, one parameter after the other."""
+    """An update whose weights the learner broadcasts, in buckets."""
 
     names: list[str]
-    """The parameters in the order in which they are broadcast."""
+    """The parameters in the order in which they lie in the buckets."""
     dtype_names: list[str]
     """The dtype of each in torch, for example `bfloat16`."""
     shapes: list[list[int]]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from r2m_async.child_process import NODE_ADDRESS
 from r2m_async.config import R2MConfig
-from r2m_async.models.weights import broadcast
+from r2m_async.models.weights import Buckets, broadcast, messages
 
 if TYPE_CHECKING:
     from vllm.distributed.utils import StatelessProcessGroup
@@ -40,7 +40,9 @@ class WeightSender:
         """How many versions are kept. The policy may get 1 + max_policy_age steps ahead of one that is evaluated."""
 
     def stage(self, model: Any, version: int) -> dict[str, Any]:
-        """Copies a policy version on the device where it lies, and drops the oldest if there are too many.
+        """Copies a policy version, and drops the oldest if there are too many.
+
+        The copy lies on the policy's device. With `gloo` it lies in main memory, from which gloo sends it.
 
         Args:
             model: what has the `named_parameters()`, a backend or a module.
@@ -49,7 +51,14 @@ class WeightSender:
         Returns the names, dtypes and shapes, which an engine must know to receive the tensors.
         """
         # Copies, because the next update changes the parameters while they are still being sent.
-        tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        if self._config.weights.transport == "gloo":
+            buckets = Buckets()
+            tensors = {
+                name: buckets.place(parameter.dtype, parameter.shape).copy_(parameter.detach())
+                for name, parameter in model.named_parameters()
+            }
+        else:
+            tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         kept = sorted([*self._staged, version])[-self._num_staged :]
         # A new dict takes the place of the old one: another thread may be reading that.
         self._staged = {one: tensors if one == version else self._staged[one] for one in kept}
@@ -133,7 +142,7 @@ class _Gloo:
         self._group = torch.distributed.ProcessGroupGloo(store, 0, self.init_info["world_size"], self._timeout)
 
     def send(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        for work in broadcast(self._group, [tensor.cpu() for tensor in tensors.values()]):
+        for work in broadcast(self._group, messages(tensors.values()).values()):
             work.wait()
         return {}
 

@@ -562,22 +562,23 @@ def receive(pipe: Any, transport: str, num_bytes: int) -> None:
     try:
         channel = pipe.recv()
         parameters = list(weights_of(num_bytes).parameters())
-        group = None
+        received = None
         if transport == "gloo":
             from datetime import timedelta
+
+            from r2m_async.models.weights import ReceivedWeights
 
             store = torch.distributed.TCPStore(channel["host"], channel["port"], 2, False, timedelta(seconds=30))
             group = torch.distributed.ProcessGroupGloo(
                 torch.distributed.PrefixStore("weights", store), 1, 2, timedelta(seconds=30)
             )
+            received = ReceivedWeights(group)
         while (told := pipe.recv()) is not None:
-            _, sent = told
+            layout, sent = told
             with torch.no_grad():
-                if group is not None:
-                    options = torch.distributed.BroadcastOptions()
-                    options.rootRank = 0
-                    for parameter in parameters:
-                        group.broadcast([parameter.data], options).wait()
+                if received is not None:
+                    for parameter, (_, tensor) in zip(parameters, received(**layout), strict=True):
+                        parameter.copy_(tensor)
                 else:
                     for parameter, tensor in zip(parameters, opened(sent), strict=True):
                         parameter.copy_(tensor)

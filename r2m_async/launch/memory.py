@@ -295,7 +295,8 @@ def _policy_learner(config: R2MConfig, policy: Shape, critic: Shape | None) -> P
     # Logits, their logarithms and the gradient of one of them, in float32.
     parts["logits"] = 3 * 4 * min(LOGITS_AT_ONCE, tokens * policy.vocabulary)
     if config.weights.direct:
-        parts["staged versions"] = (2 + config.scheduling.max_policy_age) * policy.parameters * itemsize
+        of_versions = offloaded if config.weights.transport == "gloo" else parts  # gloo sends from main memory
+        of_versions["staged versions"] = (2 + config.scheduling.max_policy_age) * policy.parameters * itemsize
     rows = -(-config.rollouts.prompts_per_step // learner.num_ranks) * config.rollouts.group_size
     # Those of the pairs that it reads once more come after those of the step.
     offloaded["states"] = state_bytes(config, policy, max(rows, 2 * _pairs_of_update(config) * config.labels.rereads))

@@ -9,7 +9,6 @@ Shapes: B trajectories, T response tokens, P tokens of the fixed text.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,8 +23,10 @@ from r2m_async.trajectories import Trajectory, WeightProbe, Weights
 
 _PROBE_LENGTH = 12
 """P, the number of tokens in the fixed text."""
+_BUCKET = 16 << 20
+"""Bytes of a bucket. A larger parameter has a bucket of its own."""
 _ALIGNMENT = 64
-"""Bytes at whose multiples a received parameter begins."""
+"""Bytes at whose multiples a parameter begins in a bucket."""
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -89,6 +90,50 @@ def broadcast(group: Any, tensors: Iterable[Tensor]) -> list[Any]:
     return [group.broadcast([tensor], options) for tensor in tensors]
 
 
+class Buckets:
+    """Main memory for parameters that are sent. They lie one behind the other in buckets, each of which is one message.
+
+    A message for each parameter would take longer. Where a parameter lies depends on the sizes of those before it alone,
+    so both ends have the same buckets.
+    """
+
+    def __init__(self) -> None:
+        """Begins without memory."""
+        self._blocks: list[Tensor] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins again, in the same memory."""
+        self._bucket, self._end = -1, _BUCKET + 1  # the first parameter does not fit any more
+
+    def place(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """Returns the place of the next parameter: a tensor that has yet to be written."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._end + size > _BUCKET:
+            self._bucket, self._end = self._bucket + 1, 0
+            if self._bucket == len(self._blocks) or len(self._blocks[self._bucket]) < size:
+                # numpy asks for large pages. New memory costs nothing where it is not used, as at the end of a bucket.
+                block = torch.from_numpy(np.empty(max(size, _BUCKET), np.uint8))
+                self._blocks[self._bucket : self._bucket + 1] = [block]
+        start = self._end
+        self._end = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
+        return self._blocks[self._bucket][start : start + size].view(dtype).view(tuple(shape))
+
+
+def messages(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Returns what tensors of `Buckets` fill of each bucket, by the bucket's address (`bucket_of`), in their order."""
+    filled = {}
+    for tensor in tensors:
+        end = tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+        filled[bucket_of(tensor)] = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), 0, (end,))
+    return filled
+
+
+def bucket_of(tensor: Tensor) -> int:
+    """Returns the address of the bucket that a tensor lies in."""
+    return tensor.untyped_storage().data_ptr()
+
+
 class ReceivedWeights:
     """Receives versions of the weights over a process group, always into the same memory.
 
@@ -96,9 +141,9 @@ class ReceivedWeights:
     """
 
     def __init__(self, group: Any) -> None:
-        """group: a process group whose rank 0 sends by `broadcast`."""
+        """group: a process group whose rank 0 sends `messages` of `Buckets` by `broadcast`."""
         self._group = group
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buckets = Buckets()
 
     def __call__(
         self, names: Sequence[str], dtype_names: Sequence[str], shapes: Sequence[Sequence[int]]
@@ -108,19 +153,13 @@ class ReceivedWeights:
         Arguments are the names, the dtypes in torch and the shapes, in the order in which they are sent. The tensors hold
         until the next call.
         """
-        dtypes = [getattr(torch, name) for name in dtype_names]
-        counts = [math.prod(shape) for shape in shapes]
-        sizes = [count * dtype.itemsize for count, dtype in zip(counts, dtypes, strict=True)]
-        starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
-        if len(self._buffer) < starts[-1]:
-            self._buffer = torch.from_numpy(np.empty(starts[-1], np.uint8))  # numpy asks for large pages
-        tensors = [
-            self._buffer[start : start + size].view(dtype).view(tuple(shape))
-            for start, size, dtype, shape in zip(starts, sizes, dtypes, shapes, strict=False)
-        ]
-        works = broadcast(self._group, tensors)
-        for name, tensor, work in zip(names, tensors, works, strict=True):
-            work.wait()
+        self._buckets.clear()
+        sizes = zip(dtype_names, shapes, strict=True)
+        tensors = [self._buckets.place(getattr(torch, dtype), shape) for dtype, shape in sizes]
+        filled = messages(tensors)
+        works = dict(zip(filled, broadcast(self._group, filled.values()), strict=True))
+        for name, tensor in zip(names, tensors, strict=True):
+            works[bucket_of(tensor)].wait()
             yield name, tensor
 
 

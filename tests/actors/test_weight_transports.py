@@ -109,31 +109,87 @@ def test_a_peer_that_never_joins_is_an_error_after_the_deadline():
         alone.connect(0)
 
 
+def tied(vocabulary: int, width: int) -> torch.nn.Module:
+    """An embedding and a head with one weight, which is one parameter of two modules."""
+    model = torch.nn.Sequential(torch.nn.Embedding(vocabulary, width), torch.nn.Linear(width, vocabulary))
+    model[1].weight = model[0].weight
+    return model
+
+
+MODELS = {
+    "one small layer": lambda: torch.nn.Linear(3, 2),
+    "many tiny parameters": lambda: torch.nn.ParameterList(torch.randn(1 + index % 7) for index in range(300)),
+    "one larger than a bucket between small ones": lambda: torch.nn.ParameterList(
+        torch.randn(*shape) for shape in [(5,), (3,), (41, 31), (1,), (64,), (65,)]
+    ),
+    "tied weights": lambda: tied(37, 5),
+    "bfloat16 of odd sizes": lambda: torch.nn.Sequential(*(torch.nn.Linear(7, 9) for _ in range(9))).bfloat16(),
+}
+
+
+@pytest.fixture(params=[pytest.param(1 << 10, id="small buckets"), pytest.param(16 << 20, id="one bucket")])
+def bucket(request, monkeypatch) -> None:
+    monkeypatch.setattr("r2m_async.models.weights._BUCKET", request.param)
+
+
+class Taker:
+    """A model that keeps what it is given to load."""
+
+    def __init__(self):
+        self.taken = {}
+
+    def load_weights(self, weights):
+        self.taken |= {name: tensor.clone() for name, tensor in weights}
+
+
+def transferred(ours: WeightSender, layout: dict, digests: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Sends version 7 to an engine's end of the transport in another thread. Returns what its model was given."""
+    from actors.vllm_weights import GlooInit, GlooTransfer, GlooUpdate
+
+    end = GlooTransfer.__new__(GlooTransfer)  # what vLLM's constructor asks of a device is not needed here
+    end.model, end.parallel_config = Taker(), types.SimpleNamespace(rank=0)
+    channel = ours.open(0)
+
+    def send():
+        ours.connect(0)
+        ours.send(0, 7)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    try:
+        end.init_transfer_engine(GlooInit(**channel))
+        end.receive_weights(GlooUpdate(**layout, digests=digests))
+    finally:
+        sending.join(20)
+    assert not end._missing
+    return end.model.taken
+
+
 @pytest.mark.models
-def test_a_joined_peer_receives_every_parameter_as_it_was_staged():
-    ours, model = sender(timeout=20.0), torch.nn.Linear(3, 2)
-    layout = ours.stage(model, 7)
-    received = {}
-
-    def join(channel):
-        store = torch.distributed.TCPStore(channel["host"], channel["port"], channel["world_size"], is_master=False)
-        group = torch.distributed.ProcessGroupGloo(torch.distributed.PrefixStore("weights", store), 1, 2)
-        options = torch.distributed.BroadcastOptions()
-        options.rootRank = 0
-        for name, dtype, shape in zip(layout["names"], layout["dtype_names"], layout["shapes"], strict=True):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-            group.broadcast([tensor], options).wait()
-            received[name] = tensor_digest(tensor)
-
-    peer = threading.Thread(target=join, args=(ours.open(0),))
-    peer.start()
-    ours.connect(0)
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_engine_receives_every_parameter_as_it_was_staged(kind, bucket):
+    ours, model = sender(timeout=20.0), MODELS[kind]()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    layout = ours.stage(model, 7)
     with torch.no_grad():
-        model.weight.zero_()  # training goes on; what was staged does not move
-    ours.send(0, 7)
-    peer.join(20)
-    assert received == {name: tensor_digest(tensor) for name, tensor in before.items()}
+        for parameter in model.parameters():
+            parameter.zero_()  # training goes on; what was staged does not move
+    taken = transferred(ours, layout, {name: tensor_digest(tensor) for name, tensor in before.items()})
+    assert list(taken) == list(before)
+    for name, tensor in before.items():
+        assert taken[name].dtype == tensor.dtype and torch.equal(taken[name], tensor), name
+
+
+@pytest.mark.models
+def test_a_bit_that_flips_in_a_bucket_is_refused_by_the_name_of_its_parameter(bucket):
+    model = MODELS["one larger than a bucket between small ones"]()
+    for name, parameter in model.named_parameters():
+        ours = sender(timeout=20.0)
+        layout = ours.stage(model, 7)
+        digests = {one: tensor_digest(tensor) for one, tensor in ours.staged(7).items()}
+        ours.staged(7)[name].view(-1).view(torch.uint8)[parameter.nbytes - 1] ^= 1
+        with pytest.raises(RuntimeError, match=f"^{name} did not arrive as it was sent$"):
+            transferred(ours, layout, digests)
 
 
 def test_as_many_versions_stay_staged_as_an_evaluation_may_lag_behind():

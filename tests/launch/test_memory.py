@@ -308,6 +308,14 @@ def test_every_part_has_a_remedy_and_parts_of_the_same_process_are_told_on_a_gpu
     assert "--gpu-memory GIB" in lines[-1]
 
 
+def test_versions_that_gloo_sends_are_staged_in_main_memory_and_others_on_the_gpu():
+    direct = R2MConfig().rollouts(engine="vllm").scheduling(max_policy_age=1)
+    for transport, on_gpu in (("gloo", False), ("nccl", True)):
+        found = processes(direct.weights(transport=transport), SHAPE, dataclasses.replace(SHAPE, head=8), None, 1000)
+        [learner] = [one for one in found if one.name == "policy-learner"]
+        assert ("staged versions" in learner.parts) == on_gpu != ("staged versions" in learner.in_main)
+
+
 @pytest.mark.parametrize("groups", [2, 3, 4, 5, 6, 20])
 def test_no_group_gets_older_than_the_effective_policy_age_and_some_group_gets_that_old(groups):
     """The real schedule over stages that report groups of the largest size, under a learner that is slow."""

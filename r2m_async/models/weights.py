@@ -23,8 +23,11 @@ from r2m_async.trajectories import Trajectory, WeightProbe, Weights
 
 _PROBE_LENGTH = 12
 """P, the number of tokens in the fixed text."""
-_BUCKET = 16 << 20
-"""Bytes of a bucket. A larger parameter has a bucket of its own."""
+_BUCKET = 32 << 20
+"""Bytes of a bucket. A larger parameter has a bucket of its own.
+
+Smaller blocks glibc may keep for later: what is not used of them would be memory that is taken.
+"""
 _ALIGNMENT = 64
 """Bytes at whose multiples a parameter begins in a bucket."""
 
@@ -112,7 +115,7 @@ class Buckets:
         if self._end + size > _BUCKET:
             self._bucket, self._end = self._bucket + 1, 0
             if self._bucket == len(self._blocks) or len(self._blocks[self._bucket]) < size:
-                # numpy asks for large pages. New memory costs nothing where it is not used, as at the end of a bucket.
+                # numpy asks for large pages.
                 block = torch.from_numpy(np.empty(max(size, _BUCKET), np.uint8))
                 self._blocks[self._bucket : self._bucket + 1] = [block]
         start = self._end

@@ -127,7 +127,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=[pytest.param(1 << 10, id="small buckets"), pytest.param(16 << 20, id="one bucket")])
+@pytest.fixture(params=[pytest.param(1 << 10, id="small buckets"), pytest.param(32 << 20, id="one bucket")])
 def bucket(request, monkeypatch) -> None:
     monkeypatch.setattr("r2m_async.models.weights._BUCKET", request.param)
 

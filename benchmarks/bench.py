@@ -19,6 +19,7 @@ from pathlib import Path
 from rows import ROOT, Outcome, outcomes_of, rows_of, run, slower, write
 
 OUT = ROOT / "benchmarks" / "RESULTS.md"
+TITLE = "Measured on CPUs: `make bench`"
 SET: dict[str, float] = {
     "benchmarks/head.py": 150,
     "benchmarks/codec.py": 60,
@@ -51,14 +52,16 @@ def main() -> None:
         before = outcomes_of(table.read_text(encoding="utf-8")) if options.only and table.exists() else []
         for command, limit in SET.items():
             if options.only and not any(one in command for one in options.only):
-                outcomes += [one for one in before if one.command.startswith(f"python {command}")]
+                same = (f"python {command}", f"python {command} --trl PYTHON")
+                outcomes += [one for one in before if one.command in same]
                 continue
             script, *arguments = command.split()
             if options.trl and "end_to_end" in command:
                 arguments, command, limit = [*arguments, "--trl", options.trl], f"{command} --trl PYTHON", 2 * limit
             print(f"--- {command}", flush=True)
             outcomes.append(run([sys.executable, script, *arguments], limit, f"python {command}"))
-            write(outcomes, options.out, "Measured on CPUs: `make bench`")
+            write(outcomes, options.out, TITLE)  # what was measured is kept if a later one is interrupted
+        write(outcomes, options.out, TITLE)  # with those at the end that were not run
         for one in outcomes:
             if one.failure:
                 print(f"{one.command} FAILED: {one.failure}", flush=True)

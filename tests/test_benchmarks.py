@@ -57,6 +57,22 @@ def test_the_queues_own_time_is_measured_with_few_groups_and_with_many(capsys, m
     assert row["ours"] > 0 and row["other"] > 0 and row["unit"] == "us"
 
 
+def test_a_table_of_one_command_alone_keeps_what_it_has_of_the_others_each_once(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bench, rows = importlib.import_module("bench"), importlib.import_module("rows")
+    monkeypatch.setattr(bench, "SET", {"a.py": 1, "a.py --more": 1, "b.py": 1, "c.py": 1})
+    monkeypatch.setattr(bench, "run", lambda command, limit, name: rows.Outcome(name, 2.0))
+    before = [rows.Outcome(f"python {one}", 1.0) for one in ("a.py", "a.py --more", "b.py", "c.py --trl PYTHON")]
+    rows.write(before, tmp_path / "out.md", "before")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "b.py", "--out", str(tmp_path / "out.md")])
+    with pytest.raises(SystemExit, match="False"):
+        bench.main()
+    after = rows.outcomes_of((tmp_path / "out.json").read_text())
+    assert [(one.command, one.seconds) for one in after] == [
+        ("python a.py", 1.0), ("python a.py --more", 1.0), ("python b.py", 2.0), ("python c.py --trl PYTHON", 1.0)
+    ]  # fmt: skip
+
+
 def test_ten_thousand_damaged_inputs_are_accepted_or_refused_by_the_one_error_of_their_reader():
     command = [sys.executable, ROOT / "benchmarks" / "fuzz.py", "--inputs", "10000"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -61,8 +61,11 @@ def test_a_table_of_one_command_alone_keeps_what_it_has_of_the_others_each_once(
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     bench, rows = importlib.import_module("bench"), importlib.import_module("rows")
     monkeypatch.setattr(bench, "SET", {"a.py": 1, "a.py --more": 1, "b.py": 1, "c.py": 1})
-    monkeypatch.setattr(bench, "run", lambda command, limit, name: rows.Outcome(name, 2.0))
-    before = [rows.Outcome(f"python {one}", 1.0) for one in ("a.py", "a.py --more", "b.py", "c.py --trl PYTHON")]
+    monkeypatch.setattr(bench, "run", lambda command, limit, name: rows.Outcome(command=name, seconds=2.0))
+    before = [
+        rows.Outcome(command=f"python {one}", seconds=1.0)
+        for one in ("a.py", "a.py --more", "b.py", "c.py --trl PYTHON")
+    ]
     rows.write(before, tmp_path / "out.md", "before")
     monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "b.py", "--out", str(tmp_path / "out.md")])
     with pytest.raises(SystemExit, match="False"):

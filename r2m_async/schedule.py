@@ -12,6 +12,7 @@ The life of a group, and where it may leave that path:
     admitted -> in flight -> queued -> leased -> trained by the policy -> passed by the head -> freed
     in flight -> lost -> in flight again
     queued -> refilled -> in flight again, with another prompt
+    queued -> its data is lost -> in flight again
     in flight, lost or queued -> voided (with a reason)
 
 The *policy age* of a group is its due step minus the oldest policy version that sampled one of its tokens. The *head
@@ -178,7 +179,7 @@ class Schedule:
         self.policy_ledger = Ledger()
         self.head_ledger = Ledger()
         self.reissued: Counter[str] = Counter()
-        """Groups that were taken back from a lost worker, or replaced after their arrival, by reason."""
+        """Groups that were taken back from a lost worker, or after their arrival, by reason."""
         self.fenced = 0
         """Results that arrived from attempts that were no longer expected."""
         self._groups: dict[int, _Group] = {}
@@ -421,8 +422,39 @@ class Schedule:
         group = self._groups[group_id]
         if not group.arrived or group.passed_policy or (self._leased and group_id in self._leased.group_ids):
             raise RuntimeError(f"group {group_id} was refilled ({reason}) before its arrival, or after its step began")
-        group.arrived = False
         group.refills += 1
+        self._issue_again(group_id, reason)
+        return True
+
+    def take_back(self, group_id: int, reason: str) -> bool:
+        """Takes back a group whose data was lost after its arrival, so that it is generated again with the same prompt.
+
+        It is voided instead if another policy version may generate it, and the queue has no room for what that may write.
+        `reason` is counted in `reissued` or `voided`. Nothing is changed for a group that is not held, has not arrived, or
+        has been trained by the policy.
+
+        Returns whether nobody needs the lost data any more. If the group's step is leased, it is still needed, and nothing is
+        changed.
+        """
+        group = self._groups.get(group_id)
+        if group is None or not group.arrived or group.passed_policy:
+            return True
+        if self._leased and group_id in self._leased.group_ids:
+            return False
+        # Under `lag: exact` the same version writes the same again, and takes the bytes that are reserved.
+        if self.plan.lag != "exact":
+            more = self.plan.group_bytes - group.num_bytes
+            if self.reserved_bytes + more > self.plan.max_bytes:
+                return self.void(group_id, reason)
+            self.reserved_bytes += more
+            group.num_bytes += more
+        self._issue_again(group_id, reason)
+        return True
+
+    def _issue_again(self, group_id: int, reason: str) -> None:
+        """Puts a group that has arrived, and that no step has leased, among those that wait to be issued again."""
+        group = self._groups[group_id]
+        group.arrived = False
         self._arrived_steps[group.due_step] -= 1
         # It may be there still: a group that came after its worker was lost stays in the heap until its turn.
         if group_id not in self._lost:
@@ -431,7 +463,6 @@ class Schedule:
         for ledger in self._ledgers:
             ledger.queued -= 1
             ledger.in_flight += 1
-        return True
 
     def holds(self, group_id: int) -> bool:
         """Whether the group was admitted, and was neither voided nor freed. Data of it may then still be kept."""

@@ -55,6 +55,38 @@ def test_a_step_is_assembled_only_when_whole_and_with_a_head_young_enough():
     assert schedule.assemble().head_version == 1
 
 
+@pytest.mark.parametrize("lag", ["exact", "bounded"])
+def test_a_group_whose_data_is_lost_is_issued_again_with_room_for_what_it_may_write(lag):
+    schedule = Schedule(plan(lag=lag))
+    first, second = (schedule.admit("a", 0, 0.0) for _ in range(2))
+    assert schedule.take_back(0, "payload_lost") and schedule.in_flight() == {0: "a", 1: "a"}, "it has not arrived"
+    assert finish(schedule, first) and finish(schedule, second) and schedule.reserved_bytes == 20
+    assert schedule.take_back(0, "payload_lost") and not schedule.reissued["none"]
+    assert schedule.reserved_bytes == (20 if lag == "exact" else 110), "in exact mode it writes the same again"
+    schedule.audit()
+    assert schedule.assemble() is None and schedule.reissued == {"payload_lost": 1}
+    again = schedule.admit("b", 0, 0.0)
+    assert (again.group_id, again.attempt, again.refill) == (0, 1, 0)
+    assert not finish(schedule, first), "the former attempt"
+    assert finish(schedule, again) and schedule.assemble().group_ids == (0, 1)
+    assert not schedule.take_back(1, "payload_lost"), "its step is leased"
+    schedule.policy_trained(0, 0.0)
+    assert schedule.take_back(1, "payload_lost") and schedule.head_trained(0) == (0, 1)
+    assert schedule.take_back(1, "payload_lost") and schedule.reissued == {"payload_lost": 1}
+    schedule.audit()
+
+
+def test_a_group_whose_data_is_lost_is_voided_if_there_is_no_room_for_what_it_may_write():
+    schedule = Schedule(plan(max_bytes=200))
+    first, second = (schedule.admit("a", 0, 0.0) for _ in range(2))
+    assert finish(schedule, first) and finish(schedule, second)
+    assert schedule.admit("a", 0, 0.0).group_id == 2, "120 of 200 bytes are reserved"
+    assert schedule.take_back(0, "payload_lost") and not schedule.holds(0)
+    assert schedule.policy_ledger.voided == {"payload_lost": 1} and not schedule.reissued
+    assert schedule.assemble().group_ids == (1,)
+    schedule.audit()
+
+
 def test_a_lost_workers_ticket_is_issued_again_and_its_late_duplicate_fenced():
     schedule = Schedule(plan())
     first = schedule.admit("a", 0, 0.0)

@@ -9,6 +9,7 @@ killed may leave a part of its last record, which is no damage. Bytes that were 
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -55,6 +56,22 @@ class GroupJournal:
                 file.write(record)
                 self.num_bytes += len(record)
 
+    @classmethod
+    def reopened(cls, path: Path, max_bytes: int) -> GroupJournal:
+        """Goes on with a file, of which a killed writer may have left a part of the last record. Makes it if it is gone.
+
+        Raises DiskError.
+        """
+        with disk_errors(path):
+            if not path.is_file():
+                return cls(path, max_bytes)
+            journal = cls.__new__(cls)
+            journal._path, journal._max_bytes, journal.num_without_room = path, max_bytes, 0
+            journal.num_bytes = _end_of_records(path)
+            # Nothing behind a part of a record could be found.
+            os.truncate(path, journal.num_bytes)
+        return journal
+
     def append(self, entry: dict[str, Any], parts: Mapping[str, bytes]) -> bool:
         """Appends a group. Returns False, and appends nothing, if the file would become too large.
 
@@ -74,6 +91,18 @@ class GroupJournal:
         if self.num_bytes + _RECORD.size + len(content) > self._max_bytes:
             return None
         return _RECORD.pack(len(content), xxhash.xxh3_128_digest(content)) + bytes(content)
+
+
+def _end_of_records(path: Path) -> int:
+    """The number of bytes of a journal up to the end of its last whole record."""
+    size, end = path.stat().st_size, len(_HEADER)
+    with path.open("rb") as file:
+        while file.seek(end) is not None and len(head := file.read(_RECORD.size)) == _RECORD.size:
+            behind = end + _RECORD.size + _RECORD.unpack(head)[0]
+            if behind > size:
+                break
+            end = behind
+    return end
 
 
 def read_journal(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, bytes]] | str]:

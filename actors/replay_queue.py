@@ -4,7 +4,8 @@ The queue only stores parts and hands them out. The schedule decides when a grou
 A part lives with the queue and not with the actor that made it. So the death of that actor loses nothing that the
 queue has acknowledged.
 
-With a journal (`queue.journal`), finished groups survive the death of the queue itself, and of the whole run.
+If the queue itself is lost, the controller gives a new one the same parts (`r2m_async/ring/queue.py`). With a journal
+(`queue.journal`), finished groups survive the death of the whole run.
 """
 
 from __future__ import annotations
@@ -100,6 +101,16 @@ class ReplayQueue:
                 if other != Path(path):
                     other.unlink(missing_ok=True)
         return ({"bytes": self._journal.num_bytes, "without_room": self._journal.num_without_room},)
+
+    def reopen_journal(self, path: str, max_bytes: int) -> tuple[int]:
+        """Goes on with the journal of a queue that was lost. Raises DiskError.
+
+        path, max_bytes: as for `begin_journal`.
+
+        Returns the bytes of the journal.
+        """
+        self._journal = GroupJournal.reopened(Path(path), max_bytes)
+        return (self._journal.num_bytes,)
 
     def _has(self, group_id: int, names: tuple[str, ...]) -> bool:
         """Whether the queue has all these parts of a group."""

@@ -197,7 +197,7 @@ class QueueStage(Stage):
     def free(self, group_ids: tuple[int, ...]) -> Call[int]:
         """Forgets all parts of some groups. Returns the number of parts that are left in the queue."""
 
-    # These three do not run beside the others: a group is kept as it was when it arrived, and not as a later attempt at it.
+    # These four do not run beside the others: a group is kept as it was when it arrived, and not as a later attempt at it.
 
     @method()
     def begin_journal(
@@ -210,6 +210,10 @@ class QueueStage(Stage):
 
         Returns its `bytes`, and how many of these groups are `without_room`.
         """
+
+    @method()
+    def reopen_journal(self, path: str, max_bytes: int) -> Call[int]:
+        """Goes on with the journal of a queue that was lost. Returns its bytes."""
 
     @method()
     def keep(self, group_id: int, names: tuple[str, ...], entry: dict[str, Any]) -> Call[int]:

@@ -78,6 +78,36 @@ def test_a_flipped_byte_costs_at_most_what_it_is_in_and_is_told(tmp_path):
         )
 
 
+def test_cut_at_any_byte_a_journal_is_gone_on_with_and_loses_no_whole_record(tmp_path):
+    written(tmp_path / "a.groups")
+    whole, path = (tmp_path / "a.groups").read_bytes(), tmp_path / "cut.groups"
+    for length in range(8, len(whole) + 1):
+        path.write_bytes(whole[:length])
+        before = [one for one in read_journal(path) if not isinstance(one, str)]
+        journal = GroupJournal.reopened(path, len(whole) + 200)
+        assert journal.append(entry(9), {})
+        assert list(read_journal(path)) == [*before, (entry(9), {})]
+        assert journal.num_bytes == path.stat().st_size <= len(whole) + 200
+        assert not GroupJournal.reopened(path, journal.num_bytes).append(entry(9), {}), "it is full"
+
+
+def test_a_journal_that_is_gone_is_made_anew(tmp_path):
+    journal = GroupJournal.reopened(tmp_path / "journal" / "a.groups", 1000)
+    assert journal.append(entry(1), {}) and len(list(read_journal(tmp_path / "journal" / "a.groups"))) == 1
+
+
+def test_a_new_queue_goes_on_with_the_journal_of_the_one_that_was_lost(tmp_path):
+    queues = [ReplayQueue(), ReplayQueue()]
+    path = str(tmp_path / "a.groups")
+    queues[0].begin_journal(path, 10**6, (), [])
+    for group_id, queue in enumerate(queues):
+        queue.put(group_id, ("group",), f"group {group_id}")
+        if group_id:
+            queue.reopen_journal(path, 10**6)
+        assert queue.keep(group_id, ("group",), entry(group_id)) > (0,)
+    assert ReplayQueue().recover(str(tmp_path))[0] == {"entries": {0: entry(0), 1: entry(1)}, "damages": []}
+
+
 def test_a_length_that_is_absurd_allocates_nothing(tmp_path):
     (tmp_path / "a.groups").write_bytes(b"R2MJ\x01\0\0\0" + struct.pack("<Q16s", 2**63, b"") + b"rest")
     assert ["ends within the record" in one for one in read_journal(tmp_path / "a.groups")] == [True]

@@ -36,7 +36,7 @@ class RunSection(Section):
     max_restarts: int = Field(3, ge=0)
     """How many times in a row the ring is built anew after a stage was lost or nothing moved any more. It then goes on
     from the newest whole checkpoint. A new checkpoint begins the count again. Without any checkpoint the run ends. A
-    lost annotator keeps nothing: it is restarted by itself, as often in a row without a call of it that ends."""
+    lost annotator or queue is restarted by itself, as often in a row without a call of it that ends."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The device on which the models compute. `auto` is a GPU if there is one, else the CPU. The head learner is always
     on the CPU."""

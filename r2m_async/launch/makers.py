@@ -24,7 +24,7 @@ from learners.policy_learner import PolicyLearner
 from learners.torch_backend import TorchBackend
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError
-from r2m_async.launch.ray_stages import Make, RayProcesses, ray_bytes
+from r2m_async.launch.ray_stages import QUEUE_RESTART_TIMEOUT, Make, RayProcesses, ray_bytes
 from r2m_async.launch.workload import Workload
 from r2m_async.ring.stages import Carrier, LocalBatches, LocalCarrier, Stages, local_bytes
 
@@ -195,7 +195,7 @@ def stages_on_ray(processes: RayProcesses, workload: Workload) -> Stages:
             num_gpus, deadline = gpus * config.rollouts.tensor_parallel, config.rollouts.hang_after
             return processes.stage(name, make, workload, num_gpus, deadline)
         if make is _replay_queue:
-            return processes.stage(name, _queue_of_buffers, workload, 0.0)
+            return processes.stage(name, _queue_of_buffers, workload, 0.0, restart_timeout=QUEUE_RESTART_TIMEOUT)
         on_cpu = make is _head_learner or (make is _reward_annotator and not workload.reward_model)
         return processes.stage(name, make, workload, 0.0 if on_cpu else gpus)
 

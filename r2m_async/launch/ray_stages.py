@@ -29,7 +29,9 @@ from r2m_async.plugins import no_terminal
 from r2m_async.ring.stages import Method
 
 RESTART_TIMEOUT = 300.0
-"""Seconds in which the new process of a lost rollout actor must be ready, or `cluster.wait` if that is more."""
+"""Seconds in which the new process of a lost stage must be ready, or `cluster.wait` if that is more."""
+QUEUE_RESTART_TIMEOUT = 60.0
+"""The same for the replay queue, which loads no model. If its node is gone, a ring that is built anew may find room."""
 KILL_TIMEOUT = 10.0
 """Seconds that Ray has to accept the order to kill a process."""
 
@@ -77,6 +79,7 @@ class RayProcesses:
         workload: Workload,
         num_gpus: float,
         deadline: float | None = None,
+        restart_timeout: float = RESTART_TIMEOUT,
     ) -> RayStage:
         """Starts a stage in a process of its own, and does not wait for it.
 
@@ -85,11 +88,11 @@ class RayProcesses:
             make: makes the stage in its process.
             workload: what `make` gets besides the config.
             num_gpus: the number of GPUs of the process, which may be a part of one.
-            deadline: the most seconds that a call may take (`RayStage`). None: no limit.
+            deadline, restart_timeout: as for `RayStage`.
         """
         # Ray must not restart a process by itself: the controller counts deaths, and gives a new process its weights.
         options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0, **self._place(name)}
-        stage = RayStage(name, make, self.config, workload, deadline, options)
+        stage = RayStage(name, make, self.config, workload, deadline, options, restart_timeout)
         self._launched.append(stage)
         return stage
 
@@ -247,6 +250,7 @@ class RayStage:
         workload: Workload,
         deadline: float | None,
         options: dict[str, Any],
+        restart_timeout: float = RESTART_TIMEOUT,
     ) -> None:
         """Starts the process, and does not wait for it.
 
@@ -258,12 +262,13 @@ class RayStage:
             deadline: the most seconds that a call may take. A process that takes longer counts as hung: it is killed,
                 and the stage is lost. None: no limit.
             options: Ray's options for the process.
+            restart_timeout: seconds in which a new process must be ready, or `cluster.wait` if that is more.
         """
         import ray
 
         self.name = name
         self._deadline = deadline
-        self._restart_timeout = max(RESTART_TIMEOUT, config.cluster.wait)
+        self._restart_timeout = max(restart_timeout, config.cluster.wait)
         # Each group has threads of its own. So a call of one group need not wait for a call of another.
         groups = {
             "control": 1,
@@ -340,7 +345,7 @@ class RayStage:
     async def restart(self) -> None:
         """Starts a new process in the place of the lost one, and waits until it is ready.
 
-        Raises StageLost if the new process dies, or is not ready in time (`RESTART_TIMEOUT`). Raises the user's
+        Raises StageLost if the new process dies, or is not ready in time. Raises the user's
         error because of which the stage cannot be made.
         """
         from ray.exceptions import ActorDiedError, ActorUnavailableError

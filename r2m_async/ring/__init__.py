@@ -1,6 +1,7 @@
 """This folder holds the loops of a run, which call the stages as the schedule decides; it knows neither torch nor Ray.
 
 controller.py    the whole ring, and the loops that train policy and head
+queue.py         the replay queue as the loops use it, which remembers what a new process of it must be given again
 rollouts.py      the loops of rollout actors: from a ticket to a group with its embeddings
 overage.py       the loop that ends groups which are late
 evaluations.py   evaluates versions of the policy during a run

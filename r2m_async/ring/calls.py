@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from r2m_async.errors import StageLost
@@ -15,32 +16,61 @@ from r2m_async.ring.waiting import WORKING, Waits
 R = TypeVar("R")
 
 
+@dataclass(frozen=True, slots=True)
+class _Restartable:
+    """A stage that comes back by itself if its process is lost."""
+
+    stage: Stage
+    kind: str
+    """Under which name its restarts are counted (`restarts/...`)."""
+    restore: Callable[[], Awaitable[None]]
+    """Gives the new process what the old one held."""
+    lock: asyncio.Lock
+    """Held by whoever brings the stage back."""
+
+
+async def _nothing() -> None:
+    """The `restore` of a stage that keeps nothing between its calls."""
+
+
 class Calls:
     """Makes the calls of stages for the controller.
 
-    A call returns what the stage's method is declared to return. What it raises passes through unchanged. But a stage
-    that keeps nothing between its calls is restarted if it is lost, and the call is made again.
+    A call returns what the stage's method is declared to return. What it raises passes through unchanged. But if a stage
+    of `restartable` is lost, it is restarted, and the call is made again.
     """
 
-    def __init__(self, waits: Waits, metrics: StepMetrics, stateless: Sequence[Stage], max_restarts: int) -> None:
-        """Begins with nothing under way.
+    def __init__(self, waits: Waits, metrics: StepMetrics, max_restarts: int) -> None:
+        """Begins with nothing under way, and with no stage that is restarted.
 
         Args:
             waits: notes every call while it lasts.
             metrics: notes every traced call when it has ended.
-            stateless: the stages that keep nothing between their calls.
-            max_restarts: how many times in a row such a stage is restarted, without a call of it that ends in between.
+            max_restarts: how many times in a row a stage is restarted, without a call of it that ends in between, and how
+                many times it is restarted for one and the same call.
         """
         self._waits, self._metrics = waits, metrics
-        self._stateless = {stage.name: stage for stage in stateless}
+        self._restartable: dict[str, _Restartable] = {}
         self._max_restarts = max_restarts
+        self._lost: dict[str, StageLost] = {}
+        """Those of these stages that are lost and not back yet, with the reason."""
         self._deaths: Counter[str] = Counter()
         """For each of these stages, its deaths since a call of it ended."""
         self._restarts: Counter[str] = Counter()
         """For each of these stages, how often it was restarted in all."""
-        self._restarting = asyncio.Lock()
         self.open: Counter[str] = Counter()
         """For each stage, how many of its calls have not ended."""
+
+    def restartable(self, stage: Stage, kind: str, restore: Callable[[], Awaitable[None]] = _nothing) -> None:
+        """Says that a stage is to be restarted if it is lost. Until it is restored, no other call reaches it.
+
+        Args:
+            stage: the stage.
+            kind: under which name its restarts are counted (`restarts/...`).
+            restore: gives the new process what the old one held. It may call the stage, but not with `ask`. It raises
+                StageLost if the new process dies as well. It may be cancelled, and is then called for another new process.
+        """
+        self._restartable[stage.name] = _Restartable(stage, kind, restore, asyncio.Lock())
 
     async def ask(self, call: Call[R], about: str = "") -> R:
         """Makes a call and returns its answer.
@@ -49,45 +79,56 @@ class Calls:
             call: the call, not yet begun.
             about: what the call is for, such as `group 12` or an engine's name, for the list of waits.
         """
-        what = f"{WORKING}{about and ': '}{about}"
+        what, name, deaths = f"{WORKING}{about and ': '}{about}", call.stage, 0
         while True:
-            before = self._restarts[call.stage]
-            self.open[call.stage] += 1
+            # Asked again after every wait: it may have been lost once more, and a new process may not be restored yet.
+            while name in self._lost:
+                await self._bring_back(self._restartable[name])
+            before = self._restarts[name]
+            self.open[name] += 1
             try:
-                answer = await self._waits.work(call, f"{call.stage} {call.method.name}", what)
+                answer = await self._waits.work(call, f"{name} {call.method.name}", what)
             except StageLost as lost:
-                if lost.stage != call.stage or call.stage not in self._stateless:
+                deaths += 1
+                # Other calls may end well in between. So a call that kills its stage each time is counted by itself.
+                if lost.stage != name or name not in self._restartable or deaths > self._max_restarts:
                     raise
-                await self._bring_back(self._stateless[call.stage], before, lost)
+                # The death of one process ends several calls, and the last may hear of it when the stage is back.
+                if self._restarts[name] == before:
+                    self._lost.setdefault(name, lost)
             else:
-                self._deaths[call.stage] = 0
+                self._deaths[name] = 0
                 return answer
             finally:
-                self.open[call.stage] -= 1
+                self.open[name] -= 1
 
-    async def _bring_back(self, stage: Stage, before: int, lost: StageLost) -> None:
-        """Restarts a stage that was lost, once for all calls that its death has ended.
+    async def _bring_back(self, back: _Restartable) -> None:
+        """Restarts and restores a stage that is lost, once for all calls that its death has ended.
 
-        Args:
-            stage: the stage.
-            before: how often it had been restarted when the call began that has failed.
-            lost: why that call failed.
+        If this is cancelled on the way, the stage stays lost, and whoever calls it next begins again.
 
         Raises StageLost if the stage died more than `max_restarts` times in a row.
         """
-        async with self._restarting:
-            # The death of one process ends several calls. Only the first of them finds that nobody has restarted it.
-            while self._restarts[stage.name] == before:
-                self._deaths[stage.name] += 1
-                if self._deaths[stage.name] > self._max_restarts:
+        name = back.stage.name
+        async with back.lock:
+            while lost := self._lost.get(name):
+                self._deaths[name] += 1
+                if self._deaths[name] > self._max_restarts:
                     raise lost
                 try:
-                    await self._waits.work(stage.restart(), stage.name, "its restart")
+                    await self._waits.work(back.stage.restart(), name, "its restart")
+                    await back.restore()
                 except StageLost as again:
-                    lost = again
+                    self._lost[name] = again
                     continue
-                self._restarts[stage.name] += 1
-                self._metrics.standing["annotators"] = {"restarts/annotators": float(self._restarts.total())}
+                del self._lost[name]
+                self._restarts[name] += 1
+                kinds = Counter[str]()
+                for one in self._restartable.values():
+                    kinds[one.kind] += self._restarts[one.stage.name]
+                self._metrics.standing["restarts"] = {
+                    f"restarts/{kind}": float(num) for kind, num in kinds.items() if num
+                }
 
     async def traced(self, call: Call[R], *, step: int, about: str = "", beside: bool = False) -> R:
         """Makes a call as `ask` does, and records it in the trace, also if it fails.

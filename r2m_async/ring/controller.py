@@ -119,7 +119,7 @@ class Controller:
         self.config, self.stages = config, stages
         self.schedule, self.metrics = self._state.schedule, self._state.metrics
         self._waits, self._calls, self._tasks = self._state.waits, self._state.calls, self._state.tasks
-        self._versions = self._state.versions
+        self._queue, self._versions = self._state.queue, self._state.versions
         self._evaluations = Evaluations(self._state, evaluation_tickets, progress.evaluation)
         self.journal = Journal(self._state, make_ticket)
         self._rollouts = Rollouts(self._state, self._evaluations, self.journal, make_ticket)
@@ -168,6 +168,8 @@ class Controller:
             await self._tasks.finish(self._calls.ask(self.stages.labels.restore(labels)), "the labels")
         if journals is not None:
             await self._tasks.finish(self._rollouts.take_up(journals), "the journal")
+        # Not before: while a journal is taken up, the queue holds groups that nobody could give it again.
+        self._calls.restartable(self.stages.queue, "queue", self._rollouts.restore_queue)
         loops = [self._training_loop(), self._head_loop(), overage_loop(self._state), self._watchdog()]
         loops += [self._rollouts.loop(actor) for actor in self.stages.rollouts]
         for loop in loops:
@@ -388,7 +390,7 @@ class Controller:
         step, group_ids, stages = assembly.step, assembly.group_ids, self.stages
         # This comes before the first `await`: the head loop drops old versions while it goes on.
         head = self._versions.heads[assembly.head_version]
-        groups = await self._parts(group_ids, "group")
+        groups = await self._queue.get(group_ids, "group")
         # If one of the two fails, the other is cancelled, so that a pass which hangs cannot hide the error.
         async with together() as passes:
             proximal = passes.create_task(self._calls.traced(stages.policy.proximal(step, groups), step=step))
@@ -442,22 +444,17 @@ class Controller:
         began = now()
         await self._rollouts.wait_for_embeddings(group_ids)
         self.metrics.waited["wait/annotators"] = now() - began
-        embeddings = await self._parts(group_ids, "embeddings")
+        embeddings = await self._queue.get(group_ids, "embeddings")
         feedback: Sequence[Payload | None] | Payload
         if not self.config.reads_feedback:
             feedback = [None] * len(group_ids)
         elif self.config.feedback.source == "learner":
             feedback = (await proximal)[1]
         else:
-            feedback = await self._parts(group_ids, "feedback")
+            feedback = await self._queue.get(group_ids, "feedback")
         scorer = self.stages.annotators[0]
         report, rewards = await self._calls.traced(scorer.score(step, head, embeddings, feedback), step=step)
         return report, embeddings, rewards
-
-    async def _parts(self, group_ids: tuple[int, ...], part: str) -> list[Payload]:
-        """Gets one part of each group from the queue, for example `embeddings`, in the order of `group_ids`."""
-        _, *payloads = await self._calls.ask(self.stages.queue.get(group_ids, part), about=f"{part} {list(group_ids)}")
-        return payloads
 
     async def _end(self) -> None:
         """Makes the present step the last one, and forgets the groups that were admitted for later steps."""
@@ -467,7 +464,7 @@ class Controller:
         self._rollouts.forget(ahead)
         self.metrics.forget(ahead)
         if ahead:
-            await self._calls.ask(self.stages.queue.free(ahead))
+            await self._queue.free(ahead)
 
     async def _publish(self, version: int, head: tuple[int, Payload] | None = None) -> None:
         """Makes the policy learner's present version one that rollout actors can load.
@@ -516,7 +513,7 @@ class Controller:
             self._versions.heads[work.step + 1] = weights
             freed = self.schedule.head_trained(work.step)
             self._versions.drop_heads()
-            await self._calls.ask(self.stages.queue.free(freed))
+            await self._queue.free(freed)
             self._waits.notify()
 
     async def _due(self, work: _HeadWork) -> _Due:

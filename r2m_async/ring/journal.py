@@ -8,6 +8,7 @@ belongs to a step that is still to come, and if its age is within the bounds. Al
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from r2m_async.ring.stages import Payload
 from r2m_async.ring.state import RingState, now
+from r2m_async.ring.waiting import WORKING
 from r2m_async.schedule import Admission
 from r2m_async.trajectories import GroupReport, Ticket
 
@@ -29,6 +31,10 @@ class Journal:
         """Begins without a journal. `make_ticket` turns an admission into a ticket."""
         self._state, self._make_ticket = state, make_ticket
         self._num_without_room = 0
+        self._path: str | None = None
+        """The file of the journal, once it has begun."""
+        self._turn = asyncio.Lock()
+        """Held during each call for the journal. If the queue is lost, calls are made again, and in any order."""
         self.recovered: dict[str, Any] = {}
         """What became of the groups that `recover` found: `taken`, how many are used again; `left`, how many are not, by
         reason; `damages`, what is wrong with the files."""
@@ -48,13 +54,19 @@ class Journal:
         if not (size := state.config.queue.journal):
             return
         path = str(Path(directory) / f"step-{step:06d}.groups")
-        self._newest_kept = step
-        self._forget()
-        # In one call, so that the groups are at every moment in the old journal or in the new one.
-        entries = [entry for _, entry in sorted(self._entries.items()) if self._is_kept(entry)]
-        begun = await state.calls.ask(state.stages.queue.begin_journal(path, size, PARTS, entries))
+        async with self._turn:
+            self._newest_kept = step
+            self._forget()
+            # In one call, so that the groups are at every moment in the old journal or in the new one.
+            entries = [entry for _, entry in sorted(self._entries.items()) if self._is_kept(entry)]
+            begun = await state.calls.ask(state.stages.queue.begin_journal(path, size, PARTS, entries))
+            self._path = path
         self._num_without_room += begun["without_room"]
         self._measure(begun["bytes"])
+
+    def forget(self, group_id: int) -> None:
+        """Forgets a group that will be generated again: what is known of it is not true of the parts that will come."""
+        self._entries.pop(group_id, None)
 
     def _forget(self) -> None:
         """Forgets the groups that are trained or given up."""
@@ -84,13 +96,23 @@ class Journal:
 
     async def _keep(self, group_id: int) -> None:
         """Writes a group that has arrived, if no token of it is of a later version than the checkpoint's."""
-        state, entry = self._state, self._entries.get(group_id)
-        if entry is None or not self._is_kept(entry):
-            return
-        kept = await state.calls.ask(state.stages.queue.keep(group_id, PARTS, entry), about=f"group {group_id}")
+        state = self._state
+        async with self._turn:
+            entry = self._entries.get(group_id)
+            if entry is None or not self._is_kept(entry):
+                return
+            kept = await state.calls.ask(state.stages.queue.keep(group_id, PARTS, entry), about=f"group {group_id}")
         if not kept:
             self._num_without_room += 1
         self._measure(kept or state.config.queue.journal)
+
+    async def reopen(self) -> None:
+        """Lets a new process of the queue go on with the journal. Calls of the queue must wait meanwhile. Raises DiskError."""
+        if self._path is not None:
+            queue, size = self._state.stages.queue, self._state.config.queue.journal
+            await self._state.waits.work(
+                queue.reopen_journal(self._path, size), f"{queue.name} reopen_journal", WORKING
+            )
 
     def _is_kept(self, entry: dict[str, Any]) -> bool:
         """Whether a group that has arrived is worth keeping: a resumed run has all versions of which it has tokens."""
@@ -120,7 +142,7 @@ class Journal:
             )
             if reason:
                 left[reason] += 1
-                await state.calls.ask(state.stages.queue.free((group_id,)))
+                await state.queue.free((group_id,))
                 continue
             self._entries[group_id] = entry
             admission = Admission(
@@ -130,7 +152,9 @@ class Journal:
                 policy_version=report.oldest_version,
                 refill=refill,
             )
-            _, *group = await state.calls.ask(state.stages.queue.get((group_id,), PARTS[0]))
-            taken.append((self._make_ticket(admission), report, *group))
+            parts = [(await state.queue.get((group_id,), name))[0] for name in PARTS]
+            # It has these parts already. From now on it could be given them again, like those of any other group.
+            await state.queue.put(group_id, PARTS, *parts, about=f"group {group_id}")
+            taken.append((self._make_ticket(admission), report, parts[0]))
         self.recovered = {"taken": len(taken), "left": dict(+left), "damages": found["damages"]}
         return taken

@@ -52,6 +52,7 @@ class Rollouts:
         self._config, self._stages, self._schedule = state.config, state.stages, state.schedule
         self._metrics, self._waits, self._calls = state.metrics, state.waits, state.calls
         self._tasks, self._versions, self._present = state.tasks, state.versions, state.present
+        self._queue = state.queue
         self._evaluations, self._journal, self._make_ticket = evaluations, journal, make_ticket
         self._delivery = Delivery(state.config, state.stages, state.waits, state.calls)
         self._embedding: dict[int, asyncio.Task[Any]] = {}
@@ -246,7 +247,7 @@ class Rollouts:
             return
         # `put` comes before `arrived`: once the schedule knows of the group, the training loop may get its payloads.
         async with in_step(ticket.due_step, (group_id,)):
-            await self._calls.ask(self._stages.queue.put(group_id, ("group", "feedback"), group, feedback), about=about)
+            await self._queue.put(group_id, ("group", "feedback"), group, feedback, about=about)
         # While `put` was under way, the group may have been given up, for example by the end of the run (`kl_stop`).
         # Then `void` and `arrived` change nothing and return False.
         if report.num_responses < min(2, self._config.rollouts.group_size):
@@ -255,7 +256,7 @@ class Rollouts:
             # If the schedule still holds the group, the queue has the payloads of another attempt, or will get them.
             # They have the same names and must stay.
             if not self._schedule.holds(group_id):
-                await self._calls.ask(self._stages.queue.free((group_id,)), about=about)
+                await self._queue.free((group_id,), about)
         else:
             # No `await` since `arrived`: as soon as another task runs, `_score` may look for the embedding task.
             self._metrics.arrived(group_id, report)
@@ -269,6 +270,25 @@ class Rollouts:
         for ticket, report, group in await self._journal.recover(directory):
             self._metrics.arrived(ticket.group_id, report)
             self._embedding[ticket.group_id] = self._tasks.spawn(self._embed(ticket, group))
+
+    async def restore_queue(self) -> None:
+        """Gives a new process of the queue what the old one held.
+
+        A group of which a part is lost as well, with its node, is generated again. Under `lag: exact` that takes the same
+        version of the policy, so it becomes the same group.
+
+        Raises StageLost if the step of such a group is being trained.
+        """
+        name = self._stages.queue.name
+        for group_id, error in (await self._queue.put_again()).items():
+            if not self._schedule.take_back(group_id, "payload_lost"):
+                raise StageLost(name, f"{name} was lost, and group {group_id} with it: {error}") from error
+            self._queue.forget(group_id)
+            self._journal.forget(group_id)
+            self._metrics.forget((group_id,))
+            self.forget((group_id,))
+            self._waits.notify()
+        await self._journal.reopen()
 
     async def _embed(self, ticket: Ticket, group: Payload) -> None:
         """Computes the reward token embeddings of one group, and puts them into the queue.
@@ -288,17 +308,18 @@ class Rollouts:
                 await self._refill(ticket)
                 return
             self._metrics.annotated(ticket.group_id, report.metrics.get("gold", float("nan")))
-            await self._calls.ask(self._stages.queue.put(ticket.group_id, ("embeddings",), embeddings), about=about)
+            await self._queue.put(ticket.group_id, ("embeddings",), embeddings, about=about)
         if self._waits_for_rewards:
             self._waits.notify()  # the step may have waited for this group alone (`settled`)
 
     async def _refill(self, ticket: Ticket) -> None:
         """Gives a group back to the schedule, because its responses all have the same reward."""
         group_id = ticket.group_id
-        await self._calls.ask(self._stages.queue.free((group_id,)), about=f"group {group_id}")
+        await self._queue.free((group_id,), f"group {group_id}")
         # Without any `await` from here on: an actor may begin with the group as soon as it is refilled.
         if self._schedule.refill(group_id, ticket.attempt, "no_spread"):
             self._metrics.forget((group_id,))
+            self._journal.forget(group_id)
             self._embedding.pop(group_id, None)
             self._waits.notify()
 
@@ -314,7 +335,7 @@ class Rollouts:
                 f"{failed}\n{self._voided_in_a_row} groups in a row were lost in this way, and reward.max_voided is "
                 f"{self._config.reward.max_voided}."
             ) from None
-        await self._calls.ask(self._stages.queue.free((group_id,)), about=f"group {group_id}")
+        await self._queue.free((group_id,), f"group {group_id}")
         # Without any `await` from here on: the step may be assembled as soon as the group is voided.
         self._schedule.void(group_id, failed.reason)
         self._metrics.forget((group_id,))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from r2m_async.config import R2MConfig
 from r2m_async.ring.calls import Calls
 from r2m_async.ring.progress import Progress
+from r2m_async.ring.queue import Queue
 from r2m_async.ring.stages import RolloutStage, Stages
 from r2m_async.ring.step_metrics import StepMetrics
 from r2m_async.ring.tasks import Tasks
@@ -26,6 +27,7 @@ class RingState:
     metrics: StepMetrics
     waits: Waits
     calls: Calls
+    queue: Queue
     tasks: Tasks
     versions: Versions
     present: dict[str, RolloutStage] = field(default_factory=dict)
@@ -40,13 +42,17 @@ class RingState:
         schedule, waits = Schedule(plan, progress.step), Waits()
         schedule.count_on(progress.trained, progress.voided, progress.reissued, progress.fenced)
         metrics = StepMetrics(stages, now(), progress)
+        calls = Calls(waits, metrics, config.run.max_restarts)
+        for annotator in stages.annotators:
+            calls.restartable(annotator, "annotators")
         return cls(
             config=config,
             stages=stages,
             schedule=schedule,
             metrics=metrics,
             waits=waits,
-            calls=Calls(waits, metrics, stages.annotators, config.run.max_restarts),
+            calls=calls,
+            queue=Queue(stages.queue, calls, waits),
             tasks=Tasks(waits),
             versions=Versions(schedule),
         )

@@ -63,6 +63,7 @@ _LINES = {
         ("refused", "ledger/fenced", "{:.0f}"),
         ("rings built anew", "restarts/ring", "{:.0f}"),
         ("annotators restarted", "restarts/annotators", "{:.0f}"),
+        ("queue restarted", "restarts/queue", "{:.0f}"),
     ),
 }
 """For each line about the last step, its parts: a name, the metric, and how it is printed."""

@@ -2,16 +2,20 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from r2m_async.config import R2MConfig
 from r2m_async.errors import ConfigError, GenerationFailed, StageLost, StalledRun, StepFailed
 from r2m_async.launch.loop_thread import LoopThread
+from r2m_async.ring.calls import Calls
 from r2m_async.ring.controller import Controller
 from r2m_async.ring.delivery import Delivery
+from r2m_async.ring.journal import Journal
+from r2m_async.ring.queue import Queue
 from r2m_async.ring.simulator import SimulatedStage, VirtualClockLoop, run_virtually, simulated_ticket
-from r2m_async.ring.stages import Stages, local_bytes
+from r2m_async.ring.stages import QueueStage, Stages, local_bytes
 from r2m_async.ring.tasks import STOP_TIMEOUT
 from r2m_async.ring.waiting import Waits
 from r2m_async.schedule import Plan
@@ -427,6 +431,214 @@ def test_an_annotator_that_dies_again_and_again_ends_the_run_with_its_own_error(
     annotator = Faulty("annotator-0", crashes=lambda method: method == "embed")
     told = drive(stages_of(annotators=(annotator,)), train, CONFIG.run(max_restarts=2))
     assert isinstance(told["error"], StageLost) and "annotator-0 crashed in embed" in str(told["error"])
+
+
+def test_a_call_that_kills_its_stage_each_time_ends_the_run_although_other_calls_end_in_between():
+    """Here that of the journal for one group, which no step waits for."""
+
+    class Queue(Store):
+        async def call(self, method, *args):
+            if method.name == "keep" and args[0] == 3:
+                await asyncio.sleep(0.05)
+                raise StageLost(self.name, "killed by group 3")
+            return await super().call(method, *args)
+
+    queue = Queue("queue")
+
+    async def run(controller):
+        await controller.journal.begin("nowhere")
+        await train(controller)
+
+    plan = plan_of(num_steps=30, max_policy_age=2)
+    told = drive(stages_of(queue=queue), run, CONFIG.run(max_restarts=2), plan)
+    assert isinstance(told["error"], StageLost) and "killed by group 3" in str(told["error"])
+    assert queue.restarts == 2
+
+
+class Store(Faulty):
+    """A queue that keeps what it is given. Its first processes die in the call with the number that is in `at` for each.
+
+    done: whether that call is done first. loses: a payload that no process but the first can get.
+    """
+
+    def __init__(self, name, at=(), done=False, loses="nothing"):
+        super().__init__(name)
+        self.at, self.done, self.loses = list(at), done, loses
+        self.number, self.restarts, self.dead = 0, 0, False
+        self.parts, self.journal = {}, None
+
+    async def call(self, method, *args):
+        process = self.restarts
+        if not self.dead and self.at and self.number == self.at[0]:
+            self.at.pop(0)
+            self.dead = True
+            if self.done:
+                self.result(method.name, args)
+        self.number += 1
+        await asyncio.sleep(0.01)
+        if self.dead or process != self.restarts:
+            if method.name == "begin_journal":  # calls hear of the loss in any order
+                await asyncio.sleep(0.05)
+            raise StageLost(self.name, f"{self.name} was lost during {method.name}")
+        if self.restarts and method.name == "put" and self.loses in args[2:]:
+            raise StageLost(None, "a payload was lost with its node")
+        return self.result(method.name, args)
+
+    async def restart(self):
+        self.restarts += 1
+        self.parts, self.journal = {}, None
+        await asyncio.sleep(0.2)
+        self.number, self.dead = 0, False
+
+    def result(self, method, args):
+        if method == "put":
+            self.parts.setdefault(args[0], {}).update(zip(args[1], args[2:], strict=True))
+        elif method == "free":
+            for group_id in args[0]:
+                self.parts.pop(group_id, None)
+        elif method == "get":
+            return None, *(self.parts[group_id][args[1]] for group_id in args[0])
+        elif method == "begin_journal":
+            self.journal = args[0]
+            return ({"bytes": 1, "without_room": 0},)
+        elif method == "reopen_journal":
+            self.journal = args[0]
+        elif method == "keep":
+            assert self.journal is not None
+        return (1,)
+
+
+class Attempts(Faulty):
+    """A rollout actor whose payloads say in which attempt they were made."""
+
+    def result(self, method, args):
+        if method != "generate":
+            return super().result(method, args)
+        report, _, _ = super().result(method, args)
+        return report, f"group {args[0].group_id}, attempt {args[0].attempt}", None
+
+
+STEPS = 6
+
+
+def queue_dies(queue, lag="exact", max_bytes=10**6):
+    """What became of a ring that trains with this queue, and the metrics of its steps."""
+    metrics = []
+
+    async def run(controller):
+        while not controller.finished:
+            metrics.append(await controller.step())
+            if len(metrics) == 1:
+                await controller.journal.begin("nowhere")
+        await controller.drain()
+        await asyncio.sleep(10)  # the last groups are freed
+
+    sizes = {"max_bytes": max_bytes, "group_bytes": 10}
+    plan = plan_of(num_steps=STEPS, max_policy_age=2, max_head_age=1, lag=lag, **sizes)
+    config = CONFIG.scheduling(lag=lag, max_policy_age=2, max_head_age=1).run(max_restarts=2)
+    return drive(stages_of(queue=queue, rollouts=(Attempts("rollout-0"),)), run, config, plan), metrics
+
+
+def assert_balanced(controller, queue, trained=2 * STEPS):
+    ledger = controller.schedule.policy_ledger
+    assert ledger.admitted == 2 * STEPS == ledger.trained + ledger.voided.total() and ledger.trained == trained
+    assert not queue.parts and not controller._queue._held
+    assert queue.journal == "nowhere/step-000001.groups"
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("lag", ["exact", "bounded"])
+def test_a_queue_that_dies_at_any_of_its_calls_is_given_again_what_it_held(lag, done):
+    for at in range(1000):
+        queue = Store("queue", [at], done)
+        told, metrics = queue_dies(queue, lag)
+        assert "error" not in told, (at, told["error"])
+        if not queue.restarts:
+            break
+        assert queue.restarts == 1, "every call that was under way has failed, and one process had died"
+        assert metrics[-1].get("restarts/queue", 1.0) == 1.0 and metrics[-1]["age/policy_max"] <= 2
+        assert not told["controller"].schedule.reissued, "nothing was generated again"
+        assert_balanced(told["controller"], queue)
+    assert at > 5 * STEPS, "it was killed at each of its calls"
+
+
+def test_a_queue_that_dies_again_while_it_is_given_what_it_held_is_given_it_once_more():
+    for at in range(10):
+        queue = Store("queue", [30, at])
+        told, _ = queue_dies(queue)
+        assert "error" not in told and queue.restarts == 2
+        assert_balanced(told["controller"], queue)
+
+
+def test_a_queue_that_dies_each_time_while_it_is_given_what_it_held_ends_the_run_by_max_restarts():
+    told, _ = queue_dies(Store("queue", [30, 0, 0]))
+    assert isinstance(told["error"], StageLost) and "queue was lost during put" in str(told["error"])
+
+
+@pytest.mark.parametrize(
+    ("lag", "max_bytes", "becomes"),
+    [("exact", 20, "again"), ("bounded", 10**6, "again"), ("bounded", 20, "voided")],
+)
+def test_a_group_whose_payload_is_lost_with_the_queue_is_generated_again_or_voided(lag, max_bytes, becomes):
+    """While its step is trained it is needed, and the ring must be built anew."""
+    ends = set()
+    for at in range(20, 60):
+        queue = Store("queue", [at], loses="group 7, attempt 0")
+        told, _ = queue_dies(queue, lag, max_bytes)
+        schedule = told["controller"].schedule
+        if "error" in told:
+            assert isinstance(told["error"], StageLost) and told["error"].stage == "queue", told["error"]
+            assert "queue was lost, and group 7 with it: a payload was lost with its node" in str(told["error"])
+            ends.add("ended")
+            continue
+        voided = schedule.policy_ledger.voided["payload_lost"]
+        assert_balanced(told["controller"], queue, 2 * STEPS - voided)
+        ends |= {"again"} if schedule.reissued["payload_lost"] else {"voided"} if voided else {"not there"}
+        assert voided <= (becomes == "voided")
+    assert ends >= {"not there", becomes, "ended"}
+
+
+@pytest.mark.parametrize(("names", "is_lost"), [(("embeddings",), True), (("group", "feedback"), False)])
+def test_a_lost_part_is_lost_although_others_come_while_the_queue_is_given_what_it_held(names, is_lost):
+    """Unless others of the same names have taken their place."""
+
+    async def run():
+        carrier, waits = Faulty("queue"), Waits()
+        queue = Queue(QueueStage(carrier), Calls(waits, None, 2), waits)
+        await queue.put(7, ("group", "feedback"), "old", "old", about="")
+        carrier.fails = {"put": StageLost(None, "lost with its node")}
+        again = asyncio.create_task(queue.put_again())
+        await asyncio.sleep(0)
+        later = asyncio.create_task(queue.put(7, names, *["new"] * len(names), about=""))
+        assert set(await again) == ({7} if is_lost else set())
+        with pytest.raises(StageLost):
+            await later
+
+    asyncio.run(run())
+
+
+def test_calls_for_the_journal_wait_for_each_other_because_a_restart_may_turn_their_order():
+    async def run():
+        carrier, waits = Faulty("queue", hangs=("begin_journal",)), Waits()
+        state = SimpleNamespace(
+            config=CONFIG,
+            stages=SimpleNamespace(queue=QueueStage(carrier)),
+            schedule=SimpleNamespace(policy_version=1, holds=lambda group_id: True),
+            calls=Calls(waits, None, 2),
+        )
+        journal = Journal(state, simulated_ticket)
+        begins = asyncio.create_task(journal.begin("nowhere"))
+        await asyncio.sleep(0)
+        keeps = asyncio.create_task(
+            journal.arrived(SimpleNamespace(group_id=3, attempt=0), 0, SimpleNamespace(newest_version=1))
+        )
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not keeps.done() and set(carrier.calls) == {"begin_journal"}
+        for task in (begins, keeps):
+            task.cancel()
+
+    asyncio.run(run())
 
 
 class CannotFinish(Faulty):

@@ -18,7 +18,7 @@ from r2m_async import reference
 from r2m_async.cli import main
 from r2m_async.config import R2MConfig
 from r2m_async.data.seeds import ENVIRONMENT, turn_seed
-from r2m_async.errors import ConfigError, FunctionFailed, NonFiniteStep
+from r2m_async.errors import ConfigError, FunctionFailed, GenerationFailed, NonFiniteStep
 from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import TicketOffice, resolve, worst_group_bytes
 from r2m_async.models import plays as playing
@@ -334,6 +334,23 @@ def test_a_turn_that_comes_after_its_group_has_ended_is_not_written(own, monkeyp
 
 
 # Failures
+
+
+def test_a_turn_that_is_cut_off_though_nobody_aborted_it_fails_its_group(own):
+    """Else the function would wait for ever for a turn that has ended."""
+    config = own.rollouts(function="plays:shows_itself")
+    engine, tickets = engine_of(config)
+    cut = SampledTurn(token_ids=[], logprobs=[], versions=[], finish_reason="abort", stop=None)
+    with pytest.raises(GenerationFailed, match="response 0: the engine ended a turn that nobody had aborted"):
+        playing.play_group(
+            playing.rollout_function(config),
+            tickets[0],
+            lambda request, tell: tell(cut),
+            tokenizer=engine._tokenizer,
+            ends=[1],
+            twin=False,
+            config=config,
+        )
 
 
 @pytest.mark.parametrize(

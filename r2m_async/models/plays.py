@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 from r2m_async.codec import encoded_size
 from r2m_async.config import R2MConfig
 from r2m_async.data.seeds import ENVIRONMENT, turn_seed
-from r2m_async.errors import ConfigError, FunctionFailed
+from r2m_async.errors import ConfigError, FunctionFailed, GenerationFailed
 from r2m_async.finite import response_name
 from r2m_async.function_loops import OncePerProcess, turning_loop
 from r2m_async.models.conversation import Conversation
@@ -109,7 +109,8 @@ def play_group(
             ticket, if the user's function is one of what it is given.
         aborted: whether the schedule has aborted the group.
 
-    Raises FunctionFailed if a call of the function raises, returns something, or takes too long, and what `sample` tells.
+    Raises FunctionFailed if a call of the function raises, returns something, or takes too long, GenerationFailed if a turn
+    is cut off while the group is not aborted, and what `sample` tells.
     """
     size = config.rollouts.group_size
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
@@ -137,7 +138,7 @@ def play_group(
                 elif isinstance(what, _Outcome):
                     play.end(what)
                     running.remove(play)
-                else:
+                elif not (isinstance(what, GenerationFailed) and aborted()):
                     raise what
     finally:
         begun = plays[: len(plays) - len(waiting)]
@@ -345,8 +346,10 @@ class _Play:
                 return
             self._conversation.add_sampled(turn.token_ids, turn.logprobs, turn.versions)
             self.settled.set()
-            # An aborted turn is not handed out: the group ends, and the function with it.
+            # An aborted turn is not handed out: the group ends, and the function with it. If nobody has aborted the group,
+            # the function would wait for ever.
             if turn.finish_reason == "abort":
+                self._tell((self, GenerationFailed(f"{self.place}: the engine ended a turn that nobody had aborted")))
                 return
             self._turns += 1
             self._last = turn.finish_reason

@@ -157,15 +157,15 @@ def test_an_abort_ends_turns_and_waits_and_gives_the_block_back(playing):
     plays.STARTED.clear()
     engine, *_ = playing("hangs")
     with ThreadPoolExecutor(1) as pool:
-        made = pool.submit(engine.generate, ticket_of(0))
+        made = pool.submit(engine.generate, ticket_of(80))  # an attempt that no other test makes: see `Aborted`
         assert plays.STARTED.wait(60)
-        engine.abort(0, 0)
+        engine.abort(80, 0)
         whole, feedback = made.result(60)
         assert feedback is None and {one.finish_reason for one in whole.trajectories} == {"abort"}
         assert num_free_blocks(engine) == 2
         # An abort may come before its attempt.
-        engine.abort(1, 3)
-        early, _ = engine.generate(ticket_of(1, attempt=3))
+        engine.abort(82, 3)
+        early, _ = engine.generate(ticket_of(82, attempt=3))
         assert [one.num_response_tokens for one in early.trajectories] == [0] * 6
 
 
@@ -175,9 +175,9 @@ def test_an_abort_ends_a_turn_that_is_being_sampled(playing, monkeypatch):
         begun, start = threading.Event(), driver_of(engine).start
         with monkeypatch.context() as patch:
             patch.setattr(driver_of(engine), "start", lambda request, done: (begun.set(), start(request, done)))
-            made = pool.submit(engine.generate, ticket_of(0))
+            made = pool.submit(engine.generate, ticket_of(81))
             assert begun.wait(60)
-            engine.abort(0, 0)
+            engine.abort(81, 0)
             whole, _ = made.result(60)
     assert all(one.finish_reason == "abort" and one.num_response_tokens < 3000 for one in whole.trajectories)
     engine, model, config = playing("once", max_new_tokens=8)

@@ -3,9 +3,11 @@
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
+import r2m_async
 from r2m_async import reference
 from r2m_async.advantages import register_advantage
 from r2m_async.cli import main
@@ -259,8 +261,10 @@ def test_a_module_that_fails_as_it_is_imported_is_named_with_its_own_traceback(o
         ConfigError, match=r"^reward\.functions = 'mine:f': cannot import module 'mine' to find 'f'"
     ) as caught:
         named_function("mine:f", "reward.functions")
-    files = re.findall(r'File "([^"]+)"', str(caught.value))
-    assert files and all(file.endswith("mine.py") for file in files)
+    package = str(Path(r2m_async.__file__).parent)
+    first, *more = re.findall(r'File "([^"]+)"', str(caught.value))
+    # Not all of them: a library that was imported before may stand in the place of what the module calls, such as sys.exit.
+    assert first.endswith("mine.py") and not any(file.startswith(package) for file in more)
 
 
 @pytest.mark.parametrize("failure", FAILURES)

@@ -95,17 +95,29 @@ def balanced(ring, num_groups):
     return all_trained and not ring._run(ring.controller.stages.queue.carrier.call(QueueStage.methods()["free"], ()))[0]
 
 
+def settled_object_store() -> int:
+    """The bytes in Ray's object store once it has freed what tests before have left: they stay the same for two seconds."""
+    gc.collect()
+    since, held = time.monotonic(), in_object_store()
+    while time.monotonic() - since < 2:
+        time.sleep(0.1)
+        if (now := in_object_store()) != held:
+            since, held = time.monotonic(), now
+    return held
+
+
 @pytest.mark.parametrize("lag", ["exact", "bounded"])
 def test_the_queue_is_killed_and_comes_back_with_all_that_it_held(tiny_config, tmp_path, lag):
-    """In exact mode the same bits come out. Nothing is generated again, and nothing stays in shared memory."""
+    """In exact mode the same bits come out. Nothing is generated again, and nothing stays in Ray's object store."""
     config = tiny_config.run(num_steps=12).rollouts(num_actors=2)
     config = config.scheduling(max_policy_age=2, max_head_age=1, lag=lag)
-    shared, before = set(os.listdir("/dev/shm")), in_object_store()
+    before = settled_object_store()
     with Ring.of(config, journals=tmp_path) as ring:
         seen = record_groups(ring)
-        killed = []
+        killed, most = [], 0
         while not ring.finished:
             metrics = ring.step()
+            most = max(most, in_object_store())
             assert metrics["age/policy_max"] <= 2 and metrics["age/head"] <= 1
             if metrics["step"] == 3:
                 ring.save(tmp_path / "checkpoint")
@@ -119,8 +131,7 @@ def test_the_queue_is_killed_and_comes_back_with_all_that_it_held(tiny_config, t
         assert not ring.controller._queue._held
         if lag == "exact":
             assert_same_bits(ring, reference.train(config), seen)
-        assert in_object_store() > before
-    assert not set(os.listdir("/dev/shm")) - shared
+        assert most > before
     del ring
     gc.collect()
     for _ in range(300):  # Ray frees what nobody refers to in its own time

@@ -102,7 +102,7 @@ def _reads(model: Any, num_tokens: int, states: slice, tokens: slice, **inputs: 
 
     def keep(module: Any, inputs: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # a model may scale it in place, which a leaf forbids
 
     ids_1S = torch.arange(num_tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
     with model.get_input_embeddings().register_forward_hook(keep):

@@ -193,6 +193,10 @@ def test_however_coarsely_a_model_rounds_it_reads_what_it_reads(tiny, tiny_confi
     def rounded(module, inputs, states):
         return states + 0.3 * states.detach().abs().mean() * torch.randn_like(states)
 
+    def scaled_in_place(module, inputs):  # as CTRL does with its embeddings
+        inputs[0].mul_(2)
+
+    model.base_model.layers[0].register_forward_pre_hook(scaled_in_place)
     model.base_model.layers[0].register_forward_hook(rounded)
     check_causal(model, "model.policy", "coarse")
     check_packing(model, "model.policy", "coarse")

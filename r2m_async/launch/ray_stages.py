@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from r2m_async.child_process import NODE_ADDRESS
@@ -239,6 +240,18 @@ class _Process:
         return (report, *results) if results else report
 
 
+@dataclass(slots=True)
+class _Life:
+    """One process of a stage, from its start to its end."""
+
+    actor: Any
+    """Ray's handle of it."""
+    started: bool = False
+    """Whether the stage is known to be made in it."""
+    ended_because: str = ""
+    """Why we killed it, if we did."""
+
+
 class RayStage:
     """Carries a stage that runs in one Ray process. It is the controller's side of a `_Process`."""
 
@@ -277,9 +290,8 @@ class RayStage:
             "embed": embeds_at_once(config),
         }
         remote = ray.remote(concurrency_groups=groups)(_Process)
-        self._new: Callable[[], Any] = lambda: remote.options(**options).remote(name, make, config, workload)
-        self._actor = self._new()
-        self._started = False
+        self._new: Callable[[], _Life] = lambda: _Life(remote.options(**options).remote(name, make, config, workload))
+        self._life = self._new()
         self._place: tuple[int, str] = (0, "")
 
     async def call(self, method: Method, *args: Any) -> tuple[Any, ...]:
@@ -300,20 +312,22 @@ class RayStage:
         options: dict[str, Any] = {"num_returns": 1 + num_payloads}
         if method.beside:
             options["concurrency_group"] = method.beside
-        # The actor of this moment: a restart may put another in its place while this call waits. And a timeout that
+        # The process of this moment: a restart may put another in its place while this call waits. And a timeout that
         # never expires: the question below is asked also if the call fails before its own timeout begins.
-        within, actor = asyncio.timeout(None), self._actor
+        within, life = asyncio.timeout(None), self._life
         try:
             # The deadline is for calls. To load a model may take longer.
-            if not self._started:
+            if not life.started:
                 await self.pid()
-                self._started = True
-            references = actor.call.options(**options).remote(method.name, packed, *payloads)
+                life.started = True
+            references = life.actor.call.options(**options).remote(method.name, packed, *payloads)
             report, *results = references if num_payloads else [references]
             async with asyncio.timeout(self._deadline) as within:
                 return decode(await report), *results
         except (ActorDiedError, ActorUnavailableError) as error:
-            raise StageLost(self.name, f"{self.name} was lost during {method.name}: {error}") from error
+            # Another call may have had the process killed, and only that call knows why.
+            why = life.ended_because or f"{self.name} was lost during {method.name}: {error}"
+            raise StageLost(self.name, why) from error
         # This comes before TimeoutError: Ray derives its error from the stage's own, so it may be of both classes.
         except RayTaskError as error:
             # The payloads hold the same error. Ray prints errors that nobody has looked at, with all its own frames.
@@ -326,17 +340,14 @@ class RayStage:
                 raise WeightMismatch(f"{self.name}: {error.cause}") from None
             # The stage has lost a process of its own, such as vLLM's engine. It is of no use without it.
             if isinstance(error.cause, StageLost):
-                await self._end(actor)
-                raise StageLost(self.name, f"{self.name}: {error.cause}") from None
+                raise StageLost(self.name, await self._end(life, f"{self.name}: {error.cause}")) from None
             raise
         except TimeoutError:
             # Only the end of our own deadline means that the process hangs.
             if not within.expired():
                 raise
-            await self._end(actor)
-            raise StageLost(
-                self.name, f"{self.name} did not finish {method.name} within {self._deadline} s (rollouts.hang_after)"
-            ) from None
+            why = f"{self.name} did not finish {method.name} within {self._deadline} s (rollouts.hang_after)"
+            raise StageLost(self.name, await self._end(life, why)) from None
         except ObjectLostError as error:
             raise StageLost(
                 None, f"a payload for {self.name}.{method.name} was lost with its process: {error}"
@@ -351,8 +362,8 @@ class RayStage:
         from ray.exceptions import ActorDiedError, ActorUnavailableError
 
         # The old process may still live, for example if only a payload was lost. It would keep its GPU.
-        await self._end(self._actor)
-        self._actor, self._started = self._new(), False
+        await self._end(self._life, f"{self.name} was restarted")
+        self._life = self._new()
         try:
             async with asyncio.timeout(self._restart_timeout):
                 await self.pid()
@@ -370,7 +381,7 @@ class RayStage:
         from ray.exceptions import RayTaskError
 
         try:
-            self._place = await self._actor.pid.remote()
+            self._place = await self._life.actor.pid.remote()
             return self._place[0]
         except RayTaskError as error:
             if isinstance(error.cause, _USERS):
@@ -390,16 +401,19 @@ class RayStage:
         except (ActorDiedError, ActorUnavailableError) as error:
             raise StageLost(self.name, f"{self.name} was lost: {error}") from error
 
-    async def _end(self, actor: Any) -> None:
-        """Kills the process of an actor, and waits at most `KILL_TIMEOUT` seconds for Ray to accept that.
+    async def _end(self, life: _Life, why: str) -> str:
+        """Kills a process, and waits at most `KILL_TIMEOUT` seconds for Ray to accept that.
 
-        The actor is given as an argument, so that this cannot hit a new process that has taken its place meanwhile.
+        The process is given as an argument, so that this cannot hit a new one that has taken its place meanwhile.
+
+        Returns the first reason for which it was killed. All its calls are told that, and not only that it is dead.
         """
+        life.ended_because = life.ended_because or why
         ended: Future[None] = Future()
 
         def end() -> None:
             try:
-                _kill(actor)
+                _kill(life.actor)
             finally:
                 ended.set_result(None)
 
@@ -408,10 +422,11 @@ class RayStage:
         # Shielded, because the timeout would otherwise cancel the future, and the thread could not set its result then.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(ended)), KILL_TIMEOUT)
+        return life.ended_because
 
     def kill(self) -> None:
         """Kills the process that runs the stage now. This is a call of Ray and may hang."""
-        _kill(self._actor)
+        _kill(self._life.actor)
 
 
 def _kill(actor: Any) -> None:

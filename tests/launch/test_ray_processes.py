@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -39,9 +40,14 @@ class Worker:
             raise ZeroDivisionError("in a library")
         if what == "sleeps":
             time.sleep(600)
+        if what == "lost":
+            raise StageLost(None, "its engine died")
         if what == "speaks":
             print("what a user's function prints")
         return (what,)
+
+    def work_beside(self, what):
+        return self.work(what)
 
     def make(self, value):
         return None, value
@@ -54,6 +60,10 @@ class WorkerStage(Stage):
     @method()
     def work(self, what):
         """Does it."""
+
+    @method(beside="generate")
+    def work_beside(self, what):
+        """Does it, while something else may be done."""
 
     @method(1)
     def make(self, value):
@@ -121,6 +131,24 @@ def test_a_hung_process_is_killed_named_and_replaced(stage):
         assert await worker.carrier.pid() != hung.pid
         assert await worker.work("well") == "well"
         hung.wait(30)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("first", "deadline", "reason"),
+    [
+        ("lost", 300.0, "worker-0: its engine died"),
+        ("sleeps", 5.0, r"worker-0 did not finish work(_beside)? within 5\.0 s \(rollouts\.hang_after\)"),
+    ],
+)
+def test_all_calls_of_a_process_that_is_killed_are_told_why(stage, first, deadline, reason):
+    async def run():
+        worker = stage(deadline=deadline)
+        await worker.work("well")
+        calls = (asyncio.ensure_future(call) for call in (worker.work(first), worker.work_beside("sleeps")))
+        told = {str(error) for error in await asyncio.gather(*calls, return_exceptions=True)}
+        assert len(told) == 1 and re.fullmatch(reason, told.pop())
 
     asyncio.run(run())
 

@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 export TRANSFORMERS_VERBOSITY := error
 export RAY_AUTH_MODE ?= disabled
+# Images set it to 1. Tests start hundreds of processes, which would compile the same files again each.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Two tests at a time, on two cores; the 25 slowest at the end.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --durations 25 --timeout 900

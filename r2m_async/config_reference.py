@@ -7,6 +7,7 @@ written twice. `r2m config` shows them.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 import textwrap
@@ -84,6 +85,7 @@ class _WithoutTitles(GenerateJsonSchema):
         return schema["default_factory"]() if "default_factory" in schema else super().get_default_value(schema)
 
 
+@functools.cache
 def json_schema(tree: type[ConfigTree]) -> dict[str, Any]:
     """Returns the JSON schema (draft 2020-12) of the YAML files of a config, for editors that check while one types.
 
@@ -91,7 +93,7 @@ def json_schema(tree: type[ConfigTree]) -> dict[str, Any]:
     between keys are not in it: `r2m check` has them.
 
     Args:
-        tree: the class of the config, for example `R2MConfig`.
+        tree: the class of the config, for example `R2MConfig`. Every call returns the same object, so it must not be changed.
     """
     found = tree.model_json_schema(schema_generator=_WithoutTitles)
     found["$schema"] = "https://json-schema.org/draft/2020-12/schema"

@@ -86,6 +86,12 @@ A rule that is broken by several keys has a line for each.
 """
 
 
+@functools.cache
+def _sections_of(rule: Rule) -> frozenset[str]:
+    """The names of the sections that a rule is about."""
+    return frozenset(inspect.signature(rule).parameters)
+
+
 def one_per_line(messages: Iterable[str]) -> str | None:
     """Returns the messages of a rule in a line each, or None if there are none."""
     return "\n".join(messages) or None
@@ -149,7 +155,7 @@ class Keys(BaseModel):
     @classmethod
     def _not_what_yaml_made_of_it(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses what YAML reads as another value than was meant, and pydantic would take: `yes` as the number 1."""
-        types = _types_of(cls.model_fields[str(info.field_name)].annotation)
+        types = _types_of(cast(Any, cls.model_fields[str(info.field_name)].annotation))
         numbers = any(one in (int, float) or type(one) is int for one in types)  # `Literal[1, 2]` consists of 1 and 2
         if numbers and bool not in types and _has_truth_value(value):
             raise ValueError("a truth value, as YAML reads yes, no, on, off, true and false; write a number")
@@ -166,6 +172,7 @@ class Keys(BaseModel):
         return value
 
 
+@functools.cache
 def _types_of(annotation: Any) -> set[Any]:
     """The types that an annotation consists of."""
     parts = get_args(annotation)
@@ -268,10 +275,8 @@ class ConfigTree(BaseModel):
 
         A rule about a section that is not given is left out.
         """
-        asked = ((rule, inspect.signature(rule).parameters) for rule in cls.rules)
-        told = (
-            rule(**{name: sections[name] for name in names}) for rule, names in asked if names.keys() <= sections.keys()
-        )
+        asked = ((rule, _sections_of(rule)) for rule in cls.rules)
+        told = (rule(**{name: sections[name] for name in names}) for rule, names in asked if names <= sections.keys())
         return [message for message in told if message]
 
     @classmethod

@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 # What OpenMP has started it keeps, so one more thread of the process shows that a product took more than one.
 PROGRAM = """
 import asyncio, sys
@@ -54,31 +52,22 @@ def in_a_stage():
     thread.start()
     thread.join()
 
-globals()[sys.argv[1]]()
-((before, after),) = seen
-print("more threads:", after - before)
+for where in sys.argv[1:]:
+    globals()[where]()
+    before, after = seen.pop()
+    print("more threads:", where, after - before)
 """
+SHARING = ["on_the_controllers_loop", "on_a_loop_of_users_functions", "in_a_reward_function", "in_a_stage"]
 
 
-def more_threads(where):
-    """How many CPU threads a product of matrices has started beside its own."""
+def test_a_product_in_a_new_thread_takes_one_cpu_thread_where_one_was_set():
+    """But for one that shares nothing, which takes as many as the environment says: so the others could fail."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, where],
+        [sys.executable, "-c", PROGRAM, *SHARING, "in_a_bare_thread"],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.rpartition("more threads:")[2])
-
-
-@pytest.mark.parametrize(
-    "where", ["on_the_controllers_loop", "on_a_loop_of_users_functions", "in_a_reward_function", "in_a_stage"]
-)
-def test_a_product_in_a_new_thread_takes_one_cpu_thread_where_one_was_set(where):
-    assert more_threads(where) == 0
-
-
-def test_in_a_thread_that_shares_nothing_it_takes_as_many_as_the_environment_says():
-    """So the tests above can fail."""
-    assert more_threads("in_a_bare_thread") == 1
+    told = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("more threads:")]
+    assert told == [*([where, "0"] for where in SHARING), ["in_a_bare_thread", "1"]]

@@ -5,6 +5,7 @@ but for the doors, through which a person comes in. A rule is a whitelist: whate
 """
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ LAZY = {
 """What these import only once it is needed: not everybody has it installed."""
 
 
+@functools.cache
 def imported_by(path: Path, everywhere: bool = True) -> set[str]:
     """Dotted names that a file imports; without `everywhere` only at its top, not in functions or for type checks."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -102,6 +104,7 @@ def imported_by(path: Path, everywhere: bool = True) -> set[str]:
     return names
 
 
+@functools.cache
 def files() -> dict[str, Path]:
     """Every source file by its module's name."""
     found = {}

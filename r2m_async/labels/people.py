@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _LONGEST_BODY = 4096
 _LONGEST_NAME = 64
+_POLL = 0.05
+"""Seconds until the server of the page sees that it is to end."""
 _PAGE = Path(__file__).with_name("people.html")
 
 
@@ -64,7 +66,7 @@ class PeopleSource:
                 f"or 0 for one that is free"
             ) from None
         self.url = f"http://{host}:{self._server.server_port}/?token={self._token}"
-        threading.Thread(target=self._server.serve_forever, name="labels-page", daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(_POLL,), name="labels-page", daemon=True).start()
         log.warning("labels are given at %s", self.url)
 
     def ask(self, question: Question) -> Future[Answer]:

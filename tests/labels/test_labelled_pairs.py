@@ -135,12 +135,12 @@ def test_no_response_is_in_two_pairs_the_budget_holds_and_the_same_seed_chooses_
 
 def test_noise_turns_its_share_of_labels_round_and_always_the_same_ones():
     labels = [Label(group_id=index, step=0, pair=(2, 5), chosen=5) for index in range(2000)]
-    config = config_with(noise=0.25)
+    config, without = config_with(noise=0.25), config_with()
     noisy = [with_noise(label, config) for label in labels]
     turned = [one.group_id for one in noisy if one.chosen == 2]
     assert 400 < len(turned) < 600
     assert [with_noise(label, config) for label in labels] == noisy
-    assert [with_noise(label, config_with()) for label in labels] == labels
+    assert [with_noise(label, without) for label in labels] == labels
     other = [Label(group_id=one.group_id, step=0, pair=(5, 2), chosen=5) for one in labels]
     assert [one.group_id for one in other if with_noise(one, config).chosen == 2] == turned, "whichever stands first"
 

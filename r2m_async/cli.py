@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import os
 import signal
@@ -181,6 +182,15 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=text)
         text = "print the result as one JSON document; everything else goes to standard error"
         self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuses a value, such as a command, that is none of its choices, and names the nearest one."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            close = difflib.get_close_matches(str(value), map(str, action.choices or ()), n=1)
+            remedy = f"; did you mean {close[0]}?" if close else ""
+            raise argparse.ArgumentError(action, f"{error.message}{remedy}") from None
 
     def error(self, message: str) -> NoReturn:
         """Shows the usage and the message, and leaves."""

@@ -466,6 +466,17 @@ def test_the_installed_command_says_its_mistake_on_stderr_without_a_traceback():
     assert bad.stderr == "r2m: run.num_step: no such key; did you mean run.num_steps?\n"
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [(["trian", "x.yaml"], "train"), (["reward-model", "evla", "x"], "eval"), (["eval", "genrate"], "generate")],
+)
+def test_of_a_mistyped_command_the_nearest_one_is_named(capsys, typed, meant):
+    with pytest.raises(SystemExit) as left:
+        main(typed)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.endswith(f"; did you mean {meant}?\n")
+
+
 @pytest.mark.models
 def test_a_run_in_one_process_starts_no_ray_and_takes_overrides_behind_its_flag(tiny_config, tmp_path):
     file = tmp_path / "config.yaml"

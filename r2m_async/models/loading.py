@@ -67,7 +67,7 @@ def check_causal(model: Any, key: str, path: str) -> None:
     transformers loads BERT and its kin as causal language models, too. They read a text in both directions, so their
     probability of a token that they have seen means nothing.
     """
-    if _reads(model, _TRIED_TOKENS, slice(0, -1), slice(-1, None)):
+    if _reads(model, key, path, _TRIED_TOKENS, slice(0, -1), slice(-1, None)):
         raise ConfigError(
             f"{key}: {path!r} ({type(model).__name__}) reads a text in both directions, and a policy must read it from left "
             f"to right: name a causal language model"
@@ -84,7 +84,7 @@ def check_packing(model: Any, key: str, path: str) -> None:
     """
     first, second = slice(0, _TRIED_TOKENS), slice(_TRIED_TOKENS, None)
     positions_1S = torch.arange(_TRIED_TOKENS, device=model.device).repeat(2)[None]
-    if _reads(model, 2 * _TRIED_TOKENS, second, first, position_ids=positions_1S):
+    if _reads(model, key, path, 2 * _TRIED_TOKENS, second, first, position_ids=positions_1S):
         raise ConfigError(
             f"learner.packing is true and {key} is {path!r} ({type(model).__name__}): with model.attention "
             f"{model.config._attn_implementation!r} its texts in a packed row are not kept apart; use learner.packing false"
@@ -92,11 +92,13 @@ def check_packing(model: Any, key: str, path: str) -> None:
 
 
 @torch.enable_grad()
-def _reads(model: Any, num_tokens: int, states: slice, tokens: slice, **inputs: Tensor) -> bool:
+def _reads(model: Any, key: str, path: str, num_tokens: int, states: slice, tokens: slice, **inputs: Tensor) -> bool:
     """Whether a model's states at some tokens of a row depend on some other tokens. inputs: what else the model is given.
 
     A token that is masked has a weight of exactly 0, and so a gradient of exactly 0, on every processor and in every number
     format. The states themselves say less: in bfloat16 two roundings of one row of a real model are apart by a tenth.
+
+    Raises ConfigError if the states do not follow from what the model's input embeddings give: such a model cannot be tried.
     """
     embedded: list[Tensor] = []
 
@@ -109,7 +111,14 @@ def _reads(model: Any, num_tokens: int, states: slice, tokens: slice, **inputs: 
         read = model.base_model(input_ids=ids_1S, use_cache=False, **inputs).last_hidden_state[0, states]
     # A norm makes the sum of a token's states, and that of their squares, the same whatever it read.
     weights = (torch.arange(read.numel(), device=read.device) % 7 - 3).view_as(read)
-    (gradient_1SD,) = torch.autograd.grad(read, embedded[0], weights.to(read.dtype))
+    gradient_1SD = None
+    if embedded and read.requires_grad:
+        (gradient_1SD,) = torch.autograd.grad(read, embedded[0], weights.to(read.dtype), allow_unused=True)
+    if gradient_1SD is None:
+        raise ConfigError(
+            f"{key}: the states of {path!r} ({type(model).__name__}) have no gradient with respect to its input embeddings, so "
+            f"it cannot be told which tokens it reads: its code must compute them from what `get_input_embeddings()` gives"
+        )
     return bool(gradient_1SD[0, tokens].any())
 
 

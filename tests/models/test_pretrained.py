@@ -4,6 +4,7 @@ import ast
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,31 @@ def test_however_coarsely_a_model_rounds_it_reads_what_it_reads(tiny, tiny_confi
         for check, told in ((check_causal, "both directions"), (check_packing, "not kept apart")):
             with pytest.raises(ConfigError, match=told):
                 check(model, "model.policy", "coarse")
+
+
+def test_a_model_that_cannot_be_tried_is_refused_with_the_reason(tiny):
+    def uncalled(model):  # as code of its own may look its weights up itself
+        table = model.get_input_embeddings()
+        model.base_model.forward = lambda input_ids, **_: SimpleNamespace(last_hidden_state=table.weight[input_ids])
+
+    def unused(model):
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output: output.detach(), prepend=False
+        )
+        model.base_model.layers[0].register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(), *inputs[1:]))
+
+    def without_gradients(model):
+        inner = model.base_model.forward
+        model.base_model.forward = torch.no_grad()(inner)
+
+    for spoil in (uncalled, unused, without_gradients):
+        model = AutoModelForCausalLM.from_pretrained(tiny("llama", False))
+        spoil(model)
+        for check in (check_causal, check_packing):
+            with pytest.raises(
+                ConfigError, match=r"model\.policy: the states of 'mine' \(LlamaForCausalLM\) have no gradient"
+            ):
+                check(model, "model.policy", "mine")
 
 
 def both_ways(module, query, key, value, attention_mask, **kwargs):

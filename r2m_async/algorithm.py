@@ -12,6 +12,7 @@ It needs three private names of Ray: `AlgorithmConfig._is_online`, `Algorithm._s
 from __future__ import annotations
 
 import math
+import secrets
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from r2m_async.launch.ring import Ring
 from r2m_async.launch.workload import resolve
 from r2m_async.runs.checkpoints import MANIFEST, newest_whole, saved_config, saved_counts, seal, verified
 from r2m_async.runs.resuming import check_resumable
-from r2m_async.whole import whole_at, whole_directory
+from r2m_async.whole import remove_directory, whole_at, whole_directory
 
 RING = "ring"
 """The directory inside an RLlib checkpoint that `Ring.save` writes.
@@ -139,8 +140,16 @@ class R2M(Algorithm):
         if self._stopped:
             raise RuntimeError("this algorithm was stopped: build another, or use R2M.from_checkpoint")
         if self._ring is None:
-            self._ring = Ring(self.config.r2m, self._workload)
+            self._ring = Ring(self.config.r2m, self._workload, journals=self._new_journals())
         return self._ring
+
+    def _new_journals(self) -> Path:
+        """A new folder for the finished groups of a ring. Each ring has its own, and its checkpoints say which.
+
+        So a checkpoint never gets groups that another policy wrote, whatever was restored in between, and by which trial.
+        """
+        self._journals = Path(self.logdir) / "journals" / secrets.token_hex(8)
+        return self._journals
 
     def step(self) -> dict[str, Any]:
         """Takes one policy step and returns RLlib's result for it. RLlib's `train` calls this.
@@ -155,6 +164,8 @@ class R2M(Algorithm):
         result = super().step()
         finished = self.ring.finished
         evaluations = self.ring.drain() if finished else self.ring.controller.evaluations
+        if finished:
+            remove_directory(self._journals.parent)  # no group of this run is still to be trained
         if evaluations:
             result["evaluation"] = dict(evaluations[-1])
         return result | {"r2m": self._step_metrics, "done": finished}
@@ -196,6 +207,8 @@ class R2M(Algorithm):
             self.ring.save(building / RING)
             super().save_to_path(building, use_msgpack=use_msgpack)
             seal(building)
+        for older in set(self._journals.parent.glob("*")) - {self._journals}:  # of rings before the last restore
+            remove_directory(older)
         return str(directory)
 
     def restore_from_path(self, path: str | Path, **how: Any) -> None:
@@ -206,6 +219,9 @@ class R2M(Algorithm):
 
         Raises ConfigError for a checkpoint that is damaged or put together from two, and for keys of the config that
         may not change (docs/checkpoints.md). These checks come before the running ring is stopped.
+
+        Finished groups that the checkpoint's ring has kept since are taken up again (`queue.journal`), if they are on this
+        machine: `ring.controller.journal.recovered` counts them.
         """
         directory = whole_at(_local(path))
         ring = _ring_in(directory)
@@ -219,8 +235,12 @@ class R2M(Algorithm):
             Checkpointable.restore_from_path(self, directory, **how)
         else:
             self._count_on(saved_counts(ring)["progress"])
+        # A run directory may have been moved. Whatever else a checkpoint is in, it says where its groups are.
+        in_run = directory / "journal" if (directory / "checkpoints").is_dir() else None
+        kept = in_run or (saved_counts(ring).get("journals") if ring.is_dir() else None)
         self._stop_ring()
-        self._ring = Ring(self.config.r2m, self._workload, resume=ring)
+        journals = self._new_journals()
+        self._ring = Ring(self.config.r2m, self._workload, resume=ring, journals=journals, take_up=kept or journals)
 
     @classmethod
     def from_checkpoint(cls, path: Any, filesystem: Any = None, **how: Any) -> Any:

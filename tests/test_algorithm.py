@@ -193,6 +193,50 @@ def test_a_checkpoint_is_replaced_as_a_whole_and_parts_of_two_are_refused(
         algo.stop()
 
 
+@pytest.mark.ring
+def test_finished_groups_are_taken_up_by_whoever_restores_their_checkpoint_and_by_nobody_else(
+    tiny_config, ray_session, tmp_path
+):
+    config = tiny_config.run(num_steps=4).scheduling(lag="exact", max_policy_age=1, max_head_age=1)
+    algo = R2M(config=config)
+    kept = Path(algo.logdir) / "journals"
+    try:
+        algo.train()
+        algo.save_to_path(tmp_path / "first")
+        while not algo.train()["done"]:  # at the first of these steps its groups have arrived
+            before = list(kept.iterdir())
+        expected = trained_bits(algo, tmp_path / "undisturbed")
+        assert len(before) == 1 and not kept.exists()
+    finally:
+        algo.stop()
+    algo = R2M(config=config)
+    kept = Path(algo.logdir) / "journals"
+    try:
+        algo.train()
+        algo.save_to_path(tmp_path / "first")
+        algo.train()
+        other = R2M.from_checkpoint(tmp_path / "first")  # as PBT lets one trial go on from another's
+        try:
+            assert other.ring.controller.journal.recovered["taken"] >= 2
+            while not other.train()["done"]:
+                pass
+            assert trained_bits(other, tmp_path / "others") == expected
+        finally:
+            other.stop()
+        algo.restore_from_path(tmp_path / "first")
+        assert algo.ring.controller.journal.recovered["taken"] >= 2
+        algo.train()
+        algo.save_to_path(tmp_path / "second")
+        assert len(list(kept.iterdir())) == 1, "its first ring's are gone"
+        algo.restore_from_path(tmp_path / "first")
+        assert algo.ring.controller.journal.recovered == {"taken": 0, "left": {}, "damages": []}
+        while not algo.train()["done"]:
+            pass
+        assert trained_bits(algo, tmp_path / "restored") == expected
+    finally:
+        algo.stop()
+
+
 def digests(directory: Path) -> dict[str, str]:
     files = [path for path in directory.rglob("*") if path.is_file()]
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

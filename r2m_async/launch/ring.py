@@ -53,6 +53,7 @@ class Ring:
         resume: str | Path | None = None,
         journals: str | Path | None = None,
         ray: RayConnection | None = None,
+        take_up: str | Path | None = None,
         on_status: Callable[[RingStatus], None] | None = None,
     ):
         """Starts the stages and the controller, and waits until the ring can take a step.
@@ -63,9 +64,10 @@ class Ring:
             in_process: True runs all stages in this process, one call after the other. False runs them on Ray. Without a GPU
                 torch then computes with one CPU thread until the ring has ended, as each process on Ray does.
             resume: a directory that `save` wrote. The run goes on at the step of that checkpoint.
-            journals: a folder in which finished groups are kept from one checkpoint to the next (`queue.journal`). If
-                the run is resumed, it does not generate again those that it finds there. None: no group is kept.
+            journals: a folder in which finished groups are kept from one checkpoint to the next (`queue.journal`). None: no
+                group is kept.
             ray: a connection to Ray that outlives the ring. None: the ring makes one, and ends it.
+            take_up: the folder with the groups that a resumed run need not generate again. None: that of `journals`.
             on_status: is called every second with what the ring does, also while the ring starts. It is called in a
                 thread of the ring, which must not be kept waiting.
 
@@ -82,6 +84,7 @@ class Ring:
         self._stopped = False
         self._on_status = on_status
         self._journals = None if journals is None or not config.queue.journal else str(Path(journals).absolute())
+        self._take_up = self._journals and (self._journals if take_up is None else str(take_up))
         self.records: dict[str, int] = {}
         """What `save` was told under the name `records` when the checkpoint was written from which this ring goes on."""
         self._close: Callable[[], None] = lambda: None
@@ -99,7 +102,7 @@ class Ring:
         Args:
             config: the config of the run.
             on_progress: is told of work that takes a while, as in `workload.resolve`.
-            how: the further arguments of `Ring`: `in_process`, `resume`, `journals`, `ray` and `on_status`.
+            how: the further arguments of `Ring`: `in_process`, `resume`, `journals`, `ray`, `take_up` and `on_status`.
 
         Raises ConfigError or DataError, as `workload.resolve` and `Ring` do.
         """
@@ -145,7 +148,7 @@ class Ring:
                 heads = kept_versions(saved, "head_weights_", stages)
                 learners = (policy, str(resume.absolute()), head)
                 labels = stages.from_bytes(saved["labeller"]) if stages.labels else None
-                await self.controller.start(policies, heads, learners, self._journals, labels)
+                await self.controller.start(policies, heads, learners, self._take_up, labels)
                 if self._journals:
                     await self.controller.journal.begin(self._journals)
             else:
@@ -260,11 +263,11 @@ class Ring:
         with whole_directory(directory, replace=True) as building:
             parts, entries = self._run(self.controller.checkpoint(str(building)))
             progress = self._run(self._progress())
-            told = {"progress": asdict(progress), "prompts": self._prompts, "models": self._models}
-            told["records"] = dict(records or {})
+            told: dict[str, Any] = {"progress": asdict(progress), "prompts": self._prompts, "models": self._models}
+            told |= {"records": dict(records or {}), "journals": self._journals}
             parts |= {"step": encode(progress.step), "progress": encode(told)}
             write_parts(building, parts, self.config, entries)
-        if self._journals:
+        if self._journals and not self.finished:
             self._run(self.controller.journal.begin(self._journals))
 
     @property

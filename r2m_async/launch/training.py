@@ -192,7 +192,7 @@ class _Run:
         if start is None:
             live.message(f"starting the ring; run directory {path}")
             where = path / "journal"
-            ring = Ring(config, self.workload, self.in_process, None, where, ray, live.ring)
+            ring = Ring(config, self.workload, self.in_process, None, where, ray, on_status=live.ring)
             with ring, RunDirectory(path, config, trackers=trackers) as run:
                 live.message("the ring has started")
                 _steps(ring, run, live, restarts)
@@ -200,7 +200,9 @@ class _Run:
         progress = Progress(**saved_counts(start.checkpoint)["progress"])
         live.tell(f"resuming {path} after step {progress.step}")
         try:
-            ring = Ring(config, self.workload, self.in_process, start.checkpoint, path / "journal", ray, live.ring)
+            ring = Ring(
+                config, self.workload, self.in_process, start.checkpoint, path / "journal", ray, on_status=live.ring
+            )
         except NoRoom as error:
             if restarts:  # there was room for the ring before: what is missing now is a node, and another may come
                 raise StageLost(None, str(error)) from None

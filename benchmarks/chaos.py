@@ -40,7 +40,6 @@ import contextlib
 import functools
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -57,6 +56,7 @@ from typing import Any
 
 import psutil
 import xxhash
+from rows import processor
 
 from r2m_async import cli
 from r2m_async.config import R2MConfig
@@ -584,7 +584,7 @@ def table_of(results: dict[str, Any]) -> str:
         text += [f"| {' | '.join(line)} |" for line in lines]
         text.append(
             f"\n{ring['runs']} runs of {ring['how']['steps']} steps of {ring['per_step']:.2f} s, "
-            f"`lag: {ring['how']['lag']}`, on {ring['machine']}. Wrong with them at their end: {wrong}.\n"
+            f"`lag: {ring['how']['lag']}`, on {ring['how']['machine']}. Wrong with them at their end: {wrong}.\n"
         )
     return "\n".join(text)
 
@@ -631,17 +631,17 @@ def main() -> int:
         return 0
     in_own_namespaces()
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
-    machine = f"{os.cpu_count()} cores of a {platform.machine()}"
 
     def keep(ring: str, known: dict[str, Any]) -> None:
-        results[ring] = known | {"machine": machine}
+        results[ring] = known
         if arguments.json:
             write_file(arguments.json, json.dumps(results, indent=1) + "\n")
         if arguments.table:
             write_table(arguments.table, results)
 
     for ring in arguments.ring:
-        how = {"steps": arguments.steps, "lag": arguments.lag}
+        # Another processor rounds otherwise: a measurement that goes on there needs an undisturbed run of its own.
+        how = {"steps": arguments.steps, "lag": arguments.lag, "machine": f"{os.cpu_count()} cores, {processor()}"}
         known = results.get(ring, {"how": None, "faults": {}, "wrong": [], "runs": 0})
         if known["how"] != how:
             wrong, ended = undisturbed_run(ring, arguments)

@@ -14,7 +14,6 @@ compared with itself alone.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from rows import Row, emit
+from rows import Row, emit, processor
 
 from r2m_async.config import R2MConfig
 from r2m_async.launch.ring import Ring
@@ -36,10 +35,8 @@ WARM_UP = 5
 
 def machine() -> dict[str, object]:
     """What the numbers were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.machine(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "torch": torch.__version__,

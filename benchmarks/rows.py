@@ -127,7 +127,7 @@ def run(command: Sequence[str], limit: float, name: str = "") -> Outcome:
 
 def machine() -> str:
     """Says in a line on which machine and with which libraries this is measured."""
-    told = [_cpu(), f"{os.cpu_count()} cores", f"Python {platform.python_version()}"]
+    told = [processor(), f"{os.cpu_count()} cores", f"Python {platform.python_version()}"]
     try:
         import torch
 
@@ -142,7 +142,8 @@ def machine() -> str:
     return ", ".join(told)
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """The name of this machine's processor, as far as it is known."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -97,7 +97,7 @@ def test_a_run_that_is_hurt_ends_as_one_that_nothing_disturbed(tmp_path):
         "--each",
         "1",
         "--steps",
-        "20",
+        "10",
     ]
     command += ["--json", tmp_path / "result.json", "--table", table, "--kinds", *kinds]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

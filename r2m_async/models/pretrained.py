@@ -264,12 +264,16 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    # Not where nothing would change: each change goes through all loggers of the process, thousands with vLLM and Ray.
+    changed = level < logging.ERROR
+    if changed:
+        logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        if changed:
+            logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 

@@ -1,5 +1,6 @@
 """The benchmarks do what their numbers claim, at sizes that take seconds."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -112,6 +113,15 @@ def test_a_run_that_is_hurt_ends_as_one_that_nothing_disturbed(tmp_path):
     text = table.read_text()
     assert text.startswith("before\n<!-- the") and text.endswith("<!-- its end -->\nbehind\n") and "old" not in text
     assert "| kill driver | 1 | 1 | 0 |" in text
+
+
+def test_every_ring_that_chaos_hurts_has_a_config_that_can_run(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    chaos = importlib.import_module("chaos")
+    for ring in chaos.RINGS:
+        for lag in ("exact", "bounded"):
+            config = chaos.config_of(ring, argparse.Namespace(steps=4, lag=lag), tmp_path)
+            assert config.scheduling.lag == ("bounded" if ring == "deepspeed" else lag)
 
 
 def test_a_head_update_is_measured_against_a_full_one(tmp_path):

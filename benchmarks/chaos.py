@@ -1,11 +1,12 @@
 """Hurts real runs in every way that can be made here, and says what became of the runs.
 
     python benchmarks/chaos.py --each 50 --json docs/reliability.json --table docs/reliability.md
-    python benchmarks/chaos.py --each 5 --ring vllm --kinds "kill engine" "stop engine"
+    python benchmarks/chaos.py --each 5 --ring vllm-in-flight --kinds "kill engine" "stop engine"
 
 A run is `r2m train --resume-if-exists` in a process of its own, with a checkpoint after every step, as a job that is started again
-when it ends. The rings are `transformers` (the default engine and learner), `vllm`, and `deepspeed` (two ranks); a kind of fault is
-tried in each ring that has something of its own to be hurt. At seeded moments something happens:
+when it ends. The rings are `transformers` (the default engine and learner), `vllm`, `vllm-in-flight` (several groups at once, in an
+engine process of its own), and `deepspeed` (two ranks); a kind of fault is tried in each ring that has something of its own to be
+hurt. At seeded moments something happens:
 
     kill X             SIGKILL to a process: a stage, an engine core of vLLM, a rank, the driver, or a process of Ray's own
     kill queue+driver  two of them, the second up to 5 s after the first: while the ring is being built anew
@@ -22,7 +23,7 @@ is what the fault has cost. A fault that passes (a pause, a full disk) counts fr
 
 A run that has reached its end is compared with one that nothing disturbed:
 
-- both learners are the same to the last byte (`scheduling.lag: exact`; not under `--lag bounded`, and not with DeepSpeed),
+- both learners are the same to the last byte (`scheduling.lag: exact`; not under `--lag bounded`, in flight or with DeepSpeed),
 - each step is recorded once, in order, the ledger counts each group once, and no age is above its bound,
 - no process, no shared memory, no temporary file and no half-written file is left.
 
@@ -108,12 +109,20 @@ RINGS: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = {
     ),
     "vllm": (
         {"rollouts": {"engine": "vllm"}},
-        ("kill engine", "stop engine", "kill rollout", "stop rollout", "kill driver", "pause everything"),
+        ("kill rollout", "stop rollout", "kill driver", "pause everything"),
     ),
     "deepspeed": (
         # DeepSpeed's sums over ranks are rounded otherwise than in one process, so no version of it is the same to the bit.
         {"scheduling": {"lag": "bounded"}, "learner": {"backend": "deepspeed", "num_ranks": 2}},
         ("kill policy-learner", "stop policy-learner", "kill driver", "pause everything"),
+    ),
+    # Only an engine that takes several groups at once has a process of its own.
+    "vllm-in-flight": (
+        {
+            "scheduling": {"lag": "bounded"},
+            "rollouts": {"engine": "vllm", "concurrent_groups": 2, "in_flight_updates": True},
+        },
+        ("kill engine", "stop engine", "kill rollout", "kill driver", "pause everything"),
     ),
 }
 """What each ring has in its config, and which faults are tried in it."""
@@ -498,7 +507,8 @@ def left_behind(job: Job, shared: set[str], within: float = 60.0) -> list[str]:
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     alive.append(f"process {process.pid} {process.name()}")
         left = [*alive, *(f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared)]
-        left += [str(path) for path in (job.folder / "tmp").glob("*") if not path.name.startswith(MEANT_TO_STAY)]
+        files = [path for path in (job.folder / "tmp").glob("*") if not path.name.startswith(MEANT_TO_STAY)]
+        left += [str(path) for path in files if not path.is_socket()]  # vLLM leaves those to its engine cores
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(1)
